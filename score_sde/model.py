@@ -1,0 +1,222 @@
+"""What a score model answers with, and how a network becomes one.
+
+A model is a callable ``model(x, t) -> Estimate``: given x_t = alpha(t) x_0 + sigma(t) z it returns its estimates of
+E[x_0 | x_t] and E[z | x_t]. By Tweedie's formula the score is -E[z | x_t]/sigma (Efron 2011; Vincent 2011). Networks,
+closed forms, guided models and checkpoints of other projects are all models, so samplers, losses and likelihoods never
+ask what they hold.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .sdes import SDE, like
+
+
+class Estimate(NamedTuple):
+    """E[x_0 | x_t] and E[z | x_t], of x_t's shape, with x_t = alpha data + sigma noise; sigma broadcasts against both.
+
+    Both halves are kept because neither can be had from the other without dividing by something that vanishes.
+    """
+
+    data: Tensor
+    noise: Tensor
+    sigma: Tensor
+
+    @property
+    def score(self) -> Tensor:
+        """Gradient of log p_t(x): -noise / sigma."""
+        return -self.noise / self.sigma
+
+
+class ScoreModel(nn.Module, ABC):
+    """A map ``(x, t, **condition) -> Estimate`` for the marginals of `sde`; x is (B, *shape), t is () or (B,)."""
+
+    def __init__(self, sde: SDE) -> None:
+        super().__init__()
+        self.sde = sde
+
+    @abstractmethod
+    def forward(self, x: Tensor, t: Tensor, *args: Any, **condition: Any) -> Estimate:
+        """The estimate at state x and time t."""
+
+    def given(self, **condition: Any) -> ScoreModel:
+        """The model with a condition bound, e.g. ``model.given(label=y)``: again a model of (x, t)."""
+        return Given(self, condition)
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        """Gradient of log p_t at x, of x's shape."""
+        return self(x, t).score
+
+    def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        return super().__call__(x, t, **condition)
+
+
+class Given(ScoreModel):
+    """`model` with `condition` bound; conditions given later are added to it."""
+
+    def __init__(self, model: ScoreModel, condition: dict[str, Any]) -> None:
+        super().__init__(model.sde)
+        self.model, self.condition = model, condition
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        return self.model(x, t, **{**self.condition, **condition})
+
+
+class FromScore(ScoreModel):
+    """A score function (x, t) -> score, lifted to a model: noise = -sigma score, data = (x + sigma² score)/alpha."""
+
+    def __init__(self, sde: SDE, fn: Callable[..., Tensor]) -> None:
+        super().__init__(sde)
+        self.fn = fn
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        sigma = like(self.sde.sigma(t), x)
+        noise = -sigma * self.fn(x, t, **condition)
+        return Estimate((x - sigma * noise) / like(self.sde.alpha(t), x), noise, sigma)
+
+
+def from_score(sde: SDE, fn: Callable[..., Tensor]) -> ScoreModel:
+    """Lift any callable ``score(x, t) -> Tensor`` of x's shape to a model; an nn.Module's parameters come along."""
+    return FromScore(sde, fn)
+
+
+# A rule says what the network's output F means: data = skip x + out F and noise = lift x + gain F, as the matrix
+# ((skip, out), (lift, gain)). Each obeys alpha data + sigma noise = x for every F.
+Row = tuple[Tensor, Tensor]
+Rule = Callable[[Tensor, Tensor], tuple[Row, Row]]
+TimeMap = Callable[[Tensor, Tensor, Tensor], Tensor]  # (alpha, sigma, t) -> (B,)
+
+
+def predict_noise(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
+    """F = noise (Ho et al. 2020, eq. 12)."""
+    return (1 / alpha, -sigma / alpha), (torch.zeros_like(alpha), torch.ones_like(alpha))
+
+
+def predict_data(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
+    """F = data."""
+    return (torch.zeros_like(alpha), torch.ones_like(alpha)), (1 / sigma, -alpha / sigma)
+
+
+def predict_score(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
+    """F = score."""
+    return (1 / alpha, sigma**2 / alpha), (torch.zeros_like(alpha), -sigma)
+
+
+def predict_v(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
+    """F = alpha noise - sigma data (Salimans & Ho 2022, arXiv:2202.00512, section 4), here for any alpha and sigma."""
+    norm = alpha**2 + sigma**2
+    return (alpha / norm, -sigma / norm), (sigma / norm, alpha / norm)
+
+
+def predict_edm(alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> tuple[Row, Row]:
+    """F has unit variance and starts at its optimum for Gaussian data of standard deviation `sigma_data`.
+
+    Karras et al. 2022, table 1 and eq. 7, carried over from sigma/alpha to any alpha and sigma.
+    """
+    var = (alpha * sigma_data) ** 2 + sigma**2
+    std = var.sqrt()
+    return (alpha * sigma_data**2 / var, sigma * sigma_data / std), (sigma / var, -alpha * sigma_data / std)
+
+
+def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
+    """F = mean of x_{i-1} | x_i, x_0, the first parametrisation of Ho et al. 2020 (eq. 7-8); for a chain's SDE.
+
+    Raises ValueError where `sde` is not a chain's: a continuous SDE has no previous step.
+    """
+    steps = getattr(sde, "steps", None)
+    if steps is None:
+        raise ValueError(f'rule "mean" needs the SDE of a chain (DDPM(...).as_sde()), got {sde}; use rule="data"')
+    t = sde.time(2 * torch.log(alpha / sigma))
+    s = ((t * steps).round() - 1).clamp_min(0) / steps
+    scale, std = sde.transition(s, t)
+    keep, fresh = scale * (sde.sigma(s) / sigma) ** 2, sde.alpha(s) * (std / sigma) ** 2
+    skip, out = -keep / fresh, 1 / fresh
+    return (skip, out), ((1 - alpha * skip) / sigma, -alpha * out / sigma)
+
+
+RuleName = Literal["noise", "v", "data", "mean", "score", "edm"]
+RULES: dict[str, Rule] = {
+    "noise": predict_noise,
+    "v": predict_v,
+    "data": predict_data,
+    "score": predict_score,
+    "edm": predict_edm,
+}
+
+
+def label_time(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+    """999 t: score_sde's label of the VP SDEs, whatever the number of steps."""
+    return 999 * t
+
+
+def label_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+    """sigma/alpha: score_sde's label of the VE SDE, whose Fourier embedding takes its logarithm."""
+    return sigma / alpha
+
+
+def label_log_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+    """100 log(sigma/alpha): even in log-SNR, and spread over the frequencies of a sinusoidal embedding."""
+    return 100 * torch.log(sigma / alpha)
+
+
+def unscaled(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+    """1: the network sees x itself."""
+    return torch.ones_like(alpha)
+
+
+def unit_variance(alpha: Tensor, sigma: Tensor, t: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """1/sqrt(alpha² sigma_data² + sigma²): EDM's c_in, the network sees unit variance (Karras et al. 2022, eq. 7)."""
+    return torch.rsqrt((alpha * sigma_data) ** 2 + sigma**2)
+
+
+class Preconditioned(ScoreModel):
+    """A network F(scale · x, label) made a model by a rule, a label and an input scale.
+
+    Args:
+        network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,).
+        sde: whose marginals the model describes.
+        rule: what F means: "noise", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) -> 2×2 matrix.
+        label: (alpha, sigma, t) -> (B,), what the network is told about the time; the default is 999 t.
+        scale: (alpha, sigma, t) -> (B,), a factor of the network's input; the default is 1.
+
+    Raises ValueError for an unknown rule.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        sde: SDE,
+        rule: RuleName | Rule = "noise",
+        label: TimeMap = label_time,
+        scale: TimeMap = unscaled,
+    ) -> None:
+        super().__init__(sde)
+        named: dict[str, Rule] = {**RULES, "mean": partial(predict_mean, sde=sde)}
+        if isinstance(rule, str) and rule not in named:
+            raise ValueError(f"unknown rule {rule!r}; use one of {', '.join(named)} or a function (alpha, sigma)")
+        self.network, self.label, self.scale = network, label, scale
+        self.rule = named[rule] if isinstance(rule, str) else rule
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        t = t.expand(x.shape[0])
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        (skip, out), (lift, gain) = self.rule(alpha, sigma)
+        label = self.label(alpha, sigma, t).to(x.device)
+        label = label.to(x.dtype) if label.is_floating_point() else label
+        scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
+        y = self.network(scaled, label, **condition)
+        if y.shape != x.shape:
+            raise ValueError(f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}")
+        y = y.to(x.dtype)
+        return Estimate(
+            torch.addcmul(like(skip, x) * x, like(out, x), y),
+            torch.addcmul(like(lift, x) * x, like(gain, x), y),
+            like(sigma, x),
+        )

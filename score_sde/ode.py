@@ -1,0 +1,59 @@
+"""One ODE integrator for samplers and likelihoods: torchdiffeq's solvers, or scipy's RK45 as score_sde uses it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from scipy.integrate import solve_ivp
+from torch import Tensor
+from torchdiffeq import odeint
+
+Field = Callable[[Tensor, Tensor], Tensor]  # (t, y) -> dy/dt, with t () float64 on the CPU
+
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "RK45")
+FIXED = ("euler", "midpoint", "heun2", "rk4")
+MAX_STEPS = 20_000
+
+
+def integrate(
+    field: Field, y: Tensor, t0: float, t1: float, *, rtol: float, atol: float, method: str
+) -> tuple[Tensor, int]:
+    """Solve dy/dt = field(t, y) from t0 to t1 adaptively; return (y(t1), number of evaluations of `field`).
+
+    The error of a step is the root mean square of err/(atol + rtol |y|) over the whole tensor: all that is in `y`
+    shares one step size. "RK45" is scipy's, the reference of Song et al. 2021; all others are torchdiffeq's.
+    Raises ValueError for an unknown method, RuntimeError where the solver gives up.
+    """
+    if method not in ADAPTIVE:
+        raise ValueError(f"unknown adaptive ODE method {method!r}; use one of {', '.join(ADAPTIVE)}")
+    count = 0
+
+    def counted(t: Any, y: Tensor) -> Tensor:
+        nonlocal count
+        count += 1
+        # Steps end at t1 exactly; only the trial step that chooses the first step size may lie beyond it.
+        return field(torch.as_tensor(t, dtype=torch.float64, device="cpu").clamp(min(t0, t1), max(t0, t1)), y)
+
+    if method == "RK45":
+
+        def flat(t: float, state: np.ndarray) -> np.ndarray:
+            return counted(t, torch.from_numpy(state).to(y).reshape(y.shape)).flatten().double().cpu().numpy()
+
+        solution = solve_ivp(flat, (t0, t1), y.flatten().double().cpu().numpy(), rtol=rtol, atol=atol, method="RK45")
+        if not solution.success:
+            raise RuntimeError(f"RK45 stopped at t = {solution.t[-1]:.3g} of {t1:.3g}: {solution.message}")
+        return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), count
+
+    times = torch.tensor([t0, t1], dtype=y.dtype, device=y.device)
+    options = {"max_num_steps": MAX_STEPS, "step_t": times[1:]}
+    try:
+        end = odeint(counted, y, times, rtol=rtol, atol=atol, method=method, options=options)[-1]
+    except AssertionError as error:
+        raise RuntimeError(
+            f"{method} gave up after {count} evaluations between t = {t0:.3g} and {t1:.3g} ({error}); the problem is "
+            f"stiff or not finite: raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+        ) from error
+    return end, count

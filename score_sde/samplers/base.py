@@ -1,0 +1,109 @@
+"""What a sampler is, and the one door through which samples leave.
+
+A sampler walks a decreasing grid of times, yielding the state at each; one-step samplers define `step` and inherit the
+walk. Samplers are frozen values: printable, comparable, composable. They see randomness only as ``noise(like)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..model import ScoreModel
+from ..sdes import Noise
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Turns x at times[0] into x at times[-1]."""
+
+    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        """The state at s < t from the state x at t; t and s of shape () or (B,)."""
+        raise TypeError(f"{type(self).__name__} has no single step; run its walk over a grid of times")
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        """The states at times[1], times[2], ...; `times` is a decreasing 1-D float64 tensor on the CPU."""
+        for t, s in pairwise(times):
+            x = self.step(model, x, t, s, noise)
+            yield x
+
+
+def example_generators(seed: int, first: int, count: int, device: torch.device) -> list[torch.Generator]:
+    """One generator per example, seeded by a hash of (seed, first + i) alone."""
+    generators = []
+    for i in range(first, first + count):
+        state = np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]
+        generators.append(torch.Generator(device).manual_seed(int(state >> 1)))
+    return generators
+
+
+def noise_source(
+    shape: tuple[int, ...], seed: int | torch.Generator, first: int, dtype: torch.dtype, device: torch.device
+) -> Noise:
+    """The source of standard normal numbers for a batch: example i's draws depend on (seed, first + i) alone.
+
+    A torch.Generator in place of the seed gives one stream for the whole batch.
+    """
+    if isinstance(seed, torch.Generator):
+        return lambda like: torch.randn(like.shape, generator=seed, dtype=dtype, device=seed.device).to(device)
+    generators = example_generators(seed, first, shape[0], device)
+
+    def noise(like: Tensor) -> Tensor:
+        z = torch.empty(like.shape, dtype=dtype, device=device)
+        for row, generator in zip(z, generators, strict=True):
+            row.normal_(generator=generator)
+        return z
+
+    return noise
+
+
+@torch.no_grad()
+def sample(
+    model: ScoreModel,
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    times: Tensor,
+    *,
+    seed: int | torch.Generator = 0,
+    first: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    denoise: bool = False,
+    progress: bool = False,
+) -> Tensor:
+    """Draw from the prior and walk the sampler over `times`.
+
+    Args:
+        model: any score model.
+        sampler: e.g. ``Heun()`` or ``PredictorCorrector(ReverseDiffusion(), Langevin())``.
+        shape: (B, *shape) of the result.
+        times: decreasing 1-D grid from 1 to where sampling stops, e.g. ``times.uniform(model.sde, 1000)``.
+        seed: of the draws; example i's depend on (seed, first + i) alone, so results do not depend on the batch's size.
+            A torch.Generator gives one stream for the batch instead.
+        first: index of the batch's first example.
+        dtype, device: of the state; by default those of the model's first parameter or buffer, else float32 on the CPU.
+        denoise: return E[x_0 | x] at the last time instead of x.
+        progress: show a bar.
+
+    Returns x of shape `shape`. Raises ValueError for a grid that is not decreasing 1-D, or a shape without a batch.
+    """
+    if len(shape) < 1:
+        raise ValueError("shape must be (B, *shape), got ()")
+    if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
+        raise ValueError(f"times must be a decreasing 1-D grid of at least 2 values, got {times}; see score_sde.times")
+    like = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
+    dtype = dtype or (torch.float32 if like is None else like.dtype)
+    device = torch.device(device if device is not None else "cpu" if like is None else like.device)
+    times = times.to("cpu", torch.float64)
+    noise = noise_source(tuple(shape), seed, first, dtype, device)
+    x = model.sde.prior(shape, noise)
+    states = sampler.walk(model, x, times, noise)
+    for state in tqdm(states, total=len(times) - 1, desc="sampling", leave=False, disable=not progress):
+        x = state
+    return model(x, times[-1]).data if denoise else x
