@@ -154,7 +154,7 @@ class DDPM:
 
     @property
     def alpha_bar(self) -> Tensor:
-        """(N,) float64, products of 1 - beta up to and including i: x_i | x_0 ~ N(sqrt(alpha_bar) x_0, 1 - alpha_bar)."""
+        """(N,) float64, products of 1 - beta up to index i: x_i | x_0 ~ N(sqrt(alpha_bar) x_0, 1 - alpha_bar)."""
         return torch.exp(self._log_alpha_bar)
 
     @property
