@@ -1,0 +1,160 @@
+"""The blocks of the U-Net: label embedding, residual block, self-attention, the three ways of joining two branches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .layers import conv, group_norm, linear
+from .resample import Taps
+
+BlockKind = Literal["ddpm", "biggan"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Style:
+    """What all blocks of one network share."""
+
+    block: BlockKind
+    label_width: int | None  # None: blocks without a label
+    activation: Callable[[Tensor], Tensor]
+    groups: int | None
+    dropout: float
+    init_scale: float
+    skip_rescale: bool
+    fir: Taps | None
+    resample_conv: bool  # DDPM's blocks only: whether a convolution resamples
+    recompute: bool  # activation checkpointing
+
+    def norm(self, channels: int) -> nn.GroupNorm:
+        """Group normalisation by the network's rule."""
+        return group_norm(channels, self.groups)
+
+    def add(self, x: Tensor, h: Tensor) -> Tensor:
+        """x + h, divided by sqrt(2) if skip connections are rescaled to keep the variance."""
+        return (x + h).mul_(math.sqrt(0.5)) if self.skip_rescale else x + h
+
+
+class Sinusoidal(nn.Module):
+    """(B,) labels to (B, width): sines and cosines of label · 10000^(-i / (width/2 - 1)) (Vaswani et al. 2017).
+
+    Labels are expected to span about 1000, as 999 t does.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = self.outputs = width
+
+    def forward(self, label: Tensor) -> Tensor:
+        half = self.width // 2
+        index = torch.arange(half, dtype=label.dtype, device=label.device)
+        angles = label[:, None] * torch.exp(index * (-math.log(10_000) / max(half - 1, 1)))
+        return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.width % 2))
+
+
+class Fourier(nn.Module):
+    """(B,) positive labels to (B, 2 width): sines and cosines of 2π w log(label), w ~ N(0, scale²) drawn once.
+
+    Random Fourier features (Tancik et al. 2020, arXiv:2006.10739); the label of a VE network is sigma.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, width: int, scale: float) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", scale * torch.randn(width))
+        self.outputs = 2 * width
+
+    def forward(self, label: Tensor) -> Tensor:
+        angles = label.log()[:, None] * self.frequencies * (2 * math.pi)
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class LabelEmbedding(nn.Module):
+    """Features of the label, then two layers; (B,) to (B, outputs).
+
+    The activation at the end, which DDPM puts at the beginning of every block, is taken here once for all of them.
+    """
+
+    def __init__(self, features: Sinusoidal | Fourier, outputs: int, activation: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.features = features
+        self.hidden = linear(features.outputs, outputs)
+        self.out = linear(outputs, outputs)
+        self.activation = activation
+
+    def forward(self, label: Tensor) -> Tensor:
+        return self.activation(self.out(self.activation(self.hidden(self.features(label)))))
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(act(norm(conv(resample(act(norm(x)))) + label))), with x resampled and projected as needed.
+
+    Without `resample` this is DDPM's block (Ho et al. 2020), with it BigGAN's (Brock et al. 2019).
+    """
+
+    def __init__(self, inputs: int, outputs: int, style: Style, resample: nn.Module | None = None) -> None:
+        super().__init__()
+        self.norm1 = style.norm(inputs)
+        self.resample = nn.Identity() if resample is None else resample
+        self.conv1 = conv(inputs, outputs, 3)
+        self.label = None if style.label_width is None else linear(style.label_width, outputs)
+        self.norm2 = style.norm(outputs)
+        self.dropout = nn.Dropout(style.dropout)
+        self.conv2 = conv(outputs, outputs, 3, scale=style.init_scale)
+        # the published code starts the projection of DDPM's block smaller, like those of the attention
+        projection_scale = 0.1 if style.block == "ddpm" else 1.0
+        same = inputs == outputs and resample is None
+        self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, scale=projection_scale)
+        self.style = style
+
+    def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
+        if self.style.recompute and torch.is_grad_enabled():
+            return checkpoint(self.block, x, label, use_reentrant=False)
+        return self.block(x, label)
+
+    def block(self, x: Tensor, label: Tensor | None) -> Tensor:
+        activation = self.style.activation
+        h = self.resample(activation(self.norm1(x)))
+        h = self.conv1(h)
+        if self.label is not None:
+            h += self.label(label)[:, :, None, None]
+        h = self.conv2(self.dropout(activation(self.norm2(h))))
+        return self.style.add(self.shortcut(self.resample(x)), h)
+
+
+class Attention(nn.Module):
+    """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, one head."""
+
+    def __init__(self, channels: int, style: Style) -> None:
+        super().__init__()
+        self.norm = style.norm(channels)
+        self.qkv = conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
+        self.out = conv(channels, channels, 1, scale=style.init_scale)
+        self.style = style
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1 head, H W, 3 C)
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
+        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
+        return self.style.add(x, self.out(h))
+
+
+class Head(nn.Module):
+    """conv3x3(act(norm(x)))."""
+
+    def __init__(self, inputs: int, outputs: int, style: Style, scale: float) -> None:
+        super().__init__()
+        self.norm = style.norm(inputs)
+        self.conv = conv(inputs, outputs, 3, scale=scale)
+        self.activation = style.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.activation(self.norm(x)))

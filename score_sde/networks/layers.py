@@ -1,0 +1,62 @@
+"""Layers with DDPM's initialisation, and the activations: what all blocks are made of."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Activation = Literal["elu", "relu", "lrelu", "swish"]
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": F.elu,
+    "relu": F.relu,
+    "lrelu": partial(F.leaky_relu, negative_slope=0.2),
+    "swish": F.silu,
+}
+
+
+@torch.no_grad()
+def variance_scaling_(weight: Tensor, scale: float = 1.0) -> None:
+    """Fill with U(-b, b) of variance b²/3 = 2 scale / (fan_in + fan_out), as DDPM does (Ho et al. 2020).
+
+    A `scale` of 0, meant for the last layer of a branch, becomes 1e-10: the branch starts at nothing, but not at a
+    point where its weights are exactly zero.
+    """
+    fans = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
+    bound = math.sqrt(6 * max(scale, 1e-10) / fans)
+    weight.uniform_(-bound, bound)
+
+
+def conv(
+    inputs: int, outputs: int, size: int, *, stride: int = 1, padding: int | None = None, scale: float = 1.0
+) -> nn.Conv2d:
+    """A size x size convolution that keeps height and width unless told otherwise; bias 0."""
+    layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)
+    variance_scaling_(layer.weight, scale)
+    nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
+    return layer
+
+
+def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
+    """A fully connected layer; bias 0."""
+    layer = nn.Linear(inputs, outputs)
+    variance_scaling_(layer.weight, scale)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def group_norm(channels: int, groups: int | None) -> nn.GroupNorm:
+    """Group normalisation with eps 1e-6 and `groups` groups; None is NCSN++'s rule, min(channels // 4, 32).
+
+    Where the rule's number does not divide the channels (144 = 24 * 6), the largest smaller one that does is taken.
+    """
+    if groups is None:
+        groups = next(g for g in range(min(max(channels // 4, 1), 32), 0, -1) if channels % g == 0)
+    elif channels % groups:
+        raise ValueError(f"{channels} channels do not divide into groups={groups}; change width or use groups=None")
+    return nn.GroupNorm(groups, channels, eps=1e-6)

@@ -1,0 +1,106 @@
+"""The levels of a U-Net: what happens at one resolution on the way down, at the bottom, and on the way up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .blocks import Attention, ResidualBlock, Style
+from .resample import ConvDown, ConvUp, down, up
+
+
+class DownLevel(nn.Module):
+    """Residual blocks, each followed by attention, then the step to half the resolution where the pyramid enters."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        blocks: int,
+        attend: bool,
+        step: nn.Module | None,
+        entry: nn.Module,
+        style: Style,
+    ) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList(
+            Stage(inputs if i == 0 else outputs, outputs, attend, style) for i in range(blocks)
+        )
+        self.step, self.entry = step, entry
+
+    def forward(
+        self, h: Tensor, label: Tensor | None, pyramid: Tensor, skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        for stage in self.stages:
+            h = stage(h, label)
+            skips.append(h)
+        if self.step is not None:
+            h, pyramid = self.entry(take(self.step, h, label), pyramid)
+            skips.append(h)
+        return h, pyramid
+
+
+class Stage(nn.Module):
+    """A residual block and, if `attend`, attention."""
+
+    def __init__(self, inputs: int, outputs: int, attend: bool, style: Style) -> None:
+        super().__init__()
+        self.residual = ResidualBlock(inputs, outputs, style)
+        self.attention = Attention(outputs, style) if attend else nn.Identity()
+
+    def forward(self, h: Tensor, label: Tensor | None) -> Tensor:
+        return self.attention(self.residual(h, label))
+
+
+class Middle(nn.Module):
+    """The bottom of the U: two residual blocks around attention."""
+
+    def __init__(self, channels: int, style: Style) -> None:
+        super().__init__()
+        self.before = ResidualBlock(channels, channels, style)
+        self.attention = Attention(channels, style)
+        self.after = ResidualBlock(channels, channels, style)
+
+    def forward(self, h: Tensor, label: Tensor | None) -> Tensor:
+        return self.after(self.attention(self.before(h, label)), label)
+
+
+class UpLevel(nn.Module):
+    """Residual blocks that take in what the way down left, attention, a part of the output, the step to double size."""
+
+    def __init__(
+        self, inputs: Sequence[int], outputs: int, attend: bool, out: nn.Module, step: nn.Module | None, style: Style
+    ) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(ResidualBlock(width, outputs, style) for width in inputs)
+        self.attention = Attention(outputs, style) if attend else nn.Identity()
+        self.out, self.step = out, step
+
+    def forward(
+        self, h: Tensor, label: Tensor | None, pyramid: Tensor | None, skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor | None]:
+        for block in self.blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), label)
+        h, pyramid = self.out(self.attention(h), pyramid)
+        return (h if self.step is None else take(self.step, h, label)), pyramid
+
+
+def step_down(channels: int, style: Style) -> nn.Module:
+    """What halves the resolution between two levels."""
+    if style.block == "biggan":
+        return ResidualBlock(channels, channels, style, down(style.fir))
+    return ConvDown(channels, channels, style.fir) if style.resample_conv else down(style.fir)
+
+
+def step_up(channels: int, style: Style) -> nn.Module:
+    """What doubles the resolution between two levels."""
+    if style.block == "biggan":
+        return ResidualBlock(channels, channels, style, up(style.fir))
+    return ConvUp(channels, channels, style.fir) if style.resample_conv else up(style.fir)
+
+
+def take(step: nn.Module, h: Tensor, label: Tensor | None) -> Tensor:
+    """Only residual blocks look at the label."""
+    return step(h, label) if isinstance(step, ResidualBlock) else step(h)

@@ -1,0 +1,57 @@
+"""A residual fully connected network for vectors."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import Fourier, LabelEmbedding, Sinusoidal
+from .layers import linear
+
+
+class MLP(nn.Module):
+    """F(x, label) -> a tensor of x's shape, (B, features); label is (B,).
+
+    `depth` residual layers of `width` channels. Sinusoidal embeddings suit labels as 999 t, Fourier ones positive
+    labels as sigma.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        *,
+        width: int = 128,
+        depth: int = 3,
+        embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
+        fourier_scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        label = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
+        self.embed = LabelEmbedding(label, width, F.silu)
+        self.first = linear(features, width)
+        self.layers = nn.ModuleList(MLPLayer(width, dropout) for _ in range(depth))
+        self.last = linear(width, features, scale=0.0)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        embedded = self.embed(label.to(x.dtype))
+        h = self.first(x)
+        for layer in self.layers:
+            h = layer(h, embedded)
+        return self.last(F.silu(h))
+
+
+class MLPLayer(nn.Module):
+    """h + out(silu(inner(silu(h)) + label))."""
+
+    def __init__(self, width: int, dropout: float) -> None:
+        super().__init__()
+        self.inner = linear(width, width)
+        self.label = linear(width, width)
+        self.dropout = nn.Dropout(dropout)
+        self.out = linear(width, width, scale=0.0)
+
+    def forward(self, h: Tensor, label: Tensor) -> Tensor:
+        return h + self.out(self.dropout(F.silu(self.inner(F.silu(h)) + self.label(label))))

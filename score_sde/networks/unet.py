@@ -1,0 +1,159 @@
+"""One U-Net, whose options are DDPM's (Ho et al. 2020), DDPM++ and NCSN++ (Song et al. 2021, appendix H)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style
+from .layers import ACTIVATIONS, Activation, conv
+from .levels import DownLevel, Middle, UpLevel, step_down, step_up
+from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
+from .resample import Taps
+
+Embedding = Literal["sinusoidal", "fourier", None]
+Progressive = Literal["none", "output_skip", "residual"]
+ProgressiveInput = Literal["none", "input_skip", "residual"]
+
+
+class UNet(nn.Module):
+    """F(x, label) -> a tensor of x's shape, (B, channels, H, W); label is (B,).
+
+    The network knows neither an SDE nor what its output means. Height and width may be anything: they are padded
+    inside to multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
+
+    Args:
+        width: channels of the first level; level i has width * multipliers[i] and 1/2^i of the resolution.
+        blocks: residual blocks of a level on the way down; one more on the way up.
+        attention, image_size: there is self-attention in the levels i where image_size // 2^i is in `attention`.
+        block: where the resolution changes: "biggan" in a block; "ddpm" between two (by a convolution if `resample_conv`).
+        embedding: "sinusoidal" suits labels as 999 t, "fourier" positive labels as sigma, None ignores the label.
+        fir: taps of the resampling filter, such as (1, 3, 3, 1); None: means and repetition.
+        skip_rescale: divide sums of two branches by sqrt(2).
+        progressive: how the output is gathered from the levels: "output_skip" sums images, "residual" features.
+        progressive_input: how the shrunk input enters the levels.
+        combine: whether "input_skip" adds the input's projection or concatenates it.
+        groups: of group normalisation; None is min(channels // 4, 32).
+        init_scale: of the last convolution of every branch, relative to the others.
+        centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
+        checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
+
+    Raises ValueError for an unknown name or an impossible size.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        blocks: int = 4,
+        attention: Sequence[int] = (16,),
+        image_size: int = 32,
+        dropout: float = 0.1,
+        block: BlockKind = "biggan",
+        embedding: Embedding = "sinusoidal",
+        fourier_scale: float = 16.0,
+        fir: Taps | None = None,
+        resample_conv: bool = True,
+        skip_rescale: bool = True,
+        progressive: Progressive = "none",
+        progressive_input: ProgressiveInput = "none",
+        combine: Combine = "sum",
+        activation: Activation = "swish",
+        groups: int | None = None,
+        init_scale: float = 0.0,
+        centered: bool = True,
+        checkpoint_activations: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value, kind in [
+            ("block", block, BlockKind),
+            ("embedding", embedding, Embedding),
+            ("progressive", progressive, Progressive),
+            ("progressive_input", progressive_input, ProgressiveInput),
+            ("combine", combine, Combine),
+            ("activation", activation, Activation),
+        ]:
+            if value not in get_args(kind):
+                raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(map(repr, get_args(kind)))}")
+        act = ACTIVATIONS[activation]
+        style = Style(
+            block=block,
+            label_width=None if embedding is None else 4 * width,
+            activation=act,
+            groups=groups,
+            dropout=dropout,
+            init_scale=init_scale,
+            skip_rescale=skip_rescale,
+            fir=fir,
+            resample_conv=resample_conv,
+            recompute=checkpoint_activations,
+        )
+        self.centered = centered
+        self.multiple = 2 ** (len(multipliers) - 1)
+        widths = [width * m for m in multipliers]
+        attends = [image_size // 2**i in attention for i in range(len(widths))]
+
+        # Parts are made in the order in which they run, which is also the order of score_sde_pytorch's parameters.
+        self.embed = None
+        if embedding is not None:
+            waves = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
+            self.embed = LabelEmbedding(waves, 4 * width, act)
+        self.first = conv(channels, width, 3)
+
+        skips = [width]  # channels of what the way down leaves for the way up
+        pyramid = channels
+        self.down = nn.ModuleList()
+        for outputs, attend in zip(widths[:-1], attends[:-1]):
+            entry: nn.Module = NoPyramid()
+            above = skips[-1]
+            skips += [outputs] * (blocks + 1)
+            if progressive_input == "input_skip":
+                entry = InputSkip(channels, outputs, combine, style)
+                skips[-1] = 2 * outputs if combine == "cat" else outputs
+            elif progressive_input == "residual":
+                entry, pyramid = InputResidual(pyramid, outputs, style), outputs
+            self.down.append(DownLevel(above, outputs, blocks, attend, step_down(outputs, style), entry, style))
+        self.down.append(DownLevel(skips[-1], widths[-1], blocks, attends[-1], None, NoPyramid(), style))
+        skips += [widths[-1]] * blocks
+
+        h = widths[-1]
+        self.middle = Middle(h, style)
+
+        self.up = nn.ModuleList()
+        for outputs, attend in zip(reversed(widths), reversed(attends)):
+            out: nn.Module = NoPyramid()
+            if progressive == "output_skip":
+                out = OutputSkip(outputs, channels, style)
+            elif progressive == "residual":
+                out = OutputResidual(h, outputs, style) if len(self.up) else OutputSeed(outputs, style)
+            inputs = [h + skips.pop()] + [outputs + skips.pop() for _ in range(blocks)]
+            step = step_up(outputs, style) if skips else None
+            self.up.append(UpLevel(inputs, outputs, attend, out, step, style))
+            h = outputs
+
+        self.head = None if progressive == "output_skip" else Head(h, channels, style, init_scale)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        excess = (-width % self.multiple, -height % self.multiple)
+        if any(excess):
+            x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
+        if not self.centered:
+            x = 2 * x - 1
+        embedded = None if self.embed is None else self.embed(label.to(x.dtype))
+
+        h, shrunk = self.first(x), x
+        skips = [h]
+        for level in self.down:
+            h, shrunk = level(h, embedded, shrunk, skips)
+        h = self.middle(h, embedded)
+        gathered: Tensor | None = None
+        for level in self.up:
+            h, gathered = level(h, embedded, gathered, skips)
+        out: Tensor = gathered if self.head is None else self.head(h)
+        return out[..., :height, :width] if any(excess) else out
