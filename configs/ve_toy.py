@@ -1,0 +1,23 @@
+"""Eight Gaussians on a circle, with the VE SDE and the PC sampler of Song et al. 2021 (algorithms 2 and 4).
+
+As vp_toy in all else; sigma_max is several times the largest distance between data, the advice of Song & Ermon 2020.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from score_sde.config import load
+
+
+def get_config() -> ConfigDict:
+    config = load(Path(__file__).with_name("vp_toy.py"))
+    config.training.sde = "vesde"
+    config.sampling.predictor = "reverse_diffusion"
+    config.sampling.corrector = "langevin"
+    config.sampling.t_min = 1e-5
+    config.model.sigma_max = 10.0
+    config.model.label = "sigma"
+    config.model.embedding_type = "fourier"
+    config.model.fourier_scale = 1.0
+    return config

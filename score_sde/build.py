@@ -1,0 +1,217 @@
+"""From a config's names to the package's values: the only tables of names, each a dict one can read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from . import model as models
+from .chains import DDPM, SMLD
+from .model import Preconditioned, TimeMap
+from .networks import MLP, UNet
+from .ode import ADAPTIVE, FIXED
+from .samplers import (
+    DDIM,
+    AdaptiveODE,
+    Ancestral,
+    AnnealedLangevin,
+    EulerMaruyama,
+    FixedODE,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    times,
+)
+from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
+
+SDES: dict[str, Callable[[ConfigDict], SDE]] = {
+    "vpsde": lambda m: VPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
+    "subvpsde": lambda m: SubVPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
+    "vesde": lambda m: VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
+    "cosine": lambda m: CosineSDE(t_min=m.t_min),
+    "edm": lambda m: EDMSDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
+}
+CHAINS: dict[str, Callable[[ConfigDict], DDPM | SMLD]] = {
+    "vpsde": lambda m: DDPM.from_sde(VPSDE(beta_min=m.beta_min, beta_max=m.beta_max), m.num_scales),
+    "vesde": lambda m: SMLD.from_sde(VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max), m.num_scales),
+}
+RULES = (*models.RULES, "mean")
+LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
+    "time": lambda m: models.label_time,
+    "sigma": lambda m: models.label_sigma,
+    "log_sigma": lambda m: models.label_log_sigma,
+    "index": lambda m: partial(_label_index, n=m.num_scales),
+}
+EMBEDDINGS: dict[str, Literal["sinusoidal", "fourier"]] = {"positional": "sinusoidal", "fourier": "fourier"}
+PREDICTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
+    "euler_maruyama": lambda s: FixedODE("euler") if s.probability_flow else EulerMaruyama(),
+    "reverse_diffusion": lambda s: ReverseDiffusion(flow=s.probability_flow),
+    "ancestral_sampling": lambda s: Ancestral(),
+    "none": lambda s: None,
+}
+CORRECTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
+    "langevin": lambda s: Langevin(snr=s.snr, steps=s.n_steps_each),
+    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
+    "none": lambda s: None,
+}
+METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
+    "pc": lambda s: _predictor_corrector(PREDICTORS[s.predictor](s), CORRECTORS[s.corrector](s)),
+    "ode": lambda s: (
+        FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
+    ),
+    "ddim": lambda s: DDIM(eta=s.eta),
+    "heun": lambda s: Heun(),
+}
+GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
+    "uniform": times.uniform,
+    "quadratic": times.quadratic,
+    "log_snr": times.log_snr,
+    "karras": times.karras,
+}
+
+
+def build_sde(config: ConfigDict) -> SDE:
+    """The forward SDE; for a discrete model its chain's curves in continuous time."""
+    return SDES[config.training.sde](config.model) if config.training.continuous else build_chain(config).as_sde()
+
+
+def build_chain(config: ConfigDict) -> DDPM | SMLD:
+    """The chain of a discrete model (training.continuous=False)."""
+    return CHAINS[config.training.sde](config.model)
+
+
+def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The network for examples of `shape`, (C, H, W) for U-Nets and (D,) for the MLP; its weights depend on seed alone.
+
+    Raises ValueError where network and shape do not fit.
+    """
+    m = config.model
+    if len(shape) != (1 if m.name == "mlp" else 3):
+        wanted = "vectors, (D,)" if m.name == "mlp" else "images, (C, H, W)"
+        raise ValueError(f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return NETWORKS[m.name](config, shape)
+
+
+def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    m = config.model
+    return MLP(
+        shape[0],
+        width=m.hidden,
+        depth=m.depth,
+        embedding=EMBEDDINGS[m.embedding_type],
+        fourier_scale=m.fourier_scale,
+        dropout=m.dropout,
+    )
+
+
+def _ddpm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """Ho et al. 2020's U-Net, with GroupNorm of 32 groups."""
+    return _unet(
+        config,
+        shape,
+        block="ddpm",
+        embedding="sinusoidal" if config.model.conditional else None,
+        skip_rescale=False,
+        groups=32,
+    )
+
+
+def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """DDPM++ and NCSN++ of Song et al. 2021, appendix H."""
+    m = config.model
+    return _unet(
+        config,
+        shape,
+        block=m.resblock_type,
+        embedding=EMBEDDINGS[m.embedding_type] if m.conditional else None,
+        fourier_scale=m.fourier_scale,
+        fir=m.fir_kernel if m.fir else None,
+        skip_rescale=m.skip_rescale,
+        progressive=m.progressive,
+        progressive_input=m.progressive_input,
+        combine=m.progressive_combine,
+        init_scale=m.init_scale,
+    )
+
+
+def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:
+    """What both have in common, and the options in which they differ."""
+    m = config.model
+    return UNet(
+        shape[0],
+        width=m.nf,
+        multipliers=m.ch_mult,
+        blocks=m.num_res_blocks,
+        attention=m.attn_resolutions,
+        image_size=max(shape[1:]),
+        dropout=m.dropout,
+        activation=m.nonlinearity,
+        resample_conv=m.resamp_with_conv,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
+        **options,
+    )
+
+
+NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
+    "ddpm": _ddpm,
+    "ncsnpp": _ncsnpp,
+    "mlp": _mlp,
+}
+
+
+def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
+    """The score model with a fresh network for examples of `shape`."""
+    m = config.model
+    edm = m.rule == "edm"
+    return Preconditioned(
+        build_network(config, shape),
+        build_sde(config),
+        rule=partial(models.predict_edm, sigma_data=m.sigma_data) if edm else m.rule,
+        label=LABELS[m.label](m),
+        scale=partial(models.unit_variance, sigma_data=m.sigma_data) if edm else models.unscaled,
+    )
+
+
+def build_sampler(config: ConfigDict) -> Sampler:
+    """The sampler that the section sampling describes."""
+    return METHODS[config.sampling.method](config.sampling)
+
+
+def build_times(config: ConfigDict, sde: SDE) -> Tensor:
+    """The times to sample on, decreasing from 1; for `sample(..., denoise=config.sampling.noise_removal)`.
+
+    A continuous model stops at sampling.t_min. A discrete one visits sampling.steps of its chain's steps and stops at
+    the first, from where the estimate of the clean data is the chain's own last step. Adaptive solvers get both ends.
+    """
+    s = config.sampling
+    adaptive = s.method == "ode" and s.ode_method in ADAPTIVE
+    if config.training.continuous:
+        return GRIDS[s.grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
+    n = config.model.num_scales
+    return torch.linspace(n, 1, 2 if adaptive else s.steps, dtype=torch.float64).round() / n
+
+
+def _label_index(alpha: Tensor, sigma: Tensor, t: Tensor, n: int) -> Tensor:
+    """N t - 1: the index of a chain's step, 0 for all times before the first."""
+    return (n * t - 1).clamp_min(0)
+
+
+def _predictor_corrector(predictor: Sampler | None, corrector: Sampler | None) -> Sampler:
+    """Both, or the one there is; `validate` refuses none."""
+    if predictor is not None and corrector is not None:
+        return PredictorCorrector(predictor, corrector)
+    one = predictor or corrector
+    if one is None:
+        raise ValueError("sampling.predictor and sampling.corrector are both none: nothing would move; choose one")
+    return one

@@ -1,0 +1,539 @@
+"""Configs: one locked `ConfigDict` with score_sde's sections and key names.
+
+A config file is Python with ``get_config()`` and states differences only: from `default_config`, or from another file
+by ``load(Path(__file__).with_name("vp_cifar.py"))``. `load` reads it, applies what the command line overrides, and
+refuses unknown keys and impossible values in one sentence, with their path and the nearest right name. `build.py` turns
+the names into values of the package; the mathematics above knows of no config.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import json
+import math
+import runpy
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NoReturn
+
+import torch
+from ml_collections import ConfigDict
+
+from .build import CHAINS, CORRECTORS, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
+from .ode import ADAPTIVE, FIXED
+from .toys import TOYS
+
+
+def default_config() -> ConfigDict:
+    """Every key with its default, locked: score_sde's common settings for CIFAR-10, and what this package adds."""
+    return ConfigDict(
+        {
+            "seed": 42,  # of initial weights, data order, times and noise in training
+            "device": "auto",  # "auto": a GPU where there is one; else a name of torch's: cpu, cuda, cuda:1, mps
+            "training": {
+                "sde": "vpsde",  # what noise does to data
+                "continuous": True,  # False: train on the num_scales steps of DDPM (vpsde) or SMLD (vesde)
+                "n_iters": 1_300_000,  # training stops after this many steps
+                "batch_size": 128,  # examples per step, in total over all processes and accumulated parts
+                "accumulate": 1,  # parts in which a batch is computed, to save memory
+                "likelihood_weighting": False,  # weight the noise error by (g/sigma)² instead of 1
+                "reduce_mean": True,  # a loss is a mean over dimensions; False: half the sum
+                "time": "uniform",  # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased)
+                "low_discrepancy": False,  # spread the times of a batch evenly
+                "precision": "float32",  # bfloat16: the network runs in autocast
+                "compile": False,  # torch.compile the network
+                "channels_last": False,  # memory format of images and weights
+                "checkpoint_activations": False,  # recompute activations in the backward pass, to save memory
+                "log_freq": 50,  # steps between lines of the log
+                "eval_freq": 100,  # steps between losses on held-out data
+                "snapshot_freq": 10_000,  # steps between checkpoints
+                "snapshot_sampling": True,  # a grid of samples with every checkpoint
+                "keep_last": 3,  # how many of the latest checkpoints stay
+                "keep_every": 5,  # every n-th checkpoint stays for good; 0: none
+            },
+            "sampling": {
+                "method": "pc",  # pc (predictor and corrector), ode (the solver ode_method), ddim or heun
+                "predictor": "euler_maruyama",
+                "corrector": "none",
+                "snr": 0.16,  # signal-to-noise ratio of the corrector's step
+                "n_steps_each": 1,  # corrector steps per predictor step
+                "probability_flow": False,  # predict along the probability flow, without noise
+                "noise_removal": True,  # end with the estimate of the clean data
+                "eta": 0.0,  # ddim: 0 draws no noise, 1 is ancestral sampling
+                "steps": 1000,  # predictor steps; adaptive solvers choose their own
+                "grid": "uniform",  # where the steps lie: evenly in t, sqrt(t), log-SNR or (sigma/alpha)^(1/7)
+                "t_min": 1e-3,  # time at which sampling stops (a discrete model stops at its first step)
+                "ode_method": "RK45",  # adaptive or fixed-step solver of method "ode"
+                "rtol": 1e-5,  # relative tolerance of adaptive solvers
+                "atol": 1e-5,  # absolute tolerance of adaptive solvers
+                "batch_size": 64,  # examples sampled together; does not change the samples
+                "num_samples": 64,
+                "seed": 0,  # sample i depends on (seed, i) alone
+                "single_png": False,  # also a PNG of every sample
+                "weights": "ema",  # of the network: their moving average, or raw
+            },
+            "eval": {
+                "split": "test",  # whose bits/dim or log-likelihood
+                "num_images": 0,  # the first n; 0: all
+                "batch_size": 64,
+                "dequantizations": 1,  # draws of uniform noise per image, averaged
+                "probe": "rademacher",  # of the divergence: rademacher, gaussian, or exact (one pass per dimension)
+                "probes": 1,  # per example, averaged
+                "t_min": 1e-5,  # time at which the image stands
+                "ode_method": "dopri5",
+                "rtol": 1e-5,
+                "atol": 1e-5,
+                "seed": 0,  # of dequantisation and probes
+                "weights": "ema",
+            },
+            "data": {
+                "dataset": "cifar10",  # files: a folder or zip of images, a .npy or .npz at data.path
+                "path": "",  # where the data lie; "": the usual place, data/
+                "image_size": 32,  # files are cropped to a square of this size; 0: left as they are
+                "num_channels": 3,  # files are made grey (1) or RGB (3); 0: as they are
+                "random_flip": True,  # mirror training images with probability 1/2
+                "centered": True,  # pixels in [-1, 1]; False: [0, 1]
+                "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
+            },
+            "model": {
+                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), mlp for vectors
+                "rule": "noise",  # what the network's output means
+                "label": "time",  # what it is told of t: 999 t, sigma/alpha, 100 log(sigma/alpha), or the chain's index
+                "sigma_data": 0.5,  # root mean square of the data as the model sees them; for rule edm
+                "sigma_min": 0.01,  # noise at t = 0 (vesde, edm)
+                "sigma_max": 50.0,  # noise at t = 1 (vesde, edm)
+                "beta_min": 0.1,  # noise rate at t = 0 (vpsde, subvpsde)
+                "beta_max": 20.0,  # noise rate at t = 1 (vpsde, subvpsde)
+                "num_scales": 1000,  # steps of the chain, where training.continuous is False
+                "t_min": 1e-5,  # smallest time trained on
+                "nf": 128,  # channels of the finest level
+                "ch_mult": (1, 2, 2, 2),  # channels of the levels, in units of nf
+                "num_res_blocks": 4,  # residual blocks per level
+                "attn_resolutions": (16,),  # image sizes of the levels with attention
+                "dropout": 0.1,
+                "embedding_type": "positional",  # of the label: sinusoidal, or random Fourier features of its logarithm
+                "fourier_scale": 16.0,  # standard deviation of the random frequencies
+                "conditional": True,  # tell the network the label at all
+                "resamp_with_conv": True,  # ddpm blocks: resample by convolution
+                "fir": False,  # resample with the kernel fir_kernel; else nearest and average
+                "fir_kernel": (1, 3, 3, 1),
+                "skip_rescale": True,  # divide sums of two branches by sqrt(2)
+                "resblock_type": "biggan",  # residual blocks resample inside (biggan) or between (ddpm)
+                "progressive": "none",  # how the output is gathered from the levels
+                "progressive_input": "none",  # how the input is fed to the levels
+                "progressive_combine": "sum",  # how that input joins
+                "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
+                "nonlinearity": "swish",
+                "hidden": 128,  # mlp: width
+                "depth": 3,  # mlp: hidden layers
+                "ema_rate": 0.9999,  # decay of the moving average of the weights, per step
+                "ema_halflife": 0,  # its half-life in training examples instead; 0: use ema_rate
+            },
+            "optim": {
+                "optimizer": "Adam",
+                "lr": 2e-4,
+                "beta1": 0.9,
+                "beta2": 0.999,
+                "eps": 1e-8,
+                "weight_decay": 0.0,
+                "warmup": 5000,  # steps over which the learning rate rises from 0
+                "decay": 0.0,  # last fraction of the run, over which it falls to 0
+                "grad_clip": 1.0,  # largest norm of the gradient; negative: no clipping
+            },
+        }
+    ).lock()
+
+
+# What names may be. The dicts are build.py's.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "training.sde": tuple(SDES),
+    "training.time": ("uniform", "log_snr", "importance"),
+    "training.precision": ("float32", "bfloat16"),
+    "sampling.method": tuple(METHODS),
+    "sampling.predictor": tuple(PREDICTORS),
+    "sampling.corrector": tuple(CORRECTORS),
+    "sampling.grid": tuple(GRIDS),
+    "sampling.ode_method": ADAPTIVE + FIXED,
+    "sampling.weights": ("ema", "raw"),
+    "eval.split": ("test", "train"),
+    "eval.probe": ("rademacher", "gaussian", "exact"),
+    "eval.ode_method": ADAPTIVE,
+    "eval.weights": ("ema", "raw"),
+    "data.dataset": ("cifar10", "digits", "files", *TOYS),
+    "model.name": ("ddpm", "ncsnpp", "mlp"),
+    "model.rule": RULES,
+    "model.label": tuple(LABELS),
+    "model.embedding_type": ("positional", "fourier"),
+    "model.resblock_type": ("biggan", "ddpm"),
+    "model.progressive": ("none", "output_skip", "residual"),
+    "model.progressive_input": ("none", "input_skip", "residual"),
+    "model.progressive_combine": ("sum", "cat"),
+    "model.nonlinearity": ("swish", "elu", "relu", "lrelu"),
+    "optim.optimizer": ("Adam", "AdamW"),
+}
+
+# What numbers may be, in the words of the refusal; others may be any finite number.
+LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
+    "at least 1": (
+        lambda v: v >= 1,
+        """training.n_iters training.batch_size training.accumulate training.log_freq training.eval_freq
+        training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps sampling.batch_size
+        sampling.num_samples eval.batch_size eval.dequantizations eval.probes model.num_scales model.nf
+        model.num_res_blocks model.hidden model.depth""",
+    ),
+    "at least 0": (
+        lambda v: v >= 0,
+        """seed sampling.seed eval.seed training.keep_every sampling.eta eval.num_images data.image_size
+        data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
+    ),
+    "above 0": (
+        lambda v: v > 0,
+        """sampling.snr sampling.rtol sampling.atol eval.rtol eval.atol model.sigma_data model.sigma_min model.sigma_max
+        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps""",
+    ),
+    "at least 0 and below 1": (
+        lambda v: 0 <= v < 1,
+        "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
+    ),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay"),
+}
+
+# score_sde's keys that are something else here.
+MOVED = {
+    "training.snapshot_freq_for_preemption": "set training.snapshot_freq (every checkpoint can be resumed)",
+    "eval.enable_bpd": "use --mode likelihood",
+    "eval.enable_loss": "use --mode evaluate",
+    "eval.enable_sampling": "use --mode sample",
+    "eval.bpd_dataset": "set eval.split",
+    "eval.num_samples": "set sampling.num_samples",
+    "model.scale_by_sigma": "set model.rule (noise: the score is the network's output over -sigma)",
+}
+
+
+def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDict:
+    """The validated, locked config of a file, with some keys overridden.
+
+    Args:
+        path: a Python file with ``get_config()``, or a `config.json` as training leaves it in a workdir.
+        overrides: dotted key to value, as the command line spells them: ``{"training.n_iters": "1000"}``.
+
+    Raises FileNotFoundError for a missing file and ValueError for whatever is wrong in it or in the overrides.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = sorted(p.name for p in path.parent.glob("*.py"))
+        near = _nearest(path.stem, [p.removesuffix(".py") for p in there])
+        hint = f"did you mean {path.with_name(near + '.py')}?" if near else "give the path of a config file"
+        others = f" (there are {', '.join(there)})" if there else ""
+        raise FileNotFoundError(f"there is no config file {path}; {hint}{others}")
+    config = default_config()
+    given = from_json(path) if path.suffix == ".json" else _run(path)
+    for key, value in _flat(given).items():
+        _set(config, key, value, f"{path}: ")
+    for key, text in (overrides or {}).items():
+        _set(config, key, _parse(key, text))
+    validate(config)
+    return config
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(other arguments, overrides): takes ``--config.section.key=value`` and ``--config.section.key value`` out.
+
+    A bare ``--config.section.key`` means true for a switch. Raises ValueError where another key has no value.
+    """
+    defaults = _defaults()
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith(("--config.", "-config.")):
+            rest.append(word)
+            continue
+        key, equals, value = word.split("config.", 1)[1].partition("=")
+        if not equals:
+            if queue and not queue[0].startswith("--"):
+                value = queue.pop(0)
+            elif isinstance(defaults.get(key), bool):
+                value = "true"
+            elif key in defaults:
+                raise ValueError(f"--config.{key} needs a value, as in --config.{key}={defaults[key]}")
+        overrides[key] = value
+    return rest, overrides
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise ValueError, in one sentence, for the first value that is impossible by itself or beside the others."""
+    for key, value in _flat(config).items():
+        _check(key, value)
+    t, s, e, d, m = config.training, config.sampling, config.eval, config.data, config.model
+    discrete = not t.continuous
+    if config.device != "auto":
+        try:
+            torch.device(config.device)
+        except RuntimeError:
+            raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}") from None
+
+    def refuse(wrong: bool, sentence: str) -> None:
+        if wrong:
+            raise ValueError(sentence)
+
+    refuse(
+        t.batch_size % t.accumulate != 0,
+        f"training.batch_size={t.batch_size} is not divisible by training.accumulate={t.accumulate}",
+    )
+    refuse(
+        discrete and t.sde not in CHAINS,
+        f"training.continuous=False needs training.sde to be one of {', '.join(CHAINS)}, got {t.sde!r}",
+    )
+    refuse(
+        discrete and (t.time != "uniform" or t.likelihood_weighting),
+        "training.continuous=False draws the chain's steps evenly: leave training.time=uniform and "
+        "training.likelihood_weighting=False",
+    )
+    refuse(
+        t.time == "importance" and not t.likelihood_weighting,
+        "training.time=importance samples t by the likelihood weight: set training.likelihood_weighting=True",
+    )
+    refuse(
+        t.time == "log_snr" and t.likelihood_weighting,
+        "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False",
+    )
+    refuse(
+        m.sigma_min >= m.sigma_max,
+        f"model.sigma_min={m.sigma_min:g} must be below model.sigma_max={m.sigma_max:g}",
+    )
+    refuse(m.beta_min > m.beta_max, f"model.beta_min={m.beta_min:g} must not exceed model.beta_max={m.beta_max:g}")
+    refuse(
+        discrete and t.sde == "vpsde" and m.beta_max >= m.num_scales,
+        f"a chain of model.num_scales={m.num_scales} steps is too coarse for model.beta_max={m.beta_max:g}: "
+        f"beta_max/num_scales must be below 1",
+    )
+    vanishing = t.sde in ("vpsde", "subvpsde", "cosine")
+    for name, t_min in (("model.t_min", m.t_min), ("sampling.t_min", s.t_min), ("eval.t_min", e.t_min)):
+        refuse(
+            vanishing and not discrete and t_min == 0,
+            f"{name} must be above 0 for training.sde={t.sde}: its score diverges at 0; 1e-5 is usual",
+        )
+    refuse(
+        (m.label == "index" or m.rule == "mean") and not discrete,
+        "model.label=index and model.rule=mean need the steps of a chain: set training.continuous=False",
+    )
+    fourier = m.embedding_type == "fourier" and m.name != "ddpm"
+    refuse(
+        fourier and m.label != "sigma",
+        f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",
+    )
+    refuse(
+        not fourier and m.label == "sigma",
+        "model.embedding_type=positional expects labels of the size of 999 t: set model.label=log_sigma, not 'sigma'",
+    )
+    refuse(
+        len(m.ch_mult) == 0 or min(m.ch_mult) < 1,
+        f"model.ch_mult must hold positive integers, one per level, got {m.ch_mult}",
+    )
+    refuse(
+        m.name == "mlp" and (d.dataset not in TOYS and d.dataset != "files"),
+        f"model.name=mlp is for vectors; for the images of data.dataset={d.dataset} use ncsnpp or ddpm",
+    )
+    refuse(
+        m.name != "mlp" and d.dataset in TOYS,
+        f"model.name={m.name} is for images; for the vectors of data.dataset={d.dataset} use mlp",
+    )
+    refuse(
+        d.random_flip and d.dataset in TOYS,
+        f"data.random_flip mirrors images; for the vectors of data.dataset={d.dataset} set it to False",
+    )
+    refuse(
+        s.method == "pc" and s.predictor == s.corrector == "none",
+        "sampling.predictor and sampling.corrector are both none: nothing would move; choose one",
+    )
+    refuse(
+        s.method == "pc" and s.probability_flow and s.predictor == "ancestral_sampling",
+        "sampling.probability_flow has no ancestral_sampling: use the predictor reverse_diffusion, or method ddim",
+    )
+    refuse(
+        discrete and s.grid != "uniform",
+        f"training.continuous=False samples on the chain's steps: sampling.grid must be uniform, got {s.grid!r}",
+    )
+    refuse(
+        discrete and not 2 <= s.steps <= m.num_scales,
+        f"sampling.steps must be between 2 and the chain's model.num_scales={m.num_scales}, got {s.steps}",
+    )
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text; `from_json` gives back an equal config."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(path: str | Path) -> ConfigDict:
+    """The config that a workdir's config.json holds; keys that a file of an older version lacks have their defaults.
+
+    Raises FileNotFoundError, or ValueError for text that is no config of this package.
+    """
+    try:
+        given = json.loads(Path(path).read_text())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no config {path}; training writes it into its workdir") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{path} holds no config: a JSON object with training, model, ... is expected")
+    config = default_config()
+    for key, value in _flat(given).items():
+        _set(config, key, value, f"{path}: ")
+    return config
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Lines "section.key: old -> new" for all keys that differ."""
+    a, b = _flat(old), _flat(new)
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+# Reading: flat dotted keys, and sentences about what is wrong with them.
+
+
+def _flat(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of all that is no section."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        inside = isinstance(value, (ConfigDict, dict))
+        flat |= _flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
+    return flat
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    return _flat(default_config())
+
+
+def _nearest(word: str, words: list[str] | tuple[str, ...]) -> str | None:
+    return next(iter(difflib.get_close_matches(word, words, n=1, cutoff=0.5)), None)
+
+
+def _unknown(key: str, where: str = "") -> NoReturn:
+    """Refuse a key that does not exist, with the nearest that does: the right spelling, or the right section."""
+    sections = [name for name, value in default_config().items() if isinstance(value, ConfigDict)]
+    section, _, name = key.rpartition(".")
+
+    def likeness(other: str) -> float:
+        whole = difflib.SequenceMatcher(None, key, other).ratio()
+        return whole + difflib.SequenceMatcher(None, name, other.rpartition(".")[2]).ratio()
+
+    best = max([*_defaults(), *sections], key=likeness)
+    if key in MOVED:
+        hint = f"{MOVED[key]} instead"
+    elif key in sections or (section in sections and likeness(best) < 1.2):
+        section = key if key in sections else section
+        hint = f"the section {section} has {', '.join(default_config()[section])}"
+    elif likeness(best) < 1.2:
+        hint = f"there are seed, device and the sections {', '.join(sections)}"
+    else:
+        hint = f"did you mean '{best}'?"
+    raise ValueError(f"{where}unknown config key '{key}'; {hint}")
+
+
+def _check(key: str, value: Any, where: str = "") -> Any:
+    """`value` as the type that `key` has, or a ValueError that says what it may be."""
+    if key not in _defaults():
+        _unknown(key, where)
+    kind = type(_defaults()[key])
+    if kind is float and type(value) is int:
+        value = float(value)
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    sound = type(value) is kind and (kind is not tuple or all(type(v) is int for v in value))
+    if not sound or (kind is float and not math.isfinite(value)):
+        raise ValueError(f"{where}{key} must be {_KINDS[kind]}, got {value!r}")
+    if key in CHOICES and value not in CHOICES[key]:
+        near = _nearest(value.lower(), CHOICES[key])
+        hint = f"; did you mean '{near}'?" if near else ""
+        raise ValueError(f"{where}{key} must be one of {', '.join(CHOICES[key])}, got '{value}'{hint}")
+    for words, (holds, keys) in LIMITS.items():
+        if key in keys.split() and not holds(value):
+            raise ValueError(f"{where}{key} must be {words}, got {value!r}")
+    return value
+
+
+def _set(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
+    value = _check(key, value, where)
+    section, _, name = key.rpartition(".")
+    (config[section] if section else config)[name] = value
+
+
+def _parse(key: str, text: str) -> Any:
+    """A command line's text as the type of `key`'s default, or as it is, for `_check` to refuse."""
+    kind = type(_defaults().get(key))
+    try:
+        return _PARSERS[kind](text) if kind in _PARSERS else text
+    except (ValueError, SyntaxError):
+        return text
+
+
+def _integer(text: str) -> int | float:
+    """ "1000", "1_000" and "1e3" are 1000; what is no integer stays a float."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        return int(value) if value.is_integer() else value
+
+
+def _tuple(text: str) -> tuple[Any, ...]:
+    """ "(1, 2)", "[1, 2]" and "1,2" are (1, 2); "1" is (1,); "" is ()."""
+    value = ast.literal_eval(text.strip() or "()")
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+_KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a name", tuple: "integers such as 1,2,2"}
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text),
+    int: _integer,
+    float: float,
+    tuple: _tuple,
+}
+
+
+def _run(path: Path) -> ConfigDict:
+    """What get_config() of a Python file returns; slips in it are reported with their line."""
+    try:
+        module = runpy.run_path(str(path))
+        if not callable(module.get("get_config")):
+            raise ValueError(f"{path} defines no get_config(); a config file is Python with get_config() -> ConfigDict")
+        config = module["get_config"]()
+    except SyntaxError as error:
+        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        _explain(error.__traceback__, path)
+        raise
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() of {path} must return a ConfigDict, got {type(config).__name__}")
+    return config
+
+
+def _explain(trace: TracebackType | None, path: Path) -> None:
+    """Raise ValueError with file and line where `trace` ends in a ConfigDict refusing a key or a value of that file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == str(path)]
+    refusals = [
+        frame.f_locals
+        for frame, _ in traceback.walk_tb(trace)
+        if isinstance(frame.f_locals.get("self"), ConfigDict) and frame.f_locals.keys() & {"key", "attribute"}
+    ]
+    if not lines or not refusals:
+        return
+    found = refusals[-1]
+    name = str(found.get("key", found.get("attribute")))
+    keys = found["self"].keys()
+    sections = [f"{k}." for k, v in default_config().items() if isinstance(v, ConfigDict) and v.keys() == keys]
+    where = f"{path}, line {lines[-1]}: "
+    key = "".join(sections) + name
+    if key not in _defaults():
+        _unknown(key, where)
+    if "value" in found:
+        _check(key, found["value"], where)
