@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class UNet(nn.Module):
         width: channels of the first level; level i has width * multipliers[i] and 1/2^i of the resolution.
         blocks: residual blocks of a level on the way down; one more on the way up.
         attention, image_size: there is self-attention in the levels i where image_size // 2^i is in `attention`.
-        block: where the resolution changes: "biggan" in a block; "ddpm" between two (by a convolution if `resample_conv`).
+        block: the resolution changes in a block ("biggan") or between ("ddpm"; by a convolution if `resample_conv`).
         embedding: "sinusoidal" suits labels as 999 t, "fourier" positive labels as sigma, None ignores the label.
         fir: taps of the resampling filter, such as (1, 3, 3, 1); None: means and repetition.
         skip_rescale: divide sums of two branches by sqrt(2).
@@ -152,7 +152,7 @@ class UNet(nn.Module):
         for level in self.down:
             h, shrunk = level(h, embedded, shrunk, skips)
         h = self.middle(h, embedded)
-        gathered: Tensor | None = None
+        gathered: Any = None  # begun by the lowest level, if the output is progressive
         for level in self.up:
             h, gathered = level(h, embedded, gathered, skips)
         out: Tensor = gathered if self.head is None else self.head(h)
