@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,18 +18,14 @@ from torch import Tensor
 from .sdes import SDE, VESDE, VPSDE, like
 
 
-def _table(values: Sequence[float] | Tensor, name: str) -> tuple[float, ...]:
-    table = torch.as_tensor(values, dtype=torch.float64).flatten()
-    if len(table) == 0 or not bool(torch.isfinite(table).all()):
-        raise ValueError(f"{name} must be a non-empty sequence of finite numbers, got {values!r}")
-    return tuple(table.tolist())
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Piecewise(SDE):
-    """Curves through the knots (j/N, knots[j]), j = 0..N, linear between: what a chain is in continuous time."""
+    """Curves through the knots (j/N, knots[j]), j = 0..N, linear between and increasing from 0: a chain's SDE.
 
-    knots: tuple[float, ...] = field(default=(), repr=False)
+    `f` and `g` are constant inside a step; at a knot they are those of the step that ends there.
+    """
+
+    knots: tuple[float, ...] = field(repr=False)
     t_min: float = 0.0
 
     @property
@@ -36,57 +33,73 @@ class Piecewise(SDE):
         """Number N of the chain's steps."""
         return len(self.knots) - 1
 
-    def _cell(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(left knot, slope, distance from the left knot) at t; a knot belongs to the cell on its left."""
-        knots = torch.tensor(self.knots, dtype=t.dtype, device=t.device)
-        u = t * self.steps
-        on_knot = (u - u.round()).abs() <= 4 * torch.finfo(t.dtype).eps * self.steps
-        u = torch.where(on_knot, u.round(), u)
-        j = (u.ceil() - 1).clamp(0, self.steps - 1).long()
-        return knots[j], (knots[j + 1] - knots[j]) * self.steps, (u - j) / self.steps
+    @cached_property
+    def _tables(self) -> dict[tuple[torch.dtype, torch.device], tuple[Tensor, Tensor]]:
+        return {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """The fields alone: copies and pickles build their own tables."""
+        return {"knots": self.knots, "t_min": self.t_min}
+
+    def _table(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(N + 1,) knots and (N,) differences, in t's dtype and on its device; the differences lose no digits."""
+        key = t.dtype, t.device
+        if key not in self._tables:
+            knots = torch.tensor(self.knots, dtype=torch.float64)
+            self._tables[key] = knots.to(t), knots.diff().to(t)
+        return self._tables[key]
+
+    def _cell(self, u: Tensor) -> Tensor:
+        """Index j of the step from j to j + 1 in which u = t N lies."""
+        rounding = 4 * torch.finfo(u.dtype).eps * self.steps  # so that t = (i + 1)/N, times N, is in step i
+        return ((u - rounding).ceil() - 1).clamp(0, self.steps - 1).long()
 
     def _value(self, t: Tensor) -> Tensor:
-        left, slope, distance = self._cell(t)
-        return left + slope * distance
+        knots, differences = self._table(t)
+        u = t * self.steps
+        j = self._cell(u)
+        return knots.take(j) + differences.take(j) * (u - j)
 
     def _slope(self, t: Tensor) -> Tensor:
-        return self._cell(t)[1]
+        return self._table(t)[1].take(self._cell(t * self.steps)) * self.steps
 
     def _inverse(self, value: Tensor) -> Tensor:
-        """The t at which the curve, monotone in t, has `value`."""
-        knots = torch.tensor(self.knots, dtype=value.dtype, device=value.device)
-        sign = torch.sign(knots[-1] - knots[0])
-        j = (torch.searchsorted(sign * knots, sign * value) - 1).clamp(0, self.steps - 1)
-        return (j + (value - knots[j]) / (knots[j + 1] - knots[j])) / self.steps
+        """The t at which the curve has `value`."""
+        knots, differences = self._table(value)
+        j = (torch.searchsorted(knots, value) - 1).clamp(0, self.steps - 1)
+        return (j + (value - knots.take(j)) / differences.take(j)) / self.steps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DDPMCurves(Piecewise):
-    """DDPM in continuous time: a VP SDE with log alpha_bar linear between the steps, beta(t) constant in each."""
+    """DDPM in continuous time: a VP SDE with log alpha_bar linear in each step, so beta(t) is constant there.
+
+    The knots are -log alpha_bar, which is the integral of beta.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.exp(self._value(t) / 2)
+        return torch.exp(-self._value(t) / 2)
 
     def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-torch.expm1(self._value(t)))
+        return torch.sqrt(-torch.expm1(-self._value(t)))
 
     def f(self, t: Tensor) -> Tensor:
-        return self._slope(t) / 2
+        return -self._slope(t) / 2
 
     def g(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-self._slope(t))
+        return torch.sqrt(self._slope(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        return self._inverse(-torch.nn.functional.softplus(-log_snr))
+        return self._inverse(torch.nn.functional.softplus(-log_snr))  # alpha² = sigmoid(log_snr)
 
     @property
     def prior_std(self) -> float:
         return 1.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SMLDCurves(Piecewise):
-    """NCSN in continuous time: a VE SDE with sigma² linear between the steps, from 0 at t = 0."""
+    """NCSN in continuous time: a VE SDE with sigma² linear in each step, from 0 at t = 0. The knots are sigma²."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.ones_like(t)
@@ -136,10 +149,12 @@ class DDPM:
     def from_sde(cls, sde: VPSDE, n: int = 1000) -> DDPM:
         """The VP SDE discretised as in Song et al. 2021, appendix B: beta_i = beta(i/(n-1))/n.
 
-        With the default SDE and n = 1000 these are the published 1e-4 .. 0.02.
-        Raises ValueError where n is so small that a beta reaches 1 (20 steps for the default SDE).
+        ``DDPM.from_sde(VPSDE(), 1000) == DDPM.linear(1000)``, the published schedule.
+        Raises ValueError for another SDE, and where n is so small that a beta reaches 1 (n <= 20 for the default SDE).
         """
-        return cls(sde.beta(torch.linspace(0, 1, n, dtype=torch.float64)) / n)
+        if type(sde) is not VPSDE:
+            raise ValueError(f"DDPM discretises VPSDE, got {sde}; pass betas to DDPM(...)")
+        return cls.linear(n, sde.beta_min / n, sde.beta_max / n)
 
     def __repr__(self) -> str:
         return f"DDPM(N={len(self)}, betas={self.values[0]:g}..{self.values[-1]:g})"
@@ -166,25 +181,26 @@ class DDPM:
         """(N + 1,) float64: 1 .. 0, the grid on which samplers run the chain backwards."""
         return torch.arange(len(self), -1, -1, dtype=torch.float64) / len(self)
 
-    def perturb(self, x0: Tensor, i: Tensor, z: Tensor) -> Tensor:
+    def perturb(self, x0: Tensor, i: Tensor | int, z: Tensor) -> Tensor:
         """x_i = sqrt(alpha_bar_i) x_0 + sqrt(1 - alpha_bar_i) z, i of shape () or (B,) (Ho et al., eq. 4)."""
-        log = self._log_alpha_bar.to(i.device)[i]
+        log = self._log_alpha_bar[_index(i, len(self))]
         return like(torch.exp(log / 2), x0) * x0 + like(torch.sqrt(-torch.expm1(log)), x0) * z
 
-    def posterior(self, x_i: Tensor, x0: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, x_i: Tensor, x0: Tensor, i: Tensor | int) -> tuple[Tensor, Tensor]:
         """(mean, variance) of x_{i-1} | x_i, x_0, where x_{-1} is x_0 itself (Ho et al. 2020, eq. 6-7)."""
         return self.as_sde().posterior(x_i, x0, *_interval(i, len(self)))
 
     def as_sde(self) -> DDPMCurves:
         """The chain's curves in continuous time, equal to the chain's at t = (i + 1)/N."""
-        return DDPMCurves(knots=(0.0, *self._log_alpha_bar.tolist()))
+        return DDPMCurves(knots=(0.0, *(-self._log_alpha_bar).tolist()))
 
 
 @dataclass(frozen=True)
 class SMLD:
     """x_i = x_{i-1} + sqrt(sigma_i² - sigma_{i-1}²) z_i: NCSN's noise levels as a chain (Song et al. 2021, eq. 8).
 
-    `sigmas` are N increasing positive values; sigma_{-1} = 0. (NCSN's papers list them from large to small.)
+    `sigmas` are N values that increase from above 0; sigma_{-1} = 0. (NCSN's papers list them from large to small.)
+    Raises ValueError for a value that is not above the one before it.
     """
 
     values: tuple[float, ...]
@@ -198,7 +214,12 @@ class SMLD:
 
     @classmethod
     def from_sde(cls, sde: VESDE, n: int = 1000) -> SMLD:
-        """n levels in geometric progression from sigma_min to sigma_max (Song et al. 2021, appendix C)."""
+        """n levels in geometric progression from sigma_min to sigma_max (Song et al. 2021, appendix C).
+
+        Raises ValueError for another SDE.
+        """
+        if type(sde) is not VESDE:
+            raise ValueError(f"SMLD discretises VESDE, got {sde}; pass sigmas to SMLD(...)")
         return cls(sde.sigma(torch.linspace(0, 1, n, dtype=torch.float64)))
 
     def __repr__(self) -> str:
@@ -217,11 +238,11 @@ class SMLD:
         """(N + 1,) float64: 1 .. 0."""
         return torch.arange(len(self), -1, -1, dtype=torch.float64) / len(self)
 
-    def perturb(self, x0: Tensor, i: Tensor, z: Tensor) -> Tensor:
+    def perturb(self, x0: Tensor, i: Tensor | int, z: Tensor) -> Tensor:
         """x_i = x_0 + sigma_i z, for integer i of shape () or (B,)."""
-        return x0 + like(self.sigmas.to(i.device)[i], x0) * z
+        return x0 + like(self.sigmas[_index(i, len(self))], x0) * z
 
-    def posterior(self, x_i: Tensor, x0: Tensor, i: Tensor) -> tuple[Tensor, Tensor]:
+    def posterior(self, x_i: Tensor, x0: Tensor, i: Tensor | int) -> tuple[Tensor, Tensor]:
         """(mean, variance) of x_{i-1} | x_i, x_0, where x_{-1} is x_0 itself (Song et al. 2021, appendix F)."""
         return self.as_sde().posterior(x_i, x0, *_interval(i, len(self)))
 
@@ -230,7 +251,22 @@ class SMLD:
         return SMLDCurves(knots=(0.0, *self.sigmas.square().tolist()))
 
 
-def _interval(i: Tensor, n: int) -> tuple[Tensor, Tensor]:
-    """(s, t) of step i: from t = (i + 1)/N to s = i/N."""
-    i = torch.as_tensor(i).to(torch.float64)
+def _table(values: Sequence[float] | Tensor, name: str) -> tuple[float, ...]:
+    table = torch.as_tensor(values, dtype=torch.float64).flatten()
+    if len(table) == 0 or not bool(torch.isfinite(table).all()):
+        raise ValueError(f"{name} must be a non-empty sequence of finite numbers, got {values!r}")
+    return tuple(table.tolist())
+
+
+def _index(i: Tensor | int, n: int) -> Tensor:
+    """i as integers on the CPU, where the chain's tables are; -1 is x_0, which is nobody's step."""
+    i = torch.as_tensor(i).cpu()
+    if i.is_floating_point() or not bool(((i >= 0) & (i < n)).all()):
+        raise ValueError(f"i must be integers in 0..{n - 1}, the chain's steps, got {i}")
+    return i
+
+
+def _interval(i: Tensor | int, n: int) -> tuple[Tensor, Tensor]:
+    """(s, t) of step i: from t = (i + 1)/n to s = i/n."""
+    i = _index(i, n).to(torch.float64)
     return i / n, (i + 1) / n

@@ -29,7 +29,11 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 
     The only place where times meet states: a (B,) tensor against (B, *shape) without padding broadcasts silently along
     the wrong axis. A CPU scalar stays on the CPU, where it may be combined with tensors of any device at no cost.
+
+    Raises ValueError for another shape of `a`, and for integer states, in whose dtype the curves would be 0 or 1.
     """
+    if not x.is_floating_point():
+        raise ValueError(f"states must be floating point, got {x.dtype}; scale the data first")
     if a.ndim == 0:
         return a.to(x.dtype)
     if a.ndim != 1 or a.shape[0] != x.shape[0]:
@@ -47,6 +51,10 @@ class SDE(ABC):
     """
 
     t_min: float = 1e-3
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.t_min < 1:
+            raise ValueError(f"t_min must lie in [0, 1), got {self.t_min}")
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
@@ -95,23 +103,19 @@ class SDE(ABC):
         return like(self.alpha(t), x0) * x0 + like(self.sigma(t), x0) * z
 
     def transition(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale, std) of x_t | x_s ~ N(scale x_s, std² I) for s < t, exact.
-
-        The variance sigma(t)² - scale² sigma(s)² is written as sigma(t)² (1 - SNR(t)/SNR(s)), which does not cancel.
-        """
-        std = self.sigma(t) * torch.sqrt(-torch.expm1(self.log_snr(t) - self.log_snr(s)))
-        return self.alpha(t) / self.alpha(s), std
+        """(scale, std) of x_t | x_s ~ N(scale x_s, std² I) for s < t, exact: std² = sigma(t)² - scale² sigma(s)²."""
+        scale, sigma_t = self.alpha(t) / self.alpha(s), self.sigma(t)
+        kept = scale * self.sigma(s)
+        return scale, torch.sqrt((sigma_t - kept) * (sigma_t + kept))
 
     def posterior(self, x_t: Tensor, x0: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """(mean, variance) of x_s | x_t, x_0 for s < t: mean of x_t's shape, variance of the times' shape.
 
         Ho et al. 2020 (arXiv:2006.11239), eq. 6-7, for any two times of any SDE of this form.
         """
-        scale, std = self.transition(s, t)
-        keep = (self.sigma(s) / self.sigma(t)) ** 2  # how much of x_t's noise is already there at s
-        fresh = (std / self.sigma(t)) ** 2
-        mean = like(scale * keep, x_t) * x_t + like(self.alpha(s) * fresh, x_t) * x0
-        return mean, self.sigma(s) ** 2 * fresh
+        (scale, std), sigma_s, sigma_t = self.transition(s, t), self.sigma(s), self.sigma(t)
+        mean = like(scale * (sigma_s / sigma_t) ** 2, x_t) * x_t + like(self.alpha(s) * (std / sigma_t) ** 2, x_t) * x0
+        return mean, (sigma_s * std / sigma_t) ** 2
 
     def prior(self, shape: Sequence[int], noise: Noise) -> Tensor:
         """A draw of shape `shape` from the prior, with the numbers that `noise` gives."""
@@ -119,10 +123,8 @@ class SDE(ABC):
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Log density of the prior N(0, prior_std² I) in nats, shape (B,)."""
-        x = x.flatten(1)
-        return -x.square().sum(1) / (2 * self.prior_std**2) - x.shape[1] * math.log(
-            math.sqrt(2 * math.pi) * self.prior_std
-        )
+        d, std = math.prod(x.shape[1:]), self.prior_std
+        return -(x / std).square().reshape(len(x), d).sum(1) / 2 - d * math.log(math.sqrt(2 * math.pi) * std)
 
     def velocity(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
         """Probability flow, f x - g² score / 2: the ODE with the SDE's marginals (Song et al. 2021, eq. 13)."""
@@ -143,7 +145,13 @@ class VPSDE(SDE):
     beta_min: float = 0.1
     beta_max: float = 20.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.beta_min > 0 and self.beta_max > 0):
+            raise ValueError(f"beta_min and beta_max must be positive, got {self.beta_min} and {self.beta_max}")
+
     def beta(self, t: Tensor) -> Tensor:
+        """Rate at which noise comes in, beta_min at t = 0 and beta_max at t = 1."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -209,6 +217,10 @@ class VESDE(SDE):
     sigma_max: float = 50.0
     t_min: float = 1e-5
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_increasing(self.sigma_min, self.sigma_max)
+
     @property
     def _rate(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
@@ -237,31 +249,39 @@ class CosineSDE(SDE):
     the factor 0.999 keeps beta finite at t = 1, where they clip it.
     """
 
-    def _angle(self, t: Tensor) -> Tensor:
-        return math.pi / 2 * (0.999 * t + 0.008) / 1.008
-
-    _rate = math.pi / 2 * 0.999 / 1.008
+    # The angle runs from _start at t = 0 at the constant _rate to _left short of a right angle at t = 1.
     _start = math.pi / 2 * 0.008 / 1.008
+    _rate = math.pi / 2 * 0.999 / 1.008
+    _left = math.pi / 2 * 0.001 / 1.008
+
+    def _cos(self, t: Tensor) -> Tensor:
+        """Cosine of the angle: the sine of what is left to a right angle, which keeps its digits near t = 1."""
+        return torch.sin(self._left + self._rate * (1 - t))
+
+    def _tan(self, t: Tensor) -> Tensor:
+        return torch.sin(self._start + self._rate * t) / self._cos(t)
 
     def alpha(self, t: Tensor) -> Tensor:
-        return torch.cos(self._angle(t)) / math.cos(self._start)
+        return self._cos(t) / math.cos(self._start)
 
     def sigma(self, t: Tensor) -> Tensor:
-        # cos² a - cos² b = sin(b - a) sin(b + a), which does not cancel at t = 0.
+        # cos² a - cos² b = sin(b - a) sin(b + a), which keeps its digits near t = 0.
         turned = self._rate * t
         return torch.sqrt(torch.sin(turned) * torch.sin(turned + 2 * self._start)) / math.cos(self._start)
 
     def f(self, t: Tensor) -> Tensor:
-        return -self._rate * torch.tan(self._angle(t))
+        return -self._rate * self._tan(t)
 
     def g(self, t: Tensor) -> Tensor:
-        return torch.sqrt(2 * self._rate * torch.tan(self._angle(t)))
+        return torch.sqrt(2 * self._rate * self._tan(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
-        c = math.cos(self._start) ** 2
-        cos2 = torch.sigmoid(log_snr) * c
-        sin2 = math.sin(self._start) ** 2 + torch.sigmoid(-log_snr) * c
-        return (torch.atan2(sin2.sqrt(), cos2.sqrt()) - self._start) / self._rate
+        # With b the angle, a = _start and sigma² = (sin² b - sin² a)/cos² a:
+        # sin(b - a) = (sin² b - sin² a)/sin(b + a), which does not subtract angles that are nearly equal.
+        sin_a, cos_a = math.sin(self._start), math.cos(self._start)
+        rise = torch.sigmoid(-log_snr) * cos_a**2
+        sin_b, cos_b = torch.sqrt(sin_a**2 + rise), torch.sqrt(torch.sigmoid(log_snr)) * cos_a
+        return torch.atan2(rise / (sin_b * cos_a + cos_b * sin_a), cos_b * cos_a + sin_b * sin_a) / self._rate
 
     @property
     def prior_std(self) -> float:
@@ -280,9 +300,12 @@ class EDMSDE(SDE):
     rho: float = 7.0
     t_min: float = 0.0
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_increasing(self.sigma_min, self.sigma_max)
+
     def _root(self, t: Tensor) -> Tensor:
-        low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
-        return low + t * (high - low)
+        return self.sigma_min ** (1 / self.rho) + t * self._slope
 
     @property
     def _slope(self) -> float:
@@ -302,3 +325,8 @@ class EDMSDE(SDE):
 
     def time(self, log_snr: Tensor) -> Tensor:
         return (torch.exp(-log_snr / (2 * self.rho)) - self.sigma_min ** (1 / self.rho)) / self._slope
+
+
+def _check_increasing(sigma_min: float, sigma_max: float) -> None:
+    if not 0 < sigma_min < sigma_max:
+        raise ValueError(f"sigmas must satisfy 0 < sigma_min < sigma_max, got {sigma_min} and {sigma_max}")
