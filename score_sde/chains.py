@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -18,15 +18,18 @@ from torch import Tensor
 from .sdes import SDE, VESDE, VPSDE, like
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Piecewise(SDE):
     """Curves through the knots (j/N, knots[j]), j = 0..N, linear between and increasing from 0: a chain's SDE.
 
     `f` and `g` are constant inside a step; at a knot they are those of the step that ends there.
     """
 
-    knots: tuple[float, ...] = field(repr=False)
+    knots: tuple[float, ...]
     t_min: float = 0.0
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(steps={self.steps}, t_min={self.t_min})"
 
     @property
     def steps(self) -> int:
@@ -70,7 +73,7 @@ class Piecewise(SDE):
         return (j + (value - knots.take(j)) / differences.take(j)) / self.steps
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class DDPMCurves(Piecewise):
     """DDPM in continuous time: a VP SDE with log alpha_bar linear in each step, so beta(t) is constant there.
 
@@ -97,7 +100,7 @@ class DDPMCurves(Piecewise):
         return 1.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class SMLDCurves(Piecewise):
     """NCSN in continuous time: a VE SDE with sigma² linear in each step, from 0 at t = 0. The knots are sigma²."""
 
