@@ -1,8 +1,8 @@
 """A small model for CIFAR-10 that trains in about an hour on a CPU, meant for bits/dim.
 
 Departs from the paper's vp_cifar where small budgets gain: a narrow U-Net with EDM's preconditioning (Karras et al.
-2022, table 1), t uniform in log-SNR, which is likelihood weighting with importance sampling (Song et al. 2021b, section
-5.1), dequantised pixels, a larger learning rate that falls to 0 at the end, and a moving average that grows with the run.
+2022, table 1); t uniform in log-SNR, which is likelihood weighting with importance sampling (Song et al. 2021b, section
+5.1); dequantised pixels; a larger learning rate that falls to 0 at the end; a moving average that grows with the run.
 """
 
 from pathlib import Path

@@ -206,7 +206,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
 MOVED = {
     "training.snapshot_freq_for_preemption": "set training.snapshot_freq (every checkpoint can be resumed)",
     "eval.enable_bpd": "use --mode likelihood",
-    "eval.enable_loss": "use --mode evaluate",
+    "eval.enable_loss": "training reports it every training.eval_freq steps",
     "eval.enable_sampling": "use --mode sample",
     "eval.bpd_dataset": "set eval.split",
     "eval.num_samples": "set sampling.num_samples",
@@ -225,11 +225,11 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
     """
     path = Path(path)
     if not path.is_file():
-        there = sorted(p.name for p in path.parent.glob("*.py"))
-        near = _nearest(path.stem, [p.removesuffix(".py") for p in there])
-        hint = f"did you mean {path.with_name(near + '.py')}?" if near else "give the path of a config file"
-        others = f" (there are {', '.join(there)})" if there else ""
-        raise FileNotFoundError(f"there is no config file {path}; {hint}{others}")
+        there = {p.stem: p for p in sorted([*Path("configs").glob("*.py"), *path.parent.glob("*.py")])}
+        near = _nearest(path.stem, list(there))
+        others = ", ".join(map(str, there.values()))
+        hint = f"did you mean {there[near]}?" if near else f"there are {others}" if others else "give the path of one"
+        raise FileNotFoundError(f"there is no config file {path}; {hint}")
     config = default_config()
     given = from_json(path) if path.suffix == ".json" else _run(path)
     for key, value in _flat(given).items():
@@ -377,16 +377,23 @@ def from_json(path: str | Path) -> ConfigDict:
     Raises FileNotFoundError, or ValueError for text that is no config of this package.
     """
     try:
-        given = json.loads(Path(path).read_text())
+        text = Path(path).read_text()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no config {path}; training writes it into its workdir") from None
+    return from_text(text, str(path))
+
+
+def from_text(text: str, where: str) -> ConfigDict:
+    """The config in JSON text, such as a checkpoint carries; `where` names it in errors, which are `from_json`'s."""
+    try:
+        given = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}, line {error.lineno}: not JSON ({error.msg})") from None
+        raise ValueError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
     if not isinstance(given, dict):
-        raise ValueError(f"{path} holds no config: a JSON object with training, model, ... is expected")
+        raise ValueError(f"{where} holds no config: a JSON object with training, model, ... is expected")
     config = default_config()
     for key, value in _flat(given).items():
-        _set(config, key, value, f"{path}: ")
+        _set(config, key, value, f"{where}: ")
     return config
 
 
@@ -427,10 +434,11 @@ def _unknown(key: str, where: str = "") -> NoReturn:
         return whole + difflib.SequenceMatcher(None, name, other.rpartition(".")[2]).ratio()
 
     best = max([*_defaults(), *sections], key=likeness)
+    if key in sections:
+        raise ValueError(f"{where}'{key}' is a section; set a key of it: {', '.join(default_config()[key])}")
     if key in MOVED:
         hint = f"{MOVED[key]} instead"
-    elif key in sections or (section in sections and likeness(best) < 1.2):
-        section = key if key in sections else section
+    elif section in sections and likeness(best) < 1.2:
         hint = f"the section {section} has {', '.join(default_config()[section])}"
     elif likeness(best) < 1.2:
         hint = f"there are seed, device and the sections {', '.join(sections)}"

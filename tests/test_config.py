@@ -1,0 +1,366 @@
+"""Configs: every file builds, and every slip is answered by one sentence that names it and the remedy."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from ml_collections import ConfigDict
+
+from score_sde import (
+    DDIM,
+    DDPM,
+    EDMSDE,
+    SMLD,
+    VESDE,
+    VPSDE,
+    AdaptiveODE,
+    Ancestral,
+    AnnealedLangevin,
+    CosineSDE,
+    EulerMaruyama,
+    FixedODE,
+    Heun,
+    Langevin,
+    PredictorCorrector,
+    ReverseDiffusion,
+    sample,
+    times,
+)
+from score_sde.build import (
+    build_chain,
+    build_model,
+    build_network,
+    build_sampler,
+    build_sde,
+    build_times,
+)
+from score_sde.config import (
+    CHOICES,
+    LIMITS,
+    default_config,
+    differences,
+    from_json,
+    load,
+    split_arguments,
+    to_json,
+    validate,
+)
+
+CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
+VP = CONFIGS[0].with_name("vp_cifar.py")
+TINY = {"model.nf": "8", "model.num_res_blocks": "1", "model.ch_mult": "1,2", "model.attn_resolutions": "4"}
+
+
+def write(folder: Path, *lines: str) -> Path:
+    """A config file whose get_config() runs these lines on the default config, the first of them in line 4."""
+    path = folder / "mine.py"
+    head = "from score_sde.config import default_config\ndef get_config():\n    config = default_config()\n"
+    path.write_text(head + "".join(f"    {line}\n" for line in lines) + "    return config\n")
+    return path
+
+
+def kinds(config: ConfigDict) -> list[type]:
+    """The types of all values in the sections."""
+    return [type(v) for section in config.values() if isinstance(section, ConfigDict) for v in section.values()]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_loads_locked_and_survives_json(path: Path, tmp_path: Path) -> None:
+    config = load(path)
+    assert config.is_locked
+    (tmp_path / "config.json").write_text(to_json(config))
+    again = from_json(tmp_path / "config.json")
+    assert again == config == load(tmp_path / "config.json")
+    # `==` takes 1 for 1.0 and for True; the types must come back too.
+    assert kinds(again) == kinds(config) and tuple in kinds(config)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
+def test_every_config_builds_a_model_that_samples(path: Path) -> None:
+    config = load(path, {"model.hidden": "8"} if "toy" in path.stem else TINY)
+    shape = (2,) if config.model.name == "mlp" else (config.data.num_channels, 8, 8)
+    if config.model.name == "ddpm":
+        config.model.nf = 32  # its GroupNorm has 32 groups
+    model = build_model(config, shape)
+    grid = build_times(config, model.sde)
+    assert grid[0] == 1 and (grid.diff() < 0).all() and len(grid) == config.sampling.steps + config.training.continuous
+    short = torch.stack([grid[0], grid[len(grid) // 2], grid[-1]])
+    x = sample(model, build_sampler(config), (2, *shape), short, denoise=config.sampling.noise_removal)
+    assert x.shape == (2, *shape) and x.isfinite().all()
+
+
+# Counted in score_sde_pytorch's models with its own configs; its NCSN++ counts 128 fixed frequencies besides.
+@pytest.mark.parametrize(
+    "name, count", [("vp_cifar", 61_804_419), ("ve_cifar", 62_758_787), ("ddpm_cifar", 35_218_947)]
+)
+def test_cifar_networks_have_the_reference_size(name: str, count: int) -> None:
+    with torch.device("meta"):
+        network = build_network(load(VP.with_name(f"{name}.py")), (3, 32, 32))
+    assert sum(p.numel() for p in network.parameters() if p.requires_grad) == count
+
+
+# What a user types after --config. (key, value), and what the answer must contain.
+SLIPS = [
+    ("training.n_iter", "5", "unknown config key 'training.n_iter'; did you mean 'training.n_iters'?"),
+    ("trainig.n_iters", "5", "did you mean 'training.n_iters'?"),
+    ("lr", "1e-3", "did you mean 'optim.lr'?"),
+    ("training.lr", "1e-3", "did you mean 'optim.lr'?"),
+    ("training.xyz", "5", "unknown config key 'training.xyz'; the section training has accumulate, batch_size"),
+    ("xyz", "5", "there are seed, device and the sections data, eval, model, optim, sampling, training"),
+    ("training", "5", "'training' is a section; set a key of it: accumulate, batch_size"),
+    ("eval.enable_bpd", "true", "use --mode likelihood instead"),
+    ("training.n_iters", "many", "training.n_iters must be an integer, got 'many'"),
+    ("training.n_iters", "1.5", "training.n_iters must be an integer, got 1.5"),
+    ("training.n_iters", "0", "training.n_iters must be at least 1, got 0"),
+    ("training.compile", "maybe", "training.compile must be true or false, got 'maybe'"),
+    ("optim.lr", "fast", "optim.lr must be a number, got 'fast'"),
+    ("optim.lr", "nan", "optim.lr must be a number, got nan"),
+    ("optim.lr", "0", "optim.lr must be above 0, got 0.0"),
+    ("optim.decay", "2", "optim.decay must be between 0 and 1, got 2.0"),
+    ("model.dropout", "1", "model.dropout must be at least 0 and below 1, got 1.0"),
+    ("model.ch_mult", "1,b", "model.ch_mult must be integers such as 1,2,2, got '1,b'"),
+    ("model.ch_mult", "1.5,2", "model.ch_mult must be integers such as 1,2,2, got (1.5, 2)"),
+    ("model.ch_mult", "", "one per level, got ()"),
+    ("training.sde", "vpsd", "must be one of vpsde, subvpsde, vesde, cosine, edm, got 'vpsd'; did you mean 'vpsde'?"),
+    ("data.dataset", "CIFAR10", "got 'CIFAR10'; did you mean 'cifar10'?"),
+    ("seed", "-1", "seed must be at least 0, got -1"),
+    ("device", "gpu", "device must be auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key, value, answer", SLIPS, ids=[f"{k}={v}" for k, v, _ in SLIPS])
+def test_a_slip_on_the_command_line_is_answered(key: str, value: str, answer: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(answer)) as error:
+        load(VP, {key: value})
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "line, answer",
+    [
+        (
+            "config.training.n_iter = 5",
+            "line 4: unknown config key 'training.n_iter'; did you mean 'training.n_iters'?",
+        ),
+        ("config.training.update(n_iter=5)", "line 4: unknown config key 'training.n_iter'; did you mean"),
+        ("config.trianing.n_iters = 5", "line 4: unknown config key 'trianing'; did you mean 'training'?"),
+        ("config.lr = 5", "line 4: unknown config key 'lr'; did you mean 'optim.lr'?"),
+        ("config.training.n_iters = 'many'", "line 4: training.n_iters must be an integer, got 'many'"),
+        ("config.training.n_iters = True", "training.n_iters must be an integer, got True"),
+        ("config.training.n_iters = None", "training.n_iters must be an integer, got None"),
+        ("config.training.sde = 'vp'", "training.sde must be one of vpsde"),
+        ("config.model.ch_mult = (1, '2')", "model.ch_mult must be integers such as 1,2,2, got (1, '2')"),
+        ("config.training.accumulate = 3", "training.batch_size=128 is not divisible by training.accumulate=3"),
+        ("return 3", "must return a ConfigDict, got int"),
+        ("config.training.n_iters = = 5", "line 4: "),
+    ],
+)
+def test_a_slip_in_a_file_is_answered_with_its_place(line: str, answer: str, tmp_path: Path) -> None:
+    path = write(tmp_path, line)
+    with pytest.raises(ValueError, match=re.escape(answer)) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    assert str(path) in str(error.value) or "accumulate" in line  # a contradiction between keys has no one place
+
+
+def test_a_bug_in_a_file_keeps_its_own_error(tmp_path: Path) -> None:
+    with pytest.raises(AttributeError, match="'str' object has no attribute 'foo'"):
+        load(write(tmp_path, "config.training.sde.foo"))
+
+
+def test_a_config_may_come_from_scratch_and_lists_are_tuples(tmp_path: Path) -> None:
+    path = tmp_path / "own.py"
+    body = "    return ConfigDict({'training': {'n_iters': 7}, 'model': {'ch_mult': [1, 3], 'dropout': 0}})\n"
+    path.write_text("from ml_collections import ConfigDict\ndef get_config():\n" + body)
+    assert differences(default_config(), load(path)) == [
+        "model.ch_mult: (1, 2, 2, 2) -> (1, 3)",
+        "model.dropout: 0.1 -> 0.0",
+        "training.n_iters: 1300000 -> 7",
+    ]
+
+
+def test_missing_files_and_foreign_json_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no config file .*vp_cifr.py; did you mean .*vp_cifar.py\?"):
+        load(VP.with_name("vp_cifr.py"))
+    with pytest.raises(FileNotFoundError, match="no config file .*; there are .*vp_digits.py"):
+        load(VP.with_name("zzz.py"))
+    path = tmp_path / "config.json"
+    with pytest.raises(FileNotFoundError, match="no config .*config.json"):
+        from_json(path)
+    for text, answer in [
+        ("[1]", "holds no config"),
+        ('{"a":\n}', "line 2: not JSON"),
+        ('{"training": {"n_itrs": 5}}', "did you mean 'training.n_iters'?"),
+    ]:
+        path.write_text(text)
+        with pytest.raises(ValueError, match=re.escape(answer)):
+            load(path)
+
+
+def test_values_from_the_command_line_take_the_type_of_the_default() -> None:
+    config = load(
+        VP,
+        {
+            "training.n_iters": "1e5",
+            "training.batch_size": "1_000",
+            "training.compile": "True",
+            "data.random_flip": "0",
+            "optim.lr": "1e-4",
+            "optim.weight_decay": "1",
+            "model.ch_mult": "(1, 2)",
+            "model.attn_resolutions": "8",
+            "model.fir_kernel": "[1,2,1]",
+            "data.path": "my data",
+        },
+    )
+    values = [config.training.n_iters, config.training.batch_size, config.training.compile, config.data.random_flip]
+    values += [config.optim.lr, config.optim.weight_decay, config.model.ch_mult, config.model.attn_resolutions]
+    values += [config.model.fir_kernel, config.data.path]
+    wanted = [100_000, 1000, True, False, 1e-4, 1.0, (1, 2), (8,), (1, 2, 1), "my data"]
+    assert [(v, type(v)) for v in values] == [(v, type(v)) for v in wanted]
+    assert load(VP, {"model.attn_resolutions": ""}).model.attn_resolutions == ()
+
+
+def test_overrides_are_taken_out_of_the_arguments() -> None:
+    line = "--config a.py --config.optim.lr=1e-3 --config.optim.eps 1e-6 --config.training.compile --mode train"
+    rest, overrides = split_arguments([*line.split(), "--config.model.init_scale", "-1"])
+    assert rest == ["--config", "a.py", "--mode", "train"]
+    assert overrides == {
+        "optim.lr": "1e-3",
+        "optim.eps": "1e-6",
+        "training.compile": "true",
+        "model.init_scale": "-1",
+    }
+    with pytest.raises(ValueError, match="--config.optim.lr needs a value, as in --config.optim.lr=0.0002"):
+        split_arguments(["--config.optim.lr", "--mode", "train"])
+
+
+# Values that are sound alone and contradict each other: what is set on vp_cifar, and what the answer must contain.
+CONTRADICTIONS = [
+    ("training.accumulate=3", "not divisible"),
+    ("training.continuous=0 training.sde=subvpsde", "needs training.sde to be one of vpsde, vesde"),
+    ("training.continuous=0 training.time=log_snr", "leave training.time=uniform"),
+    ("training.time=importance", "set training.likelihood_weighting=True"),
+    ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    ("model.sigma_min=50", "model.sigma_min=50 must be below model.sigma_max=50"),
+    ("model.beta_min=21", "model.beta_min=21 must not exceed model.beta_max=20"),
+    (
+        "training.continuous=0 model.num_scales=20 sampling.steps=20",
+        "a chain of model.num_scales=20 steps is too coarse",
+    ),
+    ("sampling.t_min=0", "sampling.t_min must be above 0 for training.sde=vpsde"),
+    ("eval.t_min=0 training.sde=cosine", "eval.t_min must be above 0 for training.sde=cosine"),
+    ("model.label=index", "set training.continuous=False"),
+    ("model.rule=mean", "set training.continuous=False"),
+    ("model.embedding_type=fourier", "set model.label=sigma, not 'time'"),
+    ("model.label=sigma", "set model.label=log_sigma, not 'sigma'"),
+    ("model.ch_mult=1,0", "positive integers"),
+    ("model.name=mlp", "model.name=mlp is for vectors"),
+    ("data.dataset=ring", "model.name=ncsnpp is for images"),
+    ("data.dataset=ring model.name=mlp", "data.random_flip mirrors images"),
+    ("sampling.predictor=none", "both none"),
+    ("sampling.predictor=ancestral_sampling sampling.probability_flow=1", "no ancestral_sampling"),
+    ("training.continuous=0 sampling.grid=karras", "sampling.grid must be uniform, got 'karras'"),
+    ("training.continuous=0 sampling.steps=1001", "between 2 and the chain's model.num_scales=1000, got 1001"),
+]
+
+
+@pytest.mark.parametrize("settings, answer", CONTRADICTIONS)
+def test_contradictions_are_refused(settings: str, answer: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(answer)):
+        load(VP, dict(setting.split("=") for setting in settings.split()))
+
+
+def test_tables_of_choices_and_limits_name_existing_keys() -> None:
+    config = default_config()
+    for key in [*CHOICES, *(key for _, keys in LIMITS.values() for key in keys.split())]:
+        section, _, name = key.rpartition(".")
+        assert name in (config[section] if section else config), key
+    validate(config)
+
+
+@pytest.mark.parametrize(
+    "settings, sde",
+    [
+        ("training.sde=vpsde model.beta_max=10", VPSDE(beta_max=10.0, t_min=1e-5)),
+        ("training.sde=vesde model.sigma_max=9", VESDE(sigma_max=9.0)),
+        ("training.sde=cosine", CosineSDE(t_min=1e-5)),
+        ("training.sde=edm model.sigma_min=.002 model.sigma_max=80 model.t_min=0", EDMSDE()),
+        ("training.continuous=0", DDPM.linear(1000).as_sde()),
+        ("training.continuous=0 training.sde=vesde", SMLD.from_sde(VESDE()).as_sde()),
+    ],
+)
+def test_sde_is_what_the_config_says(settings: str, sde: object) -> None:
+    built = build_sde(load(VP, dict(setting.split("=") for setting in settings.split())))
+    assert type(built) is type(sde)
+    if hasattr(sde, "knots"):  # 0.1/1000 .. 20/1000 are the published betas to rounding
+        torch.testing.assert_close(torch.tensor(built.knots), torch.tensor(sde.knots), rtol=1e-12, atol=0)  # type: ignore[attr-defined]
+    else:
+        assert built == sde
+
+
+@pytest.mark.parametrize(
+    "settings, sampler",
+    [
+        ("", EulerMaruyama()),
+        ("probability_flow=1", FixedODE("euler")),
+        ("predictor=reverse_diffusion probability_flow=1", ReverseDiffusion(flow=True)),
+        ("predictor=ancestral_sampling", Ancestral()),
+        ("predictor=none corrector=ald snr=0.2", AnnealedLangevin(snr=0.2)),
+        ("predictor=reverse_diffusion corrector=langevin", PredictorCorrector(ReverseDiffusion(), Langevin())),
+        ("predictor=none corrector=langevin n_steps_each=2", Langevin(steps=2)),
+        ("method=ode rtol=1e-3", AdaptiveODE(rtol=1e-3, method="RK45")),
+        ("method=ode ode_method=rk4", FixedODE("rk4")),
+        ("method=ddim eta=0.5", DDIM(eta=0.5)),
+        ("method=heun", Heun()),
+    ],
+)  # fmt: skip
+def test_sampler_is_what_the_config_says(settings: str, sampler: object) -> None:
+    overrides = {f"sampling.{key}": value for key, value in (setting.split("=") for setting in settings.split())}
+    assert build_sampler(load(VP, overrides)) == sampler
+
+
+def test_times_end_at_sampling_t_min_and_adaptive_solvers_get_both_ends() -> None:
+    for name in ("uniform", "quadratic", "log_snr", "karras"):
+        config = load(VP, {"sampling.grid": name, "sampling.steps": "7"})
+        wanted = getattr(times, name)(VPSDE(t_min=1e-3), 7)
+        torch.testing.assert_close(build_times(config, build_sde(config)), wanted, rtol=0, atol=0)
+    config = load(VP, {"sampling.method": "ode"})
+    torch.testing.assert_close(build_times(config, build_sde(config)).tolist(), [1.0, 1e-3], rtol=0, atol=1e-15)
+
+
+def test_a_discrete_model_is_labelled_by_the_chain_and_sampled_as_the_chain() -> None:
+    tiny = {**TINY, "training.continuous": "false", "model.label": "index", "model.num_scales": "50"}
+    config = load(
+        VP, {**tiny, "model.beta_max": "5", "sampling.predictor": "ancestral_sampling", "sampling.steps": "50"}
+    )
+    chain = build_chain(config)
+    model = build_model(config, (3, 8, 8)).double()
+    assert model.label(chain.times, chain.times, chain.times[:-1]).tolist() == pytest.approx(
+        range(49, -1, -1), abs=1e-12
+    )
+    # The chain's own walk to clean data; the config's ends one step earlier, with the estimate of the data. An
+    # untrained network's estimate is as good as any; rounding only, in float64.
+    wanted = sample(model, Ancestral(), (2, 3, 8, 8), chain.times, seed=3)
+    got = sample(model, build_sampler(config), (2, 3, 8, 8), build_times(config, model.sde), seed=3, denoise=True)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+    config.sampling.steps = 6
+    assert (build_times(config, model.sde) * 50).tolist() == pytest.approx([50, 40, 30, 21, 11, 1], abs=1e-12)
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    before = torch.get_rng_state()
+    a, b, c = (build_network(load(VP, {**TINY, "seed": seed}), (3, 8, 8)).state_dict() for seed in ("1", "1", "2"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_a_network_that_does_not_fit_the_data_is_refused() -> None:
+    with pytest.raises(
+        ValueError, match=r"model.name=ncsnpp is for images, \(C, H, W\), but the data have shape \(2,\)"
+    ):
+        build_network(load(VP), (2,))
+    with pytest.raises(ValueError, match="model.name=mlp is for vectors"):
+        build_network(load(VP.with_name("vp_toy.py")), (3, 8, 8))
