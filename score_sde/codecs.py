@@ -1,0 +1,96 @@
+"""Between stored values and the numbers a model sees: scaling, dequantisation and rounding have their one owner here.
+
+A pixel k of {0, ..., levels - 1} enters a model as v in [0, 1], or as 2 v - 1 in [-1, 1] if centred, with
+
+    v = k / (levels - 1)        in training, as score_sde trains, and
+    v = (k + u) / levels        dequantised with u uniform in [0, 1): for likelihoods, or for training if asked.
+
+Dequantised, P(k) is the integral of p over the bin of k, and Jensen's inequality gives log P(k) >= E_u log p(k + u) in
+units of a level: minus the log2 of a density of v, or of 2 v - 1, becomes bits of k by adding log2(levels), or
+log2(levels) - 1, per dimension.
+`width` (1 or 2, the length of the model's interval) and `levels` are what `Likelihood.bits_per_dim` needs for that.
+
+Back, both encodings are undone by one rule: k = floor(levels v), clamped. See `PixelCodec.decode`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Float32 holds 2 v - 1 to 2^-17 of a level of 256, and decoding adds as much again: within this margin, in levels, of
+# a bin's lower edge decoding still finds the bin, and u stays twice as far from its upper edge.
+_MARGIN = 2.0**-15
+
+
+@dataclass(frozen=True)
+class PixelCodec:
+    """Integers {0, ..., levels - 1} of any shape, held as uint8, as floats in [-1, 1] (centered) or [0, 1].
+
+    Raises ValueError unless 2 <= levels <= 256.
+    """
+
+    levels: int = 256
+    centered: bool = True
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.levels <= 256:
+            raise ValueError(f"levels must be between 2 and 256, got {self.levels}")
+
+    @property
+    def width(self) -> float:
+        """Length of the interval that the model sees: 2 for [-1, 1], 1 for [0, 1]."""
+        return 2.0 if self.centered else 1.0
+
+    def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
+        """uint8 to floats: k / (levels - 1), scaled, or (k + u) / levels, scaled, for u in [0, 1) of k's shape.
+
+        float32, or u's dtype. u is held below 1 - 2^-14, so that float32's rounding leaves each value in its bin.
+        """
+        if u is None:
+            v = k.to(torch.float32) / (self.levels - 1)
+        elif u.shape != k.shape:
+            raise ValueError(f"u must have the shape of k, {tuple(k.shape)}, got {tuple(u.shape)}")
+        else:
+            v = (k.to(u.dtype) + u.clamp(max=1 - 2 * _MARGIN)) / self.levels
+        return 2 * v - 1 if self.centered else v
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Floats to uint8: floor(levels v), clamped to the levels; NaN gives 0.
+
+        It inverts `encode` with any u by definition, and without u because k <= levels k / (levels - 1) < k + 1 for
+        k < levels - 1, while the top level is clamped. Against rounding to the nearest k / (levels - 1), a value moves
+        by at most half a level, at black and white, and not at all at mid-grey.
+        """
+        v = (x + 1) / 2 if self.centered else x
+        return (v * self.levels + _MARGIN).nan_to_num(nan=0.0).clamp(0, self.levels - 1).to(torch.uint8)
+
+    def display(self, k: Tensor) -> Tensor:
+        """uint8 levels spread over 0..255, for a PNG; 256 levels are left as they are."""
+        return (k.to(torch.float32) * (255 / (self.levels - 1))).round().to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class VectorCodec:
+    """Float data as they are: densities are in nats, and there are no levels to count bits by."""
+
+    levels: None = None
+    width: float = 1.0
+
+    def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
+        """k itself; continuous data need no dequantisation, so u is not used."""
+        return k
+
+    def decode(self, x: Tensor) -> Tensor:
+        """x itself."""
+        return x
+
+
+Codec = PixelCodec | VectorCodec
+
+
+def codec_of(levels: int | None, centered: bool = True) -> Codec:
+    """The codec of a data set: pixels where it has levels, else float vectors."""
+    return VectorCodec() if levels is None else PixelCodec(levels, centered)

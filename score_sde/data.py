@@ -1,0 +1,197 @@
+"""Data sets: a training and a held-out split of uint8 images or float vectors, and the order in which batches come.
+
+A set that fits in memory is one tensor, moved whole to the device and indexed there; a larger one stays on disk and is
+read by index. Which examples form batch `step` depends on (seed, step) alone: they are places step * batch_size + j of
+an endless row of permutations, one per epoch, each drawn from (seed, epoch). So a resumed run goes on exactly, and
+every process of a distributed one knows the whole batch and takes its part.
+
+Values are as stored: `codecs.py` scales them. A data set is a function path -> Data and one row in `_DATASETS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+
+from . import cifar10, files
+from .files import Stream
+from .toys import TOYS
+
+# A random stream's key begins with what it is for.
+_ORDER, _FLIPS = 0, 1
+
+
+@dataclass(frozen=True)
+class Split:
+    """Examples x, uint8 (N, C, H, W) or float32 (N, *shape), and labels y: int64 (N,), float32 (N, K) or none."""
+
+    x: Tensor | Stream
+    y: Tensor | None = None
+    device: torch.device | str = "cpu"
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return tuple(self.x.shape[1:])
+
+    def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Examples and labels at `index`, (B,) int64 on the CPU, on this split's device."""
+        where = index.to(self.device)
+        x = self.x[where] if isinstance(self.x, Tensor) else self.x[index].to(self.device)
+        return x, None if self.y is None else self.y[where]
+
+    def to(self, device: torch.device | str) -> Split:
+        """The same split with its tensors there; what a Stream reads will follow."""
+        x = self.x.to(device) if isinstance(self.x, Tensor) else self.x
+        return Split(x, None if self.y is None else self.y.to(device), device)
+
+
+@dataclass(frozen=True)
+class Data:
+    """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes."""
+
+    train: Split
+    test: Split
+    levels: int | None = 256
+    num_classes: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of one example."""
+        return self.train.shape
+
+    def to(self, device: torch.device | str) -> Data:
+        """The same set with both splits there."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+def load_data(
+    name: str,
+    path: str | Path | None = None,
+    *,
+    image_size: int | None = None,
+    num_channels: int | None = None,
+    memory: int = 4 << 30,
+) -> Data:
+    """The data set `name`, in any case: a row of `_DATASETS`, or "files" for what you have at `path`.
+
+    Args:
+        path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
+            .npy or a .npz. The others need none.
+        image_size: "files" crops images to their central square and resizes it to this; None or 0 keeps their size.
+        num_channels: "files" makes images grey (1) or RGB (3); None or 0 follows the first image.
+        memory: "files" of more bytes than this stay on disk and are read batch by batch.
+
+    Raises ValueError for an unknown name, with the nearest one, and for files that are not what they should be;
+    FileNotFoundError for those that are missing.
+    """
+    path = Path(path).expanduser() if path else None
+    if name.lower() in _DATASETS:
+        return _DATASETS[name.lower()](path)
+    if name.lower() == "files":
+        if path is None:
+            raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
+        return _files(path, image_size or None, num_channels or None, memory)
+    names = [*_DATASETS, "files"]
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
+    raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, and all are {', '.join(names)}")
+
+
+def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
+    """The examples, of n, in batch `step`: (batch_size,) int64.
+
+    Place p = step * batch_size + j is entry p % n of the permutation of epoch p // n: every epoch holds each example
+    once, batches run over its end, and none is dropped.
+    """
+    place = np.arange(step * batch_size, (step + 1) * batch_size)
+    epoch = place // n
+    entries = [_permutation(n, seed, e)[place[epoch == e] % n] for e in range(epoch[0], epoch[-1] + 1)]
+    return torch.from_numpy(np.concatenate(entries))
+
+
+def batch(
+    split: Split, step: int, batch_size: int, seed: int, flip: bool = False, part: slice = slice(None)
+) -> tuple[Tensor, Tensor | None]:
+    """Examples, as stored, and labels of batch `step`, on the split's device; `flip` mirrors each with probability 1/2.
+
+    `part` is what this process takes of the batch of `batch_size`: joined, the parts are the whole, mirrored alike.
+    """
+    x, y = split[batch_indices(len(split), batch_size, step, seed)[part]]
+    if flip:
+        if x.ndim != 4:
+            raise ValueError(f"examples of shape {split.shape} are no images to mirror: set data.random_flip=False")
+        mirrored = torch.from_numpy(np.random.default_rng([_FLIPS, seed, step]).random(batch_size) < 0.5)[part]
+        x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+    return x, y
+
+
+@lru_cache(maxsize=4)
+def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
+
+
+def _cifar10(path: Path | None) -> Data:
+    train, test = cifar10.read(path or Path("data"))
+    return Data(Split(*train), Split(*test), levels=256, num_classes=10)
+
+
+def _digits(path: Path | None) -> Data:
+    """Scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak 1998), 1 x 8 x 8 of 17 levels; 300 are held out."""
+    digits = load_digits()
+    x = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
+    train, test = _hold_out(Split(x, torch.from_numpy(digits.target.astype(np.int64))), 300)
+    return Data(train, test, levels=17, num_classes=10)
+
+
+def _toy(name: str) -> Callable[[Path | None], Data]:
+    """20,000 points to train on and 4,000 held out; new ones may be drawn from `TOYS` at will."""
+    return lambda path: Data(Split(TOYS[name](20_000, 0)), Split(TOYS[name](4_000, 1)), levels=None)
+
+
+def _files(path: Path, image_size: int | None, num_channels: int | None, memory: int) -> Data:
+    """What is at `path`; where nothing says what is held out, a tenth is, chosen by `_hold_out`."""
+    train_part, test_part = files.read(path, image_size, num_channels, memory)
+    train = Split(*train_part)
+    if test_part is None:
+        if len(train) < 2:
+            raise ValueError(f"{path} holds one example: at least two are needed, one to train on and one to hold out")
+        train, test = _hold_out(train, max(1, len(train) // 10))
+    else:
+        test = Split(*test_part)
+        if test.shape != train.shape:
+            raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
+    example = train[torch.zeros(1, dtype=torch.int64)][0]
+    classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
+    return Data(train, test, levels=256 if example.dtype == torch.uint8 else None, num_classes=max(classes, default=0))
+
+
+def _hold_out(split: Split, size: int) -> tuple[Split, Split]:
+    """(train, test): test is what the first `size` entries of numpy's permutation with seed 0 name, always the same."""
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(split)))
+    return _subset(split, order[size:]), _subset(split, order[:size])
+
+
+def _subset(split: Split, index: Tensor) -> Split:
+    y = None if split.y is None else split.y[index]
+    if isinstance(split.x, Tensor):
+        return Split(split.x[index], y)
+    stream, names = split.x, index.tolist()
+    return Split(Stream((len(names), *split.shape), lambda rows: stream.read([names[r] for r in rows])), y)
+
+
+_DATASETS: dict[str, Callable[[Path | None], Data]] = {
+    "cifar10": _cifar10,
+    "digits": _digits,
+    **{name: _toy(name) for name in TOYS},
+}
