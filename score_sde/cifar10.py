@@ -13,7 +13,6 @@ import io
 import os
 import pickle
 import tarfile
-import urllib.error
 import urllib.request
 import zlib
 from collections.abc import Callable
@@ -75,10 +74,11 @@ def download(url: str, target: Path, md5: str) -> None:
                 f"or put the right {target.name} into {target.parent}/"
             )
         os.replace(unfinished, target)
-    except urllib.error.URLError as error:
+    except OSError as error:  # urllib's errors, and those of a connection that breaks off
+        reason = getattr(error, "reason", error)
         raise FileNotFoundError(
-            f"CIFAR-10 is not in {target.parent}/ and cannot be downloaded ({error.reason}): put {target.name} from "
-            f"{url} there, or its folder {_FOLDERS[0]}, or say where it is, --config.data.path=DIR"
+            f"CIFAR-10 is not in {target.parent}/ and cannot be downloaded ({reason}): put {target.name} from {url} "
+            f"there, or its folder {_FOLDERS[0]}, or say where it is, --config.data.path=DIR"
         ) from error
     finally:
         unfinished.unlink(missing_ok=True)

@@ -103,7 +103,10 @@ class _Images:
         """uint8 (C, H, W)."""
         image = self.open(name).convert("L" if self.channels == 1 else "RGB")
         if self.size and image.size != (self.size, self.size):
-            image = ImageOps.fit(image, (self.size, self.size), Image.Resampling.LANCZOS)
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.crop((left, top, left + side, top + side))
+            image = square.resize((self.size, self.size), Image.Resampling.LANCZOS)
         return np.array(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
 
     def read(self, names: Sequence[str], shape: tuple[int, ...], index: Sequence[int]) -> Tensor:

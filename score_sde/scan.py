@@ -65,7 +65,7 @@ class Report:
         part = f"; looked at {self.scanned[0]} and {self.scanned[1]}, chosen with seed {self.seed}"
         stored = f", on file {self.stored[0]:g} to {self.stored[1]:g} of {self.levels} levels" if self.levels else ""
         bound = "" if self.distance_is_exact else ", at least: only the farthest from the mean were compared"
-        baseline = f"none: it needs at most {_DIMENSIONS} dimensions and more examples than dimensions"
+        baseline = f"none: it needs at most {_DIMENSIONS} dimensions, and examples that span them"
         if self.gaussian:
             noise = f", dequantised with seed {self.seed + 1}" if self.levels else ""
             baseline = f"{self.gaussian[0]:.3f} ± {self.gaussian[1]:.3f} {unit} on the held-out examples{noise}"
@@ -106,7 +106,7 @@ def scan(data: Data, codec: Codec, seed: int = 0) -> Report:
         stored=(float(train.min()), float(train.max())),
         range=(low, high),
         mean=total / count,
-        std=math.sqrt(squares / count - (total / count) ** 2),
+        std=math.sqrt(max(0.0, squares / count - (total / count) ** 2)),
         rms=math.sqrt(squares / count),
         largest_distance=distance,
         distance_is_exact=exact,
@@ -211,7 +211,10 @@ def _baseline(train: Tensor, test: Tensor, codec: Codec, seed: int) -> tuple[flo
     mean, covariance = gaussian_fit(train, codec, seed)
     values = []
     for x in _dequantised(test, codec, seed + 1):  # not the noise that was fitted
-        log_prob = gaussian_log_prob(x, mean.flatten(), covariance)
+        try:
+            log_prob = gaussian_log_prob(x, mean.flatten(), covariance)
+        except ValueError:
+            return None
         known = Likelihood(log_prob, torch.zeros_like(log_prob), x, 0)
         values.append(known.bits_per_dim(codec.levels, codec.width) if codec.levels else -log_prob / d)
     each = torch.cat(values)

@@ -1,0 +1,104 @@
+"""Scaling, dequantisation and rounding: every level comes back from every encoding, and bits/dim have their offset."""
+
+import math
+
+import pytest
+import torch
+
+from score_sde.codecs import PixelCodec, VectorCodec, codec_of
+from score_sde.likelihood import Likelihood
+
+LEVELS = (2, 17, 255, 256)
+
+
+def all_levels(levels: int) -> torch.Tensor:
+    return torch.arange(levels, dtype=torch.uint8)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_levels_span_the_interval_evenly(levels, centered):
+    x = PixelCodec(levels, centered).encode(all_levels(levels))
+    # float32's rounding of values in [-1, 1]
+    torch.testing.assert_close(x, torch.linspace(-1 if centered else 0, 1, levels), atol=1.2e-7, rtol=0)
+    assert x.dtype == torch.float32
+    assert x[0] == (-1 if centered else 0)
+    assert x[-1] == 1
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_dequantised_levels_lie_at_k_plus_u_over_levels(levels, centered):
+    k = all_levels(levels)
+    u = torch.rand(levels, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = PixelCodec(levels, centered).encode(k, u)
+    v = torch.tensor([(int(a) + float(b)) / levels for a, b in zip(k, u)], dtype=torch.float64)
+    torch.testing.assert_close(x, 2 * v - 1 if centered else v, atol=1e-15, rtol=0)
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_decode_inverts_encode_for_every_level_and_noise(levels, centered):
+    codec, k = PixelCodec(levels, centered), all_levels(levels)
+    assert torch.equal(codec.decode(codec.encode(k)), k)
+    # the ends of [0, 1) are where float32 rounds a value into the next bin
+    ends = [0.0, 2.0**-24, 1e-5, 0.25, 0.5, 1 - 2.0**-14, 1 - 2.0**-15, 1 - 1e-5, 1 - 2.0**-24]
+    random = torch.rand(500, generator=torch.Generator().manual_seed(0)).tolist()
+    for u in ends + random:
+        assert torch.equal(codec.decode(codec.encode(k, torch.full((levels,), u))), k), u
+    for u in (0.0, 1 - 2.0**-53):
+        assert torch.equal(codec.decode(codec.encode(k, torch.full((levels,), u, dtype=torch.float64))), k), u
+
+
+def test_decode_clamps_what_lies_outside():
+    x = torch.tensor([-7.0, -1.01, 1.01, 7.0, math.inf, -math.inf, math.nan])
+    assert PixelCodec(256).decode(x).tolist() == [0, 0, 255, 255, 255, 0, 0]
+    assert PixelCodec(17, centered=False).decode(x).tolist() == [0, 0, 16, 16, 16, 0, 0]
+
+
+def test_decode_is_at_most_half_a_level_from_rounding_to_the_nearest_trained_value():
+    codec, v = PixelCodec(256, centered=False), torch.linspace(0, 1, 100_001)
+    moved = codec.decode(v).double() - 255 * v.double()  # nearest would be within 1/2
+    assert moved.abs().max() < 1 + 1e-4
+    middle = (v - 0.5).abs() < 1 / 256
+    assert moved[middle].abs().max() < 0.51
+
+
+@pytest.mark.parametrize("centered", [True, False])
+@pytest.mark.parametrize("levels", LEVELS)
+def test_uniform_density_on_the_interval_has_log2_levels_bits(levels, centered):
+    codec, d = PixelCodec(levels, centered), 12
+    log_prob = torch.tensor([-d * math.log(codec.width)], dtype=torch.float64)
+    known = Likelihood(log_prob, torch.zeros(1), torch.zeros(1, d), 0)
+    assert known.bits_per_dim(codec.levels, codec.width).item() == pytest.approx(math.log2(levels), abs=1e-12)
+
+
+def test_dequantised_pixels_fill_the_interval():
+    k = torch.arange(256, dtype=torch.uint8).repeat(400)
+    x = PixelCodec().encode(k, torch.rand(k.shape, generator=torch.Generator().manual_seed(0)))
+    assert -1 <= x.min() < x.max() < 1
+    # 102,400 uniform draws on [-1, 1] have standard errors 0.0018 and 0.0009; with 400 in each bin, 256 times less
+    assert abs(x.mean()) < 1e-3
+    assert abs(x.square().mean() - 1 / 3) < 1e-3
+
+
+def test_display_spreads_levels_over_a_byte():
+    assert PixelCodec(17).display(all_levels(17))[[0, 8, 16]].tolist() == [0, 128, 255]
+    assert torch.equal(PixelCodec(256).display(all_levels(256)), all_levels(256))
+
+
+def test_vectors_pass_unchanged():
+    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+    codec = codec_of(None)
+    assert isinstance(codec, VectorCodec)
+    assert codec.encode(x) is x
+    assert codec.decode(x) is x
+    assert codec_of(17, centered=False) == PixelCodec(17, centered=False)
+
+
+def test_errors_name_the_value():
+    for levels in (1, 257):
+        with pytest.raises(ValueError, match=f"between 2 and 256, got {levels}"):
+            PixelCodec(levels)
+    with pytest.raises(ValueError, match=r"shape of k, \(3, 2\), got \(3,\)"):
+        PixelCodec().encode(torch.zeros(3, 2, dtype=torch.uint8), torch.zeros(3))
