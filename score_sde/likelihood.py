@@ -12,7 +12,7 @@ Each evaluation is one forward pass and one batched vector-Jacobian product.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -23,6 +23,7 @@ from .ode import integrate
 from .samplers.base import example_generators
 
 Probe = Literal["rademacher", "gaussian", "exact"]
+EXACT_BATCH = 1024  # products at a time for the exact trace: bounds its memory in many dimensions
 
 
 class Likelihood(NamedTuple):
@@ -42,7 +43,7 @@ class Likelihood(NamedTuple):
         A level is a cell of volume (width/levels)^D, and log P(cell) >= E log p + D log(width/levels) (Theis et al.
         2016, eq. 7): the offset is log2(levels/width), 7 for 8-bit images in [-1, 1] and 8 in [0, 1].
         """
-        d = self.latent[0].numel() if len(self.latent) else 1
+        d = math.prod(self.latent.shape[1:])
         return -self.log_prob / (d * math.log(2)) + math.log2(levels / width)
 
 
@@ -81,25 +82,26 @@ def log_likelihood(
     sde, wide = model.sde, torch.float32 if x.device.type == "mps" else torch.float64
     exact = isinstance(probe, str) and probe == "exact"
     e = _probes(probe, probes, x, seed, first)
-    count = 1 if exact else len(e)
+    chunks = e.split(max(EXACT_BATCH // max(batch, 1), 1)) if exact else (e,)
 
     def field(t: Tensor, state: Tensor) -> Tensor:
         y = state[:, :d].to(x.dtype).reshape(x.shape)
-        noise, trace = _noise_and_trace(model, y, t, e, exact)
-        f, g2 = sde.f(t).item(), sde.g(t).item() ** 2
-        rate = g2 / (2 * sde.sigma(t).item())
+        noise, traces = _noise_and_traces(model, y, t, chunks)
+        trace = traces.sum(1, keepdim=True) if exact else traces
+        f, rate = sde.f(t).item(), (sde.g(t) ** 2 / (2 * sde.sigma(t))).item()
         velocity = f * y + rate * noise
-        divergence = f * d + rate * trace
-        return torch.cat([velocity.flatten(1).to(wide), divergence.to(wide)], dim=1)
+        return torch.cat([velocity.flatten(1).to(wide), (f * d + rate * trace).to(wide)], dim=1)
 
-    start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, count, dtype=wide)], dim=1)
-    end, nfe = integrate(field, start, t_min, 1.0, rtol=rtol, atol=atol, method=method) if batch else (start, 0)
+    start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, 1 if exact else len(e), dtype=wide)], dim=1)
+    end, nfe = integrate(field, start, t_min, 1.0, rtol=rtol, atol=atol, method=method)
     latent, integrals = end[:, :d].reshape(x.shape), end[:, d:]
     log_prob = (prior_log_prob or sde.prior_log_prob)(latent) + integrals.mean(1)
     if exact:
         std_error = torch.zeros_like(log_prob)
+    elif len(e) == 1:
+        std_error = torch.full_like(log_prob, math.nan)
     else:
-        std_error = integrals.std(1) / math.sqrt(count) if count > 1 else torch.full_like(log_prob, math.nan)
+        std_error = integrals.std(1) / math.sqrt(len(e))
     return Likelihood(log_prob, std_error, latent.to(x.dtype), nfe)
 
 
@@ -125,25 +127,19 @@ def _probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.Gene
     return z if probe == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(x)
 
 
-def _noise_and_trace(model: ScoreModel, y: Tensor, t: Tensor, e: Tensor, exact: bool) -> tuple[Tensor, Tensor]:
-    """The estimate's noise at y, and e^T J e of its Jacobian: (B, K), one for each probe, or their sum if exact."""
+def _noise_and_traces(model: ScoreModel, y: Tensor, t: Tensor, probes: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The estimate's noise at y, and e^T J e of its Jacobian for each probe e, (B, K); one product for each chunk."""
     with torch.enable_grad():
         y = y.detach().requires_grad_(True)
         noise = model(y, t).noise
         if not noise.requires_grad:
             raise ValueError("the model's estimate has no gradient in x, and a likelihood needs its Jacobian")
-        if len(e) == 1:
-            (products,) = torch.autograd.grad(noise, y, e[0])
-            products = products[None]
-        else:
-            products = torch.cat(
-                [
-                    torch.autograd.grad(noise, y, chunk, is_grads_batched=True, retain_graph=True)[0]
-                    for chunk in e.split(CHUNK)
-                ]
-            )
-    traces = (products * e).flatten(2).sum(2).T
-    return noise.detach(), traces.sum(1, keepdim=True) if exact else traces
+        traces = [(_products(noise, y, e) * e).flatten(2).sum(2) for e in probes]
+    return noise.detach(), torch.cat(traces).T
 
 
-CHUNK = 256  # probes in one batched product: bounds the memory of the exact trace in many dimensions
+def _products(noise: Tensor, y: Tensor, e: Tensor) -> Tensor:
+    """e^T J for each of the K probes e, (K, B, *shape)."""
+    if len(e) == 1:
+        return torch.autograd.grad(noise, y, e[0], retain_graph=True)[0][None]
+    return torch.autograd.grad(noise, y, e, is_grads_batched=True, retain_graph=True)[0]

@@ -32,7 +32,12 @@ class Estimate(NamedTuple):
     @property
     def score(self) -> Tensor:
         """Gradient of log p_t(x): -noise / sigma."""
-        return -self.noise / self.sigma
+        return self.noise / -self.sigma
+
+
+def add_(y: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+    """y += weight · z in place and in one pass over memory, for a weight of shape () on the CPU, or (B,)."""
+    return y.add_(z, alpha=weight.item()) if weight.ndim == 0 else y.addcmul_(like(weight, y), z)
 
 
 class ScoreModel(nn.Module, ABC):
@@ -77,9 +82,13 @@ class FromScore(ScoreModel):
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
-        sigma = like(self.sde.sigma(t), x)
-        noise = -sigma * self.fn(x, t, **condition)
-        return Estimate((x - sigma * noise) / like(self.sde.alpha(t), x), noise, sigma)
+        score = self.fn(x, t, **condition).to(x.dtype)
+        alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
+        data = add_(x / like(alpha, x), sigma**2 / alpha, score)
+        return Estimate(data, score * -like(sigma, x), like(sigma, x))
+
+    def score(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.fn(x, t).to(x.dtype)
 
 
 def from_score(sde: SDE, fn: Callable[..., Tensor]) -> ScoreModel:
@@ -205,18 +214,13 @@ class Preconditioned(ScoreModel):
         self.rule = named[rule] if isinstance(rule, str) else rule
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
-        t = t.expand(x.shape[0])
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         (skip, out), (lift, gain) = self.rule(alpha, sigma)
-        label = self.label(alpha, sigma, t).to(x.device)
+        label = self.label(alpha, sigma, t).to(x.device).expand(x.shape[0])
         label = label.to(x.dtype) if label.is_floating_point() else label
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
         y = self.network(scaled, label, **condition)
         if y.shape != x.shape:
             raise ValueError(f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}")
         y = y.to(x.dtype)
-        return Estimate(
-            torch.addcmul(like(skip, x) * x, like(out, x), y),
-            torch.addcmul(like(lift, x) * x, like(gain, x), y),
-            like(sigma, x),
-        )
+        return Estimate(add_(like(skip, x) * x, out, y), add_(like(lift, x) * x, gain, y), like(sigma, x))

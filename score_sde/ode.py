@@ -29,6 +29,8 @@ def integrate(
     """
     if method not in ADAPTIVE:
         raise ValueError(f"unknown adaptive ODE method {method!r}; use one of {', '.join(ADAPTIVE)}")
+    if y.numel() == 0:
+        return y, 0
     count = 0
 
     def counted(t: Any, y: Tensor) -> Tensor:

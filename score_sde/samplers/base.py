@@ -6,6 +6,7 @@ walk. Samplers are frozen values: printable, comparable, composable. They see ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -46,21 +47,26 @@ def example_generators(seed: int, first: int, count: int, device: torch.device) 
 def noise_source(
     shape: tuple[int, ...], seed: int | torch.Generator, first: int, dtype: torch.dtype, device: torch.device
 ) -> Noise:
-    """The source of standard normal numbers for a batch: example i's draws depend on (seed, first + i) alone.
+    """The source of standard normal states of shape `shape`: example i's depend on (seed, first + i) alone.
 
+    A draw of an example costs a call, so small states are drawn several ahead, as many as fit in 64 kB.
     A torch.Generator in place of the seed gives one stream for the whole batch.
     """
     if isinstance(seed, torch.Generator):
-        return lambda like: torch.randn(like.shape, generator=seed, dtype=dtype, device=seed.device).to(device)
+        return lambda like: torch.randn(shape, generator=seed, dtype=dtype, device=seed.device).to(device)
     generators = example_generators(seed, first, shape[0], device)
+    ahead = min(max(2**14 // max(math.prod(shape[1:]), 1), 1), 16)
+    block = torch.empty(shape[0], ahead, *shape[1:], dtype=dtype, device=device)
+    rows = block.unbind(0)
 
-    def noise(like: Tensor) -> Tensor:
-        z = torch.empty(like.shape, dtype=dtype, device=device)
-        for row, generator in zip(z, generators, strict=True):
-            row.normal_(generator=generator)
-        return z
+    def draws() -> Iterator[Tensor]:
+        while True:
+            for row, generator in zip(rows, generators, strict=True):
+                row.normal_(generator=generator)
+            yield from (block[:, i].clone() for i in range(ahead))
 
-    return noise
+    stream = draws()
+    return lambda like: next(stream)
 
 
 @torch.no_grad()
@@ -88,22 +94,25 @@ def sample(
             A torch.Generator gives one stream for the batch instead.
         first: index of the batch's first example.
         dtype, device: of the state; by default those of the model's first parameter or buffer, else float32 on the CPU.
-        denoise: return E[x_0 | x] at the last time instead of x.
+        denoise: return E[x_0 | x] at the last time instead of x; where that is clean data (sigma = 0), x itself.
         progress: show a bar.
 
-    Returns x of shape `shape`. Raises ValueError for a grid that is not decreasing 1-D, or a shape without a batch.
+    Returns x of shape `shape`. Raises ValueError for a grid that is not 1-D and decreasing within [0, 1], or for a
+    shape that is not a batch of states.
     """
-    if len(shape) < 1:
-        raise ValueError("shape must be (B, *shape), got ()")
-    if times.ndim != 1 or len(times) < 2 or not bool((times.diff() < 0).all()):
-        raise ValueError(f"times must be a decreasing 1-D grid of at least 2 values, got {times}; see score_sde.times")
+    shape = tuple(shape)
+    if len(shape) < 2 or min(shape) < 0:
+        raise ValueError(f"shape must be (B, *shape), a batch of states, got {shape}")
+    times = times.to("cpu", torch.float64)
+    falling = times.ndim == 1 and len(times) >= 2 and bool((times.diff() < 0).all())
+    if not falling or times[0] > 1 or times[-1] < 0:
+        raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
     like = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
     dtype = dtype or (torch.float32 if like is None else like.dtype)
     device = torch.device(device if device is not None else "cpu" if like is None else like.device)
-    times = times.to("cpu", torch.float64)
-    noise = noise_source(tuple(shape), seed, first, dtype, device)
+    noise = noise_source(shape, seed, first, dtype, device)
     x = model.sde.prior(shape, noise)
     states = sampler.walk(model, x, times, noise)
     for state in tqdm(states, total=len(times) - 1, desc="sampling", leave=False, disable=not progress):
         x = state
-    return model(x, times[-1]).data if denoise else x
+    return model(x, times[-1]).data if denoise and bool(model.sde.sigma(times[-1]) > 0) else x

@@ -21,6 +21,14 @@ def velocity(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
     return model.sde.velocity(x, t, model.score(x, t))
 
 
+def _check_noisy(model: ScoreModel, s: Tensor) -> None:
+    if not bool((model.sde.sigma(s) > 0).all()):
+        raise ValueError(
+            f"the probability flow has no slope at t = {s.min().item():g}, where sigma = 0: end the grid above it "
+            "(for a chain, times[:-1] and denoise=True), or sample with DDIM() or Heun(), which step to clean data"
+        )
+
+
 @dataclass(frozen=True)
 class Heun(Sampler):
     """Heun's method for the probability flow: order 2, two evaluations a step (Karras et al. 2022, algorithm 1).
@@ -38,7 +46,10 @@ class Heun(Sampler):
 
 @dataclass(frozen=True)
 class FixedODE(Sampler):
-    """torchdiffeq's fixed-step methods over the grid: "euler", "midpoint", "heun2" or "rk4"."""
+    """torchdiffeq's fixed-step methods over the grid: "euler", "midpoint", "heun2" or "rk4".
+
+    Raises ValueError for another method, and where the grid ends at clean data (sigma = 0).
+    """
 
     method: str = "rk4"
 
@@ -47,8 +58,12 @@ class FixedODE(Sampler):
             raise ValueError(f"unknown fixed-step ODE method {self.method!r}; use one of {', '.join(FIXED)}")
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        ends = torch.stack([t, s]).to(x.device, x.dtype)
-        return odeint(lambda u, y: velocity(model, y, u), x, ends, method=self.method)[-1]
+        _check_noisy(model, s)
+
+        def field(u: Tensor, y: Tensor) -> Tensor:
+            return velocity(model, y, u.to("cpu", torch.float64))
+
+        return odeint(field, x, torch.stack([t, s]).to(x.device, x.dtype), method=self.method)[-1]
 
 
 @dataclass(frozen=True)
@@ -56,7 +71,8 @@ class AdaptiveODE(Sampler):
     """An adaptive method between the grid's points, which are only where the state is reported.
 
     `method` is one of torchdiffeq's, or "RK45" for scipy's as the paper uses it. One step size serves the batch, so an
-    example's result depends on its neighbours to within the tolerance.
+    example's result depends on its neighbours to within the tolerance. Raises ValueError for another method, and where
+    the grid ends at clean data (sigma = 0).
     """
 
     rtol: float = 1e-5
@@ -64,6 +80,8 @@ class AdaptiveODE(Sampler):
     method: str = "dopri5"
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        _check_noisy(model, times)
+
         def field(t: Tensor, y: Tensor) -> Tensor:
             return velocity(model, y, t)
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
+from ..model import ScoreModel, add_
 from ..sdes import Noise, like
 from .base import Sampler
 
@@ -18,10 +18,9 @@ class EulerMaruyama(Sampler):
     """x_s = x_t + (s - t) [f x - g² score] + g sqrt(t - s) z: weak order 1 (Song et al. 2021, appendix D)."""
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        sde, (_, e, sigma) = model.sde, model(x, t)
-        g2 = sde.g(t) ** 2
-        x = like(1 + (s - t) * sde.f(t), x) * x + (like((s - t) * g2, x) / sigma) * e
-        return x + like(torch.sqrt(g2 * (t - s)), x) * noise(x)
+        h, f, g = t - s, model.sde.f(t), model.sde.g(t)
+        mean = add_(like(1 - h * f, x) * x, h * g**2, model.score(x, t))
+        return add_(mean, g * h.sqrt(), noise(x))
 
 
 @dataclass(frozen=True)
@@ -36,10 +35,8 @@ class ReverseDiffusion(Sampler):
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         scale, std = model.sde.transition(s, t)
-        e = model(x, t)
-        share = std**2 / 2 if self.flow else std**2
-        mean = like(2 - scale, x) * x - (like(share, x) / e.sigma) * e.noise
-        return mean if self.flow else mean + like(std, x) * noise(x)
+        mean = add_(like(2 - scale, x) * x, std**2 / 2 if self.flow else std**2, model.score(x, t))
+        return mean if self.flow else add_(mean, std, noise(x))
 
 
 @dataclass(frozen=True)
@@ -53,11 +50,12 @@ class Ancestral(Sampler):
     variance: Literal["small", "large"] = "small"
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        sde = model.sde
-        mean, variance = sde.posterior(x, model(x, t).data, s, t)
+        mean, variance = model.sde.posterior(x, model(x, t).data, s, t)
+        if not bool((variance > 0).any()):
+            return mean
         if self.variance == "large":
-            variance = torch.where(variance > 0, sde.transition(s, t)[1] ** 2, variance)
-        return mean + like(variance.sqrt(), x) * noise(x) if bool((variance > 0).any()) else mean
+            variance = torch.where(variance > 0, model.sde.transition(s, t)[1] ** 2, variance)
+        return add_(mean, variance.sqrt(), noise(x))
 
 
 @dataclass(frozen=True)
@@ -72,12 +70,12 @@ class DDIM(Sampler):
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         sde, e = model.sde, model(x, t)
-        sigma_s = sde.sigma(s)
+        clean, sigma_s = like(sde.alpha(s), x) * e.data, sde.sigma(s)
         if self.eta == 0:
-            return like(sde.alpha(s), x) * e.data + like(sigma_s, x) * e.noise
+            return add_(clean, sigma_s, e.noise)
         fresh = self.eta * sigma_s * sde.transition(s, t)[1] / sde.sigma(t)
-        x = like(sde.alpha(s), x) * e.data + like((sigma_s**2 - fresh**2).clamp_min(0).sqrt(), x) * e.noise
-        return x + like(fresh, x) * noise(x)
+        mean = add_(clean, (sigma_s**2 - fresh**2).clamp_min(0).sqrt(), e.noise)
+        return add_(mean, fresh, noise(x))
 
 
 @dataclass(frozen=True)
@@ -98,11 +96,11 @@ class Langevin(Sampler):
         for _ in range(self.steps):
             score, z = model.score(x, t), noise(x)
             h = 2 * a * (self.snr * self._size(z) / self._size(score)) ** 2
-            x = x + h * score + torch.sqrt(2 * h) * z
+            x = torch.addcmul(x, h, score).addcmul_(torch.sqrt(2 * h), z)
         return x
 
     def _size(self, x: Tensor) -> Tensor:
-        norm = x.flatten(1).norm(dim=1)
+        norm = torch.linalg.vector_norm(x.flatten(1), dim=1)
         return like(norm.mean().expand_as(norm) if self.norm == "batch" else norm, x)
 
 
@@ -117,9 +115,9 @@ class AnnealedLangevin(Sampler):
     steps: int = 1
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        h = like(2 * model.sde.transition(s, t)[0] ** 2 * (self.snr * model.sde.sigma(t)) ** 2, x)
+        h = 2 * (model.sde.transition(s, t)[0] * self.snr * model.sde.sigma(t)) ** 2
         for _ in range(self.steps):
-            x = x + h * model.score(x, t) + torch.sqrt(2 * h) * noise(x)
+            x = add_(add_(x.clone(), h, model.score(x, t)), torch.sqrt(2 * h), noise(x))
         return x
 
 
