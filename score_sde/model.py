@@ -189,7 +189,8 @@ class Preconditioned(ScoreModel):
     """A network F(scale · x, label) made a model by a rule, a label and an input scale.
 
     Args:
-        network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,).
+        network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,), both given
+            by position.
         sde: whose marginals the model describes.
         rule: what F means: "noise", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) -> 2×2 matrix.
         label: (alpha, sigma, t) -> (B,), what the network is told about the time; the default is 999 t.
@@ -216,6 +217,7 @@ class Preconditioned(ScoreModel):
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         (skip, out), (lift, gain) = self.rule(alpha, sigma)
+        from_x, std = like(skip, x), like(sigma, x)
         label = self.label(alpha, sigma, t).to(x.device).expand(x.shape[0])
         label = label.to(x.dtype) if label.is_floating_point() else label
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
@@ -223,4 +225,4 @@ class Preconditioned(ScoreModel):
         if y.shape != x.shape:
             raise ValueError(f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}")
         y = y.to(x.dtype)
-        return Estimate(add_(like(skip, x) * x, out, y), add_(like(lift, x) * x, gain, y), like(sigma, x))
+        return Estimate(add_(from_x * x, out, y), add_(like(lift, x) * x, gain, y), std)
