@@ -1,0 +1,324 @@
+"""The command line, ``python main.py --config configs/NAME.py --mode MODE [...]``; `USAGE` explains it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from . import checkpoint, parallel
+from . import config as configs
+from .build import build_sde
+from .closed_form import Mixture
+from .codecs import Codec, PixelCodec, codec_of
+from .data import Data, load_data
+from .demo import summary
+from .evaluate import run_likelihood, run_sampling
+from .images import grid, histogram, write_png
+from .model import ScoreModel
+from .parallel import Processes
+from .samplers import Heun, sample, times
+from .scan import disagreements, scan
+from .toys import TOYS, ring_mixture
+from .train import Metrics, noise_floor, train
+
+USAGE = """\
+score_sde: score-based generative modelling with stochastic differential equations
+
+  python main.py --config configs/NAME.py --mode MODE [--workdir DIR] [--config.section.key=value ...]
+
+modes
+  scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
+  train        train, or go on from the workdir's newest checkpoint
+  sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp
+  likelihood   bits/dim of held-out data under it, with its standard error
+  demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
+
+where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, tensorboard/,
+                  log.txt
+what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
+several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
+"""
+
+log = logging.getLogger("score_sde")
+
+EXACT = {"ring": ring_mixture}  # toy densities whose exact model is known: (weights, means, covariances)
+
+
+class Stop:
+    """Turns true on SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for name in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(name, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Entry point of `main.py` and of the console script; returns the exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments in (["-h"], ["--help"]):
+        print(USAGE + "\nconfigs\n" + "\n".join(_config_lines()))
+        return 0
+    try:
+        rest, overrides = configs.split_arguments(arguments)
+        options = _parser().parse_args(rest)
+        return main(options, overrides)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as error:
+        print(
+            f"error: out of memory ({str(error).splitlines()[0]}); compute the batch in parts "
+            "(--config.training.accumulate=2), recompute activations (--config.training.checkpoint_activations=true), "
+            "or sample and evaluate fewer at a time (--config.sampling.batch_size, --config.eval.batch_size)",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was finished is on disk, and the same command goes on", file=sys.stderr)
+        return 130
+    finally:
+        parallel.finish()
+
+
+def _config_lines() -> list[str]:
+    """The configs in the folder, each with the first line of its docstring."""
+    lines = []
+    for path in sorted(Path("configs").glob("*.py")):
+        text = path.read_text().lstrip()
+        summary = text[3:].split("\n", 1)[0].removesuffix('"""') if text.startswith('"""') else ""
+        lines.append(f"  {path!s:32} {summary}")
+    return lines
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise ValueError(f"{message}; python main.py alone explains the command line")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", required=True)
+    parser.add_argument("--mode", required=True, choices=["scan", "train", "sample", "likelihood", "demo"])
+    parser.add_argument("--workdir", default=None)
+    parser.add_argument("--checkpoint", default=None)
+    return parser
+
+
+def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = configs.load(options.config, overrides)
+    workdir = Path(options.workdir or Path("runs") / Path(options.config).stem)
+    processes = parallel.start(config.device)
+    if processes.main:
+        workdir.mkdir(parents=True, exist_ok=True)
+        _log_to(workdir)
+        log.info("workdir: %s", workdir)
+    data, codec = _data(config, processes)
+    if options.mode == "scan":
+        if processes.main:
+            print(scan(data, codec))
+        return 0
+    if options.mode == "train":
+        return run_training(config, workdir, data, codec, processes)
+    if options.mode == "demo":
+        return _demo(config, workdir, data, codec, processes)
+    model, path = _model(options.checkpoint or workdir, options.mode, config, data, processes)
+    if options.mode == "sample":
+        folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
+        log.info("%d samples: %s", config.sampling.num_samples, folder)
+    else:
+        split = {"test": data.test, "train": data.train}[config.eval.split]
+        folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes)
+        log.info(
+            "%s of %d %s examples: %.4f ± %.4f (%s; NFE %.0f): %s",
+            *(result[key] for key in ("unit", "images", "split", "mean", "standard_error", "estimate", "nfe")),
+            folder,
+        )
+    return 0
+
+
+def _log_to(workdir: Path) -> None:
+    log.setLevel(logging.INFO)
+    log.handlers.clear()
+    for handler in (logging.StreamHandler(_BarSafe()), logging.FileHandler(workdir / "log.txt")):
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        log.addHandler(handler)
+
+
+class _BarSafe:
+    """A stream that prints above a running progress bar."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            tqdm.write(text.rstrip("\n"), file=sys.stderr)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
+    d = config.data
+
+    def read() -> Data:
+        size, channels = d.image_size or None, d.num_channels or None
+        return load_data(d.dataset, d.path or None, image_size=size, num_channels=channels)
+
+    if not processes.main:
+        processes.barrier()  # the main process downloads, if it must, and the others then find the files
+    data = read()
+    if processes.main:
+        processes.barrier()
+    return data, codec_of(data.levels, d.centered)
+
+
+def run_training(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:
+    """--mode train: the loop of `train.train`, shown as a bar, lines of a log, TensorBoard scalars and grids."""
+    stop = Stop()
+    _remember(config, workdir, processes)
+    if processes.main:
+        _warn(config, data, codec)
+    n = config.training.n_iters
+    writer = SummaryWriter(str(workdir / "tensorboard")) if processes.main else None
+    bar = tqdm(total=n, desc="training", unit="step", disable=not processes.main, dynamic_ncols=True)
+    floor: dict[str, float] = {}
+    step = 0
+    for m in train(config, workdir, data, codec, processes, stop):
+        step = m.step
+        if writer is None:
+            continue
+        for sentence in m.notes:
+            log.info(sentence)
+        if not floor and config.data.dataset in EXACT:
+            floor = _floor(config)
+            log.info("irreducible error by noise level: %s", _line(floor))
+        bar.update(m.step - bar.n)
+        if "training_loss" in m.scalars:
+            loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
+            bar.set_postfix_str(f"loss {loss:.4g}, {speed:.3g} images/s")
+            log.info("step %d/%d %s", m.step, n, _line(m.scalars))
+        for name, value in m.scalars.items():
+            writer.add_scalar(name, value, m.step)
+        for name, value in floor.items():
+            writer.add_scalar(f"noise_error_floor/{name}", value, m.step)
+        if m.checkpoint is not None:
+            log.info("checkpoint: %s", m.checkpoint)
+            if config.training.snapshot_sampling:
+                _snapshot(m, config, workdir, data, codec, writer, processes)
+    bar.close()
+    if writer is not None:
+        writer.close()
+        if step < n:
+            log.info("stopped at step %d of %d; the same command goes on from there", step, n)
+        else:
+            log.info("training is complete: %d steps in %s", n, workdir)
+    return 0 if step >= n else 130
+
+
+def _warn(config: ConfigDict, data: Data, codec: Codec) -> None:
+    """Say where the data and the config disagree."""
+    d, m = config.data, config.model
+    unscaled = config.training.sde in ("vesde", "edm")
+    for sentence in disagreements(
+        data,
+        codec,
+        image_size=d.image_size,
+        num_channels=d.num_channels,
+        sigma_data=m.sigma_data if m.rule == "edm" else None,
+        sigma_max=m.sigma_max if unscaled else None,
+    ):
+        log.warning("warning: %s", sentence)
+
+
+def _line(scalars: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+
+
+def _remember(config: ConfigDict, workdir: Path, processes: Processes) -> None:
+    """Write the config into the workdir; a change against what was there is told."""
+    if not processes.main:
+        return
+    path = workdir / "config.json"
+    if path.is_file():
+        for line in configs.differences(configs.from_json(path), config):
+            log.warning("warning: the config differs from that of this workdir's earlier run: %s", line)
+    path.write_text(configs.to_json(config) + "\n")
+
+
+def _floor(config: ConfigDict) -> dict[str, float]:
+    """The irreducible error by noise level, for a data set whose density is known."""
+    name = config.data.dataset
+    sde = build_sde(config)
+    return noise_floor(Mixture(sde, *EXACT[name]()), lambda count: TOYS[name](count, 1), sde)
+
+
+def _snapshot(
+    m: Metrics, config: ConfigDict, workdir: Path, data: Data, codec: Codec, writer: SummaryWriter, processes: Processes
+) -> None:
+    """A grid from the averaged and one from the raw weights: 64 samples, 18 steps of Heun's method on Karras's grid."""
+    assert m.checkpoint is not None
+    for weights in ("ema", "raw"):
+        model = checkpoint.load(m.checkpoint, ema=weights == "ema", map_location=processes.device)
+        picture = _picture(model, 64 if len(data.shape) == 3 else 4096, data.shape, codec)
+        if picture is not None:
+            writer.add_image(f"samples/{weights}", picture, m.step)
+            folder = workdir / "samples" / f"step-{m.step:09d}"
+            folder.mkdir(parents=True, exist_ok=True)
+            write_png(picture, folder / f"{weights}.png")
+
+
+def _picture(model: ScoreModel, count: int, shape: tuple[int, ...], codec: Codec) -> torch.Tensor | None:
+    start = max(model.sde.t_min, 1e-3) if not hasattr(model.sde, "steps") else 1 / model.sde.steps
+    walk = times.karras(replace(model.sde, t_min=start), 18)
+    x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
+    if isinstance(codec, PixelCodec):
+        return grid(codec.display(x), zoom=max(1, 32 // shape[-1]))
+    return histogram(x) if shape == (2,) else None
+
+
+def _model(
+    where: str | Path, mode: str, config: ConfigDict, data: Data, processes: Processes
+) -> tuple[ScoreModel, Path]:
+    """The model to sample from or to evaluate, on this process' device, and the checkpoint it is from."""
+    path = checkpoint.find(where)
+    weights = (config.sampling if mode == "sample" else config.eval).weights
+    foreign = path.suffix != checkpoint.SUFFIX
+    shape = data.shape if foreign else checkpoint.read_card(path).shape
+    if shape != data.shape:
+        raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {data.shape}")
+    log.info("checkpoint: %s (%s weights)", path, weights)
+    return checkpoint.load(path, config if foreign else None, weights == "ema", processes.device), path
+
+
+def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:
+    """--mode demo: the three commands one after the other, and what came of them in words."""
+    begin = time.perf_counter()
+    code = run_training(config, workdir, data, codec, processes)
+    if code:
+        return code
+    model, path = _model(workdir, "sample", config, data, processes)
+    folder, samples = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
+    _, result = run_likelihood(model, config, data.test, codec, path, workdir / "likelihood", processes)
+    if processes.main:
+        seconds = time.perf_counter() - begin
+        print(summary(data, codec, workdir, samples["arr_0"], folder, result, seconds))
+    return 0

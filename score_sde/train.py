@@ -1,0 +1,340 @@
+"""Training: one short step that tests can call, and a loop that yields what there is to report.
+
+Everything random in step n (which examples, flips, times, noise, dropout) is drawn from (seed, n) for the whole batch,
+of which each process takes its part. So a resumed run repeats an uninterrupted one bit for bit on a CPU, and several
+processes compute what one would.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from . import checkpoint, losses
+from . import config as configs
+from .build import build_model
+from .codecs import Codec
+from .data import Data, Split, batch
+from .ema import ema_decay, ema_update
+from .model import ScoreModel
+from .parallel import Processes
+from .sdes import SDE
+
+# What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
+_TRAINING, _DROPOUT, _EVALUATION, _FLOOR = 0, 2, 3, 5
+
+
+@dataclass
+class State:
+    """What training changes: the model, the average of its weights, the optimizer's moments, and the step."""
+
+    model: ScoreModel
+    ema: ScoreModel
+    optimizer: Optimizer
+    step: int = 0
+
+
+class Batch(NamedTuple):
+    """One process' part of a batch: data, times, importance weights (float64, CPU) and noise."""
+
+    x0: Tensor
+    t: Tensor
+    importance: Tensor
+    z: Tensor
+
+
+class Record(NamedTuple):
+    """What one step leaves for the log, unread until then so that no step waits for the device."""
+
+    step: int
+    learning_rate: float
+    grad_norm: Tensor
+    error: Tensor  # mean squared error of the noise, per example, unweighted
+    loss: Tensor
+    t: Tensor
+
+
+@dataclass
+class Metrics:
+    """What the loop yields after each step; with scalars every log_freq steps, after evaluations and checkpoints."""
+
+    step: int
+    scalars: dict[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+class Objective(nn.Module):
+    """The config's loss of a model, one value per example, with the unweighted error beside it."""
+
+    def __init__(self, model: ScoreModel, config: ConfigDict) -> None:
+        super().__init__()
+        self.model = model
+        self.weight = losses.likelihood if config.training.likelihood_weighting else losses.simple
+        self.sum = not config.training.reduce_mean
+
+    def forward(self, x0: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        error = losses.denoising(self.model, x0, t, z, losses.simple)
+        scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
+        return scale * self.weight(self.model.sde, t).to(error) * error, error.detach()
+
+
+def time_law(config: ConfigDict) -> losses.TimeLaw:
+    """How the config draws t."""
+    t = config.training
+    if not t.continuous:
+        return losses.discrete(config.model.num_scales)
+    if t.time == "importance":
+        return losses.importance(losses.likelihood if t.likelihood_weighting else losses.simple)
+    return {"uniform": losses.uniform, "log_snr": losses.log_snr}[t.time]
+
+
+def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device) -> State:
+    """A fresh state for examples of `shape`; its weights depend on config.seed alone."""
+    o, t = config.optim, config.training
+    model = build_model(config, shape).to(device)
+    if t.channels_last and len(shape) == 3:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[o.optimizer]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = device.type in ("cpu", "cuda")
+    optimizer = kind(
+        parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=fused or None
+    )
+    return State(model, ema, optimizer)
+
+
+def learning_rate(config: ConfigDict, step: int) -> float:
+    """Rises linearly from 0 over optim.warmup steps, and falls to 0 over the last fraction optim.decay of the run."""
+    o, n = config.optim, config.training.n_iters
+    rise = min(step / o.warmup, 1.0) if o.warmup else 1.0
+    fall = min((n - step) / (o.decay * n), 1.0) if o.decay else 1.0
+    return o.lr * rise * max(fall, 0.0)
+
+
+def generator(seed: int, step: int, purpose: int, device: torch.device | str = "cpu", part: int = 0) -> torch.Generator:
+    """The random stream of one step for one purpose."""
+    state = np.random.SeedSequence([seed, step, purpose, part]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
+
+
+def draw(
+    config: ConfigDict,
+    split: Split,
+    codec: Codec,
+    sde: SDE,
+    step: int,
+    part: slice,
+    *,
+    flip: bool,
+    purpose: int = _TRAINING,
+) -> Batch:
+    """One process' part of the batch of step `step`: data, times and noise, all from (seed, step)."""
+    n, seed = config.training.batch_size, config.seed
+    k, _ = batch(split, step, n, seed, flip, part)
+    numbers = losses.low_discrepancy if config.training.low_discrepancy else losses.uniform_numbers
+    law = time_law(config)(sde, numbers(n, generator(seed, step, purpose)))
+    noise = generator(seed, step, purpose + 1, k.device)
+    shape, floats = (n, *k.shape[1:]), torch.float32
+    u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
+    z = torch.randn(shape, generator=noise, device=k.device, dtype=floats)[part]
+    x0 = codec.encode(k, u).to(floats)
+    if config.training.channels_last and x0.ndim == 4:
+        x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
+    return Batch(x0, law.t[part], law.weight[part], z)
+
+
+def importance_weighted(config: ConfigDict) -> bool:
+    """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
+    return bool(config.training.time == "importance")
+
+
+def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict) -> Record:
+    """One update of the parameters and their average by a batch; nothing is read back from the device."""
+    t, o = config.training, config.optim
+    rate = learning_rate(config, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = [Batch(*values) for values in zip(*(v.chunk(t.accumulate) for v in b), strict=True)]
+    errors, values = [], []
+    for i, p in enumerate(parts):
+        last = i == len(parts) - 1
+        synced = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
+        bf16 = torch.autocast(p.x0.device.type, torch.bfloat16, enabled=t.precision == "bfloat16")
+        with synced, bf16:
+            loss, error = objective(p.x0, p.t, p.z)
+            if importance_weighted(config):
+                loss = loss * p.importance.to(loss)
+            (loss.mean() / len(parts)).backward()
+        errors.append(error)
+        values.append(loss.detach())
+    parameters = [p for p in state.model.parameters() if p.requires_grad]
+    limit = o.grad_clip if o.grad_clip >= 0 else math.inf
+    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    state.optimizer.step()
+    record = Record(state.step, rate, norm, torch.cat(errors), torch.cat(values), b.t)
+    state.step += 1
+    decay = ema_decay(
+        state.step, rate=config.model.ema_rate, halflife=config.model.ema_halflife, batch_size=t.batch_size
+    )
+    ema_update(state.ema, state.model, decay)
+    return record
+
+
+def check_finite(records: list[Record], sde: SDE) -> None:
+    """Raise FloatingPointError for the first step whose loss or gradient is not finite, with what may explain it."""
+    for r in records:
+        loss = r.loss.cpu()
+        bad = ~torch.isfinite(loss)
+        if bool(bad.any()) or not bool(torch.isfinite(r.grad_norm)):
+            t = r.t[bad] if bool(bad.any()) else r.t
+            sigma = sde.sigma(t.double())
+            raise FloatingPointError(
+                f"the loss is not finite at step {r.step}: {int(bad.sum())} of {len(bad)} examples, gradient norm "
+                f"{float(r.grad_norm):.3g}, learning rate {r.learning_rate:.3g}, noise levels t = {t.min():.3g} to "
+                f"{t.max():.3g} (sigma {sigma.min():.3g} to {sigma.max():.3g}); the last checkpoint is intact: lower "
+                "optim.lr, raise optim.warmup, lower optim.grad_clip or set training.precision=float32, and run again"
+            )
+
+
+def noise_bins(sde: SDE, count: int = 5) -> tuple[Tensor, list[str]]:
+    """Edges in log SNR, even from t_min (1e-5 at least) to 1, and the range of sigma/alpha of each bin as its name."""
+    ends = sde.log_snr(torch.tensor([max(sde.t_min, 1e-5), 1.0], dtype=torch.float64))
+    if not bool(torch.isfinite(ends).all()):  # pragma: no cover
+        raise ValueError(f"{sde} has no finite log SNR between {sde.t_min} and 1")
+    edges = torch.linspace(ends[0].item(), ends[1].item(), count + 1, dtype=torch.float64)
+    levels = torch.exp(-edges / 2).tolist()
+    return edges, [f"sigma {a:.2g} to {b:.2g}" for a, b in pairwise(levels)]
+
+
+def by_noise_level(sde: SDE, t: Tensor, error: Tensor) -> dict[str, float]:
+    """Mean error of the noise in each bin of `noise_bins` that has examples."""
+    edges, names = noise_bins(sde)
+    bins = torch.bucketize(-sde.log_snr(t), -edges[1:-1])
+    return {name: float(error[bins == i].mean()) for i, name in enumerate(names) if bool((bins == i).any())}
+
+
+def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n: int = 20_000) -> dict[str, float]:
+    """The irreducible error E|z - E[z|x_t]|² per dimension in each bin, for data whose exact model is known."""
+    t = losses.log_snr(sde, losses.low_discrepancy(n, generator(0, 0, _FLOOR))).t
+    x0 = sample(n).double()
+    z = torch.randn(x0.shape, generator=generator(0, 0, _FLOOR + 1), dtype=x0.dtype)
+    with torch.no_grad():
+        return by_noise_level(sde, t, losses.denoising(exact, x0, t, z, losses.simple))
+
+
+@torch.no_grad()
+def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
+    """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
+    b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
+    loss, _ = Objective(state.ema, config)(b.x0, b.t, b.z)
+    if importance_weighted(config):
+        loss = loss * b.importance.to(loss)
+    return {"eval_loss": float(loss.mean())}
+
+
+def train(
+    config: ConfigDict,
+    workdir: Path,
+    data: Data,
+    codec: Codec,
+    processes: Processes,
+    stop: Callable[[], bool] = lambda: False,
+) -> Iterator[Metrics]:
+    """Train, or go on from the workdir's newest checkpoint, to step training.n_iters; yield what there is to report.
+
+    Writes checkpoints every snapshot_freq steps, at the end and where `stop()` turns true. Raises FloatingPointError
+    where the loss is not finite, and leaves the last checkpoint as it was.
+    """
+    t = config.training
+    if t.batch_size % (processes.world * t.accumulate):
+        raise ValueError(
+            f"training.batch_size={t.batch_size} cannot be split over {processes.world} processes with "
+            f"training.accumulate={t.accumulate}; make it a multiple of {processes.world * t.accumulate}"
+        )
+    state = make_state(config, data.shape, processes.device)
+    state.model.train()
+    found, notes = checkpoint.newest(workdir)
+    if found is not None:
+        state.step = checkpoint.restore(found, state.model, state.ema, state.optimizer).step
+        notes.append(f"going on from step {state.step} of {found}")
+    if notes:
+        yield Metrics(state.step, notes=notes)
+    share = t.batch_size // processes.world
+    part = slice(processes.rank * share, (processes.rank + 1) * share)
+    if t.compile:
+        state.model.network.compile()  # type: ignore[union-attr]
+    objective: nn.Module = Objective(state.model, config)
+    if processes.world > 1:
+        gpu = [processes.device.index] if processes.device.type == "cuda" else None
+        objective = DistributedDataParallel(objective, device_ids=gpu)
+    split, held_out = data.train.to(processes.device), data.test.to(processes.device)
+    dropout = [config.seed, _DROPOUT, processes.rank]
+    records: list[Record] = []
+    since, clock = state.step, time.perf_counter()
+
+    def report() -> Metrics:
+        nonlocal since, clock
+        check_finite(records, state.model.sde)
+        seconds = max(time.perf_counter() - clock, 1e-9)
+        scalars = {
+            "training_loss": float(torch.cat([r.loss for r in records]).mean()),
+            "grad_norm": float(torch.stack([r.grad_norm for r in records]).mean()),
+            "learning_rate": records[-1].learning_rate,
+            "images_per_second": (state.step - since) * t.batch_size / seconds,
+        }
+        errors = torch.cat([r.error for r in records]).cpu()
+        levels = by_noise_level(state.model.sde, torch.cat([r.t for r in records]), errors)
+        scalars |= {f"noise_error/{name}": value for name, value in levels.items()}
+        records.clear()
+        since, clock = state.step, time.perf_counter()
+        return Metrics(state.step, scalars)
+
+    def snapshot() -> Path:
+        check_finite(records, state.model.sde)
+        path = checkpoint.checkpoint_path(workdir, state.step)
+        if processes.main:
+            card = checkpoint.Card(configs.to_json(config), data.shape, state.step)
+            checkpoint.save(path, card, state.model, state.ema, state.optimizer)
+            checkpoint.prune(workdir, t.keep_last, t.keep_every * t.snapshot_freq)
+        processes.barrier()
+        return path
+
+    saved = state.step if found is not None else -1
+    while state.step < t.n_iters:
+        if processes.any(stop()):
+            if saved != state.step:
+                yield Metrics(state.step, checkpoint=snapshot())
+            return
+        torch.manual_seed(int(np.random.SeedSequence([*dropout, state.step]).generate_state(1)[0]))
+        b = draw(config, split, codec, state.model.sde, state.step, part, flip=config.data.random_flip)
+        records.append(train_step(state, objective, b, config))
+        yield Metrics(state.step)
+        last = state.step == t.n_iters
+        if state.step % t.log_freq == 0 or last:
+            yield report()
+        if processes.main and (state.step % t.eval_freq == 0 or last):
+            before = time.perf_counter()
+            yield Metrics(state.step, evaluate_loss(state, config, held_out, codec))
+            clock += time.perf_counter() - before
+        if state.step % t.snapshot_freq == 0 or last:
+            before = time.perf_counter()
+            saved = state.step
+            yield Metrics(state.step, checkpoint=snapshot())
+            clock += time.perf_counter() - before
