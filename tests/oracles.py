@@ -1,7 +1,9 @@
-"""What the tests share: every SDE in one list, and the times at which curves are compared.
+"""What the tests share: every SDE in one list, some chains, and seeded numbers.
 
 A new SDE is one more entry of SDES: the tests of coefficients, orders and products take it from there.
 """
+
+import torch
 
 from score_sde import DDPM, EDMSDE, SDE, SMLD, VESDE, VPSDE, CosineSDE, SubVPSDE
 
@@ -19,3 +21,8 @@ CHAINS: list[DDPM | SMLD] = [
 def name(value: object) -> str:
     """A test's id: the SDE's or sampler's class."""
     return type(value).__name__
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """Standard normal numbers that depend on the seed alone."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)

@@ -10,12 +10,12 @@ import mpmath  # torch depends on it through sympy
 import numpy as np
 import pytest
 import torch
-from oracles import CHAINS, SDES, name
 from scipy.integrate import quad, solve_ivp
 
 from score_sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 from score_sde.model import label_sigma, label_time
 from score_sde.sdes import like
+from tests.oracles import CHAINS, SDES, name, numbers
 
 EVERY = pytest.mark.parametrize("sde", SDES, ids=name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -29,10 +29,6 @@ CHAIN_TIMES = (torch.arange(0, 1, 1 / 500, dtype=torch.float64) + 0.0007)[:500]
 
 # Exact at t = 0, where each SDE starts.
 START = {"VPSDE": 0.0, "SubVPSDE": 0.0, "VESDE": 0.01, "CosineSDE": 0.0, "EDMSDE": 0.002}
-
-
-def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def derivative(curve, t: torch.Tensor) -> torch.Tensor:
