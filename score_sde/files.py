@@ -207,21 +207,29 @@ def _examples(array: np.ndarray, num_channels: int | None, path: Path) -> Tensor
         raise ValueError(f"{path} should hold examples (N, ...), got an array of shape {array.shape}")
     if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{path} holds {array.dtype}: save pixels as uint8 and vectors as float32")
-    if array.dtype == np.uint8 and array.ndim == 3:
-        array = array[:, None]
-    if array.dtype == np.uint8 and array.ndim == 4:
-        channels = (num_channels,) if num_channels else (1, 3, 4)
-        if array.shape[-1] in channels:
-            array = np.moveaxis(array, -1, 1)
-        elif array.shape[1] not in channels:
-            raise ValueError(
-                f"{path} has shape {array.shape}, with {' or '.join(map(str, channels))} channels neither last nor "
-                f"second: say how many there are, --config.data.num_channels=C"
-            )
+    if array.dtype == np.uint8:
+        array = _channels_second(array, num_channels, path)
     dtype = np.uint8 if array.dtype == np.uint8 else np.float32
     if isinstance(array, np.memmap):
         return Stream(array.shape, lambda index: _tensor(array[list(index)], dtype))
     return _tensor(array, dtype)
+
+
+def _channels_second(array: np.ndarray, num_channels: int | None, path: Path) -> np.ndarray:
+    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) as the last of these; where both fit, channels are last."""
+    if array.ndim == 3:
+        return array[:, None]
+    if array.ndim != 4:
+        raise ValueError(f"{path} holds uint8 of shape {array.shape}, no images: save vectors as float32")
+    channels = (num_channels,) if num_channels else (1, 3, 4)
+    if array.shape[-1] in channels:
+        return np.moveaxis(array, -1, 1)
+    if array.shape[1] in channels:
+        return array
+    raise ValueError(
+        f"{path} has shape {array.shape}, with {' or '.join(map(str, channels))} channels neither last nor second: say "
+        f"how many there are, --config.data.num_channels=C"
+    )
 
 
 def _labels(y: np.ndarray, n: int, path: Path) -> Tensor:

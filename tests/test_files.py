@@ -189,9 +189,10 @@ def test_labels_must_name_every_image(tmp_path):
         ((11, 5, 6, 1), None, (1, 5, 6)),
         ((11, 1, 5, 6), None, (1, 5, 6)),
         ((11, 5, 6), None, (1, 5, 6)),
+        ((11, 5, 6), 3, (1, 5, 6)),
+        ((11, 6, 4), None, (1, 6, 4)),
         ((11, 5, 6, 7), 5, (5, 6, 7)),
         ((11, 5, 6, 7), 7, (7, 5, 6)),
-        ((11, 9), None, (9,)),
     ],
 )
 def test_npy_of_bytes(tmp_path, shape, channels, expected_shape):
@@ -200,7 +201,8 @@ def test_npy_of_bytes(tmp_path, shape, channels, expected_shape):
     data = load(tmp_path / "a.npy", num_channels=channels)
     assert (data.shape, data.levels) == (expected_shape, 256)
     assert data.train.x.dtype == torch.uint8
-    first = array[0] if expected_shape == shape[1:] else array[0].reshape(5, 6, -1).transpose(2, 0, 1)
+    last = expected_shape not in (shape[1:], (1, *shape[1:]))
+    first = array[0].transpose(2, 0, 1) if last else array[0].reshape(expected_shape)
     assert any(torch.equal(row, torch.from_numpy(np.ascontiguousarray(first))) for row in everything(data)[0])
 
 
@@ -250,6 +252,7 @@ def test_arrays_that_do_not_fit_say_why(tmp_path):
     refused("holds mu, sigma: name the examples arr_0 or x or images or data", mu=images, sigma=images)
     refused("holds int64: save pixels as uint8", x=images.astype(np.int64))
     refused(r"examples \(N, \.\.\.\), got an array of shape \(4,\)", x=np.zeros(4))
+    refused(r"holds uint8 of shape \(4, 9\), no images: save vectors as float32", x=pixels(4, 9))
     refused(r"should hold 4 labels, .* got int64 of shape \(3,\)", x=images, y=np.arange(3))
     refused("number its classes from 0, got label -1", x=images, y=np.array([0, -1, 1, 2]))
     refused(r"1 or 3 or 4 channels neither last nor second: .*data\.num_channels=C", x=pixels(4, 5, 6, 7))
