@@ -92,7 +92,7 @@ def log_snr(sde: SDE, u: Tensor) -> Times:
     sampling, for g² / sigma² = -(log SNR)' there. The weights are those of uniform t: 1/((1 - t_min) density).
     """
     first, last = sde.log_snr(u.new_tensor([max(sde.t_min, 1e-5), 1.0]))
-    t = sde.time(first + (last - first) * u)
+    t = sde.time(first + (last - first) * u).clamp(sde.t_min, 1.0)  # the inverse is exact to rounding only
     # -(log SNR)' = (g/sigma)² for every linear SDE: differentiate alpha²/sigma² with the moment equations.
     density = (sde.g(t) / sde.sigma(t)) ** 2 / (first - last)
     return Times(t, 1 / ((1 - sde.t_min) * density))
@@ -110,7 +110,7 @@ def importance(weight: Weight) -> TimeLaw:
         j = (torch.searchsorted(cdf, u, right=True) - 1).clamp(0, len(edges) - 2)
         width, mass = edges[j + 1] - edges[j], cdf[j + 1] - cdf[j]
         t = edges[j] + (u - cdf[j]) / mass * width
-        return Times(t, width / (mass * (1 - sde.t_min)))
+        return Times(t.clamp(sde.t_min, 1.0), width / (mass * (1 - sde.t_min)))
 
     return law
 

@@ -1,0 +1,289 @@
+"""Denoising score matching: what minimises it, what it costs at best, and the laws from which times are drawn."""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from scipy.stats import kstest
+from torch import Tensor
+
+from score_sde import DDPM, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
+from score_sde.closed_form import Gaussian, Mixture
+from score_sde.losses import (
+    TimeLaw,
+    denoising,
+    discrete,
+    importance,
+    likelihood,
+    log_snr,
+    low_discrepancy,
+    simple,
+    uniform,
+    uniform_numbers,
+)
+from score_sde.model import label_log_sigma, predict_edm, unit_variance
+from score_sde.networks import MLP
+from score_sde.sdes import like
+from tests.oracles import SDES, name
+
+EVERY = pytest.mark.parametrize("sde", [*SDES, DDPM.linear(100).as_sde(), SMLD([0.1, 1.0, 5.0]).as_sde()], ids=name)
+WEIGHTS = pytest.mark.parametrize("weight", [simple, likelihood])
+MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
+COV = torch.tensor([[0.5, 0.3], [0.3, 1.2]], dtype=torch.float64)
+
+
+def nodes() -> tuple[Tensor, Tensor, Tensor]:
+    """Data and noise (81, 2), and weights, of a quadrature over x0 ~ N(MEAN, COV), z ~ N(0, I), exact to degree 5."""
+    points, weights = (torch.from_numpy(a) for a in np.polynomial.hermite_e.hermegauss(3))
+    grid = torch.cartesian_prod(*[points] * 4)
+    w = torch.cartesian_prod(*[weights / weights.sum()] * 4).prod(1)
+    return MEAN + grid[:, :2] @ torch.linalg.cholesky(COV).T, grid[:, 2:], w
+
+
+def expected_loss(model: ScoreModel, t: float, weight: Callable = simple) -> float:
+    """The loss at time t averaged over data and noise: exact for a linear model, whose loss is quadratic."""
+    x0, z, w = nodes()
+    return float(w @ denoising(model, x0, torch.full((len(x0),), t, dtype=torch.float64), z, weight))
+
+
+@WEIGHTS
+@EVERY
+def test_the_exact_model_costs_the_irreducible_loss(sde: SDE, weight: Callable) -> None:
+    eigenvalues = torch.linalg.eigvalsh(COV)
+    for t in (0.02, 0.2, 0.5, 1.0):
+        time = torch.tensor(t, dtype=torch.float64)
+        a2s2, v = sde.alpha(time) ** 2 * eigenvalues, sde.sigma(time) ** 2
+        floor = weight(sde, time) * (a2s2 / (a2s2 + v)).mean()
+        assert expected_loss(Gaussian(sde, MEAN, COV), t, weight) == pytest.approx(floor.item(), rel=1e-9)
+
+
+@EVERY
+def test_every_perturbation_of_the_exact_model_costs_more(sde: SDE) -> None:
+    exact = Gaussian(sde, MEAN, COV)
+    perturbations = {
+        "longer": lambda s, x: 1.01 * s,
+        "shorter": lambda s, x: 0.99 * s,
+        "shifted": lambda s, x: s + 0.01,
+        "turned": lambda s, x: s + 0.01 * s.flip(1),
+        "sheared": lambda s, x: s + 0.01 * x.flip(1),
+    }
+    for t in (0.02, 0.2, 0.5, 1.0):
+        time = torch.tensor(t, dtype=torch.float64)
+        x0, z, w = nodes()
+        x = sde.perturb(x0, time, z)
+        score, best = exact.score(x, time), expected_loss(exact, t)
+        for change in perturbations.values():
+            worse = from_score(sde, lambda x, t, change=change: change(exact.score(x, t), x))
+            # E |e + d - z|² - E |e - z|² = E |d|² for the conditional mean e: the excess is the Fisher divergence.
+            excess = sde.sigma(time) ** 2 * (w @ (change(score, x) - score).square().mean(1))
+            assert excess > 0
+            assert expected_loss(worse, t) - best == pytest.approx(excess.item(), rel=1e-6, abs=1e-14)
+
+
+@EVERY
+def test_likelihood_weighting_is_the_papers(sde: SDE) -> None:
+    x0, z, _ = nodes()
+    t = torch.linspace(0.02, 1, len(x0), dtype=torch.float64)
+    model = from_score(sde, lambda x, t: torch.sin(x))
+    score = torch.sin(sde.perturb(x0, t, z))
+    paper = sde.g(t) ** 2 * (score + z / like(sde.sigma(t), z)).square().mean(1)
+    torch.testing.assert_close(denoising(model, x0, t, z, likelihood), paper, rtol=1e-9, atol=1e-12)
+    lambda_sigma2 = sde.sigma(t) ** 2 * (score + z / like(sde.sigma(t), z)).square().mean(1)
+    torch.testing.assert_close(denoising(model, x0, t, z, simple), lambda_sigma2, rtol=1e-9, atol=1e-12)
+
+
+def test_a_loss_is_one_value_per_example_of_any_rank_and_passes_conditions_on() -> None:
+    g = torch.Generator().manual_seed(0)
+    means = torch.tensor([[0.0], [3.0]], dtype=torch.float64)
+    for shape in [(5, 1), (5, 3), (5, 3, 4, 4), (5, 2, 3, 4, 5)]:
+        x0, z = torch.randn(2, *shape, generator=g, dtype=torch.float64)
+        t = torch.rand(5, generator=g, dtype=torch.float64)
+        loss = denoising(from_score(VPSDE(), lambda x, t: -x), x0, t, z, simple)
+        assert loss.shape == (5,)
+        alone = denoising(from_score(VPSDE(), lambda x, t: -x), x0[3:4], t[3:4], z[3:4], simple)
+        torch.testing.assert_close(loss[3:4], alone)
+    model = Mixture(VPSDE(), [1.0, 1.0], means, 0.1)
+    x0, z = torch.randn(2, 5, 1, generator=g, dtype=torch.float64)
+    label = torch.tensor([0, 1, 0, 1, 1])
+    conditional = denoising(model, x0, t, z, simple, label=label)
+    torch.testing.assert_close(conditional, denoising(model.given(label=label), x0, t, z, simple))
+    assert not torch.allclose(conditional, denoising(model, x0, t, z, simple))
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    model, x0 = from_score(VPSDE(), lambda x, t: -x), torch.zeros(4, 2)
+    for t, z in [(torch.rand(()), x0), (torch.rand(3), x0), (torch.rand(4), x0[:, :1])]:
+        with pytest.raises(ValueError, match=r"t must have shape \(4,\) and z \(4, 2\), got"):
+            denoising(model, x0, t, z, simple)
+
+
+def test_gradients_lead_a_linear_model_to_the_closed_form() -> None:
+    """At one time the best linear noise estimate is sigma V⁻¹ (x - alpha m): gradient descent finds it."""
+    sde, t = VPSDE(), torch.tensor(0.3, dtype=torch.float64)
+    x0, z, w = nodes()
+    network = torch.nn.Linear(2, 2, dtype=torch.float64)
+    model = from_score(sde, lambda x, t: -network(x) / sde.sigma(t)[:, None])
+    optimizer = torch.optim.LBFGS(network.parameters(), max_iter=100, tolerance_grad=1e-12, tolerance_change=0)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = w @ denoising(model, x0, t.expand(len(x0)), z, simple)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    v = sde.alpha(t) ** 2 * COV + sde.sigma(t) ** 2 * torch.eye(2, dtype=torch.float64)
+    torch.testing.assert_close(network.weight, sde.sigma(t) * v.inverse(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(network.bias, -sde.sigma(t) * sde.alpha(t) * (v.inverse() @ MEAN), rtol=1e-5, atol=1e-5)
+
+
+# --- time laws
+
+
+def rising(sde: SDE, t: Tensor) -> Tensor:
+    return 1 + 3 * t
+
+
+LAWS: dict[str, TimeLaw] = {
+    "uniform": uniform,
+    "log_snr": log_snr,
+    "importance(likelihood)": importance(likelihood),
+    "importance(rising)": importance(rising),
+}
+EVERY_LAW = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
+
+
+@EVERY_LAW
+@pytest.mark.parametrize("sde", SDES, ids=name)
+def test_weighted_times_average_as_uniform_times(sde: SDE, law: TimeLaw) -> None:
+    u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
+    t, weight = law(sde, u)
+    assert t.min() >= sde.t_min and t.max() <= 1 and bool((weight > 0).all())
+    for h in (np.cos, np.sqrt, lambda t: t**3):
+        truth = quad(h, sde.t_min, 1)[0] / (1 - sde.t_min)
+        mean = float((weight * torch.from_numpy(h(t.numpy()))).mean())
+        assert mean == pytest.approx(truth, rel=2e-4)  # the midpoint rule; log-SNR times of EDM begin at t = 1e-5
+
+
+def test_times_have_the_density_they_claim() -> None:
+    sde, g = VPSDE(), torch.Generator().manual_seed(0)
+    first, last = sde.log_snr(torch.tensor([sde.t_min, 1.0], dtype=torch.float64))
+    cdfs: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "uniform": lambda t: (t - sde.t_min) / (1 - sde.t_min),
+        "log_snr": lambda t: ((sde.log_snr(torch.from_numpy(t)) - first) / (last - first)).numpy(),
+        # (g/sigma)² = -(log SNR)': likelihood weighting's own law is uniform in log SNR
+        "importance(likelihood)": lambda t: ((sde.log_snr(torch.from_numpy(t)) - first) / (last - first)).numpy(),
+        "importance(rising)": lambda t: (t + 1.5 * t**2 - sde.t_min - 1.5 * sde.t_min**2)
+        / (2.5 - sde.t_min - 1.5 * sde.t_min**2),
+    }
+    for law in LAWS:
+        t = LAWS[law](sde, uniform_numbers(20_000, g)).t.numpy()
+        assert kstest(t, cdfs[law]).pvalue > 1e-3, law
+        # and not only at random: the map from u is the inverse of the distribution function
+        u = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
+        np.testing.assert_allclose(cdfs[law](LAWS[law](sde, u).t.numpy()), u.numpy(), atol=1e-4)
+
+
+def test_the_ends_of_u_stay_inside_the_law() -> None:
+    u = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
+    for sde in SDES:
+        for law in LAWS.values():
+            t, weight = law(sde, u)
+            assert bool(((t >= sde.t_min) & (t <= 1)).all()) and bool(weight.isfinite().all())
+
+
+@pytest.mark.parametrize("sde", SDES[:2], ids=name)
+def test_importance_sampling_lowers_the_variance_of_the_likelihood_weighted_loss(sde: SDE) -> None:
+    model = Gaussian(sde, MEAN, COV)
+    g = torch.Generator().manual_seed(0)
+    n = 20_000
+    x0, _ = model.sample(n, g)
+    z = torch.randn(x0.shape, generator=g, dtype=torch.float64)
+    values = {}
+    for law in ("uniform", "importance(likelihood)"):
+        t, weight = LAWS[law](sde, uniform_numbers(n, g))
+        values[law] = weight * denoising(model, x0, t, z, likelihood)
+    plain, better = values["uniform"], values["importance(likelihood)"]
+    assert better.var() < plain.var() / 20  # measured: 1/60 (VP), 1/200 (sub-VP)
+    error = math.sqrt(float(plain.var() + better.var()) / n)
+    assert abs(plain.mean() - better.mean()) < 4 * error
+
+
+def test_low_discrepancy_numbers_are_uniform_one_by_one_and_even_together() -> None:
+    g = torch.Generator().manual_seed(0)
+    batches = torch.stack([low_discrepancy(16, g) for _ in range(2000)])
+    assert batches.min() >= 0 and batches.max() < 1
+    for i in (0, 7, 15):  # each place of the batch, so that no example is always early or late
+        assert kstest(batches[:, i].numpy(), "uniform").pvalue > 1e-3
+    ordered = (batches.sort(1).values * 16).floor()
+    assert bool((ordered == torch.arange(16)).all())  # one number in each of 16 cells
+    assert abs(torch.corrcoef(batches[:, :2].T)[0, 1] + 1 / 15) < 0.1  # no order: exclusion is all that is left
+
+
+def test_low_discrepancy_lowers_the_variance_over_times_and_keeps_the_mean() -> None:
+    sde, g = VPSDE(), torch.Generator().manual_seed(0)
+
+    def means(numbers: Callable[[int, torch.Generator], Tensor]) -> Tensor:
+        t = torch.stack([uniform(sde, numbers(32, g)).t for _ in range(1000)])
+        return likelihood(sde, t.clamp_min(0.05)).mean(1)
+
+    independent, even = means(uniform_numbers), means(low_discrepancy)
+    assert even.var() < independent.var() / 10
+    error = math.sqrt(float(independent.var() + even.var()) / 1000)
+    assert abs(independent.mean() - even.mean()) < 4 * error
+
+
+def test_discrete_times_are_a_chains_steps_with_equal_chances() -> None:
+    n = 8
+    t, weight = discrete(n)(DDPM.linear(n, 0.1, 0.4).as_sde(), torch.arange(80, dtype=torch.float64) / 80)
+    steps = DDPM.linear(n, 0.1, 0.4).times[:-1]
+    assert set(t.tolist()) == set(steps.tolist())
+    assert all(int((t == s).sum()) == 10 for s in steps)
+    assert bool((weight == 1).all())
+
+
+@pytest.mark.parametrize("numbers", [uniform_numbers, low_discrepancy])
+def test_times_come_from_the_generator_alone(numbers: Callable[[int, torch.Generator], Tensor]) -> None:
+    a, b, c = (numbers(5, torch.Generator().manual_seed(seed)) for seed in (0, 0, 1))
+    assert a.tolist() == b.tolist() != c.tolist()
+    assert a.dtype == torch.float64 and numbers(0, torch.Generator()).shape == (0,)
+
+
+# --- training
+
+
+def test_a_network_trained_on_a_mixture_knows_its_score_at_every_noise_level() -> None:
+    """At most 5 % of the zero score's Fisher divergence, at five noise levels from sigma/alpha = 0.2 to 100.
+
+    The data's components have a standard deviation of 0.3: 0.2 is below all of their structure.
+    """
+    sde = VPSDE()
+    truth = Mixture(sde, [0.3, 0.7], torch.tensor([[-1.0, 0.5], [1.0, -0.5]]), 0.09)
+    torch.manual_seed(0)  # of the network's initial weights, which PyTorch draws from its global generator
+    network = MLP(2, width=64, depth=2)
+    model = Preconditioned(
+        network, sde, partial(predict_edm, sigma_data=1.0), label_log_sigma, partial(unit_variance, sigma_data=1.0)
+    )
+    optimizer = torch.optim.Adam(network.parameters(), lr=5e-3)
+    steps, g = 800, torch.Generator().manual_seed(0)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for _ in range(steps):
+        x0 = truth.sample(256, g)[0].float()
+        t = log_snr(sde, low_discrepancy(256, g)).t
+        loss = denoising(model, x0, t, torch.randn(x0.shape, generator=g), simple).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    x0 = truth.sample(4096, g)[0].float()
+    for ratio in (0.2, 0.5, 1.0, 5.0, 100.0):
+        t = sde.time(-2 * torch.log(torch.tensor(ratio, dtype=torch.float64)))
+        x = sde.perturb(x0, t, torch.randn(x0.shape, generator=g))
+        with torch.no_grad():
+            exact = truth.score(x, t)
+            error = (model.score(x, t) - exact).square().mean() / exact.square().mean()
+        assert error < 0.05, f"sigma/alpha = {ratio}: {error:.3f}"
