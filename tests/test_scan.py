@@ -179,7 +179,7 @@ def test_disagreements_are_named():
 
 
 def test_held_out_noise_is_not_the_noise_that_was_fitted():
-    """Constant images are noise alone: log2(sqrt(2 pi e / 12)) bits under its true Gaussian, more under a fitted one."""
+    """Constant images are noise alone: log2(sqrt(2 pi e / 12)) bits under their Gaussian, more under a fit."""
     k = torch.full((250, 1, 8, 8), 7, dtype=torch.uint8)
     value, _ = scan(dataset(k), PixelCodec()).gaussian
     assert value > math.log2(math.sqrt(2 * math.pi * math.e / 12)) + 0.1  # its own noise would have less, not more
