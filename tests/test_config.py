@@ -24,9 +24,11 @@ from score_sde import (
     Langevin,
     PredictorCorrector,
     ReverseDiffusion,
+    build,
     sample,
     times,
 )
+from score_sde import model as models
 from score_sde.build import (
     build_chain,
     build_model,
@@ -145,6 +147,11 @@ def test_a_slip_on_the_command_line_is_answered(key: str, value: str, answer: st
         ),
         ("config.training.update(n_iter=5)", "line 4: unknown config key 'training.n_iter'; did you mean"),
         ("config.trianing.n_iters = 5", "line 4: unknown config key 'trianing'; did you mean 'training'?"),
+        ("config.update({'training': {'n_itrs': 5}})", "line 4: unknown config key 'training.n_itrs'; did you mean"),
+        (
+            "(lambda section:\n     section.update(n_iter=5))(config.training)",
+            "line 5: unknown config key 'training.n_iter'",
+        ),
         ("config.lr = 5", "line 4: unknown config key 'lr'; did you mean 'optim.lr'?"),
         ("config.training.n_iters = 'many'", "line 4: training.n_iters must be an integer, got 'many'"),
         ("config.training.n_iters = True", "training.n_iters must be an integer, got True"),
@@ -355,6 +362,47 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert all(torch.equal(a[key], b[key]) for key in a)
     assert not all(torch.equal(a[key], c[key]) for key in a)
+
+
+def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[tuple[object, ...], dict[str, object]]] = []
+    for name in ("UNet", "MLP"):
+        monkeypatch.setattr(build, name, lambda *sizes, **options: made.append((sizes, options)))
+    # No value is a default's.
+    keys = """nf=24 ch_mult=1,3 num_res_blocks=5 attn_resolutions=2 dropout=0.3 nonlinearity=elu resamp_with_conv=0
+        embedding_type=fourier label=sigma fourier_scale=3 fir=1 fir_kernel=1,2,1 skip_rescale=0 resblock_type=ddpm
+        progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7"""
+    overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
+    overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
+    both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
+    both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True)
+
+    build_network(load(VP, overrides), (2, 4, 6))
+    ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)
+    ncsnpp |= dict(progressive="output_skip", progressive_input="input_skip", combine="cat", init_scale=0.4)
+    assert made.pop() == ((2,), both | ncsnpp)
+
+    build_network(load(VP, {**overrides, "model.name": "ddpm", "model.label": "time"}), (2, 4, 6))
+    assert made.pop() == ((2,), both | dict(block="ddpm", embedding="sinusoidal", skip_rescale=False, groups=32))
+
+    for name in ("ddpm", "ncsnpp"):
+        build_network(load(VP, {"model.name": name, "model.conditional": "0"}), (2, 4, 6))
+        assert made.pop()[1]["embedding"] is None
+
+    vectors = {"model.name": "mlp", "data.dataset": "ring", "data.random_flip": "0"}
+    build_network(load(VP, {**overrides, **vectors}), (9,))
+    assert made.pop() == ((9,), dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3))
+
+
+def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> None:
+    alpha, sigma = torch.tensor([0.8]), torch.tensor([0.5])
+    config = load(VP, {**TINY, "model.rule": "edm", "model.sigma_data": "0.7", "model.label": "log_sigma"})
+    edm = build_model(config, (3, 8, 8))
+    assert edm.rule(alpha, sigma) == models.predict_edm(alpha, sigma, 0.7)
+    assert edm.scale(alpha, sigma, alpha) == models.unit_variance(alpha, sigma, alpha, 0.7)
+    assert edm.label(alpha, sigma, alpha) == models.label_log_sigma(alpha, sigma, alpha)
+    plain = build_model(load(VP, {**TINY, "model.rule": "v"}), (3, 8, 8))
+    assert (plain.rule, plain.scale, plain.label) == (models.predict_v, models.unscaled, models.label_time)
 
 
 def test_a_network_that_does_not_fit_the_data_is_refused() -> None:

@@ -131,7 +131,7 @@ def test_readme_s_library_example_runs_and_says_the_truth(capsys: pytest.Capture
     scope: dict[str, Any] = {}
     exec(compile(example, "README.md", "exec"), scope)
     assert "mean of the samples" in capsys.readouterr().out
-    # Four standard errors of 1000 samples with standard deviations 0.93 and 0.29; the density at t_min is 2e-4 nats off.
+    # Four standard errors of 1000 samples with standard deviations 0.93 and 0.29; the density at t_min is 2e-4 off.
     mean, exact = scope["x"].double().mean(0), scope["model"].log_prob(scope["x"]).mean()
     assert abs(mean[0] - 0.4) < 0.12 and abs(mean[1] - 0.35) < 0.04
     assert abs(scope["result"].log_prob.mean() - exact) < 1e-3
