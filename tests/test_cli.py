@@ -1,0 +1,234 @@
+"""The command line as a user meets it: every config in every mode, slips answered, runs that stop and go on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from score_sde.checkpoint import find
+from score_sde.cli import run
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+
+SHRUNK = {
+    "training.n_iters": 1, "training.batch_size": 4, "training.compile": "false", "training.precision": "float32",
+    "model.nf": 8, "model.ch_mult": "1,2", "model.num_res_blocks": 1, "model.attn_resolutions": "4",
+    "model.hidden": 16, "model.num_scales": 30, "data.image_size": 8,
+    "sampling.steps": 3, "sampling.num_samples": 5, "sampling.batch_size": 3,
+    "eval.num_images": 3, "eval.batch_size": 2, "eval.rtol": 1e-2, "eval.atol": 1e-2, "eval.probe": "rademacher",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty-odd colourful images of 8x8 in an .npz."""
+    path = tmp_path_factory.mktemp("data") / "images.npz"
+    k = np.random.default_rng(0).integers(0, 256, (37, 8, 8, 3)).astype(np.uint8)
+    np.savez(path, x=k)
+    return path
+
+
+def words(name: str, mode: str, workdir: Path, images: Path, **changes: object) -> list[str]:
+    settings = {**SHRUNK, **{key.replace("__", "."): value for key, value in changes.items()}}
+    if name.startswith("ddpm"):
+        settings["model.nf"] = 32  # 32 groups of channels
+    if "cifar" in name:
+        settings |= {"data.dataset": "files", "data.path": images}
+    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
+    return ["--config", f"configs/{name}.py", "--mode", mode, "--workdir", str(workdir), *overrides]
+
+
+@pytest.fixture(autouse=True)
+def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_each_config_runs_each_mode(name: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    workdir = tmp_path / "run"
+    assert run(words(name, "scan", workdir, images)) == 0
+    assert "Gaussian baseline" in capsys.readouterr().out
+    assert run(words(name, "train", workdir, images)) == 0
+    assert find(workdir).stem == "000000001"
+    assert run(words(name, "sample", workdir, images)) == 0
+    (folder,) = (workdir / "samples").glob("000000001-*")
+    x = np.load(folder / "samples.npz")["arr_0"]
+    pixels = "toy" not in name
+    channels = 1 if "digits" in name else 3
+    assert x.shape == ((5, 8, 8, channels) if pixels else (5, 2)) and x.dtype == (np.uint8 if pixels else np.float32)
+    assert np.isfinite(x).all() and (folder / ("grid.png" if pixels else "histogram.png")).is_file()
+    assert run(words(name, "likelihood", workdir, images)) == 0
+    (folder,) = (workdir / "likelihood").iterdir()
+    stamp = json.loads((folder / "stamp.json").read_text())
+    assert stamp["images"] == 3 and np.isfinite(stamp["mean"]) and stamp["standard_error"] > 0 and stamp["nfe"] > 6
+    values = np.load(folder / "likelihood.npz")["bits_per_dim" if pixels else "nats"]
+    assert values.shape == (3, 1) and stamp["mean"] == pytest.approx(values.mean())
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
+    """A tiny model of digits after 20 steps."""
+    workdir = tmp_path_factory.mktemp("digits")
+    os.chdir(ROOT)
+    assert run(words("vp_digits", "train", workdir, images, training__n_iters=20)) == 0
+    return workdir
+
+
+def samples(workdir: Path) -> np.ndarray:
+    newest = max((workdir / "samples").glob("0*"), key=lambda p: p.stat().st_mtime_ns)
+    return np.load(newest / "samples.npz")["arr_0"]
+
+
+def clear(workdir: Path, name: str) -> None:
+    for path in sorted((workdir / name).rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+def test_a_sample_depends_on_seed_and_index_alone(trained: Path, images: Path) -> None:
+    found = []
+    for size, count in ((3, 7), (7, 7), (2, 5)):
+        clear(trained, "samples")
+        changes = {"sampling__batch_size": size, "sampling__num_samples": count, "sampling__noise_removal": "false"}
+        assert run(words("vp_digits", "sample", trained, images, **changes)) == 0
+        found.append(samples(trained))
+    assert (found[0] == found[1]).mean() > 0.99 and (found[0][:5] == found[2]).mean() > 0.99  # to rounding
+    assert len({image.tobytes() for image in found[0]}) == 7
+    clear(trained, "samples")
+    assert run(words("vp_digits", "sample", trained, images, sampling__seed=1, sampling__num_samples=7)) == 0
+    assert (samples(trained) != found[0]).mean() > 0.3
+
+
+def test_sampling_goes_on_after_a_stop(trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import score_sde.evaluate as evaluate
+
+    command = words("vp_digits", "sample", trained, images, sampling__num_samples=8, sampling__batch_size=2)
+    clear(trained, "samples")
+    assert run(command) == 0
+    whole = samples(trained)
+    clear(trained, "samples")
+    real, calls = evaluate.sample, []
+
+    def stops_at_the_third(*args: object, **kwargs: object) -> torch.Tensor:
+        calls.append(kwargs["first"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate, "sample", stops_at_the_third)
+    assert run(command) == 130
+    assert run(command) == 0
+    assert calls == [0, 2, 4, 4, 6], "finished batches were drawn again"
+    assert np.array_equal(samples(trained), whole)
+
+
+def test_the_stamp_says_what_was_done(trained: Path, images: Path) -> None:
+    clear(trained, "samples")
+    assert run(words("vp_digits", "sample", trained, images, sampling__single_png="true")) == 0
+    (folder,) = (trained / "samples").glob("0*")
+    stamp = json.loads((folder / "stamp.json").read_text())
+    import hashlib
+
+    assert stamp["checkpoint_sha256"] == hashlib.sha256(find(trained).read_bytes()).hexdigest()
+    assert stamp["weights"] == "ema" and stamp["seed"] == 0 and stamp["num_samples"] == 5
+    assert "Ancestral" in stamp["sampler"] and stamp["grid"]["steps"] == 3 and stamp["nfe"] == 4  # 3 and the denoising
+    assert {"torch", "score_sde", "python"} <= stamp["versions"].keys()
+    singles = sorted(folder.glob("[0-9]*.png"))
+    x = np.load(folder / "samples.npz")["arr_0"]
+    assert len(singles) == 5
+    assert np.array_equal(np.asarray(Image.open(singles[2])), np.round(x[2, :, :, 0] * (255 / 16)).astype(np.uint8))
+
+
+def test_likelihood_covers_every_image_and_goes_on(
+    trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import score_sde.evaluate as evaluate
+
+    change = {"eval__num_images": 0, "eval__batch_size": 128, "eval__dequantizations": 2, "eval__rtol": 0.1}
+    command = words("vp_digits", "likelihood", trained, images, **change, eval__atol=0.1)
+    clear(trained, "likelihood")
+    real, firsts = evaluate.log_likelihood, []
+
+    def stops_once(model: object, x: torch.Tensor, **kwargs: object) -> object:
+        firsts.append((kwargs["first"], len(x)))
+        if len(firsts) == 2:
+            raise KeyboardInterrupt
+        return real(model, x, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(evaluate, "log_likelihood", stops_once)
+    assert run(command) == 130
+    assert run(command) == 0
+    assert firsts == [(0, 128), (128, 128), (128, 128), (256, 128), (384, 128), (512, 88)]
+    (folder,) = (trained / "likelihood").iterdir()
+    stamp = json.loads((folder / "stamp.json").read_text())
+    values = np.load(folder / "likelihood.npz")["bits_per_dim"]
+    assert values.shape == (300, 2) and stamp["images"] == 300
+    assert stamp["mean"] == pytest.approx(values.mean())
+    assert stamp["standard_error"] == pytest.approx(values.mean(1).std(ddof=1) / np.sqrt(300))
+    assert np.abs(values[:, 0] - values[:, 1]).max() > 1e-3, "both dequantisations were the same"
+
+
+def test_two_processes_share_an_evaluation(trained: Path, images: Path) -> None:
+    """torchrun with 2 processes writes the same samples and the same bits/dim as one."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "main.py"]
+    results = []
+    for start in ([sys.executable, "main.py"], launcher):
+        for mode in ("sample", "likelihood"):
+            clear(trained, "samples" if mode == "sample" else mode)
+            command = [*start, *words("vp_digits", mode, trained, images, eval__num_images=5)]
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+        (folder,) = (trained / "likelihood").iterdir()
+        results.append((samples(trained), np.load(folder / "likelihood.npz")["bits_per_dim"]))
+    assert np.array_equal(results[0][0], results[1][0])
+    assert np.array_equal(results[0][1], results[1][1])
+
+
+# -- slips
+
+
+@pytest.mark.parametrize(
+    ("line", "answer"),
+    [
+        (["--config", "configs/vp_digit.py", "--mode", "train"], "did you mean configs/vp_digits.py"),
+        (["--config", "configs/vp_digits.py"], "--mode"),
+        (["--config", "configs/vp_digits.py", "--mode", "trian"], "invalid choice: 'trian'"),
+        (["--config", "configs/vp_digits.py", "--mode", "train", "--config.training.n_iter=3"], "training.n_iters"),
+        (["--config", "configs/vp_digits.py", "--mode", "train", "--wordkir", "x"], "unrecognized arguments: --wordkir"),
+        (["--config", "configs/vp_digits.py", "--mode", "train", "--config.device=cuda:77"], "cuda:77"),
+        (["--config", "configs/vp_digits.py", "--mode", "sample"], "train it first with --mode train"),
+    ],
+)
+def test_a_slip_is_answered_in_one_sentence(
+    line: list[str], answer: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run([*line, "--workdir", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and answer in error
+
+
+def test_a_checkpoint_of_other_data_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--config", "configs/vp_toy.py", "--mode", "sample", "--workdir", str(tmp_path)]
+    assert run([*line, "--checkpoint", str(find(trained))]) == 2
+    assert "trained on examples of shape (1, 8, 8), but ring has (2,)" in capsys.readouterr().err
+
+
+def test_a_changed_config_is_told(trained: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words("vp_digits", "train", trained, images, training__n_iters=20, optim__lr=0.1)) == 0
+    assert "optim.lr: 0.004 -> 0.1" in capsys.readouterr().err
+
+
+def test_running_without_arguments_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 0
+    text = capsys.readouterr().out
+    assert "--mode MODE" in text and all(f"configs/{name}.py" in text for name in CONFIGS)
+    assert "no configs" not in text and "DDPM++ with the VP SDE" in text
