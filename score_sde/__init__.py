@@ -6,6 +6,7 @@ line.
 
 from . import closed_form, losses
 from .chains import DDPM, SMLD
+from .checkpoint import load
 from .guidance import guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
@@ -57,6 +58,7 @@ __all__ = [
     "denoising",
     "from_score",
     "guide",
+    "load",
     "log_likelihood",
     "losses",
     "sample",

@@ -158,9 +158,12 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _log_to(workdir: Path) -> None:
-    log.setLevel(logging.INFO)
+    """Everything to the workdir's log.txt; to the terminal all but the lines of numbers, which the bar shows there."""
+    log.setLevel(logging.DEBUG)
     log.handlers.clear()
-    for handler in (logging.StreamHandler(_BarSafe()), logging.FileHandler(workdir / "log.txt")):
+    terminal: logging.Handler = logging.StreamHandler(_BarSafe())
+    terminal.setLevel(logging.INFO)
+    for handler in (terminal, logging.FileHandler(workdir / "log.txt")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
 
@@ -215,7 +218,7 @@ def run_training(config: ConfigDict, workdir: Path, data: Data, codec: Codec, pr
         if "training_loss" in m.scalars:
             loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
             bar.set_postfix_str(f"loss {loss:.4g}, {speed:.3g} images/s")
-            log.info("step %d/%d %s", m.step, n, _line(m.scalars))
+            log.debug("step %d/%d %s", m.step, n, _line(m.scalars))
         for name, value in m.scalars.items():
             writer.add_scalar(name, value, m.step)
         for name, value in floor.items():

@@ -218,8 +218,9 @@ class Preconditioned(ScoreModel):
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         (skip, out), (lift, gain) = self.rule(alpha, sigma)
         from_x, std = like(skip, x), like(sigma, x)
-        label = self.label(alpha, sigma, t).to(x.device).expand(x.shape[0])
+        label = self.label(alpha, sigma, t)
         label = label.to(x.dtype) if label.is_floating_point() else label
+        label = label.to(x.device, non_blocking=label.device.type == "cpu").expand(x.shape[0])
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
         y = self.network(scaled, label, **condition)
         if y.shape != x.shape:

@@ -40,7 +40,9 @@ def like(a: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"t must have shape () or ({x.shape[0]},) for a state of shape {tuple(x.shape)}, got {tuple(a.shape)}"
         )
-    return a.to(x.device, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
+    # From the CPU without waiting: a blocking copy would stop a GPU's queue several times in every step.
+    a = a.to(x.device, x.dtype, non_blocking=a.device.type == "cpu")
+    return a.reshape(-1, *(1,) * (x.ndim - 1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +188,7 @@ class VPSDE(SDE):
 
 @dataclass(frozen=True, kw_only=True)
 class SubVPSDE(VPSDE):
-    """Sub-VP: VP's drift with less noise, sigma = 1 - alpha², g² = beta (1 - alpha⁴) (Song et al. 2021, eq. 14, 29).
+    """Sub-VP: VP's drift with less noise, sigma = 1 - alpha², g² = beta (1 - alpha⁴) (Song et al. 2021, eq. 12, 29).
 
     Its variance is bounded by VP's at every t; the paper's best likelihoods are its.
     """

@@ -51,7 +51,9 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_each_config_runs_each_mode(name: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_each_config_runs_each_mode(
+    name: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     workdir = tmp_path / "run"
     assert run(words(name, "scan", workdir, images)) == 0
     assert "Gaussian baseline" in capsys.readouterr().out
@@ -201,7 +203,7 @@ def test_two_processes_share_an_evaluation(trained: Path, images: Path) -> None:
         (["--config", "configs/vp_digits.py"], "--mode"),
         (["--config", "configs/vp_digits.py", "--mode", "trian"], "invalid choice: 'trian'"),
         (["--config", "configs/vp_digits.py", "--mode", "train", "--config.training.n_iter=3"], "training.n_iters"),
-        (["--config", "configs/vp_digits.py", "--mode", "train", "--wordkir", "x"], "unrecognized arguments: --wordkir"),
+        (["--config", "configs/vp_digits.py", "--mode", "train", "--wordkir", "x"], "unrecognized arguments: --wordk"),
         (["--config", "configs/vp_digits.py", "--mode", "train", "--config.device=cuda:77"], "cuda:77"),
         (["--config", "configs/vp_digits.py", "--mode", "sample"], "train it first with --mode train"),
     ],
