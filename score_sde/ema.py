@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
-from torch import nn
-
-Module = TypeVar("Module", bound=nn.Module)
+from torch import Tensor
 
 RAMP = 0.1  # the half-life is at most this share of the images seen: a young average must forget its start
 
@@ -25,8 +23,6 @@ def ema_decay(step: int, *, rate: float, halflife: float = 0.0, batch_size: int 
 
 
 @torch.no_grad()
-def ema_update(ema: Module, model: Module, decay: float) -> None:
-    """ema += (1 - decay) (model - ema), for all parameters at once; buffers are copied."""
-    torch._foreach_lerp_(list(ema.parameters()), [p.detach() for p in model.parameters()], 1 - decay)
-    for ours, theirs in zip(ema.buffers(), model.buffers(), strict=True):
-        ours.copy_(theirs)
+def ema_update(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+    """averages += (1 - decay) (values - averages), for all tensors at once."""
+    torch._foreach_lerp_(averages, values, 1 - decay)

@@ -47,6 +47,12 @@ class State:
     optimizer: Optimizer
     step: int = 0
 
+    def __post_init__(self) -> None:
+        # Listed once: a walk over the modules in every step would cost more than the fused update of a small network.
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.values = [p.detach() for p in self.model.parameters()]
+        self.averages = list(self.ema.parameters())
+
 
 class Batch(NamedTuple):
     """One process' part of a batch: data, times, importance weights (float64, CPU) and noise."""
@@ -127,9 +133,9 @@ def learning_rate(config: ConfigDict, step: int) -> float:
     return o.lr * rise * max(fall, 0.0)
 
 
-def generator(seed: int, step: int, purpose: int, device: torch.device | str = "cpu", part: int = 0) -> torch.Generator:
+def generator(seed: int, step: int, purpose: int, device: torch.device | str = "cpu") -> torch.Generator:
     """The random stream of one step for one purpose."""
-    state = np.random.SeedSequence([seed, step, purpose, part]).generate_state(1, np.uint64)[0]
+    state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
     return torch.Generator(device).manual_seed(int(state >> 1))
 
 
@@ -159,6 +165,14 @@ def draw(
     return Batch(x0, law.t[part], law.weight[part], z)
 
 
+def seed_dropout(seed: int, step: int, processes: Processes) -> None:
+    """Seed torch's own generator, the only one that dropout knows, for one step of one process."""
+    state = int(np.random.SeedSequence([seed, step, _DROPOUT, processes.rank]).generate_state(1)[0])
+    torch.default_generator.manual_seed(state)
+    if processes.device.type == "cuda":
+        torch.cuda.manual_seed(state)
+
+
 def importance_weighted(config: ConfigDict) -> bool:
     """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
     return bool(config.training.time == "importance")
@@ -184,16 +198,14 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
             (loss.mean() / len(parts)).backward()
         errors.append(error)
         values.append(loss.detach())
-    parameters = [p for p in state.model.parameters() if p.requires_grad]
-    limit = o.grad_clip if o.grad_clip >= 0 else math.inf
-    norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+    norm = torch.nn.utils.clip_grad_norm_(state.parameters, o.grad_clip if o.grad_clip >= 0 else math.inf)
     state.optimizer.step()
     record = Record(state.step, rate, norm, torch.cat(errors), torch.cat(values), b.t)
     state.step += 1
     decay = ema_decay(
         state.step, rate=config.model.ema_rate, halflife=config.model.ema_halflife, batch_size=t.batch_size
     )
-    ema_update(state.ema, state.model, decay)
+    ema_update(state.averages, state.values, decay)
     return record
 
 
@@ -285,7 +297,6 @@ def train(
         gpu = [processes.device.index] if processes.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=gpu)
     split, held_out = data.train.to(processes.device), data.test.to(processes.device)
-    dropout = [config.seed, _DROPOUT, processes.rank]
     records: list[Record] = []
     since, clock = state.step, time.perf_counter()
 
@@ -322,7 +333,7 @@ def train(
             if saved != state.step:
                 yield Metrics(state.step, checkpoint=snapshot())
             return
-        torch.manual_seed(int(np.random.SeedSequence([*dropout, state.step]).generate_state(1)[0]))
+        seed_dropout(config.seed, state.step, processes)
         b = draw(config, split, codec, state.model.sde, state.step, part, flip=config.data.random_flip)
         records.append(train_step(state, objective, b, config))
         yield Metrics(state.step)

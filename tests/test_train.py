@@ -266,9 +266,10 @@ def test_ema_follows_its_recursion_and_its_half_life() -> None:
     young = ema_decay(3, rate=0.0, halflife=1000, batch_size=50)
     assert young ** (RAMP * 3 * 50 / 50) == pytest.approx(0.5)
     model, average = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    expected = [0.9 * a + 0.1 * p for a, p in zip(average.parameters(), model.parameters(), strict=True)]
-    ema_update(average, model, 0.9)
-    for a, e in zip(average.parameters(), expected, strict=True):
+    averages, values = ([p.detach() for p in m.parameters()] for m in (average, model))
+    expected = [0.9 * a + 0.1 * p for a, p in zip(averages, values, strict=True)]
+    ema_update(averages, values, 0.9)
+    for a, e in zip(averages, expected, strict=True):
         torch.testing.assert_close(a, e)
 
 
