@@ -57,12 +57,16 @@ EXACT = {"ring": ring_mixture}  # toy densities whose exact model is known: (wei
 
 
 class Stop:
-    """Turns true on SIGINT or SIGTERM; a second SIGINT interrupts at once."""
+    """Within its `with` block, turns true on SIGINT or SIGTERM; a second one interrupts at once."""
 
-    def __init__(self) -> None:
+    def __enter__(self) -> Stop:
         self.asked = False
-        for name in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(name, self._ask)
+        self.before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked:
@@ -196,45 +200,65 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
 
 def run_training(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:
     """--mode train: the loop of `train.train`, shown as a bar, lines of a log, TensorBoard scalars and grids."""
-    stop = Stop()
-    _remember(config, workdir, processes)
+    n, step = config.training.n_iters, 0
     if processes.main:
+        _remember(config, workdir)
         _warn(config, data, codec)
-    n = config.training.n_iters
-    writer = SummaryWriter(str(workdir / "tensorboard")) if processes.main else None
-    bar = tqdm(total=n, desc="training", unit="step", disable=not processes.main, dynamic_ncols=True)
-    floor: dict[str, float] = {}
-    step = 0
-    for m in train(config, workdir, data, codec, processes, stop):
-        step = m.step
-        if writer is None:
-            continue
-        for sentence in m.notes:
-            log.info(sentence)
-        if not floor and config.data.dataset in EXACT:
-            floor = _floor(config)
-            log.info("irreducible error by noise level: %s", _line(floor))
-        bar.update(m.step - bar.n)
-        if "training_loss" in m.scalars:
-            loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
-            bar.set_postfix_str(f"loss {loss:.4g}, {speed:.3g} images/s")
-            log.debug("step %d/%d %s", m.step, n, _line(m.scalars))
-        for name, value in m.scalars.items():
-            writer.add_scalar(name, value, m.step)
-        for name, value in floor.items():
-            writer.add_scalar(f"noise_error_floor/{name}", value, m.step)
-        if m.checkpoint is not None:
-            log.info("checkpoint: %s", m.checkpoint)
-            if config.training.snapshot_sampling:
-                _snapshot(m, config, workdir, data, codec, writer, processes)
-    bar.close()
-    if writer is not None:
-        writer.close()
+    with Stop() as stop, tqdm(total=n, desc="training", unit="step", disable=not processes.main) as bar:
+        show = Show(config, workdir, data, codec, processes.device, bar) if processes.main else None
+        for m in train(config, workdir, data, codec, processes, stop):
+            step = m.step
+            if show is not None:
+                show(m)
+    if show is not None:
+        show.writer.close()
         if step < n:
             log.info("stopped at step %d of %d; the same command goes on from there", step, n)
         else:
             log.info("training is complete: %d steps in %s", n, workdir)
     return 0 if step >= n else 130
+
+
+class Show:
+    """Shows what the training loop yields: on the bar, in the log, and in TensorBoard."""
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, data: Data, codec: Codec, device: torch.device, bar: tqdm
+    ) -> None:
+        self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
+        self.device, self.bar = device, bar
+        self.writer = SummaryWriter(str(workdir / "tensorboard"))
+        self.floor = _floor(config) if config.data.dataset in EXACT else {}
+        if self.floor:
+            log.info("irreducible error by noise level: %s", _line(self.floor))
+
+    def __call__(self, m: Metrics) -> None:
+        for sentence in m.notes:
+            log.info(sentence)
+        self.bar.update(m.step - self.bar.n)
+        if "training_loss" in m.scalars:
+            loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
+            self.bar.set_postfix_str(f"loss {loss:.4g}, {speed:.3g} images/s")
+            log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
+            for name, value in self.floor.items():
+                self.writer.add_scalar(f"noise_error_floor/{name}", value, m.step)
+        for name, value in m.scalars.items():
+            self.writer.add_scalar(name, value, m.step)
+        if m.checkpoint is not None:
+            log.info("checkpoint: %s", m.checkpoint)
+            if self.config.training.snapshot_sampling:
+                self._pictures(m.checkpoint, m.step)
+
+    def _pictures(self, path: Path, step: int) -> None:
+        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid."""
+        folder = self.workdir / "samples" / f"step-{step:09d}"
+        for weights in ("ema", "raw"):
+            model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
+            picture = _picture(model, self.shape, self.codec)
+            if picture is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(picture, folder / f"{weights}.png")
+                self.writer.add_image(f"samples/{weights}", picture, step)
 
 
 def _warn(config: ConfigDict, data: Data, codec: Codec) -> None:
@@ -256,10 +280,8 @@ def _line(scalars: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
 
 
-def _remember(config: ConfigDict, workdir: Path, processes: Processes) -> None:
+def _remember(config: ConfigDict, workdir: Path) -> None:
     """Write the config into the workdir; a change against what was there is told."""
-    if not processes.main:
-        return
     path = workdir / "config.json"
     if path.is_file():
         for line in configs.differences(configs.from_json(path), config):
@@ -274,28 +296,15 @@ def _floor(config: ConfigDict) -> dict[str, float]:
     return noise_floor(Mixture(sde, *EXACT[name]()), lambda count: TOYS[name](count, 1), sde)
 
 
-def _snapshot(
-    m: Metrics, config: ConfigDict, workdir: Path, data: Data, codec: Codec, writer: SummaryWriter, processes: Processes
-) -> None:
-    """A grid from the averaged and one from the raw weights: 64 samples, 18 steps of Heun's method on Karras's grid."""
-    assert m.checkpoint is not None
-    for weights in ("ema", "raw"):
-        model = checkpoint.load(m.checkpoint, ema=weights == "ema", map_location=processes.device)
-        picture = _picture(model, 64 if len(data.shape) == 3 else 4096, data.shape, codec)
-        if picture is not None:
-            writer.add_image(f"samples/{weights}", picture, m.step)
-            folder = workdir / "samples" / f"step-{m.step:09d}"
-            folder.mkdir(parents=True, exist_ok=True)
-            write_png(picture, folder / f"{weights}.png")
-
-
-def _picture(model: ScoreModel, count: int, shape: tuple[int, ...], codec: Codec) -> torch.Tensor | None:
-    start = max(model.sde.t_min, 1e-3) if not hasattr(model.sde, "steps") else 1 / model.sde.steps
-    walk = times.karras(replace(model.sde, t_min=start), 18)
+def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec) -> torch.Tensor | None:
+    """A grid of 64 images, or where 4096 points of the plane fall; None for other data."""
+    steps = getattr(model.sde, "steps", None)
+    walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
+    count = 64 if isinstance(codec, PixelCodec) else 4096
+    if not isinstance(codec, PixelCodec) and shape != (2,):
+        return None
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
-    if isinstance(codec, PixelCodec):
-        return grid(codec.display(x), zoom=max(1, 32 // shape[-1]))
-    return histogram(x) if shape == (2,) else None
+    return grid(codec.display(x), zoom=max(1, 32 // shape[-1])) if isinstance(codec, PixelCodec) else histogram(x)
 
 
 def _model(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -23,6 +21,6 @@ def ema_decay(step: int, *, rate: float, halflife: float = 0.0, batch_size: int 
 
 
 @torch.no_grad()
-def ema_update(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
+def ema_update(averages: list[Tensor], values: list[Tensor], decay: float) -> None:
     """averages += (1 - decay) (values - averages), for all tensors at once."""
     torch._foreach_lerp_(averages, values, 1 - decay)

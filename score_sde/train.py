@@ -51,7 +51,7 @@ class State:
         # Listed once: a walk over the modules in every step would cost more than the fused update of a small network.
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.values = [p.detach() for p in self.model.parameters()]
-        self.averages = list(self.ema.parameters())
+        self.averages = [p.detach() for p in self.ema.parameters()]
 
 
 class Batch(NamedTuple):
