@@ -55,7 +55,7 @@ class Piecewise(SDE):
     def _cell(self, u: Tensor) -> Tensor:
         """Index j of the step from j to j + 1 in which u = t N lies."""
         rounding = 4 * torch.finfo(u.dtype).eps * self.steps  # so that t = (i + 1)/N, times N, is in step i
-        return ((u - rounding).ceil() - 1).clamp(0, self.steps - 1).long()
+        return (u - rounding).floor().clamp(0, self.steps - 1).long()
 
     def _value(self, t: Tensor) -> Tensor:
         knots, differences = self._table(t)
