@@ -1,0 +1,1 @@
+"""What training, sampling and likelihoods cost, measured: ``python -m benchmarks --config configs/NAME.py``."""

@@ -1,0 +1,115 @@
+"""Likelihoods: time, evaluations and error at the same tolerance, with a network whose answer is known exactly.
+
+The model is Gaussian data's exact noise plus 0 times the network's output. So every evaluation costs what the network's
+costs, while states, steps and log densities are those of a probability flow with a closed form, and the error is the
+solver's. The Gaussian's covariance is diagonal: its divergence is then exact for Rademacher probes too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from score_sde.build import SDES, build_network
+from score_sde.closed_form import Gaussian
+from score_sde.likelihood import log_likelihood
+from score_sde.model import Preconditioned, label_sigma, label_time
+from score_sde.sdes import SDE, VESDE, like
+
+from .peer import Peer, config_for
+from .timing import Clock, Table, milliseconds, ratio
+
+MEAN, VARIANCES = 0.2, (0.02, 0.5)  # of the data: every dimension has one mean, and variances go from first to last
+
+
+class Known(nn.Module):
+    """exact(x, label) + 0 · network(x, label)."""
+
+    def __init__(self, network: nn.Module, exact: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.network, self.exact = network, exact
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.exact(x, label) + 0.0 * self.network(x, label)
+
+
+def likelihood(config: ConfigDict, shape: tuple[int, ...], clock: Clock, peer: Peer | None) -> Table:
+    """Milliseconds an image, evaluations, and mean absolute error in bits/dim."""
+    e, batch = config.eval, config.training.batch_size
+    sde = SDES[config.training.sde](config.model)
+    d = math.prod(shape)
+    variances = torch.linspace(*VARIANCES, d, dtype=torch.float64).reshape(shape)
+    data = Gaussian(sde, torch.full(shape, MEAN, dtype=torch.float64), variances)
+    x, _ = data.sample(batch, torch.Generator().manual_seed(0))
+    truth = _bits(_exact(data, variances, x, e.t_min), d)
+    x = x.float().to(clock.device)
+    network = build_network(config, shape).to(clock.device).eval()
+    ve = isinstance(sde, VESDE)
+
+    def noise(x: Tensor, label: Tensor) -> Tensor:
+        t = sde.time(-2 * torch.log(label)) if ve else label / 999
+        a, s = like(sde.alpha(t), x), like(sde.sigma(t), x)
+        return s * (x - a * MEAN) / (a**2 * variances.to(x) + s**2)
+
+    label = label_sigma if ve else label_time
+    model = Preconditioned(Known(network, noise), sde, label=label)
+    found: dict[str, tuple[Tensor, int]] = {}
+
+    def ours() -> None:
+        result = log_likelihood(model, x, rtol=e.rtol, atol=e.atol, t_min=e.t_min, method=e.ode_method)
+        found["ours"] = _bits(result.log_prob, d), result.nfe
+
+    works: dict[str, Callable[[], object]] = {"ours": ours}
+    notes = [
+        f"batch {batch} of {'x'.join(map(str, shape))}, {sde}, rtol {e.rtol:g}, atol {e.atol:g}, t_min {e.t_min:g}, "
+        f"one Rademacher probe; ours: {e.ode_method}" + ("; the peer: scipy's RK45" if peer else ""),
+        "the model is a diagonal Gaussian's exact noise plus 0 times the network, so that time is the network's and "
+        "the error the solver's; exact bits/dim take the prior at t = 1, as both sides do",
+    ]
+    if peer is not None:
+        theirs = config_for(config, shape, clock.device)
+
+        def score(x: Tensor, label: Tensor) -> Tensor:
+            return noise(x, label) / -like(label, x)
+
+        their_network = Known(peer.network(theirs, network), score if ve else noise)
+        bits = peer.likelihood.get_likelihood_fn(
+            peer.sde(theirs), lambda x: 7.0, rtol=e.rtol, atol=e.atol, eps=e.t_min
+        )  # 7 - 7 = 0 is then its offset for pixels
+
+        def run() -> None:
+            values, _, nfe = bits(their_network, x)
+            found["peer"] = values, nfe
+
+        works["peer"] = run
+    taken = replace(clock, turns=min(clock.turns, 3)).compare(works)  # a turn is long, and its time steady
+    sides = list(works)
+    rows: list[list[str]] = [
+        ["time an image", *(milliseconds(taken[s], batch) for s in sides)],
+        ["evaluations", *(str(found[s][1]) for s in sides)],
+        ["time an image and evaluation", *(milliseconds(taken[s], batch * found[s][1]) for s in sides)],
+        ["mean abs. error, bits/dim", *(f"{(found[s][0].cpu() - truth).abs().mean():.1e}" for s in sides)],
+    ]
+    for row in rows:
+        row += [""] * (4 - len(row))
+    if peer is not None:
+        rows[0][3] = str(ratio(taken["peer"], taken["ours"]))
+    return Table("Likelihood", ("", "ours", "peer", "peer/ours"), [tuple(row) for row in rows], notes)
+
+
+def _bits(log_prob: Tensor, d: int) -> Tensor:
+    """Bits per dimension of a density, without an offset for pixels."""
+    return -log_prob.double() / (d * math.log(2))
+
+
+def _exact(data: Gaussian, variances: Tensor, x: Tensor, t_min: float) -> Tensor:
+    """Log density of x under the prior carried back along the exact flow from t = 1 to t_min."""
+    sde: SDE = data.sde
+    t, one = torch.tensor(t_min, dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    start, end = (sde.alpha(u) ** 2 * variances + sde.sigma(u) ** 2 for u in (t, one))
+    return sde.prior_log_prob(data.flow(x, t, one)) + torch.log(end / start).sum() / 2

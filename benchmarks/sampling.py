@@ -1,0 +1,151 @@
+"""The sampler's own share of a step: what it costs when the model costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from score_sde import times
+from score_sde.build import build_sde
+from score_sde.model import Estimate, ScoreModel
+from score_sde.samplers import (
+    DDIM,
+    Ancestral,
+    EulerMaruyama,
+    Langevin,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+)
+from score_sde.samplers.base import noise_source
+from score_sde.sdes import SDE
+
+from .peer import Peer, config_for
+from .timing import Clock, Table, milliseconds, ratio
+
+SHAPE = (64, 3, 32, 32)
+STEPS = 20  # of the 1000 of a grid
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A sampler, its names in the peer, and how many updates a step makes, each with noise or without."""
+
+    sampler: Sampler
+    predictor: str | None = None
+    corrector: str | None = None
+    updates: int = 1
+    noisy: bool = True
+
+
+SUBJECTS = {
+    "Euler-Maruyama": Subject(EulerMaruyama(), "euler_maruyama"),
+    "reverse diffusion": Subject(ReverseDiffusion(), "reverse_diffusion"),
+    "ancestral": Subject(Ancestral(), "ancestral_sampling"),
+    "DDIM, eta 1": Subject(DDIM(eta=1.0)),
+    "DDIM, eta 0": Subject(DDIM(), noisy=False),
+    "PC, Langevin": Subject(PredictorCorrector(ReverseDiffusion(), Langevin()), "reverse_diffusion", "langevin", 2),
+}
+
+
+class Free(ScoreModel):
+    """A model whose answer lies ready: only the score, noise / -sigma, is one pass over memory."""
+
+    def __init__(self, sde: SDE, noise: Tensor) -> None:
+        super().__init__(sde)
+        self.answer = Estimate(noise, noise, noise.new_tensor(1.0, device="cpu"))
+
+    def forward(self, x: Tensor, t: Tensor, *args: Any, **condition: Any) -> Estimate:
+        return self.answer
+
+
+def sampling(config: ConfigDict, clock: Clock, peer: Peer | None) -> Table:
+    """Milliseconds of a step of each sampler, beside the tensor operations that any sampler needs."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(clock.device)
+    model = Free(build_sde(config), x)
+    torch.empty(16 * 2**20, dtype=torch.uint8)  # malloc keeps memory for reuse once it has seen a network's activations
+    rows = []
+    for name, subject in SUBJECTS.items():
+        works = {"ours": _ours(subject, model, x), "bare": _bare(subject, model, x)}
+        if peer is not None and _known(subject, config):
+            works["peer"] = _theirs(subject, peer, config, model, x)
+        with torch.no_grad():
+            taken = clock.compare(works)
+        theirs = taken.get("peer")
+        rows.append(
+            (
+                name,
+                milliseconds(taken["ours"], STEPS),
+                milliseconds(theirs, STEPS) if theirs else "",
+                str(ratio(theirs, taken["ours"])) if theirs else "",
+                milliseconds(taken["bare"], STEPS),
+                str(ratio(taken["ours"], taken["bare"])),
+                str(ratio(theirs, taken["bare"])) if theirs else "",
+            )
+        )
+    notes = [
+        f"batch {SHAPE[0]} of {'x'.join(map(str, SHAPE[1:]))}, {model.sde}; the score costs one pass over memory",
+        "bare: the score, randn (not for eta 0) and one multiply-add of the two, for each update of x (PC makes two)",
+        "our noise comes from one generator an example, which costs more than bare's randn of the whole batch",
+    ]
+    if peer is not None:
+        notes.append("the peer has no DDIM, and for sub-VP no ancestral sampler or Langevin corrector that works")
+    head = ("", "ours", "peer", "peer/ours", "bare", "ours/bare", "peer/bare")
+    return Table("Sampler step with a free score", head, rows, notes)
+
+
+def _known(subject: Subject, config: ConfigDict) -> bool:
+    plain = subject.predictor != "ancestral_sampling" and subject.corrector is None
+    return subject.predictor is not None and (plain or config.training.sde != "subvpsde")
+
+
+def _ours(subject: Subject, model: ScoreModel, x: Tensor) -> Callable[[], object]:
+    grid = times.uniform(model.sde, 1000)[: STEPS + 1]
+    noise = noise_source(tuple(x.shape), 0, 0, x.dtype, x.device)
+
+    def walk() -> Tensor:
+        state = x
+        for state in subject.sampler.walk(model, x, grid, noise):  # noqa: B007
+            pass
+        return state
+
+    return walk
+
+
+def _bare(subject: Subject, model: ScoreModel, x: Tensor) -> Callable[[], object]:
+    t = torch.ones(())
+
+    def walk() -> Tensor:
+        state = x
+        for _ in range(STEPS * subject.updates):
+            score = model.score(state, t)
+            state = torch.add(score, torch.randn_like(state) if subject.noisy else state, alpha=0.1)
+        return state
+
+    return walk
+
+
+def _theirs(subject: Subject, peer: Peer, config: ConfigDict, model: ScoreModel, x: Tensor) -> Callable[[], object]:
+    """The body of its get_pc_sampler, which makes the predictor and corrector anew in every step."""
+    theirs = config_for(config, tuple(x.shape[1:]), x.device)
+    sde = peer.sde(theirs)
+    predictor = peer.sampling.get_predictor(subject.predictor)
+    corrector = peer.sampling.get_corrector(subject.corrector) if subject.corrector else None
+    grid = torch.linspace(1, 1e-3, 1000, device=x.device)[: STEPS + 1]
+
+    def walk() -> Tensor:
+        state = x
+        for t, _ in pairwise(grid):
+            at = torch.ones(len(x), device=x.device) * t
+            if corrector is not None:
+                state, _ = corrector(sde, model.score, config.sampling.snr, 1).update_fn(state, at)
+            state, _ = predictor(sde, model.score).update_fn(state, at)
+        return state
+
+    return walk
