@@ -1,8 +1,8 @@
-"""DDPM on CIFAR-10: a chain of 1000 steps, betas 1e-4 .. 0.02, and its ancestral sampler (Ho et al. 2020, section 4).
+"""DDPM on CIFAR-10: a chain of 1000 steps with its ancestral sampler.
 
-Follows its appendix B in training, for 800,000 steps, and score_sde's configs/vp/ddpm/cifar10.py in the rest. The chain
-is the VP SDE discretised, so its betas are beta_min/1000 .. beta_max/1000. Departure: sampling takes the posterior's
-variance, which the paper found as good as the larger one.
+Ho et al. 2020, section 4: betas 1e-4 .. 0.02. Follows its appendix B in training, for 800,000 steps, and score_sde's
+configs/vp/ddpm/cifar10.py in the rest. The chain is the VP SDE discretised, so its betas are beta_min/1000 ..
+beta_max/1000. Departure: sampling takes the posterior's variance, which the paper found as good as the larger one.
 """
 
 from pathlib import Path

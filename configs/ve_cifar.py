@@ -1,8 +1,9 @@
-"""NCSN++ with the VE SDE in continuous time, on CIFAR-10: "NCSN++ cont. (VE)" of Song et al. 2021, tables 2 and 3.
+"""NCSN++ with the VE SDE and predictor-corrector sampling, on CIFAR-10.
 
-Follows its appendix H and score_sde's configs/ve/cifar10_ncsnpp_continuous.py: Fourier embedding of log sigma, FIR
-resampling, residual input pyramid, pixels in [0, 1], summed loss, PC sampling. That project's scale_by_sigma, the
-network's output over sigma being the score, is the rule "noise" here, whose output has the other sign.
+"NCSN++ cont. (VE)" of Song et al. 2021, tables 2 and 3. Follows its appendix H and score_sde's
+configs/ve/cifar10_ncsnpp_continuous.py: Fourier embedding of log sigma, FIR resampling, residual input pyramid, pixels
+in [0, 1], summed loss. That project's scale_by_sigma, the network's output over sigma being the score, is the rule
+"noise" here, whose output has the other sign.
 """
 
 from ml_collections import ConfigDict

@@ -1,6 +1,7 @@
-"""Eight Gaussians on a circle, with the VE SDE and the PC sampler of Song et al. 2021 (algorithms 2 and 4).
+"""Eight Gaussians in the plane with the VE SDE and the PC sampler of Song et al. 2021.
 
-As vp_toy in all else; sigma_max is several times the largest distance between data, the advice of Song & Ermon 2020.
+As vp_toy in all else; sigma_max is some four times the largest distance between data; Song & Ermon 2020 (technique
+1, arXiv:2006.09011) advise at least that distance.
 """
 
 from pathlib import Path

@@ -1,8 +1,9 @@
-"""DDPM++ with the VP SDE in continuous time, on CIFAR-10: "DDPM++ cont. (VP)" of Song et al. 2021, tables 2 and 3.
+"""DDPM++ with the VP SDE, on CIFAR-10: the paper's hyperparameters.
 
-The hyperparameters of its appendix H and of score_sde's configs/vp/cifar10_ddpmpp_continuous.py are this package's
-defaults, so that there is nothing to add. Departures: none in training; the likelihood's solver is dopri5 instead of
-scipy's RK45, which is the same method.
+"DDPM++ cont. (VP)" of Song et al. 2021, tables 2 and 3. The hyperparameters of its appendix H and of score_sde's
+configs/vp/cifar10_ddpmpp_continuous.py are this package's defaults, so that there is nothing to add. Departures: none
+in training; sampling ends with the estimate of the clean data instead of a step's mean; the likelihood's solver is
+torchdiffeq's dopri5 instead of scipy's RK45, which has the same tableau.
 """
 
 from ml_collections import ConfigDict

@@ -1,7 +1,8 @@
-"""scikit-learn's 1,797 handwritten digits, 8x8 with 17 grey levels: what `make demo` trains in a few minutes on a CPU.
+"""Handwritten digits, 8x8: what `make demo` trains in a few minutes on a CPU.
 
-No paper's table: VP SDE, a small U-Net with EDM's preconditioning (Karras et al. 2022, table 1; sigma_data is the root
-mean square of the digits in [-1, 1]), t uniform in log-SNR, dequantised pixels, no mirroring.
+scikit-learn's 1,797 digits of 17 grey levels. No paper's table: VP SDE, a small U-Net with EDM's preconditioning
+(Karras et al. 2022, table 1; sigma_data is the root mean square of the digits in [-1, 1]), t uniform in log-SNR,
+dequantised pixels, no mirroring.
 """
 
 from ml_collections import ConfigDict
@@ -13,20 +14,23 @@ def get_config() -> ConfigDict:
     config = default_config()
 
     training = config.training
-    training.n_iters = 2000
+    training.n_iters = 2500
     training.time = "log_snr"
     training.low_discrepancy = True
+    training.channels_last = True
     training.eval_freq = 100
     training.snapshot_freq = 500
 
     sampling = config.sampling
     sampling.predictor = "ancestral_sampling"
-    sampling.grid = "log_snr"
-    sampling.steps = 250
+    sampling.grid = "karras"
+    sampling.steps = 60
     sampling.num_samples = 100
     sampling.batch_size = 100
 
-    config.eval.batch_size = 300
+    config.eval.batch_size = 100
+    config.eval.rtol = 1e-4  # its error, 0.001 bits/dim, is a fifteenth of the standard error over images
+    config.eval.atol = 1e-4
 
     data = config.data
     data.dataset = "digits"

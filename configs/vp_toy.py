@@ -1,4 +1,4 @@
-"""Eight Gaussians on a circle, with the VP SDE: a fully connected network in seconds, beside the exact model.
+"""Eight Gaussians in the plane with the VP SDE: a small network in seconds.
 
 No paper's table; the data are the toy density "ring", whose exact score is that of `closed_form.Mixture`.
 """
