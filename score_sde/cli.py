@@ -239,9 +239,10 @@ class Show:
         if "training_loss" in m.scalars:
             loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
             self.bar.set_postfix_str(f"loss {loss:.4g}, {speed:.3g} images/s")
-            log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
             for name, value in self.floor.items():
                 self.writer.add_scalar(f"noise_error_floor/{name}", value, m.step)
+        if m.scalars:
+            log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
         for name, value in m.scalars.items():
             self.writer.add_scalar(name, value, m.step)
         if m.checkpoint is not None:
