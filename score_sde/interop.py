@@ -8,7 +8,6 @@ the same order, so one walk over our parts names theirs, for every option of its
 from __future__ import annotations
 
 import json
-import pickle
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -46,7 +45,7 @@ def load_score_sde_file(
         )
     if isinstance(config, (str, Path)):
         config = read_config(config)
-    return load_score_sde(read_checkpoint(path), config, ema).to(map_location)
+    return load_score_sde(read_checkpoint(path), config, ema).to(map_location).eval().requires_grad_(False)
 
 
 def load_score_sde(state: Mapping[str, Any], config: Any, ema: bool = True) -> ScoreModel:
@@ -93,10 +92,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(allowed):
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and numbers, and nothing else is ever loaded") from error
-    except Exception as error:  # torch raises many kinds for bytes that are no archive
-        raise ValueError(f"{path} is truncated or not a checkpoint: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # torch raises many kinds for bytes that are no archive of tensors
+        raise ValueError(
+            f"{path} is truncated, no checkpoint, or holds more than tensors and numbers, of which nothing is ever run"
+        ) from error
     if not isinstance(state, dict) or not {"model", "ema"} <= state.keys() or "shadow_params" not in state["ema"]:
         raise ValueError(f"{path} is not a checkpoint of score_sde_pytorch: it lacks `model` or `ema.shadow_params`")
     return state
@@ -205,6 +204,12 @@ def as_model(network: UNet, sigmas: Tensor | None, config: Any) -> ScoreModel:
 
     if kind == "vesde":
         sde = VESDE(sigma_min=_get(config, "model.sigma_min"), sigma_max=_get(config, "model.sigma_max"))
+        ends = [sde.sigma_max, sde.sigma_min]
+        if sigmas is not None and not np.allclose(sigmas[[0, -1]].cpu(), ends, rtol=1e-3):
+            raise ValueError(
+                f"the checkpoint has noise levels from {sigmas[0]:g} to {sigmas[-1]:g}, "
+                f"but the config model.sigma_max={ends[0]:g} and model.sigma_min={ends[1]:g}"
+            )
         return Preconditioned(raw, sde, rule="score", label=label_sigma if continuous else partial(_rank, steps=steps))
     betas = dict(beta_min=_get(config, "model.beta_min"), beta_max=_get(config, "model.beta_max"))
     if kind == "subvpsde":

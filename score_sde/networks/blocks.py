@@ -141,7 +141,8 @@ class Attention(nn.Module):
         self.style = style
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # (B, 1 head, H W, 3 C)
+        # (B, 1 head, H W, 3 C); the fast kernels want the channels of a pixel side by side
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
         h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
         h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
         return self.style.add(x, self.out(h))

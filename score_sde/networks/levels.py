@@ -25,14 +25,10 @@ class DownLevel(nn.Module):
         style: Style,
     ) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(
-            Stage(inputs if i == 0 else outputs, outputs, attend, style) for i in range(blocks)
-        )
+        self.stages = nn.ModuleList(Stage(inputs if i == 0 else outputs, outputs, attend, style) for i in range(blocks))
         self.step, self.entry = step, entry
 
-    def forward(
-        self, h: Tensor, label: Tensor | None, pyramid: Tensor, skips: list[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, h: Tensor, label: Tensor | None, pyramid: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
         for stage in self.stages:
             h = stage(h, label)
             skips.append(h)
