@@ -1,4 +1,4 @@
-"""Eight Gaussians in the plane with the VP SDE: a small network in seconds.
+"""Eight Gaussians in the plane with the VP SDE: a small network in a minute.
 
 No paper's table; the data are the toy density "ring", whose exact score is that of `closed_form.Mixture`.
 """
