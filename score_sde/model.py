@@ -16,7 +16,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .sdes import SDE, like
+from .sdes import SDE, add_, like
 
 
 class Estimate(NamedTuple):
@@ -33,11 +33,6 @@ class Estimate(NamedTuple):
     def score(self) -> Tensor:
         """Gradient of log p_t(x): -noise / sigma."""
         return self.noise / -self.sigma
-
-
-def add_(y: Tensor, weight: Tensor, z: Tensor) -> Tensor:
-    """y += weight · z in place and in one pass over memory, for a weight of shape () on the CPU, or (B,)."""
-    return y.add_(z, alpha=weight.item()) if weight.ndim == 0 else y.addcmul_(like(weight, y), z)
 
 
 class ScoreModel(nn.Module, ABC):

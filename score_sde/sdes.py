@@ -45,6 +45,11 @@ def like(a: Tensor, x: Tensor) -> Tensor:
     return a.reshape(-1, *(1,) * (x.ndim - 1))
 
 
+def add_(y: Tensor, weight: Tensor, z: Tensor) -> Tensor:
+    """y += weight · z in place and in one pass over memory, for a weight of shape () on the CPU, or (B,)."""
+    return y.add_(z, alpha=weight.item()) if weight.ndim == 0 else y.addcmul_(like(weight, y), z)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SDE(ABC):
     """``dx = f(t) x dt + g(t) dw``, given by its curves `alpha`, `sigma`, `f` and `g`, all elementwise in t.
@@ -116,8 +121,8 @@ class SDE(ABC):
         Ho et al. 2020 (arXiv:2006.11239), eq. 6-7, for any two times of any SDE of this form.
         """
         (scale, std), sigma_s, sigma_t = self.transition(s, t), self.sigma(s), self.sigma(t)
-        mean = like(scale * (sigma_s / sigma_t) ** 2, x_t) * x_t + like(self.alpha(s) * (std / sigma_t) ** 2, x_t) * x0
-        return mean, (sigma_s * std / sigma_t) ** 2
+        kept = like(scale * (sigma_s / sigma_t) ** 2, x_t) * x_t
+        return add_(kept, self.alpha(s) * (std / sigma_t) ** 2, x0), (sigma_s * std / sigma_t) ** 2
 
     def prior(self, shape: Sequence[int], noise: Noise) -> Tensor:
         """A draw of shape `shape` from the prior, with the numbers that `noise` gives."""

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel, add_
-from ..sdes import Noise, like
+from ..model import ScoreModel
+from ..sdes import Noise, add_, like
 from .base import Sampler
 
 
