@@ -235,6 +235,7 @@ class Show:
     def __call__(self, m: Metrics) -> None:
         for sentence in m.notes:
             log.info(sentence)
+            self.bar.initial = self.bar.n = m.step  # where a resumed run begins, lest the time left be wrong
         self.bar.update(m.step - self.bar.n)
         if "training_loss" in m.scalars:
             loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
