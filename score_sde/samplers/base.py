@@ -49,13 +49,13 @@ def noise_source(
 ) -> Noise:
     """The source of standard normal states of shape `shape`: example i's depend on (seed, first + i) alone.
 
-    A draw of an example costs a call, so small states are drawn several ahead, as many as fit in 64 kB.
+    A draw of an example costs a call, so small states are drawn several ahead, as many as fit in 16 kB.
     A torch.Generator in place of the seed gives one stream for the whole batch.
     """
     if isinstance(seed, torch.Generator):
         return lambda like: torch.randn(shape, generator=seed, dtype=dtype, device=seed.device).to(device)
     generators = example_generators(seed, first, shape[0], device)
-    ahead = min(max(2**14 // max(math.prod(shape[1:]), 1), 1), 16)
+    ahead = min(max(2**12 // max(math.prod(shape[1:]), 1), 1), 16)
     block = torch.empty(shape[0], ahead, *shape[1:], dtype=dtype, device=device)
     rows = block.unbind(0)
 
