@@ -82,6 +82,8 @@ def log_likelihood(
     sde, wide = model.sde, torch.float32 if x.device.type == "mps" else torch.float64
     exact = isinstance(probe, str) and probe == "exact"
     e = _probes(probe, probes, x, seed, first)
+    # The probe meets all of v, f x too: a Gaussian one would else miss that f and the noise's Jacobian nearly cancel.
+    squares = x.new_tensor(d) if exact else e.square().flatten(2).sum(2).T
     chunks = e.split(max(EXACT_BATCH // max(batch, 1), 1)) if exact else (e,)
 
     def field(t: Tensor, state: Tensor) -> Tensor:
@@ -90,10 +92,10 @@ def log_likelihood(
         trace = traces.sum(1, keepdim=True) if exact else traces
         f, rate = sde.f(t).item(), (sde.g(t) ** 2 / (2 * sde.sigma(t))).item()
         velocity = f * y + rate * noise
-        return torch.cat([velocity.flatten(1).to(wide), (f * d + rate * trace).to(wide)], dim=1)
+        return torch.cat([velocity.flatten(1).to(wide), (f * squares + rate * trace).to(wide)], dim=1)
 
     start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, 1 if exact else len(e), dtype=wide)], dim=1)
-    end, nfe = integrate(field, start, t_min, 1.0, rtol=rtol, atol=atol, method=method)
+    end, nfe = integrate(field, start, t_min, 1.0, sde=sde, rtol=rtol, atol=atol, method=method)
     latent, integrals = end[:, :d].reshape(x.shape), end[:, d:]
     log_prob = (prior_log_prob or sde.prior_log_prob)(latent) + integrals.mean(1)
     if exact:

@@ -11,17 +11,22 @@ from scipy.integrate import solve_ivp
 from torch import Tensor
 from torchdiffeq import odeint
 
+from .sdes import SDE
+
 Field = Callable[[Tensor, Tensor], Tensor]  # (t, y) -> dy/dt, with t () float64 on the CPU
 
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "fehlberg2", "adaptive_heun", "RK45")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "RK45")
 FIXED = ("euler", "midpoint", "heun2", "rk4")
 MAX_STEPS = 20_000
 
 
 def integrate(
-    field: Field, y: Tensor, t0: float, t1: float, *, rtol: float, atol: float, method: str
+    field: Field, y: Tensor, t0: float, t1: float, *, sde: SDE, rtol: float, atol: float, method: str
 ) -> tuple[Tensor, int]:
     """Solve dy/dt = field(t, y) from t0 to t1 adaptively; return (y(t1), number of evaluations of `field`).
+
+    The independent variable is t, but for a chain's `sde`, whose f and g jump at every step, it is the log SNR, in
+    which a probability flow is smooth: dt/d(log SNR) = -(sigma/g)².
 
     The error of a step is the root mean square of err/(atol + rtol |y|) over the whole tensor: all that is in `y`
     shares one step size. "RK45" is scipy's, the reference of Song et al. 2021; all others are torchdiffeq's.
@@ -31,25 +36,34 @@ def integrate(
         raise ValueError(f"unknown adaptive ODE method {method!r}; use one of {', '.join(ADAPTIVE)}")
     if y.numel() == 0:
         return y, 0
+    jumps = getattr(sde, "steps", None) is not None
+    if jumps:
+        u0, u1 = sde.log_snr(torch.tensor([t0, t1], dtype=torch.float64)).tolist()
+    else:
+        u0, u1 = t0, t1
     count = 0
 
-    def counted(t: Any, y: Tensor) -> Tensor:
+    def counted(u: Any, y: Tensor) -> Tensor:
         nonlocal count
         count += 1
-        # Steps end at t1 exactly; only the trial step that chooses the first step size may lie beyond it.
-        return field(torch.as_tensor(t, dtype=torch.float64, device="cpu").clamp(min(t0, t1), max(t0, t1)), y)
+        # Steps end at u1 exactly; only the trial step that chooses the first step size may lie beyond it.
+        u = torch.as_tensor(u, dtype=torch.float64, device="cpu").clamp(min(u0, u1), max(u0, u1))
+        if not jumps:
+            return field(u, y)
+        t = sde.time(u)
+        return field(t, y) * -((sde.sigma(t) / sde.g(t)) ** 2).item()
 
     if method == "RK45":
 
         def flat(t: float, state: np.ndarray) -> np.ndarray:
             return counted(t, torch.from_numpy(state).to(y).reshape(y.shape)).flatten().double().cpu().numpy()
 
-        solution = solve_ivp(flat, (t0, t1), y.flatten().double().cpu().numpy(), rtol=rtol, atol=atol, method="RK45")
+        solution = solve_ivp(flat, (u0, u1), y.flatten().double().cpu().numpy(), rtol=rtol, atol=atol, method="RK45")
         if not solution.success:
-            raise RuntimeError(f"RK45 stopped at t = {solution.t[-1]:.3g} of {t1:.3g}: {solution.message}")
+            raise RuntimeError(f"RK45 gave up after {count} evaluations from t = {t0:g} to {t1:g}: {solution.message}")
         return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), count
 
-    times = torch.tensor([t0, t1], dtype=y.dtype, device=y.device)
+    times = torch.tensor([u0, u1], dtype=y.dtype, device=y.device)
     options = {"max_num_steps": MAX_STEPS, "step_t": times[1:]}
     try:
         end = odeint(counted, y, times, rtol=rtol, atol=atol, method=method, options=options)[-1]

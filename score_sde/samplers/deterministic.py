@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from ..model import ScoreModel
+from ..model import ScoreModel, add_
 from ..ode import FIXED, integrate
 from ..sdes import Noise, like
 from .base import Sampler
-from .stochastic import DDIM
 
 
 def velocity(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
@@ -31,23 +30,27 @@ def _check_noisy(model: ScoreModel, s: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Heun(Sampler):
-    """Heun's method for the probability flow: order 2, two evaluations a step (Karras et al. 2022, algorithm 1).
+    """Heun's method in r = sigma/alpha, where the flow of y = x/alpha is dy/dr = noise: order 2, two evaluations.
 
-    A last step to clean data, where the slope does not exist, is DDIM's.
+    Karras et al. 2022, algorithm 1: DDIM's step, then the mean of the slopes at its two ends. The rates f and g, which
+    jump at the steps of a chain, do not enter. A last step to clean data is DDIM's.
     """
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        if bool((model.sde.sigma(s) == 0).all()):
-            return DDIM().step(model, x, t, s, noise)
-        h = like(s - t, x)
-        d = velocity(model, x, t)
-        return x + h / 2 * (d + velocity(model, x + h * d, s))
+        sde, e = model.sde, model(x, t)
+        alpha_s, sigma_s = sde.alpha(s), sde.sigma(s)
+        y = add_(like(alpha_s, x) * e.data, sigma_s, e.noise)
+        if bool((sigma_s == 0).all()):
+            return y
+        h = sigma_s - alpha_s / sde.alpha(t) * sde.sigma(t)
+        return add_(y, h / 2, model(y, s).noise - e.noise)
 
 
 @dataclass(frozen=True)
 class FixedODE(Sampler):
     """torchdiffeq's fixed-step methods over the grid: "euler", "midpoint", "heun2" or "rk4".
 
+    On a chain's SDE, whose f and g jump at every step, they lose their order: there take `Heun` or `AdaptiveODE`.
     Raises ValueError for another method, and where the grid ends at clean data (sigma = 0).
     """
 
@@ -61,9 +64,10 @@ class FixedODE(Sampler):
         _check_noisy(model, s)
 
         def field(u: Tensor, y: Tensor) -> Tensor:
-            return velocity(model, y, u.to("cpu", torch.float64))
+            # torchdiffeq rounds its times to the state's dtype: it sees the fraction u of the step, and t stays exact
+            return velocity(model, y, t + u.to("cpu", torch.float64) * (s - t)) * like(s - t, y)
 
-        return odeint(field, x, torch.stack([t, s]).to(x.device, x.dtype), method=self.method)[-1]
+        return odeint(field, x, torch.arange(2, dtype=x.dtype, device=x.device), method=self.method)[-1]
 
 
 @dataclass(frozen=True)
@@ -86,5 +90,5 @@ class AdaptiveODE(Sampler):
             return velocity(model, y, t)
 
         for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-            x, _ = integrate(field, x, t, s, rtol=self.rtol, atol=self.atol, method=self.method)
+            x, _ = integrate(field, x, t, s, sde=model.sde, rtol=self.rtol, atol=self.atol, method=self.method)
             yield x
