@@ -14,19 +14,19 @@ def get_config() -> ConfigDict:
     config = default_config()
 
     training = config.training
-    training.n_iters = 3200
+    training.n_iters = 2500
     training.time = "log_snr"
     training.low_discrepancy = True
     training.channels_last = True
     training.eval_freq = 100
-    training.snapshot_freq = 800
+    training.snapshot_freq = 500
 
     sampling = config.sampling
     sampling.predictor = "ancestral_sampling"
     sampling.grid = "karras"
     sampling.steps = 60
-    sampling.num_samples = 256
-    sampling.batch_size = 128
+    sampling.num_samples = 100
+    sampling.batch_size = 100
 
     config.eval.batch_size = 100
     config.eval.rtol = 1e-4  # its error, 0.001 bits/dim, is a fifteenth of the standard error over images
