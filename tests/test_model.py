@@ -39,7 +39,7 @@ def case(sde: SDE, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x0, z, t, sde.perturb(x0, t, z)
 
 
-@pytest.mark.parametrize("rule", [*RULES, partial(predict_edm, sigma_data=0.8)], ids=str)
+@pytest.mark.parametrize("rule", [*RULES, partial(predict_edm, sigma_data=0.8)], ids=[*RULES, "edm 0.8"])
 @pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], ids=name)
 def test_every_rule_splits_x_into_data_and_noise(sde: SDE, rule: Any) -> None:
     output, _, t, x = case(sde)
