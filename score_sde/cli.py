@@ -320,7 +320,14 @@ def _model(
     if shape != data.shape:
         raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {data.shape}")
     log.info("checkpoint: %s (%s weights)", path, weights)
-    return checkpoint.load(path, config if foreign else None, weights == "ema", processes.device), path
+    return checkpoint.load(path, _theirs(config) if foreign else None, weights == "ema", processes.device), path
+
+
+def _theirs(config: ConfigDict) -> dict[str, Any]:
+    """The config as score_sde_pytorch has it, whose files carry none: there VE networks are divided by sigma."""
+    given: dict[str, Any] = config.to_dict()
+    given["model"]["scale_by_sigma"] = config.training.sde == "vesde"
+    return given
 
 
 def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:

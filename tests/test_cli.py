@@ -224,6 +224,22 @@ def test_a_checkpoint_of_other_data_is_refused(
     assert "trained on examples of shape (1, 8, 8), but ring has (2,)" in capsys.readouterr().err
 
 
+def test_a_checkpoint_of_score_sde_pytorch_is_sampled(tmp_path: Path) -> None:
+    """vp_cifar and ve_cifar, shrunk to the size of the recorded networks, read their files as they are."""
+    np.save(tmp_path / "images.npy", np.zeros((20, 16, 16, 3), np.uint8))
+    for name, net, multipliers in (("vp_cifar", "ddpmpp_vp", "1,2"), ("ve_cifar", "ncsnpp_ve", "1,2,2")):
+        settings = {
+            "data.dataset": "files", "data.path": tmp_path / "images.npy", "data.image_size": 16, "model.nf": 16,
+            "model.ch_mult": multipliers, "model.num_res_blocks": 1, "model.attn_resolutions": 8,
+            "sampling.steps": 2, "sampling.num_samples": 2,
+        }  # fmt: skip
+        line = ["--config", f"configs/{name}.py", "--mode", "sample", "--workdir", str(tmp_path / name)]
+        line += ["--checkpoint", f"tests/data/nets/{net}.ckpt.pth"]
+        assert run([*line, *(f"--config.{key}={value}" for key, value in settings.items())]) == 0
+        (folder,) = (tmp_path / name / "samples").iterdir()
+        assert np.load(folder / "samples.npz")["arr_0"].shape == (2, 16, 16, 3)
+
+
 def test_a_changed_config_is_told(trained: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words("vp_digits", "train", trained, images, training__n_iters=20, optim__lr=0.1)) == 0
     assert "optim.lr: 0.004 -> 0.1" in capsys.readouterr().err
