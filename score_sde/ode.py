@@ -17,7 +17,7 @@ Field = Callable[[Tensor, Tensor], Tensor]  # (t, y) -> dy/dt, with t () float64
 
 ADAPTIVE = ("dopri5", "dopri8", "bosh3", "RK45")
 FIXED = ("euler", "midpoint", "heun2", "rk4")
-MAX_STEPS = 20_000
+MAX_EVALUATIONS = 100_000
 
 
 def integrate(
@@ -46,12 +46,21 @@ def integrate(
     def counted(u: Any, y: Tensor) -> Tensor:
         nonlocal count
         count += 1
+        if count > MAX_EVALUATIONS:
+            raise RuntimeError(gave_up("too many evaluations"))
         # Steps end at u1 exactly; only the trial step that chooses the first step size may lie beyond it.
         u = torch.as_tensor(u, dtype=torch.float64, device="cpu").clamp(min(u0, u1), max(u0, u1))
-        if not jumps:
-            return field(u, y)
-        t = sde.time(u)
-        return field(t, y) * -((sde.sigma(t) / sde.g(t)) ** 2).item()
+        t = sde.time(u) if jumps else u
+        slope = field(t, y)
+        if not bool(slope.isfinite().all()):  # no solver ends on its own then
+            raise RuntimeError(gave_up(f"a slope that is not finite at t = {t.item():.3g}"))
+        return slope * -((sde.sigma(t) / sde.g(t)) ** 2).item() if jumps else slope
+
+    def gave_up(reason: object) -> str:
+        return (
+            f"{method} gave up after {count} evaluations between t = {t0:.3g} and {t1:.3g} ({reason}); "
+            f"check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+        )
 
     if method == "RK45":
 
@@ -60,16 +69,12 @@ def integrate(
 
         solution = solve_ivp(flat, (u0, u1), y.flatten().double().cpu().numpy(), rtol=rtol, atol=atol, method="RK45")
         if not solution.success:
-            raise RuntimeError(f"RK45 gave up after {count} evaluations from t = {t0:g} to {t1:g}: {solution.message}")
+            raise RuntimeError(gave_up(solution.message))
         return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), count
 
     times = torch.tensor([u0, u1], dtype=y.dtype, device=y.device)
-    options = {"max_num_steps": MAX_STEPS, "step_t": times[1:]}
     try:
-        end = odeint(counted, y, times, rtol=rtol, atol=atol, method=method, options=options)[-1]
+        end = odeint(counted, y, times, rtol=rtol, atol=atol, method=method, options={"step_t": times[1:]})[-1]
     except AssertionError as error:
-        raise RuntimeError(
-            f"{method} gave up after {count} evaluations between t = {t0:.3g} and {t1:.3g} ({error}); the problem is "
-            f"stiff or not finite: raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
-        ) from error
+        raise RuntimeError(gave_up(error)) from error
     return end, count

@@ -145,7 +145,7 @@ def test_flow_of_a_gaussian_solves_the_probability_flow_ode(sde: SDE, kind: str)
     model = Gaussian(sde, numbers(*SHAPE, seed=5), given[0] if given.ndim else given)
     x = model.sde.prior_std * numbers(3, *SHAPE, seed=6)
     end, _ = integrate(
-        lambda t, y: sde.velocity(y, t, model.score(y, t)), x, 1.0, 0.05, rtol=1e-9, atol=1e-10, method="dopri8"
+        lambda t, y: sde.velocity(y, t, model.score(y, t)), x, 1.0, 0.05, sde=sde, rtol=1e-9, atol=1e-10, method="dopri8"
     )
     one, late = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
     flown = model.flow(x, one, late)

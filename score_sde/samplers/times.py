@@ -16,12 +16,12 @@ def _unit(n: int) -> Tensor:
 
 def uniform(sde: SDE, n: int) -> Tensor:
     """Evenly spaced in t: the grid of Song et al. 2021."""
-    return 1 - (1 - sde.t_min) * _unit(n)
+    return _with_ends(sde, 1 - (1 - sde.t_min) * _unit(n))
 
 
 def quadratic(sde: SDE, n: int) -> Tensor:
     """Evenly spaced in sqrt(t): DDIM's, denser near the data (Song et al. 2021, arXiv:2010.02502, appendix D.2)."""
-    return (1 - (1 - sde.t_min**0.5) * _unit(n)) ** 2
+    return _with_ends(sde, (1 - (1 - sde.t_min**0.5) * _unit(n)) ** 2)
 
 
 def log_snr(sde: SDE, n: int) -> Tensor:
@@ -44,6 +44,6 @@ def _ends(sde: SDE) -> Tensor:
 
 
 def _with_ends(sde: SDE, times: Tensor) -> Tensor:
-    """The grid with its ends exact, which the inverse of log SNR returns to rounding."""
+    """The grid with its ends exact, not to rounding."""
     times[0], times[-1] = 1.0, sde.t_min
     return times
