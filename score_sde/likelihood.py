@@ -98,12 +98,9 @@ def log_likelihood(
     end, nfe = integrate(field, start, t_min, 1.0, sde=sde, rtol=rtol, atol=atol, method=method)
     latent, integrals = end[:, :d].reshape(x.shape), end[:, d:]
     log_prob = (prior_log_prob or sde.prior_log_prob)(latent) + integrals.mean(1)
-    if exact:
-        std_error = torch.zeros_like(log_prob)
-    elif len(e) == 1:
-        std_error = torch.full_like(log_prob, math.nan)
-    else:
-        std_error = integrals.std(1) / math.sqrt(len(e))
+    # Over K probes sqrt(variance / K), which is 0/0 = NaN for K = 1.
+    spread = (integrals - integrals.mean(1, keepdim=True)).square().sum(1)
+    std_error = spread if exact else torch.sqrt(spread / (len(e) * (len(e) - 1)))
     return Likelihood(log_prob, std_error, latent.to(x.dtype), nfe)
 
 
