@@ -30,7 +30,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--batch", type=int, help="images at a time in training and likelihood; default training.batch_size")
     p.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
-    p.add_argument("--seconds", type=float, default=10.0, help="each comparison goes on for as long, and for 5 turns")
+    p.add_argument("--seconds", type=float, default=5.0, help="each comparison goes on for as long, and for 5 turns")
     return p
 
 

@@ -22,7 +22,7 @@ class Clock:
 
     device: torch.device
     threads: int
-    seconds: float = 10.0
+    seconds: float = 5.0
     turns: int = 5
 
     @property
