@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from score_sde.codecs import codec_of
 from score_sde.data import Split
 from score_sde.ema import ema_decay, ema_update
-from score_sde.train import Objective, draw, make_state, train_step
+from score_sde.train import Objective, draw, make_state, train_step, update
 
 from .peer import Peer, config_for, parameters
 from .timing import Clock, Table, Times, milliseconds, ratio
@@ -110,11 +110,8 @@ def _ours(
             y = net(x, case.label)
         y.backward(case.gradient.to(y.dtype))
 
-    trained = [p for p in state.model.parameters() if p.requires_grad]
-
-    def update() -> None:
-        torch.nn.utils.clip_grad_norm_(trained, o.grad_clip if o.grad_clip >= 0 else math.inf)
-        state.optimizer.step()
+    def optimize() -> None:
+        update(state, o.grad_clip if o.grad_clip >= 0 else math.inf)
         decay = ema_decay(1, rate=config.model.ema_rate, halflife=config.model.ema_halflife, batch_size=t.batch_size)
         ema_update(state.averages, state.values, decay)
 
@@ -130,7 +127,7 @@ def _ours(
         b = draw(config, split, codec, state.model.sde, state.step, slice(None), flip=config.data.random_flip)
         train_step(state, objective, b, config)
 
-    return network, update, whole, parameters(net)
+    return network, optimize, whole, parameters(net)
 
 
 def _theirs(
