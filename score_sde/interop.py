@@ -273,8 +273,10 @@ def _modules(module: nn.Module) -> list[Parts] | None:
             return [parts]
         case Attention():
             return [[("norm", "GroupNorm_0"), ("qkv", "NIN_0"), ("qkv", "NIN_1"), ("qkv", "NIN_2"), ("out", "NIN_3")]]
+        case ConvDown(blur=None) | ConvUp(enlarge=Repeat()):
+            return [[("conv", "Conv_0")]]
         case ConvDown() | ConvUp():
-            return [[("conv", "Conv_0" if module.blur is None else "Conv2d_0")]]
+            return [[("conv", "Conv2d_0")]]
         case InputSkip():
             return [[("conv", "Conv_0")]]
         case Blur() | Stuff() | Repeat() | nn.AvgPool2d():

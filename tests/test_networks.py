@@ -10,7 +10,7 @@ from torch import nn
 
 from score_sde.networks import MLP, UNet
 from score_sde.networks.blocks import Attention, Fourier, ResidualBlock, Sinusoidal, Style
-from score_sde.networks.layers import ACTIVATIONS, conv, group_norm, variance_scaling_
+from score_sde.networks.layers import ACTIVATIONS, Dropout, conv, group_norm, variance_scaling_
 from score_sde.networks.resample import ConvDown, ConvUp, down, up
 from tests.oracles import numbers
 
@@ -166,6 +166,18 @@ def test_plain_resampling_is_mean_and_repetition():
     torch.testing.assert_close(layer(x), F.conv2d(F.pad(x, (0, 1, 0, 1)), layer.conv.weight, layer.conv.bias, stride=2))
 
 
+def test_repetition_and_convolution_in_one_are_the_two():
+    x, layer = numbers(2, 3, 4, 6).requires_grad_(), conv(3, 5, 3).double()
+    nn.init.normal_(layer.bias)
+    repeat = up(None).double()
+    together, apart = repeat.convolve(x, layer), layer(repeat(x))
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-13)
+    v = numbers(*apart.shape, seed=1)
+    inputs = [x, layer.weight, layer.bias]
+    for a, b in zip(torch.autograd.grad(together, inputs, v), torch.autograd.grad(apart, inputs, v)):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("make", [down, up])
 def test_resampling_keeps_a_constant_image_and_the_memory_format(make):
     x = torch.full((1, 8, 16, 16), 0.7).to(memory_format=torch.channels_last)
@@ -195,6 +207,26 @@ def test_variance_scaling_averages_the_fans():
     torch.manual_seed(0)
     variance_scaling_(weight)
     assert weight.var().item() == pytest.approx(1 / 175, rel=0.03)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_dropout_zeroes_its_share_and_keeps_the_mean(memory_format):
+    torch.manual_seed(0)
+    x = torch.full((9, 37, 31, 33), 3.0).contiguous(memory_format=memory_format).requires_grad_()
+    out = Dropout(0.1)(x)
+    dropped = out == 0
+    torch.testing.assert_close(out, torch.where(dropped, 0.0, 3.0 / 0.9), rtol=1e-4, atol=0)  # p to 16 bits
+    std = math.sqrt(0.1 * 0.9 / x.numel())
+    assert abs(dropped.double().mean().item() - 0.1) < 4 * std
+    for axis in range(4):  # along no axis is there a pattern
+        pairs = (dropped.narrow(axis, 1, x.shape[axis] - 1) & dropped.narrow(axis, 0, x.shape[axis] - 1)).double()
+        assert abs(pairs.mean().item() - 0.01) < 5 * math.sqrt(0.01 / pairs.numel())
+    (gradient,) = torch.autograd.grad(out.sum(), x)
+    torch.testing.assert_close(gradient, out.detach() / 3)
+    assert out.is_contiguous(memory_format=memory_format)
+    assert torch.equal(Dropout(0.1).eval()(x), x)
+    with pytest.raises(ValueError, match=r"dropout must lie in \[0, 1\), got 1.0"):
+        Dropout(1.0)
 
 
 @pytest.mark.parametrize(("channels", "groups"), [(16, 4), (128, 32), (256, 32), (144, 24), (18, 3), (3, 1), (2, 1)])

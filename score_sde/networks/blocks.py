@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import conv, group_norm, linear
-from .resample import Taps
+from .layers import Dropout, conv, group_norm, linear
+from .resample import Repeat, Taps
 
 BlockKind = Literal["ddpm", "biggan"]
 
@@ -103,11 +103,11 @@ class ResidualBlock(nn.Module):
     def __init__(self, inputs: int, outputs: int, style: Style, resample: nn.Module | None = None) -> None:
         super().__init__()
         self.norm1 = style.norm(inputs)
-        self.resample = nn.Identity() if resample is None else resample
+        self.resample = resample
         self.conv1 = conv(inputs, outputs, 3)
         self.label = None if style.label_width is None else linear(style.label_width, outputs)
         self.norm2 = style.norm(outputs)
-        self.dropout = nn.Dropout(style.dropout)
+        self.dropout = Dropout(style.dropout)
         self.conv2 = conv(outputs, outputs, 3, scale=style.init_scale)
         # the published code starts the projection of DDPM's block smaller, like those of the attention
         projection_scale = 0.1 if style.block == "ddpm" else 1.0
@@ -122,12 +122,17 @@ class ResidualBlock(nn.Module):
 
     def block(self, x: Tensor, label: Tensor | None) -> Tensor:
         activation = self.style.activation
-        h = self.resample(activation(self.norm1(x)))
-        h = self.conv1(h)
+        h = activation(self.norm1(x))
+        if isinstance(self.resample, Repeat):  # a 1x1 convolution may as well come first, on a quarter of the pixels
+            h, x = self.resample.convolve(h, self.conv1), self.resample(self.shortcut(x))
+        elif self.resample is not None:
+            h, x = self.conv1(self.resample(h)), self.shortcut(self.resample(x))
+        else:
+            h, x = self.conv1(h), self.shortcut(x)
         if self.label is not None:
             h += self.label(label)[:, :, None, None]
         h = self.conv2(self.dropout(activation(self.norm2(h))))
-        return self.style.add(self.shortcut(self.resample(x)), h)
+        return self.style.add(x, h)
 
 
 class Attention(nn.Module):

@@ -1,4 +1,4 @@
-"""Layers with DDPM's initialisation, and the activations: what all blocks are made of."""
+"""Layers with DDPM's initialisation, activations, norm and dropout: what all blocks are made of."""
 
 from __future__ import annotations
 
@@ -60,3 +60,28 @@ def group_norm(channels: int, groups: int | None) -> nn.GroupNorm:
     elif channels % groups:
         raise ValueError(f"{channels} channels do not divide into groups={groups}; change width or use groups=None")
     return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class Dropout(nn.Module):
+    """In training, zeroes each number with probability p, to 16 bits, and divides the others by 1 - p.
+
+    On a CPU 16 random bits decide for a number. That takes a quarter of the time of torch's dropout, which there costs
+    more than all norms and activations together.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {p}")
+        self.p = p
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        dropped = round(self.p * 2**16)
+        bits = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        mask = torch.empty_like(x)
+        torch.ge(bits[: x.numel()].as_strided(mask.shape, mask.stride()), dropped - 2**15, out=mask)
+        return x * mask.mul_(2**16 / (2**16 - dropped))

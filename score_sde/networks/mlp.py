@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Fourier, LabelEmbedding, Sinusoidal
-from .layers import linear
+from .layers import Dropout, linear
 
 
 class MLP(nn.Module):
@@ -50,7 +50,7 @@ class MLPLayer(nn.Module):
         super().__init__()
         self.inner = linear(width, width)
         self.label = linear(width, width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = Dropout(dropout)
         self.out = linear(width, width, scale=0.0)
 
     def forward(self, h: Tensor, label: Tensor) -> Tensor:

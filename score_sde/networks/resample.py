@@ -66,8 +66,27 @@ class Stuff(nn.Module):
 class Repeat(nn.Module):
     """Every pixel becomes 2x2 pixels."""
 
+    spread: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        # a flipped line of 3 weights to its convolution with (1, 1), for both directions at once: 3x3 to 4x4 weights
+        line = torch.tensor([[0.0, 0.0, 1.0, 1.0], [0.0, 1.0, 1.0, 0.0], [1.0, 1.0, 0.0, 0.0]])
+        self.register_buffer("spread", torch.kron(line, line), persistent=False)
+
     def forward(self, x: Tensor) -> Tensor:
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
+
+    def convolve(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
+        """layer(self(x)) for a 3x3 convolution, on a CPU in 4/9 of the multiplications.
+
+        A pixel of the result sees only 2x2 different pixels of x: together they are one transposed convolution of
+        stride 2, with a 4x4 kernel.
+        """
+        if x.device.type != "cpu":
+            return layer(self(x))
+        kernel = (layer.weight.flatten(2) @ self.spread).unflatten(2, (4, 4)).transpose(0, 1)
+        return F.conv_transpose2d(x, kernel, layer.bias, stride=2, padding=1)
 
 
 def down(taps: Taps | None) -> nn.Module:
@@ -102,13 +121,13 @@ class ConvUp(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, taps: Taps | None) -> None:
         super().__init__()
-        self.blur = None if taps is None else Blur(taps, gain=4.0)
+        self.enlarge = Repeat() if taps is None else Blur(taps, gain=4.0)
         self.conv = conv(inputs, outputs, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.blur is None:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if isinstance(self.enlarge, Repeat):
+            return self.enlarge.convolve(x, self.conv)
         # correlating a zero-stuffed image with a kernel is the transposed convolution with the flipped kernel
         kernel = self.conv.weight.flip(2, 3).transpose(0, 1)
-        h = self.blur(F.conv_transpose2d(x, kernel, stride=2))
+        h = self.enlarge(F.conv_transpose2d(x, kernel, stride=2))
         return h + self.conv.bias[:, None, None]  # type: ignore[index]
