@@ -92,7 +92,7 @@ class Langevin(Sampler):
     norm: Literal["example", "batch"] = "example"
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        a = like(model.sde.transition(s, t)[0] ** 2, x)
+        a = like((model.sde.alpha(t) / model.sde.alpha(s)) ** 2, x)
         for _ in range(self.steps):
             score, z = model.score(x, t), noise(x)
             h = 2 * a * (self.snr * self._size(z) / self._size(score)) ** 2
@@ -115,7 +115,8 @@ class AnnealedLangevin(Sampler):
     steps: int = 1
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        h = 2 * (model.sde.transition(s, t)[0] * self.snr * model.sde.sigma(t)) ** 2
+        sde = model.sde
+        h = 2 * (sde.alpha(t) / sde.alpha(s) * self.snr * sde.sigma(t)) ** 2
         for _ in range(self.steps):
             x = add_(add_(x.clone(), h, model.score(x, t)), torch.sqrt(2 * h), noise(x))
         return x
