@@ -84,7 +84,8 @@ class Langevin(Sampler):
 
     h = 2 a (snr |z| / |score|)², a = transition(s, t).scale² (Song et al. 2021, algorithms 4-5). Norms are per
     example; ``norm="batch"`` averages them over the batch as the paper's code does, which makes an image depend on
-    its neighbours.
+    its neighbours. In few dimensions the score of a single example is often near 0 and its step then far too long (2-D
+    Gaussians come out almost 3 times too wide): take ``norm="batch"`` or `AnnealedLangevin` there.
     """
 
     snr: float = 0.16
