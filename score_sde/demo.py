@@ -17,8 +17,8 @@ def confidence(data: Data, samples: np.ndarray, threshold: float = 0.9) -> tuple
     """Shares of the samples and of the held-out images of which a classifier is more than `threshold` sure.
 
     The classifier, fitted to the real training images, is a support vector machine for each pair of classes with
-    coupled probabilities: far from all digits it is sure of nothing (of noise 0 %), which calibrated one-against-rest
-    machines are not (of noise 94 %). `samples` are (N, H, W, C) levels. The third number is how many classes occur.
+    coupled probabilities: of what is far from all digits it is sure of nothing, unlike calibrated one-against-rest
+    machines. `samples` are (N, H, W, C) levels. The third number is how many classes occur.
     """
     assert data.train.y is not None and data.levels is not None
     scale = data.levels - 1
