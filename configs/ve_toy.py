@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = load(Path(__file__).with_name("vp_toy.py"))
     config.training.sde = "vesde"
     config.sampling.predictor = "reverse_diffusion"
-    config.sampling.corrector = "langevin"
+    config.sampling.corrector = "ald"  # norms, which set the step of "langevin", mislead in two dimensions
     config.sampling.t_min = 1e-5
     config.model.sigma_max = 10.0
     config.model.label = "sigma"
