@@ -71,8 +71,8 @@ def log_likelihood(
         rtol, atol: tolerances of the solver, whose error norm is the root mean square over states and log densities.
         t_min: where the integral begins.
         method: "dopri5" or another adaptive method of torchdiffeq, or "RK45" for scipy's.
-        prior_log_prob: x -> (B,), the log density at t = 1; by default the SDE's prior, which differs from the true
-            p_1 by some 0.01 nats per dimension at most.
+        prior_log_prob: x -> (B,), the log density at t = 1; by default the SDE's prior, which is not quite the true
+            p_1: pass that to compare with a closed form.
         seed: of the probes; example i's depend on (seed, first + i) alone. A torch.Generator serves the whole batch.
         first: index of the batch's first example.
 
