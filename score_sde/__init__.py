@@ -4,7 +4,7 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, losses
+from . import closed_form, losses, time_laws
 from .chains import DDPM, SMLD
 from .checkpoint import load
 from .guidance import guide
@@ -62,5 +62,6 @@ __all__ = [
     "log_likelihood",
     "losses",
     "sample",
+    "time_laws",
     "times",
 ]

@@ -24,6 +24,7 @@ import torch
 from ml_collections import ConfigDict
 
 from .build import CHAINS, CORRECTORS, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
+from .objectives import OBJECTIVES, TIME_LAWS
 from .ode import ADAPTIVE, FIXED
 from .toys import TOYS
 
@@ -40,6 +41,9 @@ def default_config() -> ConfigDict:
                 "n_iters": 1_300_000,  # training stops after this many steps
                 "batch_size": 128,  # examples per step, in total over all processes and accumulated parts
                 "accumulate": 1,  # parts in which a batch is computed, to save memory
+                "objective": "denoising",  # estimator of the score's error
+                "projections": 1,  # random directions per example, for the sliced objectives
+                "projection": "rademacher",  # their law
                 "likelihood_weighting": False,  # weight the noise error by (g/sigma)² instead of 1
                 "reduce_mean": True,  # a loss is a mean over dimensions; False: half the sum
                 "time": "uniform",  # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased)
@@ -151,7 +155,9 @@ def default_config() -> ConfigDict:
 # What names may be. The dicts are build.py's.
 CHOICES: dict[str, tuple[str, ...]] = {
     "training.sde": tuple(SDES),
-    "training.time": ("uniform", "log_snr", "importance"),
+    "training.objective": tuple(OBJECTIVES),
+    "training.projection": ("rademacher", "gaussian", "sphere"),
+    "training.time": tuple(TIME_LAWS),
     "training.precision": ("float32", "bfloat16"),
     "sampling.method": tuple(METHODS),
     "sampling.predictor": tuple(PREDICTORS),
@@ -180,8 +186,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
 LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 1": (
         lambda v: v >= 1,
-        """training.n_iters training.batch_size training.accumulate training.log_freq training.eval_freq
-        training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps sampling.batch_size
+        """training.n_iters training.batch_size training.projections training.accumulate training.log_freq
+        training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps sampling.batch_size
         sampling.num_samples eval.batch_size eval.dequantizations eval.probes model.num_scales model.nf
         model.num_res_blocks model.hidden model.depth""",
     ),

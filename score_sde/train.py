@@ -24,13 +24,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from . import checkpoint, losses
+from . import checkpoint, losses, time_laws
 from . import config as configs
 from .build import build_model
 from .codecs import Codec
 from .data import Data, Split, batch
 from .ema import ema_decay, ema_update
 from .model import ScoreModel
+from .objectives import PROJECTED, Objective, importance_weighted, time_law
 from .parallel import Processes
 from .sdes import SDE
 
@@ -55,12 +56,13 @@ class State:
 
 
 class Batch(NamedTuple):
-    """One process' part of a batch: data, times, importance weights (float64, CPU) and noise."""
+    """One process' part of a batch: data, times and importance weights (float64, CPU), noise, and projections."""
 
     x0: Tensor
     t: Tensor
     importance: Tensor
     z: Tensor
+    v: Tensor  # (B, M, *shape), M = 0 where the objective takes none
 
 
 class Record(NamedTuple):
@@ -82,31 +84,6 @@ class Metrics:
     scalars: dict[str, float] = field(default_factory=dict)
     checkpoint: Path | None = None
     notes: list[str] = field(default_factory=list)
-
-
-class Objective(nn.Module):
-    """The config's loss of a model, one value per example, with the unweighted error beside it."""
-
-    def __init__(self, model: ScoreModel, config: ConfigDict) -> None:
-        super().__init__()
-        self.model = model
-        self.weight = losses.likelihood if config.training.likelihood_weighting else losses.simple
-        self.sum = not config.training.reduce_mean
-
-    def forward(self, x0: Tensor, t: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        error = losses.denoising(self.model, x0, t, z, losses.simple)
-        scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
-        return scale * self.weight(self.model.sde, t).to(error) * error, error.detach()
-
-
-def time_law(config: ConfigDict) -> losses.TimeLaw:
-    """How the config draws t."""
-    t = config.training
-    if not t.continuous:
-        return losses.discrete(config.model.num_scales)
-    if t.time == "importance":
-        return losses.importance(losses.likelihood if t.likelihood_weighting else losses.simple)
-    return {"uniform": losses.uniform, "log_snr": losses.log_snr}[t.time]
 
 
 def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device) -> State:
@@ -153,16 +130,18 @@ def draw(
     """One process' part of the batch of step `step`: data, times and noise, all from (seed, step)."""
     n, seed = config.training.batch_size, config.seed
     k, _ = batch(split, step, n, seed, flip, part)
-    numbers = losses.low_discrepancy if config.training.low_discrepancy else losses.uniform_numbers
+    numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
     law = time_law(config)(sde, numbers(n, generator(seed, step, purpose)))
     noise = generator(seed, step, purpose + 1, k.device)
     shape, floats = (n, *k.shape[1:]), torch.float32
     u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
     z = torch.randn(shape, generator=noise, device=k.device, dtype=floats)[part]
     x0 = codec.encode(k, u).to(floats)
+    m = config.training.projections if config.training.objective in PROJECTED else 0
+    v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    return Batch(x0, law.t[part], law.weight[part], z)
+    return Batch(x0, law.t[part], law.weight[part], z, v)
 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
@@ -171,11 +150,6 @@ def seed_dropout(seed: int, step: int, processes: Processes) -> None:
     torch.default_generator.manual_seed(state)
     if processes.device.type == "cuda":
         torch.cuda.manual_seed(state)
-
-
-def importance_weighted(config: ConfigDict) -> bool:
-    """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
-    return bool(config.training.time == "importance")
 
 
 def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict) -> Record:
@@ -192,7 +166,7 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
         synced = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
         bf16 = torch.autocast(p.x0.device.type, torch.bfloat16, enabled=t.precision == "bfloat16")
         with synced, bf16:
-            loss, error = objective(p.x0, p.t, p.z)
+            loss, error = objective(p.x0, p.t, p.z, p.v)
             if importance_weighted(config):
                 loss = loss * p.importance.to(loss)
             (loss.mean() / len(parts)).backward()
@@ -259,7 +233,7 @@ def by_noise_level(sde: SDE, t: Tensor, error: Tensor) -> dict[str, float]:
 
 def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n: int = 20_000) -> dict[str, float]:
     """The irreducible error E|z - E[z|x_t]|² per dimension in each bin, for data whose exact model is known."""
-    t = losses.log_snr(sde, losses.low_discrepancy(n, generator(0, 0, _FLOOR))).t
+    t = time_laws.log_snr(sde, time_laws.low_discrepancy(n, generator(0, 0, _FLOOR))).t
     x0 = sample(n).double()
     z = torch.randn(x0.shape, generator=generator(0, 0, _FLOOR + 1), dtype=x0.dtype)
     with torch.no_grad():
@@ -270,7 +244,7 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
     b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
-    loss, _ = Objective(state.ema, config)(b.x0, b.t, b.z)
+    loss, _ = Objective(state.ema, config)(b.x0, b.t, b.z, b.v)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
     return {"eval_loss": float(loss.mean())}

@@ -27,6 +27,7 @@ from score_sde import (
     SubVPSDE,
     losses,
     sample,
+    time_laws,
 )
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.sdes import like
@@ -362,7 +363,7 @@ def test_training_a_ddpm_is_algorithm_1_of_ho_et_al():
     squares = (epsilon - network(bar.sqrt() * x0 + (1 - bar).sqrt() * epsilon, t - 1)).square().sum((1, 2, 3))
 
     model = on_chain(network, chain, "noise")
-    times = losses.discrete(1000)(model.sde, u)
+    times = time_laws.discrete(1000)(model.sde, u)
     ours = losses.denoising(model, x0, times.t, epsilon, losses.simple) * times.weight
     torch.testing.assert_close(12 * ours, squares, rtol=1e-12, atol=0)
     for got, want in zip(gradients(12 * ours.mean(), network), gradients(squares.mean(), network)):
@@ -420,7 +421,7 @@ def test_training_an_ncsn_is_its_sigma_squared_weighted_objective():
     objective = (sigma.flatten() ** 2 * squares).mean()
 
     model = on_chain(network, chain, "score")
-    times = losses.discrete(10)(model.sde, u)
+    times = time_laws.discrete(10)(model.sde, u)
     ours = 12 / 2 * losses.denoising(model, x0, times.t, z, losses.simple).mean()
     torch.testing.assert_close(ours, objective, rtol=1e-10, atol=0)  # (noised - x0)/sigma² cancels at sigma = 0.01
     for got, want in zip(gradients(ours, network), gradients(objective, network)):

@@ -13,21 +13,11 @@ from torch import Tensor
 
 from score_sde import DDPM, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
 from score_sde.closed_form import Gaussian, Mixture
-from score_sde.losses import (
-    TimeLaw,
-    denoising,
-    discrete,
-    importance,
-    likelihood,
-    log_snr,
-    low_discrepancy,
-    simple,
-    uniform,
-    uniform_numbers,
-)
+from score_sde.losses import denoising, likelihood, simple
 from score_sde.model import label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP
 from score_sde.sdes import like
+from score_sde.time_laws import TimeLaw, discrete, importance, log_snr, low_discrepancy, uniform, uniform_numbers
 from tests.oracles import SDES, name
 
 EVERY = pytest.mark.parametrize("sde", [*SDES, DDPM.linear(100).as_sde(), SMLD([0.1, 1.0, 5.0]).as_sde()], ids=name)

@@ -25,7 +25,7 @@ ROWS = [
     {"sdes", "chains", "ode"},
     {"model"},
     {"closed_form", "networks"},
-    {"losses", "samplers", "likelihood", "guidance"},
+    {"losses", "time_laws", "samplers", "likelihood", "guidance"},
     {"train"},
     {"cli"},
 ]

@@ -1,0 +1,95 @@
+"""Time laws: how training draws t, and the weights that make an average over it an average over uniform t.
+
+A law maps uniform numbers u in [0, 1) to times, so that the numbers may be independent or spread evenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sdes import SDE
+
+Weight = Callable[[SDE, Tensor], Tensor]  # (sde, t) -> (B,)
+
+
+class Times(NamedTuple):
+    """Times (B,) in float64, and weights (B,) that make an average over them an average over uniform t."""
+
+    t: Tensor
+    weight: Tensor
+
+
+TimeLaw = Callable[[SDE, Tensor], Times]  # maps uniform numbers u in [0, 1), (B,) float64, to times
+
+
+def uniform_numbers(n: int, generator: torch.Generator) -> Tensor:
+    """n independent uniform numbers in [0, 1), float64."""
+    return torch.rand(n, generator=generator, dtype=torch.float64)
+
+
+def low_discrepancy(n: int, generator: torch.Generator) -> Tensor:
+    """n numbers, each uniform in [0, 1) but evenly spread together: (i + u)/n mod 1 with one u, in random order.
+
+    Kingma et al. 2021 (arXiv:2107.00630), appendix I.1: the loss's variance over t falls, its mean stays.
+    """
+    u = torch.rand((), generator=generator, dtype=torch.float64)
+    return (torch.randperm(n, generator=generator) + u) / n
+
+
+def uniform(sde: SDE, u: Tensor) -> Times:
+    """t uniform in [t_min, 1]."""
+    return Times(sde.t_min + (1 - sde.t_min) * u, torch.ones_like(u))
+
+
+def log_snr(sde: SDE, u: Tensor) -> Times:
+    """t with log SNR uniform between its values at t_min and 1.
+
+    With weight 1 and these times left unweighted, the noise loss of VP is likelihood weighting with importance
+    sampling, for g² / sigma² = -(log SNR)' there. The weights are those of uniform t: 1/((1 - t_min) density).
+    """
+    first, last = sde.log_snr(u.new_tensor([max(sde.t_min, 1e-5), 1.0]))
+    t = sde.time(first + (last - first) * u).clamp(sde.t_min, 1.0)  # the inverse is exact to rounding only
+    # -(log SNR)' = (g/sigma)² for every linear SDE: differentiate alpha²/sigma² with the moment equations.
+    density = (sde.g(t) / sde.sigma(t)) ** 2 / (first - last)
+    return Times(t, 1 / ((1 - sde.t_min) * density))
+
+
+def importance(weight: Weight) -> TimeLaw:
+    """The law with density proportional to weight(sde, t): importance-sampled t (Song et al. 2021b, section 5.1).
+
+    Times are drawn from the piecewise constant density of a fine table, whose own density gives the weights: the
+    estimate stays unbiased whatever the table's accuracy.
+    """
+
+    def law(sde: SDE, u: Tensor) -> Times:
+        edges, cdf = _table(weight, sde)
+        j = (torch.searchsorted(cdf, u, right=True) - 1).clamp(0, len(edges) - 2)
+        width, mass = edges[j + 1] - edges[j], cdf[j + 1] - cdf[j]
+        t = edges[j] + (u - cdf[j]) / mass * width
+        return Times(t.clamp(sde.t_min, 1.0), width / (mass * (1 - sde.t_min)))
+
+    return law
+
+
+@lru_cache(maxsize=8)
+def _table(weight: Weight, sde: SDE, cells: int = 4096) -> tuple[Tensor, Tensor]:
+    """Edges, evenly spaced in log SNR from t_min to 1, and the distribution function of the weight there."""
+    ends = sde.log_snr(torch.tensor([max(sde.t_min, 1e-5), 1.0], dtype=torch.float64))
+    edges = sde.time(torch.linspace(ends[0].item(), ends[1].item(), cells + 1, dtype=torch.float64))
+    edges[0], edges[-1] = sde.t_min, 1.0
+    mass = weight(sde, (edges[1:] + edges[:-1]) / 2) * edges.diff()
+    return edges, torch.cat([mass.new_zeros(1), (mass / mass.sum()).cumsum(0)])
+
+
+def discrete(n: int) -> TimeLaw:
+    """t = (i + 1)/n with i uniform in 0..n-1: a chain's steps (Ho et al. 2020, algorithm 1)."""
+
+    def law(sde: SDE, u: Tensor) -> Times:
+        return Times(((u * n).floor() + 1) / n, torch.ones_like(u))
+
+    return law
