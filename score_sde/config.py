@@ -187,9 +187,9 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 1": (
         lambda v: v >= 1,
         """training.n_iters training.batch_size training.projections training.accumulate training.log_freq
-        training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps sampling.batch_size
-        sampling.num_samples eval.batch_size eval.dequantizations eval.probes model.num_scales model.nf
-        model.num_res_blocks model.hidden model.depth""",
+        training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps
+        sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes model.num_scales
+        model.nf model.num_res_blocks model.hidden model.depth""",
     ),
     "at least 0": (
         lambda v: v >= 0,
