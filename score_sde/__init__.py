@@ -5,9 +5,10 @@ line.
 """
 
 from . import closed_form, losses, time_laws
+from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
-from .guidance import guide
+from .guidance import clip, guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .model import Estimate, Preconditioned, ScoreModel, from_score
@@ -41,6 +42,7 @@ __all__ = [
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "Bound",
     "CosineSDE",
     "Estimate",
     "EulerMaruyama",
@@ -54,6 +56,8 @@ __all__ = [
     "Sampler",
     "ScoreModel",
     "SubVPSDE",
+    "chain_bound",
+    "clip",
     "closed_form",
     "denoising",
     "from_score",

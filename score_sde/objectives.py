@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from . import losses, time_laws
+from .codecs import Codec, VectorCodec
 from .model import ScoreModel
 from .time_laws import TimeLaw
 
@@ -20,10 +23,21 @@ def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -
     return losses.denoising(model, x0, t, z, losses.simple)
 
 
+def _hybrid(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, **decoder: Any) -> Tensor:
+    return losses.hybrid(model, x0, t, z, **decoder)
+
+
+def _vlb(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, **decoder: Any) -> Tensor:
+    return losses.variational(model, x0, t, z, **decoder)
+
+
 OBJECTIVES: dict[str, Callable[[ConfigDict], Loss]] = {
     "denoising": lambda t: _denoising,
+    "hybrid": lambda t: _hybrid,
+    "vlb": lambda t: _vlb,
 }
 PROJECTED: tuple[str, ...] = ()  # the objectives that draw projections
+DECODED: tuple[str, ...] = ("hybrid", "vlb")  # those of a chain's bound, which ask for the reverse steps' variance too
 
 TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
     "uniform": lambda t: time_laws.uniform,
@@ -35,11 +49,15 @@ TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
 class Objective(nn.Module):
     """The config's loss of a model, one value per example, with the unweighted loss beside it."""
 
-    def __init__(self, model: ScoreModel, config: ConfigDict) -> None:
+    def __init__(self, model: ScoreModel, config: ConfigDict, codec: Codec | None = None) -> None:
         super().__init__()
-        t = config.training
+        t, codec = config.training, codec or VectorCodec()
         self.model = model
-        self.estimate = OBJECTIVES[t.objective](t)
+        loss: Any = OBJECTIVES[t.objective](t)
+        if t.objective in DECODED:
+            variance = "learned" if config.model.learned_variance else config.sampling.variance
+            loss = partial(loss, variance=variance, levels=codec.levels, width=codec.width)
+        self.estimate: Loss = loss
         self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
         self.sum = not t.reduce_mean
 
@@ -55,6 +73,11 @@ def time_law(config: ConfigDict) -> TimeLaw:
     return TIME_LAWS[t.time](t) if t.continuous else time_laws.discrete(config.model.num_scales)
 
 
+def learned_law(config: ConfigDict) -> time_laws.SecondMoments | None:
+    """A fresh law that learns how to draw t, where the config asks for one; it takes the place of `time_law`."""
+    return time_laws.SecondMoments(config.model.num_scales) if config.training.time == "second_moment" else None
+
+
 def importance_weighted(config: ConfigDict) -> bool:
     """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
-    return bool(config.training.time == "importance")
+    return bool(config.training.time in ("importance", "second_moment"))
