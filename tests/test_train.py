@@ -262,15 +262,16 @@ def test_the_law_of_second_moments_learns_from_unweighted_losses_and_draws_the_n
     config, data = chain_config(training__batch_size=64), load_data("ring")
     state = make_state(config, data.shape, torch.device("cpu"))
     assert isinstance(state.law, SecondMoments)
-    objective, sde = Objective(state.model, config), state.model.sde
+    objective, sde, seen = Objective(state.model, config), state.model.sde, []
     for _ in range(3):
         b = draw(config, data.train, VectorCodec(), sde, state.step, slice(None), flip=False, law=state.law)
         record = train_step(state, objective, b, config)
         torch.testing.assert_close(record.loss, record.error * b.importance.float())
         state.law.update(b.t, record.error)
+        seen.append((b.t, record.error.double()))
+    t, errors = (torch.cat(parts) for parts in zip(*seen))
     assert state.law.counts.sum() == 3 * 64 and state.law.counts.min() >= 10
-    last = [record.error[(b.t * 4).round() == i + 1][-10:].double() for i in range(4)]
-    size = torch.stack([errors.square().mean().sqrt() for errors in last])
+    size = torch.stack([errors[(t * 4).round() == i + 1][-10:].square().mean().sqrt() for i in range(4)])
     chances = 0.999 * size / size.sum() + 0.001 / 4
     b = draw(config, data.train, VectorCodec(), sde, 3, slice(None), flip=False, law=state.law)
     torch.testing.assert_close(b.importance, 1 / (4 * chances[(b.t * 4).round().long() - 1]))
