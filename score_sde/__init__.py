@@ -4,9 +4,10 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, losses, time_laws
+from . import closed_form, losses, score_matching, time_laws
 from .chains import DDPM, SMLD
 from .checkpoint import load
+from .diffusions import Diffusion, backward, paths
 from .guidance import guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
@@ -26,6 +27,16 @@ from .samplers import (
     sample,
     times,
 )
+from .score_matching import (
+    Energy,
+    denoising_at,
+    explicit,
+    finite_difference,
+    fisher_divergence,
+    implicit,
+    projections,
+    sliced,
+)
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 
 __version__ = "0.1.0"
@@ -42,6 +53,8 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "CosineSDE",
+    "Diffusion",
+    "Energy",
     "Estimate",
     "EulerMaruyama",
     "FixedODE",
@@ -54,14 +67,24 @@ __all__ = [
     "Sampler",
     "ScoreModel",
     "SubVPSDE",
+    "backward",
     "closed_form",
     "denoising",
+    "denoising_at",
+    "explicit",
+    "finite_difference",
+    "fisher_divergence",
     "from_score",
     "guide",
+    "implicit",
     "load",
     "log_likelihood",
     "losses",
+    "paths",
+    "projections",
     "sample",
+    "score_matching",
+    "sliced",
     "time_laws",
     "times",
 ]

@@ -24,7 +24,7 @@ import torch
 from ml_collections import ConfigDict
 
 from .build import CHAINS, CORRECTORS, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
-from .objectives import OBJECTIVES, TIME_LAWS
+from .objectives import OBJECTIVES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, FIXED
 from .toys import TOYS
 
@@ -44,6 +44,7 @@ def default_config() -> ConfigDict:
                 "objective": "denoising",  # estimator of the score's error
                 "projections": 1,  # random directions per example, for the sliced objectives
                 "projection": "rademacher",  # their law
+                "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
                 "likelihood_weighting": False,  # weight the noise error by (g/sigma)² instead of 1
                 "reduce_mean": True,  # a loss is a mean over dimensions; False: half the sum
                 "time": "uniform",  # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased)
@@ -200,7 +201,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "above 0": (
         lambda v: v > 0,
         """sampling.snr sampling.rtol sampling.atol eval.rtol eval.atol model.sigma_data model.sigma_min model.sigma_max
-        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps""",
+        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps training.difference_step""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,
@@ -309,6 +310,21 @@ def validate(config: ConfigDict) -> None:
     refuse(
         t.time == "log_snr" and t.likelihood_weighting,
         "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False",
+    )
+    refuse(
+        t.objective in TWICE and t.compile,
+        f"training.objective={t.objective} takes second derivatives, which torch.compile does not: set "
+        "training.compile=False, or take denoising or finite_difference",
+    )
+    refuse(
+        t.objective == "finite_difference" and t.precision == "bfloat16",
+        "training.objective=finite_difference subtracts what bfloat16 cannot tell apart: set "
+        "training.precision=float32, or take sliced_vr",
+    )
+    refuse(
+        t.objective == "finite_difference" and m.dropout > 0,
+        "training.objective=finite_difference would take the difference of two dropout masks for a derivative: set "
+        "model.dropout=0, or take sliced_vr",
     )
     refuse(
         m.sigma_min >= m.sigma_max,

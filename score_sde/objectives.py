@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from . import losses, time_laws
+from . import losses, score_matching, time_laws
 from .model import ScoreModel
 from .time_laws import TimeLaw
 
 # (model, x0, t, z, v) -> (B,): the unweighted loss, a mean over dimensions, of x_t = alpha x0 + sigma z with the
-# projections v, (B, M, *shape). All are the error of the noise, up to a constant that the model cannot change.
+# projections v, (B, M, *shape). All have the expectation of the error of the noise.
 Loss = Callable[[ScoreModel, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -20,10 +22,36 @@ def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -
     return losses.denoising(model, x0, t, z, losses.simple)
 
 
+def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: score_matching.Law) -> Loss:
+    """The loss of an estimate (model, x_t, t, v) -> (B,) of |s|²/2 + tr(ds/dx), blind to how x_t was made.
+
+    By Stein's identity E |noise + sigma s|²/D = 1 + 2 sigma²/D E [|s|²/2 + tr(ds/dx)].
+    """
+
+    def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        directions = score_matching.projections(v.transpose(0, 1), law)
+        value = estimate(model, model.sde.perturb(x0, t, z), t, directions)
+        return 1 + (2 * model.sde.sigma(t) ** 2 / math.prod(x0.shape[1:])).to(value) * value
+
+    return loss
+
+
+def _finite_difference(t: ConfigDict) -> Loss:
+    def estimate(model: ScoreModel, x: Tensor, time: Tensor, v: Tensor) -> Tensor:
+        return score_matching.finite_difference(model, x, time, v, t.difference_step * model.sde.sigma(time))
+
+    return _without_noise(estimate, t.projection)
+
+
 OBJECTIVES: dict[str, Callable[[ConfigDict], Loss]] = {
     "denoising": lambda t: _denoising,
+    "implicit": lambda t: _without_noise(lambda model, x, time, v: score_matching.implicit(model, x, time), "gaussian"),
+    "sliced": lambda t: _without_noise(partial(score_matching.sliced, variance_reduced=False), t.projection),
+    "sliced_vr": lambda t: _without_noise(score_matching.sliced, t.projection),
+    "finite_difference": _finite_difference,
 }
-PROJECTED: tuple[str, ...] = ()  # the objectives that draw projections
+PROJECTED = ("sliced", "sliced_vr", "finite_difference")  # the objectives that draw projections
+TWICE = ("implicit", "sliced", "sliced_vr")  # those whose gradient is a second derivative of the network
 
 TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
     "uniform": lambda t: time_laws.uniform,
