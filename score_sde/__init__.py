@@ -10,6 +10,7 @@ from .checkpoint import load
 from .guidance import guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
+from .metrics import sliced_wasserstein
 from .model import Estimate, Preconditioned, ScoreModel, from_score
 from .samplers import (
     DDIM,
@@ -62,6 +63,7 @@ __all__ = [
     "log_likelihood",
     "losses",
     "sample",
+    "sliced_wasserstein",
     "time_laws",
     "times",
 ]

@@ -25,7 +25,7 @@ ROWS = [
     {"sdes", "chains", "ode"},
     {"model"},
     {"closed_form", "networks"},
-    {"losses", "time_laws", "samplers", "likelihood", "guidance"},
+    {"losses", "time_laws", "samplers", "likelihood", "guidance", "metrics"},
     {"train"},
     {"cli"},
 ]
