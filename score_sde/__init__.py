@@ -11,6 +11,7 @@ from .diffusions import Diffusion, backward, paths
 from .guidance import guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
+from .metrics import sliced_wasserstein
 from .model import Estimate, Preconditioned, ScoreModel, from_score
 from .samplers import (
     DDIM,
@@ -85,6 +86,7 @@ __all__ = [
     "sample",
     "score_matching",
     "sliced",
+    "sliced_wasserstein",
     "time_laws",
     "times",
 ]
