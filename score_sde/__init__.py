@@ -5,10 +5,11 @@ line.
 """
 
 from . import closed_form, losses, score_matching, time_laws
+from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
 from .diffusions import Diffusion, backward, paths
-from .guidance import guide
+from .guidance import clip, guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .metrics import sliced_wasserstein
@@ -53,6 +54,7 @@ __all__ = [
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "Bound",
     "CosineSDE",
     "Diffusion",
     "Energy",
@@ -69,6 +71,8 @@ __all__ = [
     "ScoreModel",
     "SubVPSDE",
     "backward",
+    "chain_bound",
+    "clip",
     "closed_form",
     "denoising",
     "denoising_at",

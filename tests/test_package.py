@@ -25,7 +25,7 @@ ROWS = [
     {"sdes", "chains", "ode", "diffusions"},
     {"model"},
     {"closed_form", "networks"},
-    {"losses", "score_matching", "time_laws", "samplers", "flows", "likelihood", "guidance", "metrics"},
+    {"losses", "score_matching", "time_laws", "samplers", "flows", "likelihood", "guidance", "metrics", "bounds"},
     {"train"},
     {"cli"},
 ]
