@@ -177,7 +177,7 @@ class NCSNv2(RefineNet):
 
 
 class Stage(nn.Module):
-    """Two residual blocks; the first halves the resolution (dilation 1) or is dilated. The first stage has None of it."""
+    """Two residual blocks; the first halves the resolution (dilation 1) or is dilated, or neither (None)."""
 
     def __init__(self, inputs: int, outputs: int, style: RefineStyle, dilation: int | None = None) -> None:
         super().__init__()
