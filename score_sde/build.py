@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -67,6 +68,7 @@ METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
     "ode": lambda s: (
         FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
     ),
+    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
     "ddim": lambda s: DDIM(eta=s.eta),
     "heun": lambda s: Heun(),
 }
@@ -209,7 +211,10 @@ def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
 
 def build_sampler(config: ConfigDict) -> Sampler:
     """The sampler that the section sampling describes."""
-    return METHODS[config.sampling.method](config.sampling)
+    s = config.sampling
+    if s.step_lr > 0:  # NCSN's h = step_lr (sigma/sigma_min)² is h = 2 (snr sigma)²
+        s = ConfigDict({**s, "snr": math.sqrt(s.step_lr / 2) / config.model.sigma_min})
+    return METHODS[s.method](s)
 
 
 def build_times(config: ConfigDict, sde: SDE) -> Tensor:

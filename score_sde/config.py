@@ -60,11 +60,12 @@ def default_config() -> ConfigDict:
                 "keep_every": 5,  # every n-th checkpoint stays for good; 0: none
             },
             "sampling": {
-                "method": "pc",  # pc (predictor and corrector), ode (the solver ode_method), ddim or heun
+                "method": "pc",  # pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun
                 "predictor": "euler_maruyama",
                 "corrector": "none",
                 "snr": 0.16,  # signal-to-noise ratio of the corrector's step
-                "n_steps_each": 1,  # corrector steps per predictor step
+                "step_lr": 0.0,  # NCSN's eps in its place, for ald: the step is eps (sigma/sigma_min)²; 0: snr
+                "n_steps_each": 1,  # corrector steps per predictor step, or per level of ald
                 "probability_flow": False,  # predict along the probability flow, without noise
                 "noise_removal": True,  # end with the estimate of the clean data
                 "eta": 0.0,  # ddim: 0 draws no noise, 1 is ancestral sampling
@@ -193,8 +194,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "at least 0": (
         lambda v: v >= 0,
-        """seed sampling.seed eval.seed training.keep_every sampling.eta eval.num_images data.image_size
-        data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
+        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr eval.num_images
+        data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
     ),
     "above 0": (
         lambda v: v > 0,
@@ -379,6 +380,19 @@ def validate(config: ConfigDict) -> None:
     refuse(
         s.method == "pc" and s.probability_flow and s.predictor == "ancestral_sampling",
         "sampling.probability_flow has no ancestral_sampling: use the predictor reverse_diffusion, or method ddim",
+    )
+    refuse(
+        s.step_lr > 0 and "ald" not in (s.method, s.corrector if s.method == "pc" else ""),
+        "sampling.step_lr is the step of annealed Langevin dynamics: set sampling.method=ald, or step_lr=0",
+    )
+    refuse(
+        s.step_lr > 0 and t.sde not in ("vesde", "edm"),
+        f"sampling.step_lr supposes alpha = 1, as of vesde: for training.sde={t.sde} set sampling.snr, and step_lr=0",
+    )
+    refuse(
+        s.step_lr >= 2 * m.sigma_min**2,
+        f"sampling.step_lr={s.step_lr:g} is not below 2 model.sigma_min²={2 * m.sigma_min**2:g}: "
+        f"Langevin dynamics would diverge",
     )
     refuse(
         discrete and s.grid != "uniform",
