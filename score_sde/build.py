@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import model as models
 from .chains import DDPM, SMLD
 from .model import Preconditioned, TimeMap
-from .networks import MLP, UNet
+from .networks import MLP, NCSN, NCSNv2, UNet
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
     DDIM,
@@ -168,9 +168,33 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
     )
 
 
+def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
+    return NCSN(shape[0], levels=config.model.num_scales, **_refinenet(config))
+
+
+def _ncsnv2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2020."""
+    return NCSNv2(shape[0], **_refinenet(config))
+
+
+def _refinenet(config: ConfigDict) -> dict[str, Any]:
+    """What both have in common."""
+    m = config.model
+    return dict(
+        width=m.nf,
+        multipliers=m.ch_mult,
+        activation=m.nonlinearity,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
+    )
+
+
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ddpm": _ddpm,
     "ncsnpp": _ncsnpp,
+    "ncsn": _ncsn,
+    "ncsnv2": _ncsnv2,
     "mlp": _mlp,
 }
 

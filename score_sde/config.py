@@ -118,7 +118,7 @@ def default_config() -> ConfigDict:
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
-                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), mlp for vectors
+                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
                 "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
                 "label": "time",  # what it is told of t: 999 t, sigma/alpha, 100 log(sigma/alpha), or the chain's index
@@ -130,7 +130,7 @@ def default_config() -> ConfigDict:
                 "num_scales": 1000,  # steps of the chain, where training.continuous is False
                 "t_min": 1e-5,  # smallest time trained on
                 "nf": 128,  # channels of the finest level
-                "ch_mult": (1, 2, 2, 2),  # channels of the levels, in units of nf
+                "ch_mult": (1, 2, 2, 2),  # channels of the levels (ncsn and ncsnv2: of the stages), in units of nf
                 "num_res_blocks": 4,  # residual blocks per level
                 "attn_resolutions": (16,),  # image sizes of the levels with attention
                 "dropout": 0.1,
@@ -187,7 +187,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.ode_method": ADAPTIVE,
     "eval.weights": ("ema", "raw"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),
-    "model.name": ("ddpm", "ncsnpp", "mlp"),
+    "model.name": ("ddpm", "ncsnpp", "ncsn", "ncsnv2", "mlp"),
     "model.rule": RULES,
     "model.label": tuple(LABELS),
     "model.embedding_type": ("positional", "fourier"),
@@ -394,13 +394,31 @@ def validate(config: ConfigDict) -> None:
         (m.label == "index" or m.rule == "mean") and not discrete,
         "model.label=index and model.rule=mean need the steps of a chain: set training.continuous=False",
     )
-    fourier = m.embedding_type == "fourier" and m.name != "ddpm"
+    refuse(
+        m.name == "ncsn" and m.label != "index",
+        f"model.name=ncsn has parameters for each noise level of a chain: set model.label=index, not {m.label!r}",
+    )
+    refinenet = m.name in ("ncsn", "ncsnv2")
+    refuse(
+        refinenet and m.dropout > 0,
+        f"model.name={m.name} has no dropout: set model.dropout=0, not {m.dropout:g}",
+    )
+    refuse(
+        refinenet and len(m.ch_mult) < 3,
+        f"model.name={m.name} has at least 3 stages, the last two dilated: give model.ch_mult that many numbers, "
+        f"not {m.ch_mult}",
+    )
+    refuse(
+        refinenet and m.nf < 2,
+        f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}",
+    )
+    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "ncsn", "ncsnv2")
     refuse(
         fourier and m.label != "sigma",
         f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",
     )
     refuse(
-        not fourier and m.label == "sigma",
+        not fourier and m.label == "sigma" and m.name != "ncsnv2",
         "model.embedding_type=positional expects labels of the size of 999 t: set model.label=log_sigma, not 'sigma'",
     )
     refuse(
