@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from . import model as models
 from .chains import DDPM, SMLD
 from .model import Preconditioned, TimeMap
-from .networks import MLP, UNet
+from .networks import MLP, NCSN, NCSNv2, UNet
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
     DDIM,
@@ -68,6 +69,7 @@ METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
     "ode": lambda s: (
         FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
     ),
+    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
     "ddim": lambda s: DDIM(eta=s.eta),
     "heun": lambda s: Heun(),
 }
@@ -166,9 +168,33 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
     )
 
 
+def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
+    return NCSN(shape[0], levels=config.model.num_scales, **_refinenet(config))
+
+
+def _ncsnv2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2020."""
+    return NCSNv2(shape[0], **_refinenet(config))
+
+
+def _refinenet(config: ConfigDict) -> dict[str, Any]:
+    """What both have in common."""
+    m = config.model
+    return dict(
+        width=m.nf,
+        multipliers=m.ch_mult,
+        activation=m.nonlinearity,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
+    )
+
+
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ddpm": _ddpm,
     "ncsnpp": _ncsnpp,
+    "ncsn": _ncsn,
+    "ncsnv2": _ncsnv2,
     "mlp": _mlp,
 }
 
@@ -189,7 +215,10 @@ def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
 
 def build_sampler(config: ConfigDict) -> Sampler:
     """The sampler that the section sampling describes."""
-    return METHODS[config.sampling.method](config.sampling)
+    s = config.sampling
+    if s.step_lr > 0:  # NCSN's h = step_lr (sigma/sigma_min)² is h = 2 (snr sigma)²
+        s = ConfigDict({**s, "snr": math.sqrt(s.step_lr / 2) / config.model.sigma_min})
+    return METHODS[s.method](s)
 
 
 def build_times(config: ConfigDict, sde: SDE) -> Tensor:

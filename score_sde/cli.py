@@ -20,7 +20,6 @@ from tqdm import tqdm
 from . import checkpoint, parallel
 from . import config as configs
 from .build import build_sde
-from .closed_form import Mixture
 from .codecs import Codec, PixelCodec, codec_of
 from .data import Data, load_data
 from .demo import summary
@@ -30,7 +29,7 @@ from .model import ScoreModel
 from .parallel import Processes
 from .samplers import Heun, sample, times
 from .scan import disagreements, scan
-from .toys import TOYS, ring_mixture
+from .toys import EXACT, TOYS
 from .train import Metrics, noise_floor, train
 
 USAGE = """\
@@ -53,8 +52,6 @@ several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
 
 log = logging.getLogger("score_sde")
-
-EXACT = {"ring": ring_mixture}  # toy densities whose exact model is known: (weights, means, covariances)
 
 
 class Stop:
@@ -299,7 +296,7 @@ def _floor(config: ConfigDict) -> dict[str, float]:
     """The irreducible error by noise level, for a data set whose density is known."""
     name = config.data.dataset
     sde = build_sde(config)
-    return noise_floor(Mixture(sde, *EXACT[name]()), lambda count: TOYS[name](count, 1), sde)
+    return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
 
 
 def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec) -> torch.Tensor | None:

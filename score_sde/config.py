@@ -24,7 +24,7 @@ import torch
 from ml_collections import ConfigDict
 
 from .build import CHAINS, CORRECTORS, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
-from .objectives import DECODED, OBJECTIVES, TIME_LAWS
+from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, FIXED
 from .toys import TOYS
 
@@ -44,6 +44,7 @@ def default_config() -> ConfigDict:
                 "objective": "denoising",  # estimator of the score's error; for chains also hybrid or vlb, their bound
                 "projections": 1,  # random directions per example, for the sliced objectives
                 "projection": "rademacher",  # their law
+                "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
                 "likelihood_weighting": False,  # weight the noise error by (g/sigma)² instead of 1
                 "reduce_mean": True,  # a loss is a mean over dimensions; False: half the sum
                 # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), or for chains
@@ -62,7 +63,7 @@ def default_config() -> ConfigDict:
                 "keep_every": 5,  # every n-th checkpoint stays for good; 0: none
             },
             "sampling": {
-                "method": "pc",  # pc (predictor and corrector), ode (the solver ode_method), ddim or heun
+                "method": "pc",  # pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun
                 "predictor": "euler_maruyama",
                 "corrector": "none",
                 # of ancestral sampling, and of the bound on the likelihood: the posterior's variance (small), the
@@ -70,7 +71,8 @@ def default_config() -> ConfigDict:
                 "variance": "small",
                 "clip_denoised": False,  # hold the estimate of the clean data to the data's range
                 "snr": 0.16,  # signal-to-noise ratio of the corrector's step
-                "n_steps_each": 1,  # corrector steps per predictor step
+                "step_lr": 0.0,  # NCSN's eps in its place, for ald: the step is eps (sigma/sigma_min)²; 0: snr
+                "n_steps_each": 1,  # corrector steps per predictor step, or per level of ald
                 "probability_flow": False,  # predict along the probability flow, without noise
                 "noise_removal": True,  # end with the estimate of the clean data
                 "eta": 0.0,  # ddim: 0 draws no noise, 1 is ancestral sampling
@@ -116,7 +118,7 @@ def default_config() -> ConfigDict:
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
-                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), mlp for vectors
+                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
                 "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
                 "label": "time",  # what it is told of t: 999 t, sigma/alpha, 100 log(sigma/alpha), or the chain's index
@@ -128,7 +130,7 @@ def default_config() -> ConfigDict:
                 "num_scales": 1000,  # steps of the chain, where training.continuous is False
                 "t_min": 1e-5,  # smallest time trained on
                 "nf": 128,  # channels of the finest level
-                "ch_mult": (1, 2, 2, 2),  # channels of the levels, in units of nf
+                "ch_mult": (1, 2, 2, 2),  # channels of the levels (ncsn and ncsnv2: of the stages), in units of nf
                 "num_res_blocks": 4,  # residual blocks per level
                 "attn_resolutions": (16,),  # image sizes of the levels with attention
                 "dropout": 0.1,
@@ -185,7 +187,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.ode_method": ADAPTIVE,
     "eval.weights": ("ema", "raw"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),
-    "model.name": ("ddpm", "ncsnpp", "mlp"),
+    "model.name": ("ddpm", "ncsnpp", "ncsn", "ncsnv2", "mlp"),
     "model.rule": RULES,
     "model.label": tuple(LABELS),
     "model.embedding_type": ("positional", "fourier"),
@@ -208,13 +210,13 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "at least 0": (
         lambda v: v >= 0,
-        """seed sampling.seed eval.seed training.keep_every sampling.eta eval.num_images eval.terms data.image_size
-        data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
+        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr eval.num_images eval.terms
+        data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
     ),
     "above 0": (
         lambda v: v > 0,
         """sampling.snr sampling.rtol sampling.atol eval.rtol eval.atol model.sigma_data model.sigma_min model.sigma_max
-        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps""",
+        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps training.difference_step""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,
@@ -358,6 +360,21 @@ def validate(config: ConfigDict) -> None:
         "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False",
     )
     refuse(
+        t.objective in TWICE and t.compile,
+        f"training.objective={t.objective} takes second derivatives, which torch.compile does not: set "
+        "training.compile=False, or take denoising or finite_difference",
+    )
+    refuse(
+        t.objective == "finite_difference" and t.precision == "bfloat16",
+        "training.objective=finite_difference subtracts what bfloat16 cannot tell apart: set "
+        "training.precision=float32, or take sliced_vr",
+    )
+    refuse(
+        t.objective == "finite_difference" and m.dropout > 0,
+        "training.objective=finite_difference would take the difference of two dropout masks for a derivative: set "
+        "model.dropout=0, or take sliced_vr",
+    )
+    refuse(
         m.sigma_min >= m.sigma_max,
         f"model.sigma_min={m.sigma_min:g} must be below model.sigma_max={m.sigma_max:g}",
     )
@@ -377,13 +394,31 @@ def validate(config: ConfigDict) -> None:
         (m.label == "index" or m.rule == "mean") and not discrete,
         "model.label=index and model.rule=mean need the steps of a chain: set training.continuous=False",
     )
-    fourier = m.embedding_type == "fourier" and m.name != "ddpm"
+    refuse(
+        m.name == "ncsn" and m.label != "index",
+        f"model.name=ncsn has parameters for each noise level of a chain: set model.label=index, not {m.label!r}",
+    )
+    refinenet = m.name in ("ncsn", "ncsnv2")
+    refuse(
+        refinenet and m.dropout > 0,
+        f"model.name={m.name} has no dropout: set model.dropout=0, not {m.dropout:g}",
+    )
+    refuse(
+        refinenet and len(m.ch_mult) < 3,
+        f"model.name={m.name} has at least 3 stages, the last two dilated: give model.ch_mult that many numbers, "
+        f"not {m.ch_mult}",
+    )
+    refuse(
+        refinenet and m.nf < 2,
+        f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}",
+    )
+    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "ncsn", "ncsnv2")
     refuse(
         fourier and m.label != "sigma",
         f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",
     )
     refuse(
-        not fourier and m.label == "sigma",
+        not fourier and m.label == "sigma" and m.name != "ncsnv2",
         "model.embedding_type=positional expects labels of the size of 999 t: set model.label=log_sigma, not 'sigma'",
     )
     refuse(
@@ -409,6 +444,19 @@ def validate(config: ConfigDict) -> None:
     refuse(
         s.method == "pc" and s.probability_flow and s.predictor == "ancestral_sampling",
         "sampling.probability_flow has no ancestral_sampling: use the predictor reverse_diffusion, or method ddim",
+    )
+    refuse(
+        s.step_lr > 0 and "ald" not in (s.method, s.corrector if s.method == "pc" else ""),
+        "sampling.step_lr is the step of annealed Langevin dynamics: set sampling.method=ald, or step_lr=0",
+    )
+    refuse(
+        s.step_lr > 0 and t.sde not in ("vesde", "edm"),
+        f"sampling.step_lr supposes alpha = 1, as of vesde: for training.sde={t.sde} set sampling.snr, and step_lr=0",
+    )
+    refuse(
+        s.step_lr >= 2 * m.sigma_min**2,
+        f"sampling.step_lr={s.step_lr:g} is not below 2 model.sigma_min²={2 * m.sigma_min**2:g}: "
+        f"Langevin dynamics would diverge",
     )
     refuse(
         discrete and s.grid != "uniform",

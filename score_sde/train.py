@@ -242,8 +242,10 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
     t = time_laws.log_snr(sde, time_laws.low_discrepancy(n, generator(0, 0, _FLOOR))).t
     x0 = sample(n).double()
     z = torch.randn(x0.shape, generator=generator(0, 0, _FLOOR + 1), dtype=x0.dtype)
+    parts = zip(*(v.split(2_000) for v in (x0, t, z)))  # a mixture of many components takes memory
     with torch.no_grad():
-        return by_noise_level(sde, t, losses.denoising(exact, x0, t, z, losses.simple))
+        error = [losses.denoising(exact, x0_, t_, z_, losses.simple) for x0_, t_, z_ in parts]
+    return by_noise_level(sde, t, torch.cat(error))
 
 
 @torch.no_grad()

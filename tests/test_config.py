@@ -263,6 +263,9 @@ CONTRADICTIONS = [
     ("eval.steps=1", "eval.steps must be 0 or at least 2, got 1"),
     ("training.time=importance", "set training.likelihood_weighting=True"),
     ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    ("training.objective=sliced_vr training.compile=1", "second derivatives, which torch.compile does not"),
+    ("training.objective=finite_difference training.precision=bfloat16", "set training.precision=float32"),
+    ("training.objective=finite_difference", "difference of two dropout masks for a derivative: set model.dropout=0"),
     ("model.sigma_min=50", "model.sigma_min=50 must be below model.sigma_max=50"),
     ("model.beta_min=21", "model.beta_min=21 must not exceed model.beta_max=20"),
     (

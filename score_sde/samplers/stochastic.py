@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -85,7 +87,22 @@ class DDIM(Sampler):
 
 
 @dataclass(frozen=True)
-class Langevin(Sampler):
+class Corrector(Sampler):
+    """A sampler whose step stays at its time t. Alone it visits every time of the grid, also the last one.
+
+    Not beside a predictor, which ends there; nor where that time is clean data (sigma = 0).
+    """
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        for t, s in pairwise(times):
+            x = self.step(model, x, t, s, noise)
+            if s == times[-1] and bool(model.sde.sigma(s) > 0):
+                x = self.step(model, x, s, s, noise)
+            yield x
+
+
+@dataclass(frozen=True)
+class Langevin(Corrector):
     """Corrector: `steps` times x += h score + sqrt(2h) z at the time t, with h set by a signal-to-noise ratio.
 
     h = 2 a (snr |z| / |score|)², a = transition(s, t).scale² (Song et al. 2021, algorithms 4-5). Norms are per
@@ -112,10 +129,13 @@ class Langevin(Sampler):
 
 
 @dataclass(frozen=True)
-class AnnealedLangevin(Sampler):
-    """Corrector with h = 2 a (snr sigma_t)²: on a grid of levels, annealed Langevin dynamics.
+class AnnealedLangevin(Corrector):
+    """Corrector with h = 2 a (snr sigma_t)²: alone on a grid of levels, annealed Langevin dynamics.
 
-    Song & Ermon 2019 (arXiv:1907.05600), algorithm 1, in the form of Song et al. 2021, appendix G.
+    Song & Ermon 2019 (arXiv:1907.05600), algorithm 1, in the form of Song et al. 2021, appendix G. With a = 1 (VE), the
+    h = eps (sigma_t/sigma_L)² of Song & Ermon 2020 and of both papers' code is snr = sqrt(eps/2)/sigma_L; the algorithm
+    as printed in 2019 halves h: snr = sqrt(eps)/(2 sigma_L). `steps` is their T. They start from uniform noise where
+    `sample` starts from the SDE's prior, and its `denoise` is their last step, x + sigma_L² score.
     """
 
     snr: float = 0.16
