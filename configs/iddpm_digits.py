@@ -1,6 +1,9 @@
-"""Handwritten digits, 8x8, as a chain with learned variances: Improved DDPM in small.
+"""Handwritten digits, 8x8, as a chain of 50 steps with learned variances: Improved DDPM in small, minutes on a CPU.
 
-Nichol & Dhariwal 2021 (arXiv:2102.09672): cosine schedule, L_hybrid, bits/dim by the variational bound.
+Nichol & Dhariwal 2021 (arXiv:2102.09672), section 3: cosine schedule, L_hybrid, bits/dim by the variational bound with
+the discretised decoder. Departs in all that is size: vp_digits' network, optimizer and preconditioning, and 50 steps,
+the first of which adds noise of a third of the distance between the 17 levels. Their 4000 begin with 0.4 of that
+between 256: below, the decoder tells levels apart better than a network does.
 """
 
 from pathlib import Path
@@ -18,15 +21,16 @@ def get_config() -> ConfigDict:
     training.continuous = False
     training.objective = "hybrid"
     training.time = "uniform"
+    training.n_iters = 2000
 
     sampling = config.sampling
     sampling.variance = "learned"
     sampling.grid = "uniform"
-    sampling.steps = 60
+    sampling.steps = 50
 
     config.data.uniform_dequantization = False
 
     model = config.model
-    model.num_scales = 250
+    model.num_scales = 50
     model.learned_variance = True
     return config

@@ -159,7 +159,7 @@ def chain_term(
 def divergence(sde: SDE, estimate: Estimate, x0: Tensor, s: Tensor, t: Tensor, variance: Variance = "small") -> Tensor:
     """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), (B,) nats, for the model's estimate at x_t and s < t not clean data.
 
-    With "small" variance it is (SNR(s) - SNR(t)) |x_0 - data|² / 2 (Kingma et al. 2021, eq. 13).
+    With "small" variance it is (SNR(s) - SNR(t)) |x_0 - data|² / 2 (Kingma et al. 2021, section 4).
     """
     small, large = _variances(sde, s, t)
     weight = sde.alpha(s) * large / sde.sigma(t) ** 2  # of x_0 in the posterior's mean
@@ -193,7 +193,7 @@ def discretised(x: Tensor, mean: Tensor, log_variance: Tensor, levels: int, widt
     The bin of a level k/(levels - 1), scaled to [1 - width, 1], reaches half way to its neighbours, and without end at
     the first and the last: the masses of all levels sum to 1 (Ho et al. 2020, eq. 13). Computed in float64 from
     log Phi(a) - log Phi(b) in the left tail, on which every bin is laid by symmetry, so that no tail underflows; the
-    published code replaces Phi by a tanh, some 1e-4 off, and bounds the mass below by 1e-12.
+    published code replaces Phi by a tanh, up to 2e-4 off, and bounds the mass below by 1e-12.
     """
     half = width / (2 * (levels - 1))
     wide = torch.float32 if x.device.type == "mps" else torch.float64

@@ -164,6 +164,8 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
         centered=config.data.centered,
         checkpoint_activations=config.training.checkpoint_activations,
         out_channels=2 * shape[0] if m.learned_variance else None,
+        scale_shift=m.scale_shift,
+        heads=m.num_heads,
         **options,
     )
 

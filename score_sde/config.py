@@ -145,6 +145,8 @@ def default_config() -> ConfigDict:
                 "progressive": "none",  # how the output is gathered from the levels
                 "progressive_input": "none",  # how the input is fed to the levels
                 "progressive_combine": "sum",  # how that input joins
+                "scale_shift": False,  # the label scales the features of a block as well as shifting them
+                "num_heads": 1,  # of attention
                 "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
                 "nonlinearity": "swish",
                 "hidden": 128,  # mlp: width
@@ -206,7 +208,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """training.n_iters training.batch_size training.projections training.accumulate training.log_freq
         training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps
         sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes model.num_scales
-        model.nf model.num_res_blocks model.hidden model.depth""",
+        model.nf model.num_res_blocks model.num_heads model.hidden model.depth""",
     ),
     "at least 0": (
         lambda v: v >= 0,

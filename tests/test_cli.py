@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def words(name: str, mode: str, workdir: Path, images: Path, **changes: object) -> list[str]:
     settings = {**SHRUNK, **{key.replace("__", "."): value for key, value in changes.items()}}
-    if name.startswith("ddpm"):
+    if "ddpm_cifar" in name:
         settings["model.nf"] = 32  # 32 groups of channels
     if "cifar" in name:
         settings |= {"data.dataset": "files", "data.path": images}

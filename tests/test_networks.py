@@ -278,6 +278,32 @@ def test_attention_is_its_formula():
     torch.testing.assert_close(block(x), (x + out.reshape(x.shape)) / math.sqrt(2), rtol=0, atol=1e-12)
 
 
+def test_attention_with_heads_is_one_head_s_formula_in_each_share_of_the_channels():
+    torch.manual_seed(0)
+    block, x = Attention(8, Style(**{**vars(STYLE), "heads": 2})).double(), numbers(2, 8, 3, 5)
+    qkv = F.conv2d(block.norm(x), block.qkv.weight, block.qkv.bias).flatten(2)
+    mixed = []
+    for head in (slice(0, 4), slice(4, 8)):
+        q, k, v = (part[:, head] for part in qkv.chunk(3, dim=1))
+        weights = torch.softmax(torch.einsum("bcn,bcm->bnm", q, k) / math.sqrt(4), dim=-1)
+        mixed.append(torch.einsum("bnm,bcm->bcn", weights, v))
+    out = F.conv2d(torch.cat(mixed, 1).reshape(x.shape), block.out.weight, block.out.bias)
+    torch.testing.assert_close(block(x), (x + out) / math.sqrt(2), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="3 heads of attention cannot share 8 channels"):
+        Attention(8, Style(**{**vars(STYLE), "heads": 3}))
+
+
+def test_a_residual_block_whose_label_scales_is_its_formula():
+    torch.manual_seed(0)
+    style = Style(**{**vars(STYLE), "label_width": 6, "scale_shift": True})
+    block, x, label = ResidualBlock(8, 8, style).double(), numbers(2, 8, 6, 6), numbers(2, 6, seed=1)
+    h = F.conv2d(F.silu(block.norm1(x)), block.conv1.weight, block.conv1.bias, padding=1)
+    told = (label @ block.label.weight.T + block.label.bias)[:, :, None, None]
+    h = F.silu(block.norm2(h) * (1 + told[:, :8]) + told[:, 8:])
+    h = F.conv2d(h, block.conv2.weight, block.conv2.bias, padding=1)
+    torch.testing.assert_close(block(x, label), (x + h) / math.sqrt(2), rtol=0, atol=1e-12)
+
+
 def test_residual_block_is_its_formula():
     torch.manual_seed(0)
     style = Style(**{**vars(STYLE), "label_width": 6})

@@ -32,6 +32,8 @@ class Style:
     fir: Taps | None
     resample_conv: bool  # DDPM's blocks only: whether a convolution resamples
     recompute: bool  # activation checkpointing
+    scale_shift: bool = False  # the label scales the second norm's output as well as shifting it
+    heads: int = 1  # of attention
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Group normalisation by the network's rule."""
@@ -97,7 +99,8 @@ class LabelEmbedding(nn.Module):
 class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(resample(act(norm(x)))) + label))), with x resampled and projected as needed.
 
-    Without `resample` this is DDPM's block (Ho et al. 2020), with it BigGAN's (Brock et al. 2019).
+    Without `resample` this is DDPM's block (Ho et al. 2020), with it BigGAN's (Brock et al. 2019). With `scale_shift`
+    the label enters as norm(h) (1 + scale) + shift instead (Nichol & Dhariwal 2021, section 3).
     """
 
     def __init__(self, inputs: int, outputs: int, style: Style, resample: nn.Module | None = None) -> None:
@@ -105,7 +108,9 @@ class ResidualBlock(nn.Module):
         self.norm1 = style.norm(inputs)
         self.resample = resample
         self.conv1 = conv(inputs, outputs, 3)
-        self.label = None if style.label_width is None else linear(style.label_width, outputs)
+        self.label = None
+        if style.label_width is not None:
+            self.label = linear(style.label_width, 2 * outputs if style.scale_shift else outputs)
         self.norm2 = style.norm(outputs)
         self.dropout = Dropout(style.dropout)
         self.conv2 = conv(outputs, outputs, 3, scale=style.init_scale)
@@ -129,27 +134,40 @@ class ResidualBlock(nn.Module):
             h, x = self.conv1(self.resample(h)), self.shortcut(self.resample(x))
         else:
             h, x = self.conv1(h), self.shortcut(x)
-        if self.label is not None:
-            h += self.label(label)[:, :, None, None]
-        h = self.conv2(self.dropout(activation(self.norm2(h))))
+        told = None if self.label is None else self.label(label)[:, :, None, None]
+        if told is None:
+            h = self.norm2(h)
+        elif self.style.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h += told
+            h = self.norm2(h)
+        h = self.conv2(self.dropout(activation(h)))
         return self.style.add(x, h)
 
 
 class Attention(nn.Module):
-    """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, one head."""
+    """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, with C channels per head.
+
+    Raises ValueError for a number of channels that the heads do not divide.
+    """
 
     def __init__(self, channels: int, style: Style) -> None:
         super().__init__()
+        if channels % style.heads:
+            raise ValueError(f"{style.heads} heads of attention cannot share {channels} channels; take a divisor of them")
         self.norm = style.norm(channels)
         self.qkv = conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
         self.out = conv(channels, channels, 1, scale=style.init_scale)
         self.style = style
 
     def forward(self, x: Tensor) -> Tensor:
-        # (B, 1 head, H W, 3 C); the fast kernels want the channels of a pixel side by side
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous().unsqueeze(1)
-        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=-1))
-        h = h.squeeze(1).transpose(1, 2).reshape(x.shape)
+        # (B, 3 heads, H W, C); the fast kernels want the channels of a pixel side by side
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
+        qkv = qkv.unflatten(2, (3 * self.style.heads, -1)).transpose(1, 2)
+        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=1))
+        h = h.transpose(1, 2).flatten(2).transpose(1, 2).reshape(x.shape)
         return self.style.add(x, self.out(h))
 
 

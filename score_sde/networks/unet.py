@@ -42,6 +42,8 @@ class UNet(nn.Module):
         init_scale: of the last convolution of every branch, relative to the others.
         centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
         checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
+        scale_shift: the label scales the features as well as shifting them.
+        heads: of self-attention.
 
     Raises ValueError for an unknown name or an impossible size.
     """
@@ -71,6 +73,8 @@ class UNet(nn.Module):
         centered: bool = True,
         checkpoint_activations: bool = False,
         out_channels: int | None = None,
+        scale_shift: bool = False,
+        heads: int = 1,
     ) -> None:
         super().__init__()
         for name, value, kind in [
@@ -95,6 +99,8 @@ class UNet(nn.Module):
             fir=fir,
             resample_conv=resample_conv,
             recompute=checkpoint_activations,
+            scale_shift=scale_shift,
+            heads=heads,
         )
         self.centered = centered
         self.multiple = 2 ** (len(multipliers) - 1)
