@@ -23,6 +23,7 @@ from .samplers import (
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    langevin_dynamics,
     sample,
     times,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "denoising",
     "from_score",
     "guide",
+    "langevin_dynamics",
     "load",
     "log_likelihood",
     "losses",
