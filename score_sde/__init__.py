@@ -11,6 +11,7 @@ from .guidance import guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .model import Estimate, Preconditioned, ScoreModel, from_score
+from .noise_levels import NoiseLevels
 from .samplers import (
     DDIM,
     AdaptiveODE,
@@ -49,6 +50,7 @@ __all__ = [
     "Heun",
     "Langevin",
     "Likelihood",
+    "NoiseLevels",
     "Preconditioned",
     "PredictorCorrector",
     "ReverseDiffusion",

@@ -22,7 +22,7 @@ SETUP.read(ROOT / "setup.cfg")
 
 # Knowledge flows downward: a part imports from its own row and the rows above. Parts not named are in the row of train.
 ROWS = [
-    {"sdes", "chains", "ode"},
+    {"sdes", "chains", "noise_levels", "ode"},
     {"model"},
     {"closed_form", "networks"},
     {"losses", "time_laws", "samplers", "likelihood", "guidance"},
