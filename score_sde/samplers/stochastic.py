@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
+from ..model import ScoreModel, Variance, reverse_log_variance
 from ..sdes import Noise, add_, like
 from .base import Sampler
 
@@ -45,19 +45,25 @@ class ReverseDiffusion(Sampler):
 class Ancestral(Sampler):
     """x_s from the posterior of x_s | x_t, x_0 with x_0 the model's estimate: the DDPM sampler, on any SDE.
 
-    Ho et al. 2020, algorithm 2; Song et al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde), or
-    "large", the forward step's (beta). Where s is clean data no noise is added.
+    Ho et al. 2020, algorithm 2; Song et al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde),
+    "large", the forward step's (beta), or "learned" between them (Nichol & Dhariwal 2021, section 3.1), for the step
+    from t to s whatever the chain's own steps are. Where s is clean data no noise is added.
     """
 
-    variance: Literal["small", "large"] = "small"
+    variance: Variance = "small"
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        mean, variance = model.sde.posterior(x, model(x, t).data, s, t)
-        if not bool((variance > 0).any()):
+        estimate = model(x, t)
+        mean, small = model.sde.posterior(x, estimate.data, s, t)
+        if not bool((small > 0).any()):
             return mean
+        if self.variance == "small":
+            return add_(mean, small.sqrt(), noise(x))
+        large, noisy = model.sde.transition(s, t)[1] ** 2, small > 0
         if self.variance == "large":
-            variance = torch.where(variance > 0, model.sde.transition(s, t)[1] ** 2, variance)
-        return add_(mean, variance.sqrt(), noise(x))
+            return add_(mean, torch.where(noisy, large, small).sqrt(), noise(x))
+        log_variance = reverse_log_variance(estimate, small.where(noisy, large), large, self.variance)
+        return torch.addcmul(mean, torch.exp(log_variance / 2) * like(noisy.double(), x), noise(x))
 
 
 @dataclass(frozen=True)
