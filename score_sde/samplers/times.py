@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,9 @@ def spaced(n: int, count: int) -> Tensor:
     """
     if not 1 <= count <= n:
         raise ValueError(f"a chain of {n} steps can be walked in 1 to {n} of them, got {count}")
-    return (torch.linspace(0, n - 1, count, dtype=torch.float64).round() + 1).flip(0) / n
+    stride = (n - 1) / max(count - 1, 1)
+    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: where a half is rounded to hangs on it
+    return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
 
 
 def _ends(sde: SDE) -> Tensor:
