@@ -7,10 +7,12 @@ line.
 from . import closed_form, losses, time_laws
 from .chains import DDPM, SMLD
 from .checkpoint import load
+from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .model import Estimate, Preconditioned, ScoreModel, from_score
+from .ode import Solver
 from .samplers import (
     DDIM,
     AdaptiveODE,
@@ -45,14 +47,17 @@ __all__ = [
     "Estimate",
     "EulerMaruyama",
     "FixedODE",
+    "Flow",
     "Heun",
     "Langevin",
     "Likelihood",
+    "NetworkVelocity",
     "Preconditioned",
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",
     "ScoreModel",
+    "Solver",
     "SubVPSDE",
     "closed_form",
     "denoising",
@@ -62,6 +67,7 @@ __all__ = [
     "log_likelihood",
     "losses",
     "sample",
+    "score_flow",
     "time_laws",
     "times",
 ]
