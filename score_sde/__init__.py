@@ -4,13 +4,16 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, losses, time_laws
+from . import closed_form, losses, score_matching, time_laws
+from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
+from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
-from .guidance import guide
+from .guidance import clip, guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
+from .metrics import sliced_wasserstein
 from .model import Estimate, Preconditioned, ScoreModel, from_score
 from .ode import Solver
 from .samplers import (
@@ -28,6 +31,16 @@ from .samplers import (
     sample,
     times,
 )
+from .score_matching import (
+    Energy,
+    denoising_at,
+    explicit,
+    finite_difference,
+    fisher_divergence,
+    implicit,
+    projections,
+    sliced,
+)
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 
 __version__ = "0.1.0"
@@ -43,7 +56,10 @@ __all__ = [
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "Bound",
     "CosineSDE",
+    "Diffusion",
+    "Energy",
     "Estimate",
     "EulerMaruyama",
     "FixedODE",
@@ -59,15 +75,28 @@ __all__ = [
     "ScoreModel",
     "Solver",
     "SubVPSDE",
+    "backward",
+    "chain_bound",
+    "clip",
     "closed_form",
     "denoising",
+    "denoising_at",
+    "explicit",
+    "finite_difference",
+    "fisher_divergence",
     "from_score",
     "guide",
+    "implicit",
     "load",
     "log_likelihood",
     "losses",
+    "paths",
+    "projections",
     "sample",
     "score_flow",
+    "score_matching",
+    "sliced",
+    "sliced_wasserstein",
     "time_laws",
     "times",
 ]

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.flows import peak_saved_bytes
-from score_sde import DDPM, VESDE, VPSDE, Flow, NetworkVelocity, Preconditioned, Solver, log_likelihood, score_flow
+from score_sde import DDPM, SDE, VESDE, VPSDE, Flow, NetworkVelocity, Preconditioned, Solver, log_likelihood, score_flow
 from score_sde.closed_form import Gaussian
 from score_sde.flows import SemiLinear
 from score_sde.networks import MLP, UNet
-from tests.oracles import numbers
+from tests.oracles import name, numbers
 
 A = torch.tensor([[0.6, -1.1, 0.2], [0.9, -0.4, 0.5], [-0.3, 0.1, 0.7]], dtype=torch.float64)
 TIGHT = Solver("dopri5", 1e-11, 1e-11)
@@ -162,8 +162,8 @@ def test_networks_take_one_label_for_the_batch() -> None:
 # --- one path for both likelihoods
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), DDPM.linear(100).as_sde()], ids=lambda s: type(s).__name__)
-def test_a_score_model_is_a_flow_with_its_likelihood(sde: VPSDE) -> None:
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), DDPM.from_sde(VPSDE(), 50).as_sde()], ids=name)
+def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
     model = Gaussian(sde, [0.3, -0.7], [[0.5, 0.3], [0.3, 1.2]])
     x, _ = model.sample(6, torch.Generator().manual_seed(0))
     end, start = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1e-3, dtype=torch.float64)
