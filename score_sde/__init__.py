@@ -9,11 +9,14 @@ from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
 from .diffusions import Diffusion, backward, paths
+from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import clip, guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .metrics import sliced_wasserstein
 from .model import Estimate, Preconditioned, ScoreModel, from_score
+from .noise_levels import NoiseLevels
+from .ode import Solver
 from .samplers import (
     DDIM,
     AdaptiveODE,
@@ -26,6 +29,7 @@ from .samplers import (
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    langevin_dynamics,
     sample,
     times,
 )
@@ -61,14 +65,18 @@ __all__ = [
     "Estimate",
     "EulerMaruyama",
     "FixedODE",
+    "Flow",
     "Heun",
     "Langevin",
     "Likelihood",
+    "NetworkVelocity",
+    "NoiseLevels",
     "Preconditioned",
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",
     "ScoreModel",
+    "Solver",
     "SubVPSDE",
     "backward",
     "chain_bound",
@@ -82,12 +90,14 @@ __all__ = [
     "from_score",
     "guide",
     "implicit",
+    "langevin_dynamics",
     "load",
     "log_likelihood",
     "losses",
     "paths",
     "projections",
     "sample",
+    "score_flow",
     "score_matching",
     "sliced",
     "sliced_wasserstein",
