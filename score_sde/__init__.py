@@ -7,7 +7,9 @@ line.
 from . import closed_form, losses, time_laws
 from .chains import DDPM, SMLD
 from .checkpoint import load
+from .continuous_bound import ContinuousBound, variational_bound
 from .guidance import guide
+from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .model import Estimate, Preconditioned, ScoreModel, from_score
@@ -41,13 +43,16 @@ __all__ = [
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "ContinuousBound",
     "CosineSDE",
     "Estimate",
     "EulerMaruyama",
     "FixedODE",
     "Heun",
     "Langevin",
+    "LearnedVPSDE",
     "Likelihood",
+    "MonotoneSchedule",
     "Preconditioned",
     "PredictorCorrector",
     "ReverseDiffusion",
@@ -64,4 +69,5 @@ __all__ = [
     "sample",
     "time_laws",
     "times",
+    "variational_bound",
 ]

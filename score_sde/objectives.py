@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from . import losses, time_laws
+from .continuous_bound import prior_kl, reconstruction
+from .learned import MonotoneSchedule
 from .model import ScoreModel
 from .time_laws import TimeLaw
 
@@ -33,20 +36,38 @@ TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
 
 
 class Objective(nn.Module):
-    """The config's loss of a model, one value per example, with the unweighted loss beside it."""
+    """The config's loss of a model, one value per example, with the unweighted loss beside it.
 
-    def __init__(self, model: ScoreModel, config: ConfigDict) -> None:
+    For a learned SDE the loss has the gradients of its schedule too: the variance's for the shape and, for ends that
+    are learned, the bound's, whose end terms are then part of the value. `levels` are the values of discrete data that
+    are not dequantised, for the last of these terms.
+    """
+
+    def __init__(self, model: ScoreModel, config: ConfigDict, levels: Tensor | None = None) -> None:
         super().__init__()
         t = config.training
         self.model = model
         self.estimate = OBJECTIVES[t.objective](t)
         self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
         self.sum = not t.reduce_mean
+        self.levels = levels
 
     def forward(self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         error = self.estimate(self.model, x0, t, z, v)
         scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
-        return scale * self.weight(self.model.sde, t).to(error) * error, error.detach()
+        loss = scale * self.weight(self.model.sde, t).to(error) * error
+        schedule = self.model.sde.module
+        if isinstance(schedule, MonotoneSchedule):
+            loss = loss + scale * (schedule.variance_loss(t, error) + self.ends(schedule, x0, z).to(error))
+        return loss, error.detach()
+
+    def ends(self, schedule: MonotoneSchedule, x0: Tensor, z: Tensor) -> Tensor:
+        """The bound's end terms, on the scale of the weighted error, where the schedule's ends are learned."""
+        if not isinstance(schedule.ends, nn.Parameter):
+            return x0.new_zeros(len(x0))
+        sde, start = self.model.sde, torch.tensor(self.model.sde.t_min, dtype=torch.float64)
+        last = reconstruction(sde, x0, start, z, "gaussian" if self.levels is None else self.levels)
+        return 2 / x0[0].numel() * (prior_kl(sde, x0) + last)
 
 
 def time_law(config: ConfigDict) -> TimeLaw:
@@ -57,4 +78,4 @@ def time_law(config: ConfigDict) -> TimeLaw:
 
 def importance_weighted(config: ConfigDict) -> bool:
     """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
-    return bool(config.training.time == "importance")
+    return bool(config.training.time == "importance" or config.training.soft_truncation > 0)

@@ -131,7 +131,11 @@ def draw(
     n, seed = config.training.batch_size, config.seed
     k, _ = batch(split, step, n, seed, flip, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
-    law = time_law(config)(sde, numbers(n, generator(seed, step, purpose)))
+    source, truncation = generator(seed, step, purpose), config.training.soft_truncation
+    law, drawn = time_law(config), numbers(n, source)
+    if truncation > 0 and purpose == _TRAINING:  # a held-out loss is one over all times
+        law = time_laws.soft_truncation(law, truncation, time_laws.uniform_numbers(1, source)[0])
+    times = law(sde, drawn)
     noise = generator(seed, step, purpose + 1, k.device)
     shape, floats = (n, *k.shape[1:]), torch.float32
     u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
@@ -141,7 +145,14 @@ def draw(
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    return Batch(x0, law.t[part], law.weight[part], z, v)
+    return Batch(x0, times.t[part], times.weight[part], z, v)
+
+
+def lattice(config: ConfigDict, codec: Codec) -> Tensor | None:
+    """The values that data may have in training, where they are discrete and not dequantised."""
+    if codec.levels is None or config.data.uniform_dequantization:
+        return None
+    return codec.encode(torch.arange(codec.levels))
 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
@@ -244,7 +255,7 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
     b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
-    loss, _ = Objective(state.ema, config)(b.x0, b.t, b.z, b.v)
+    loss, _ = Objective(state.ema, config, lattice(config, codec))(b.x0, b.t, b.z, b.v)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
     return {"eval_loss": float(loss.mean())}
@@ -281,7 +292,7 @@ def train(
     part = slice(processes.rank * share, (processes.rank + 1) * share)
     if t.compile:
         state.model.network.compile()  # type: ignore[union-attr]
-    objective: nn.Module = Objective(state.model, config)
+    objective: nn.Module = Objective(state.model, config, lattice(config, codec))
     if processes.world > 1:
         gpu = [processes.device.index] if processes.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=gpu)
