@@ -76,8 +76,8 @@ class MonotoneSchedule(nn.Module):
 
     @staticmethod
     def _shape(t: Tensor, slope: Tensor, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, (h, w, b) = F.softplus(slope.cpu().double()), units.cpu().double()
-        h, w = F.softplus(h), F.softplus(w)
+        a, (h, w, b) = _positive(slope.cpu().double()), units.cpu().double()
+        h, w = _positive(h), _positive(w)
         t = t.cpu().double()
         y = torch.sigmoid(w * t[..., None] + b)
         bump = h * w * y * (1 - y)
@@ -158,3 +158,8 @@ class LearnedVPSDE(SDE):
     @property
     def prior_std(self) -> float:
         return 1.0
+
+
+def _positive(y: Tensor) -> Tensor:
+    """log(1 + exp(y)), without the jump of 2e-9 that torch's own makes at 20."""
+    return F.softplus(y, threshold=40.0)
