@@ -4,15 +4,21 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, losses, time_laws
+from . import closed_form, losses, score_matching, time_laws
+from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
 from .continuous_bound import ContinuousBound, variational_bound
-from .guidance import guide
+from .diffusions import Diffusion, backward, paths
+from .flows import Flow, NetworkVelocity, score_flow
+from .guidance import clip, guide
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
+from .metrics import sliced_wasserstein
 from .model import Estimate, Preconditioned, ScoreModel, from_score
+from .noise_levels import NoiseLevels
+from .ode import Solver
 from .samplers import (
     DDIM,
     AdaptiveODE,
@@ -25,8 +31,19 @@ from .samplers import (
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    langevin_dynamics,
     sample,
     times,
+)
+from .score_matching import (
+    Energy,
+    denoising_at,
+    explicit,
+    finite_difference,
+    fisher_divergence,
+    implicit,
+    projections,
+    sliced,
 )
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 
@@ -43,30 +60,52 @@ __all__ = [
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "Bound",
     "ContinuousBound",
     "CosineSDE",
+    "Diffusion",
+    "Energy",
     "Estimate",
     "EulerMaruyama",
     "FixedODE",
+    "Flow",
     "Heun",
     "Langevin",
     "LearnedVPSDE",
     "Likelihood",
     "MonotoneSchedule",
+    "NetworkVelocity",
+    "NoiseLevels",
     "Preconditioned",
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",
     "ScoreModel",
+    "Solver",
     "SubVPSDE",
+    "backward",
+    "chain_bound",
+    "clip",
     "closed_form",
     "denoising",
+    "denoising_at",
+    "explicit",
+    "finite_difference",
+    "fisher_divergence",
     "from_score",
     "guide",
+    "implicit",
+    "langevin_dynamics",
     "load",
     "log_likelihood",
     "losses",
+    "paths",
+    "projections",
     "sample",
+    "score_flow",
+    "score_matching",
+    "sliced",
+    "sliced_wasserstein",
     "time_laws",
     "times",
     "variational_bound",

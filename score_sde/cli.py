@@ -20,7 +20,6 @@ from tqdm import tqdm
 from . import checkpoint, parallel
 from . import config as configs
 from .build import build_sde
-from .closed_form import Mixture
 from .codecs import Codec, PixelCodec, codec_of
 from .data import Data, load_data
 from .demo import summary
@@ -30,7 +29,7 @@ from .model import ScoreModel
 from .parallel import Processes
 from .samplers import Heun, sample, times
 from .scan import disagreements, scan
-from .toys import TOYS, ring_mixture
+from .toys import EXACT, TOYS
 from .train import Metrics, noise_floor, train
 
 USAGE = """\
@@ -42,7 +41,8 @@ modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
   train        train, or go on from the workdir's newest checkpoint
   sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp
-  likelihood   bits/dim of held-out data under it, with its standard error
+  likelihood   bits/dim of held-out data under it, with its standard error: exact by the probability-flow ODE, or a
+               variational bound (eval.estimate; by default the bound for models of a chain's steps)
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, tensorboard/,
@@ -52,8 +52,6 @@ several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
 
 log = logging.getLogger("score_sde")
-
-EXACT = {"ring": ring_mixture}  # toy densities whose exact model is known: (weights, means, covariances)
 
 
 class Stop:
@@ -158,6 +156,9 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
             *(result[key] for key in ("unit", "images", "split", "mean", "standard_error", "estimate", "nfe")),
             folder,
         )
+        if "diffusion" in result:
+            parts = [result[key] for key in ("prior", "diffusion", "reconstruction")]
+            log.info("of it prior %.4f + diffusion %.4f (the rate), reconstruction %.4f (the distortion)", *parts)
     return 0
 
 
@@ -295,7 +296,7 @@ def _floor(config: ConfigDict) -> dict[str, float]:
     """The irreducible error by noise level, for a data set whose density is known."""
     name = config.data.dataset
     sde = build_sde(config)
-    return noise_floor(Mixture(sde, *EXACT[name]()), lambda count: TOYS[name](count, 1), sde)
+    return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
 
 
 def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec) -> torch.Tensor | None:

@@ -1,10 +1,11 @@
-"""Models whose answer is known exactly: Gaussians, Gaussian mixtures and finite data sets.
+"""Models whose answer is known exactly: Gaussians, Gaussian mixtures, uniform boxes and finite data sets.
 
 If the data are N(m, C), then x_t ~ N(alpha m, V) with V = alpha² C + sigma² I, and for r = x_t - alpha m
 
     E[x_0 | x_t] = m + alpha C V⁻¹ r,    E[z | x_t] = sigma V⁻¹ r;
 
-a mixture averages these with its responsibilities, and a finite data set is a mixture of points. They are the truth
+a mixture averages these with its responsibilities, and a finite data set is a mixture of points. If they are uniform on
+a box, then z given x_t is, in each dimension, a normal number cut off to an interval. These models are the truth
 against which losses, samplers and likelihoods are tested, and models like any other.
 """
 
@@ -19,6 +20,8 @@ from torch import Tensor
 
 from .model import Estimate, ScoreModel
 from .sdes import SDE, like
+
+_SQRT2 = math.sqrt(2)
 
 
 class Mixture(ScoreModel):
@@ -134,6 +137,63 @@ class Gaussian(Mixture):
         return (a_s * self.means.to(x) + y).sum(1).reshape(x.shape)
 
 
+class Boxes(ScoreModel):
+    """Exact model of data that are uniform on boxes, sum_k weights_k U(low_k <= x <= high_k), such as a checkerboard.
+
+    Given x_t and the box, z lies between u = (x_t - alpha high)/sigma and v = (x_t - alpha low)/sigma, in each
+    dimension, as a standard normal number does that is cut off there; the box's density at x_t is
+    (Phi(v) - Phi(u))/(alpha (high - low)). Computed in float64 whatever x is, for that difference vanishes far from a
+    box and beside much noise.
+
+    Args:
+        sde: the forward SDE.
+        weights: (K,) positive; normalised here.
+        low, high: (K, *shape), corners.
+
+    Raises ValueError for shapes that do not fit, or a box without volume.
+    """
+
+    log_weights: Tensor
+    center: Tensor
+    reach: Tensor
+
+    def __init__(self, sde: SDE, weights: Any, low: Any, high: Any) -> None:
+        super().__init__(sde)
+        weights, low, high = (_floating(a).double() for a in (weights, low, high))
+        if low.shape != high.shape or low.ndim < 2 or weights.shape != low.shape[:1] or not bool((weights > 0).all()):
+            raise ValueError(
+                f"weights must be positive, one per box, and low and high (K, *shape) alike, got "
+                f"{weights.tolist()}, {tuple(low.shape)} and {tuple(high.shape)}"
+            )
+        if not bool((low < high).all()):
+            raise ValueError(f"low must be below high in every dimension of every box, got {low[low >= high][0]:g}")
+        self.shape = tuple(low.shape[1:])
+        self.register_buffer("log_weights", torch.log(weights / weights.sum()))
+        self.register_buffer("center", ((low + high) / 2).flatten(1))
+        self.register_buffer("reach", ((high - low) / 2).flatten(1))
+
+    def _cut(self, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(log of weight times density (B, K), middle of z's interval, E[z] less that; (B, K, D)), in float64."""
+        if x.shape[1:] != self.shape:
+            raise ValueError(f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
+        x = x.double()
+        alpha, sigma = _columns(self.sde.alpha(t), x), _columns(self.sde.sigma(t), x)
+        middle, half = (x.flatten(1)[:, None] - alpha * self.center) / sigma, alpha * self.reach / sigma
+        log_mass, shift = _cut_normal(middle, half)
+        return self.log_weights + (log_mass - torch.log(2 * sigma * half)).sum(-1), middle, shift
+
+    def forward(self, x: Tensor, t: Tensor) -> Estimate:
+        log_joint, middle, shift = self._cut(x, t)
+        weights = torch.softmax(log_joint, dim=1)[..., None]
+        ratio = _columns(self.sde.sigma(t) / self.sde.alpha(t), x.double())
+        data, noise = (weights * (self.center - ratio * shift)).sum(1), (weights * (middle + shift)).sum(1)
+        return Estimate(data.reshape(x.shape).to(x), noise.reshape(x.shape).to(x), like(self.sde.sigma(t), x))
+
+    def log_prob(self, x: Tensor, t: Tensor) -> Tensor:
+        """Log density of x_t in nats, (B,)."""
+        return torch.logsumexp(self._cut(x, t)[0], dim=1).to(x)
+
+
 class Empirical(ScoreModel):
     """Exact model of a finite data set (N, *shape), every point equally likely: what a perfect memoriser would answer.
 
@@ -155,6 +215,24 @@ class Empirical(ScoreModel):
         logits = (a * (x.flatten(1) @ points.T) - a**2 * points.square().sum(1) / 2) / s**2
         mean = (torch.softmax(logits, dim=1) @ points).reshape(x.shape)
         return Estimate(mean, (x - alpha * mean) / sigma, sigma)
+
+
+def _cut_normal(middle: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
+    """(log P(z in the interval), E[z | z in it] - middle) of a standard normal z and the interval middle ± half.
+
+    Both tails are scaled by the density at the end nearer to 0, so that nothing vanishes far outside.
+    """
+    near, far = middle.abs() - half, middle.abs() + half  # by symmetry the interval is that of |middle|
+    outside = near > 0
+    drop = torch.expm1(-2 * middle.abs() * half)  # density at the far end over that at the near end, less 1
+    # P/density(near): with Q(y)/density(y) = sqrt(pi/2) erfcx(y/sqrt(2)), as erf would vanish there
+    tail = torch.special.erfcx(near.clamp_min(0) / _SQRT2) - (1 + drop) * torch.special.erfcx(far / _SQRT2)
+    tail = torch.where(outside, math.sqrt(math.pi / 2) * tail, 1.0)
+    log_density = -near.square() / 2 - math.log(2 * math.pi) / 2
+    inside = torch.where(outside, 1.0, (torch.erf(far / _SQRT2) - torch.erf(near / _SQRT2)) / 2)
+    log_mass = torch.where(outside, log_density + tail.log(), inside.log())
+    mean = -drop * torch.where(outside, 1 / tail, log_density.exp() / inside)  # (density(near) - density(far))/P
+    return log_mass, middle.sign() * mean - middle
 
 
 def _floating(values: Sequence[float] | Tensor | float) -> Tensor:

@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from .bounds import prior_divergence
 from .losses import denoising, simple
 from .model import ScoreModel
 from .samplers.base import example_generators
@@ -117,16 +118,7 @@ def variational_bound(
     terms = torch.stack([d / 2 * rate[k].to(x) * denoising(model, x, t[k], noise(), simple) for k in range(draws)])
     spread = (terms - terms.mean(0)).square().sum(0)
     error = torch.sqrt(spread / (draws * (draws - 1)))  # 0/0 = NaN for a single draw
-    return ContinuousBound(prior_kl(sde, x), terms.mean(0), last, error, d)
-
-
-def prior_kl(sde: SDE, x: Tensor) -> Tensor:
-    """KL(q(x_1 | x) || N(0, prior_std² I)) in nats, (B,)."""
-    one = torch.ones((), dtype=torch.float64)
-    d, prior = math.prod(x.shape[1:]), sde.prior_std
-    ratio = (sde.sigma(one) / prior) ** 2
-    means = like((sde.alpha(one) / prior) ** 2, x) * x.square().flatten(1).sum(1)
-    return (means + (d * (ratio - 1 - torch.log(ratio))).to(x)) / 2
+    return ContinuousBound(prior_divergence(sde, x, torch.ones_like(end)), terms.mean(0), last, error, d)
 
 
 def reconstruction(sde: SDE, x: Tensor, t: Tensor, z: Tensor, decoder: Decoder | Tensor) -> Tensor:

@@ -65,7 +65,7 @@ class MonotoneSchedule(nn.Module):
             self.register_buffer("ends", torch.tensor([gamma_min, gamma_max]))
 
     def forward(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(gamma, gamma') at times of any shape, float64 on the CPU; of all parameters, the ends alone get a gradient."""
+        """(gamma, gamma') at times of any shape, float64 on the CPU; of the parameters only the ends get a gradient."""
         value, rate, _ = self._shape(t, self.slope.detach(), self.units.detach())
         low, high = self.ends.cpu().double()
         return low + (high - low) * value, (high - low) * rate

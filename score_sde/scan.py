@@ -7,6 +7,8 @@ the model sees:
     sigma_data   the root mean square                                             (Karras et al. 2022, table 1)
     sigma_max    the largest distance between examples: noise then joins all modes (Song and Ermon 2020, technique 1)
     sigma_min    1 % of the range, which is 0.01 for pixels in [0, 1]              (Song and Ermon 2019)
+    num_scales   as few levels as hand their states on, and step_lr of five Langevin steps on each, where a chain of
+                 levels is sampled by annealed Langevin dynamics                   (Song and Ermon 2020, 2 and 4)
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .codecs import Codec
+from .codecs import Codec, VectorCodec
 from .data import Data, Split
 from .likelihood import Likelihood
+from .noise_levels import NoiseLevels
 
 _CHUNK = 1 << 24  # numbers held in float64 at a time
 _STREAM = 1 << 31  # bytes read of a split that stays on disk
@@ -58,6 +61,14 @@ class Report:
     def sigma_min(self) -> float:
         return 0.01 * (self.range[1] - self.range[0])
 
+    @property
+    def noise_levels(self) -> NoiseLevels | None:
+        """NCSNv2's levels from sigma_min to sigma_max; None in the few dimensions of which the rule does not speak."""
+        d = math.prod(self.data.shape)
+        if d < 5 or self.sigma_min >= self.sigma_max:
+            return None
+        return NoiseLevels.by_rule(d, self.sigma_max, sigma_min=self.sigma_min)
+
     def __str__(self) -> str:
         data, unit = self.data, "bits/dim" if self.levels else "nats/dim"
         sizes = len(data.train), len(data.test)
@@ -83,6 +94,12 @@ class Report:
             ("", f"--config.model.sigma_max={self.sigma_max:.3g}  the largest distance"),
             ("", f"--config.model.sigma_min={self.sigma_min:.3g}  1 % of the range"),
         ]
+        if levels := self.noise_levels:
+            step = f"--config.sampling.step_lr={levels.eps:.3g} --config.sampling.n_steps_each={levels.steps}"
+            rows += [
+                ("", f"--config.model.num_scales={levels.num_scales}  of a chain: the fewest that overlap by half"),
+                ("", f"{step}  for sampling.method=ald on them"),
+            ]
         return "\n".join(f"{name:<20}{value}" for name, value in rows)
 
 
@@ -112,6 +129,16 @@ def scan(data: Data, codec: Codec, seed: int = 0) -> Report:
         distance_is_exact=exact,
         gaussian=_baseline(train, test, codec, seed),
     )
+
+
+def levels_for(k: Tensor, codec: Codec | None = None, *, sigma_min: float = 0.01, steps: int = 5) -> NoiseLevels:
+    """NCSNv2's noise levels and Langevin step for examples k (N, *shape), with `steps` Langevin steps on a level.
+
+    Without a codec k are floats as the model sees them. Raises ValueError for fewer than 5 dimensions, and where no two
+    examples are farther apart than sigma_min.
+    """
+    distance, _ = largest_distance(k, codec or VectorCodec())
+    return NoiseLevels.by_rule(math.prod(k.shape[1:]), distance, sigma_min=sigma_min, steps=steps)
 
 
 def gaussian_fit(k: Tensor, codec: Codec, seed: int = 0) -> tuple[Tensor, Tensor]:

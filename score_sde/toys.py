@@ -1,8 +1,9 @@
-"""Densities in the plane: small enough to see, two of them with an exact model.
+"""Densities in the plane: small enough to see, each with its exact model at every noise level.
 
-`ring` is a Gaussian mixture: `closed_form.Mixture(sde, *ring_mixture())` is its exact model at every noise level.
-`checkerboard` is uniform on squares: `checkerboard_log_prob` is its exact density. The other two have no closed form.
-Every sampler takes (n, seed) and returns float32 (n, 2) of unit order of magnitude.
+`ring` is a Gaussian mixture and `checkerboard` uniform on squares. `moons` and `swiss_roll` are curves, uniform in an
+angle and blurred by a Gaussian: the density is an integral over the angle, which Gauss and Legendre's nodes turn into
+a mixture of as many Gaussians, exact to rounding once the nodes lie closer than the blur. `EXACT[name](sde)` is the
+model. Every sampler takes (n, seed) and returns float32 (n, 2) of unit order of magnitude.
 """
 
 from __future__ import annotations
@@ -13,6 +14,9 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from torch import Tensor
+
+from .closed_form import Boxes, Mixture
+from .sdes import SDE
 
 
 def ring_mixture(components: int = 8, radius: float = 1.0, std: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,9 +42,19 @@ def moons(n: int, seed: int = 0) -> Tensor:
     """Two interleaved half circles of radius 0.8, blurred by 0.05 in each direction."""
     random = np.random.default_rng(seed)
     angle, upper = math.pi * random.random(n), random.integers(0, 2, n)
-    side = 2 * upper - 1
-    x = np.stack([0.8 * np.cos(angle) - 0.4 * side, side * (0.8 * np.sin(angle) - 0.2)], axis=1)
-    return _float32(x + 0.05 * random.standard_normal((n, 2)))
+    return _float32(_moons(angle, 2 * upper - 1) + 0.05 * random.standard_normal((n, 2)))
+
+
+def moons_mixture(nodes: int = 128) -> tuple[Tensor, Tensor, float]:
+    """`moons` as weights (2 nodes,), means (2 nodes, 2) and one variance, float64."""
+    u, weights = _gauss_legendre(nodes)
+    means = np.concatenate([_moons(math.pi * u, side) for side in (-1, 1)])
+    return torch.from_numpy(np.tile(weights, 2) / 2), torch.from_numpy(means), 0.05**2
+
+
+def _moons(angle: np.ndarray, side: np.ndarray | int) -> np.ndarray:
+    """The points (N, 2) at angles in [0, pi] of the lower (side -1) or the upper half circle (1)."""
+    return np.stack([0.8 * np.cos(angle) - 0.4 * side, side * (0.8 * np.sin(angle) - 0.2)], axis=1)
 
 
 def checkerboard(n: int, seed: int = 0) -> Tensor:
@@ -50,6 +64,12 @@ def checkerboard(n: int, seed: int = 0) -> Tensor:
     column = 2 * random.integers(0, 2, n) + row % 2
     corner = np.stack([column, row], axis=1)
     return _float32((corner + random.random((n, 2))) / 2 - 1)
+
+
+def checkerboard_boxes() -> tuple[Tensor, Tensor, Tensor]:
+    """`checkerboard` as weights (8,) and the lower and upper corners (8, 2) of its squares, float64."""
+    low = torch.tensor([(2 * c + r % 2, r) for r in range(4) for c in range(2)], dtype=torch.float64) / 2 - 1
+    return torch.full((8,), 1 / 8, dtype=torch.float64), low, low + 0.5
 
 
 def checkerboard_log_prob(x: Tensor) -> Tensor:
@@ -62,9 +82,19 @@ def checkerboard_log_prob(x: Tensor) -> Tensor:
 def swiss_roll(n: int, seed: int = 0) -> Tensor:
     """A spiral of one and a half turns, uniform in angle, blurred by 0.03."""
     random = np.random.default_rng(seed)
-    angle = 1.5 * math.pi * (1 + 2 * random.random(n))
-    x = np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / (4.5 * math.pi)
-    return _float32(x + 0.03 * random.standard_normal((n, 2)))
+    return _float32(_spiral(random.random(n)) + 0.03 * random.standard_normal((n, 2)))
+
+
+def swiss_roll_mixture(nodes: int = 384) -> tuple[Tensor, Tensor, float]:
+    """`swiss_roll` as weights (nodes,), means (nodes, 2) and one variance, float64."""
+    u, weights = _gauss_legendre(nodes)
+    return torch.from_numpy(weights), torch.from_numpy(_spiral(u)), 0.03**2
+
+
+def _spiral(u: np.ndarray) -> np.ndarray:
+    """The points (N, 2) of the spiral at shares u in [0, 1] of its angle."""
+    angle = 1.5 * math.pi * (1 + 2 * u)
+    return np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / (4.5 * math.pi)
 
 
 TOYS: dict[str, Callable[[int, int], Tensor]] = {
@@ -73,6 +103,19 @@ TOYS: dict[str, Callable[[int, int], Tensor]] = {
     "checkerboard": checkerboard,
     "swiss_roll": swiss_roll,
 }
+
+EXACT: dict[str, Callable[[SDE], Boxes | Mixture]] = {
+    "ring": lambda sde: Mixture(sde, *ring_mixture()),
+    "moons": lambda sde: Mixture(sde, *moons_mixture()),
+    "checkerboard": lambda sde: Boxes(sde, *checkerboard_boxes()),
+    "swiss_roll": lambda sde: Mixture(sde, *swiss_roll_mixture()),
+}
+
+
+def _gauss_legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Nodes in [0, 1] and weights of sum 1, each (nodes,)."""
+    x, weights = np.polynomial.legendre.leggauss(nodes)
+    return (x + 1) / 2, weights / 2
 
 
 def _float32(x: np.ndarray) -> Tensor:

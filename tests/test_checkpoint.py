@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import shutil
 import signal
 import subprocess
 import sys
@@ -218,6 +219,33 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
             torch.testing.assert_close(b[name], value, rtol=0, atol=2e-5, msg=lambda m, n=name: f"{n}: {m}")
     losses = [_losses(folder / "log.txt") for folder in (one, two)]
     assert len(losses[0]) == len(losses[1]) == 12
+
+
+@pytest.mark.slow
+def test_times_by_second_moments_go_on_exactly_and_are_shared_by_processes(tmp_path: Path) -> None:
+    """A run that goes on from its middle, and one of two processes, draw the times of a run that was left alone."""
+    words = ["training.continuous=false", "training.objective=vlb", "training.time=second_moment", "model.label=index"]
+    words += ["model.learned_variance=true", "model.num_scales=4", "model.beta_max=3", "sampling.steps=4"]
+    words += ["sampling.grid=uniform", "model.rule=noise", "training.snapshot_freq=6"]
+    overrides = [f"--config.{word}" for word in words]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    for name, start in [("one", ()), ("two", launcher), ("parts", ())]:
+        if name == "parts":
+            half = checkpoint.checkpoint_path(tmp_path / name, 6)
+            half.parent.mkdir(parents=True)
+            shutil.copy(checkpoint.checkpoint_path(tmp_path / "one", 6), half)
+        done = finish(run(tmp_path / name, *overrides, launcher=start))
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert "going on from step 6" in done.stderr
+    files = {name: checkpoint.checkpoint_path(tmp_path / name, 12) for name in ("one", "two", "parts")}
+    same(files["one"], files["parts"])
+    a, b = (load_file(files[name]) for name in ("one", "two"))
+    assert int(a["law/counts"].sum()) == 12 * 16 and torch.equal(a["law/counts"], b["law/counts"])
+    assert a["law/counts"].min() >= 10, "the law never woke"
+    torch.testing.assert_close(b["law/losses"], a["law/losses"], rtol=1e-3, atol=1e-4)
+    for name, value in a.items():
+        if name.startswith("model/"):
+            torch.testing.assert_close(b[name], value, rtol=0, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def _losses(path: Path) -> list[float]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,61 @@ def test_likelihood_covers_every_image_and_goes_on(
     assert stamp["mean"] == pytest.approx(values.mean())
     assert stamp["standard_error"] == pytest.approx(values.mean(1).std(ddof=1) / np.sqrt(300))
     assert np.abs(values[:, 0] - values[:, 1]).max() > 1e-3, "both dequantisations were the same"
+
+
+def bound_of(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    (folder,) = (workdir / "likelihood").iterdir()
+    return json.loads((folder / "stamp.json").read_text()), dict(np.load(folder / "likelihood.npz"))
+
+
+def test_a_discrete_model_is_evaluated_by_its_bound_and_either_by_both(
+    tmp_path: Path, trained: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    change = {"training__sde": "cosine", "model__num_scales": 10}
+    chain = [words("ddpm_cifar", mode, tmp_path, images, **change) for mode in ("train", "likelihood")]
+    assert run(chain[0]) == 0 and run(chain[1]) == 0
+    said = capsys.readouterr().err
+    assert "bits/dim of 3 test examples" in said and "of it prior" in said
+    assert "(variational bound of 10 steps, pixels without dequantisation; NFE 10)" in said
+    stamp, arrays = bound_of(tmp_path)
+    assert stamp["variance"] == "small" and stamp["unit"] == "bits/dim"
+    assert arrays["bits_per_dim"].shape == (3, 1)
+    np.testing.assert_allclose(arrays["times"], np.arange(10, 1, -1) / 10, rtol=1e-12)
+    parts = [arrays[name] for name in ("prior", "diffusion", "reconstruction")]
+    np.testing.assert_allclose(sum(parts), arrays["bits_per_dim"][:, 0], rtol=1e-5)
+    assert arrays["terms"].sum() == pytest.approx(stamp["diffusion"], rel=1e-5)
+    assert stamp["mean"] == pytest.approx(sum(stamp[name] for name in ("prior", "diffusion", "reconstruction")))
+
+    def again(line: list[str], workdir: Path, **settings: object) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        clear(workdir, "likelihood")
+        assert run([*line, *(f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items())]) == 0
+        return bound_of(workdir)
+
+    _, whole = again(chain[1], tmp_path, eval__batch_size=5)
+    np.testing.assert_allclose(whole["bits_per_dim"], arrays["bits_per_dim"], rtol=1e-4)
+    np.testing.assert_allclose(whole["terms"], arrays["terms"], rtol=1e-4)
+    stamp, some = again(chain[1], tmp_path, eval__terms=4)
+    assert stamp["nfe"] == 5 and some["terms"].shape == (9,) and (some["bits_per_dim"] != whole["bits_per_dim"]).all()
+    stamp, respaced = again(chain[1], tmp_path, eval__steps=4, sampling__variance="large", eval__clip_denoised="true")
+    assert stamp["grid"] == {"steps": 4, "first": 1.0, "last": 0.0} and respaced["times"].tolist() == [1.0, 0.7, 0.4]
+    stamp, _ = again(chain[1], tmp_path, eval__estimate="ode")
+    assert stamp["estimate"] == "probability-flow ODE, uniform dequantisation"
+
+    continuous = words("vp_digits", "likelihood", trained, images)
+    stamp, arrays = again(continuous, trained, eval__estimate="bound", eval__steps=20, eval__t_min=0.01)
+    assert stamp["estimate"] == "variational bound of 20 steps, pixels without dequantisation" and stamp["nfe"] == 21
+    assert arrays["terms"].shape == (20,) and arrays["times"][0] == 1 and stamp["grid"]["last"] == 0.01
+    assert again(continuous, trained)[0]["estimate"] == "probability-flow ODE, uniform dequantisation"
+
+
+def test_a_toy_chain_s_bound_is_in_nats(tmp_path: Path, images: Path) -> None:
+    """An untrained chain of vectors: the Gaussian decoder's density, and no levels."""
+    change = {"training__continuous": "false", "sampling__grid": "uniform", "training__time": "uniform"}
+    for mode in ("train", "likelihood"):
+        assert run(words("vp_toy", mode, tmp_path, images, **change)) == 0
+    stamp, arrays = bound_of(tmp_path)
+    assert stamp["unit"] == "nats" and stamp["estimate"] == "variational bound of 30 steps, Gaussian decoder"
+    assert arrays["nats"].shape == (3, 1) and np.isfinite(arrays["nats"]).all()
 
 
 def test_two_processes_share_an_evaluation(trained: Path, images: Path) -> None:

@@ -3,14 +3,15 @@
 import math
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from score_sde import DDPM, SDE, SMLD, VPSDE, from_score
-from score_sde.closed_form import Empirical, Gaussian, Mixture
-from score_sde.ode import integrate
+from score_sde.closed_form import Boxes, Empirical, Gaussian, Mixture
+from score_sde.ode import Solver, integrate
 from score_sde.sdes import like
 from tests.oracles import SDES, name
 
@@ -131,6 +132,47 @@ def test_a_data_set_is_a_mixture_of_points(sde: SDE) -> None:
     torch.testing.assert_close(exact(near, torch.tensor(0.01, dtype=torch.float64)).data, points, rtol=0, atol=1e-3)
 
 
+LOW = [[-1.0, 0.0], [0.5, -0.7]]
+HIGH = [[-0.2, 0.4], [0.7, 1.0]]
+
+
+@EVERY
+def test_boxes_are_mixtures_of_their_points(sde: SDE) -> None:
+    """Gauss and Legendre's nodes in each box stand for all its points, once they lie closer than the noise."""
+    boxes = Boxes(sde, [1.0, 3.0], LOW, HIGH)
+    u, w = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(48))
+    low, high = torch.tensor(LOW, dtype=torch.float64), torch.tensor(HIGH, dtype=torch.float64)
+    nodes = low[:, None] + (high - low)[:, None] * (u[:, None] + 1) / 2  # (box, node, dimension)
+    points = torch.cat([torch.cartesian_prod(*box.T) for box in nodes])
+    weights = torch.cat([share * torch.outer(w, w).flatten() / 4 for share in (0.25, 0.75)])
+    dots = Mixture(sde, weights, points, 0.0)
+    levels = torch.tensor([0.1, 0.4, 1.5, 100.0], dtype=torch.float64)  # sigma/alpha
+    times = sde.time(-2 * torch.log(levels)).clamp(max=1)
+    x = sde.perturb(points[[5, 1000, 3000, 4000]], times, 2 * numbers(4, 2, seed=6))
+    for a, b in zip(boxes(x, times), dots(x, times)):
+        close(a, b)
+    close(boxes.log_prob(x, times), dots.log_prob(x, times))
+    close(boxes(x, times[2]).data[2], boxes(x, times).data[2])  # a scalar time is the time of every example
+
+
+def test_score_of_boxes_is_the_gradient_of_their_log_density_inside_and_far_outside() -> None:
+    sde, t = VPSDE(), torch.tensor(1e-3, dtype=torch.float64)  # sigma 0.01: the far points lie 400 of it away
+    model = Boxes(sde, [1.0, 3.0], LOW, HIGH)
+    x = torch.tensor([[-0.6, 0.2], [-0.2, 0.41], [0.0, 0.0], [5.0, -4.0], [-0.6, 4.0]], dtype=torch.float64)
+    x.requires_grad_(True)
+    (score,) = torch.autograd.grad(model.log_prob(x, t).sum(), x)
+    e = model(x.detach(), t)
+    torch.testing.assert_close(e.score, score, rtol=1e-9, atol=1e-7)
+    assert e.score[0].abs().max() < 1e-9  # flat deep inside
+    # Far outside, the data are the nearest corner but for sigma²/distance.
+    corners = torch.tensor([[0.7, -0.7], [0.5, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(e.data[3:], corners, rtol=0, atol=1.2e-4)
+    close(sde.alpha(t) * e.data + sde.sigma(t) * e.noise, x.detach())
+    single = model(x.detach().float(), t)
+    assert single.data.dtype == single.noise.dtype == model.log_prob(x.float(), t).dtype == torch.float32
+    torch.testing.assert_close(single.data.double(), e.data, rtol=0, atol=1e-5)
+
+
 def test_one_point_is_known_at_every_noise_level() -> None:
     point = numbers(1, *SHAPE)
     model = Empirical(VPSDE(), point)
@@ -148,7 +190,7 @@ def test_flow_of_a_gaussian_solves_the_probability_flow_ode(sde: SDE, kind: str)
     def velocity(t: Tensor, y: Tensor) -> Tensor:
         return sde.velocity(y, t, model.score(y, t))
 
-    end, _ = integrate(velocity, x, 1.0, 0.05, sde=sde, rtol=1e-9, atol=1e-10, method="dopri8")
+    end, _ = integrate(velocity, x, 1.0, 0.05, sde=sde, solver=Solver("dopri8", rtol=1e-9, atol=1e-10))
     one, late = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
     flown = model.flow(x, one, late)
     torch.testing.assert_close(flown, end, rtol=1e-7, atol=1e-7)  # the solver's global error
@@ -196,6 +238,12 @@ def test_errors_name_the_thing_and_the_remedy() -> None:
         model(numbers(4, 6), torch.tensor(0.5))
     with pytest.raises(ValueError, match=r"label must lie in 0..2"):
         model.given(label=3)(numbers(4, *SHAPE), torch.tensor(0.5))
+    with pytest.raises(ValueError, match=r"one per box, and low and high \(K, \*shape\) alike, got \[1.0\], \(2, 2\)"):
+        Boxes(sde, [1.0], LOW, HIGH)
+    with pytest.raises(ValueError, match=r"low must be below high in every dimension of every box, got -0.2"):
+        Boxes(sde, [1.0, 1.0], HIGH, LOW)
+    with pytest.raises(ValueError, match=r"x must have shape \(B, 2\), got \(4, 6\)"):
+        Boxes(sde, [1.0, 1.0], LOW, HIGH)(numbers(4, 6), torch.tensor(0.5))
     with pytest.raises(ValueError, match=r"data must have shape \(N, \*shape\)"):
         Empirical(sde, torch.zeros(5))
 

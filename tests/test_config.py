@@ -248,8 +248,24 @@ CONTRADICTIONS = [
     ("training.accumulate=3", "not divisible"),
     ("training.continuous=0 training.sde=subvpsde", "needs training.sde to be one of vpsde, vesde"),
     ("training.continuous=0 training.time=log_snr", "leave training.time=uniform"),
+    ("training.time=second_moment", "training.time=second_moment needs the steps of a chain: set training.continuous"),
+    ("training.objective=vlb", "training.objective=vlb needs the steps of a chain: set training.continuous=False"),
+    ("training.continuous=0 training.objective=hybrid", "set model.learned_variance=True"),
+    ("training.continuous=0 model.learned_variance=1", "training.objective=denoising trains no variances"),
+    ("training.continuous=0 training.objective=vlb model.num_scales=1 training.sde=vesde", "at least 2 steps, got"),
+    ("training.continuous=0 training.objective=vlb data.uniform_dequantization=1", "vlb decodes levels: set data.unif"),
+    ("sampling.variance=learned", "set model.learned_variance=True"),
+    ("data.dataset=ring model.name=mlp data.random_flip=0 eval.clip_denoised=1", "eval.clip_denoised holds pixels"),
+    ("data.dataset=ring model.name=mlp data.random_flip=0 sampling.clip_denoised=1", "sampling.clip_denoised holds"),
+    ("training.continuous=0 eval.steps=1001", "eval.steps must be at most the chain's model.num_scales=1000, got 1001"),
+    ("training.continuous=0 eval.terms=1000", "eval.terms must be at most the bound's 999 diffusion terms, got 1000"),
+    ("eval.steps=20 eval.terms=21", "eval.terms must be at most the bound's 20 diffusion terms, got 21"),
+    ("eval.steps=1", "eval.steps must be 0 or at least 2, got 1"),
     ("training.time=importance", "set training.likelihood_weighting=True"),
     ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    ("training.objective=sliced_vr training.compile=1", "second derivatives, which torch.compile does not"),
+    ("training.objective=finite_difference training.precision=bfloat16", "set training.precision=float32"),
+    ("training.objective=finite_difference", "difference of two dropout masks for a derivative: set model.dropout=0"),
     ("model.sigma_min=50", "model.sigma_min=50 must be below model.sigma_max=50"),
     ("model.beta_min=21", "model.beta_min=21 must not exceed model.beta_max=20"),
     (
@@ -296,6 +312,7 @@ def test_tables_of_choices_and_limits_name_existing_keys() -> None:
         ("training.sde=edm model.sigma_min=.002 model.sigma_max=80 model.t_min=0", EDMSDE()),
         ("training.continuous=0", DDPM.linear(1000).as_sde()),
         ("training.continuous=0 training.sde=vesde", SMLD.from_sde(VESDE()).as_sde()),
+        ("training.continuous=0 training.sde=cosine model.num_scales=400 sampling.steps=9", DDPM.cosine(400).as_sde()),
     ],
 )
 def test_sde_is_what_the_config_says(settings: str, sde: object) -> None:
@@ -314,6 +331,7 @@ def test_sde_is_what_the_config_says(settings: str, sde: object) -> None:
         ("probability_flow=1", FixedODE("euler")),
         ("predictor=reverse_diffusion probability_flow=1", ReverseDiffusion(flow=True)),
         ("predictor=ancestral_sampling", Ancestral()),
+        ("predictor=ancestral_sampling variance=large", Ancestral("large")),
         ("predictor=none corrector=ald snr=0.2", AnnealedLangevin(snr=0.2)),
         ("predictor=reverse_diffusion corrector=langevin", PredictorCorrector(ReverseDiffusion(), Langevin())),
         ("predictor=none corrector=langevin n_steps_each=2", Langevin(steps=2)),
@@ -371,11 +389,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     # No value is a default's.
     keys = """nf=24 ch_mult=1,3 num_res_blocks=5 attn_resolutions=2 dropout=0.3 nonlinearity=elu resamp_with_conv=0
         embedding_type=fourier label=sigma fourier_scale=3 fir=1 fir_kernel=1,2,1 skip_rescale=0 resblock_type=ddpm
-        progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7"""
+        progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
+        learned_variance=1"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
+    overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
-    both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True)
+    both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
 
     build_network(load(VP, overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)
@@ -387,11 +407,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
 
     for name in ("ddpm", "ncsnpp"):
         build_network(load(VP, {"model.name": name, "model.conditional": "0"}), (2, 4, 6))
-        assert made.pop()[1]["embedding"] is None
+        options = made.pop()[1]
+        assert options["embedding"] is None and options["out_channels"] is None
 
     vectors = {"model.name": "mlp", "data.dataset": "ring", "data.random_flip": "0"}
     build_network(load(VP, {**overrides, **vectors}), (9,))
-    assert made.pop() == ((9,), dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3))
+    mlp = dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3, out_features=18)
+    assert made.pop() == ((9,), mlp)
 
 
 def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> None:

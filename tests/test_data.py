@@ -8,9 +8,19 @@ import torch
 from sklearn.datasets import load_digits
 
 from score_sde import VPSDE, closed_form
+from score_sde.closed_form import Mixture
 from score_sde.data import Split, batch, batch_indices, load_data
 from score_sde.files import Stream
-from score_sde.toys import TOYS, checkerboard, checkerboard_log_prob, ring, ring_mixture
+from score_sde.toys import (
+    EXACT,
+    TOYS,
+    checkerboard,
+    checkerboard_log_prob,
+    moons_mixture,
+    ring,
+    ring_mixture,
+    swiss_roll_mixture,
+)
 
 
 def images(n: int, seed: int = 0) -> Split:
@@ -165,3 +175,38 @@ def test_checkerboard_lies_on_its_density_which_integrates_to_one():
     counts = torch.bincount((4 * squares[:, 0] + squares[:, 1]).long(), minlength=16)
     assert ((counts > 0) == (torch.arange(16) // 4 + torch.arange(16) % 4).remainder(2).eq(0)).all()
     assert (counts[counts > 0] / 20_000 - 1 / 8).abs().max() < 5 * math.sqrt(1 / 8 * 7 / 8 / 20_000)
+
+
+@pytest.mark.parametrize("name", TOYS)
+@pytest.mark.parametrize("t", [0.003, 0.1], ids=["little noise", "much noise"])
+def test_exact_models_answer_for_the_points_that_are_drawn(name, t):
+    """What is left of the noise is uncorrelated with any function of x_t, as it is for E[z | x_t] alone."""
+    sde, n = VPSDE(), 10_000
+    time = torch.tensor(t, dtype=torch.float64)
+    x0 = TOYS[name](n, 5).double()
+    z = torch.randn(n, 2, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    x = sde.perturb(x0, time, z)
+    noise = EXACT[name](sde)(x, time).noise
+    waves = torch.cat([(x @ torch.tensor(w, dtype=torch.float64)).sin() for w in ([[9.0], [2.0]], [[-3.0], [8.0]])], 1)
+    for f in (noise, x, x.flip(1), waves):
+        each = (z - noise) * f
+        assert (each.mean(0) / (each.std(0) / n**0.5)).abs().max() < 4  # standard errors, 16 numbers a case
+
+
+@pytest.mark.parametrize("mixture", [moons_mixture, swiss_roll_mixture])
+def test_more_nodes_do_not_change_a_curve(mixture):
+    t = torch.tensor(1e-5, dtype=torch.float64)
+    x = TOYS[mixture.__name__.removesuffix("_mixture")](1000, 2).double()
+    few, many = (Mixture(VPSDE(), *m) for m in (mixture(), mixture(1000)))
+    torch.testing.assert_close(few(x, t).noise, many(x, t).noise, rtol=0, atol=1e-8)
+    torch.testing.assert_close(few.log_prob(x, t), many.log_prob(x, t), rtol=0, atol=1e-7)
+
+
+def test_boxes_of_the_checkerboard_are_its_black_squares():
+    model, t = EXACT["checkerboard"](VPSDE()), torch.tensor(1e-5, dtype=torch.float64)  # sigma 0.001
+    grid = (torch.arange(64, dtype=torch.float64) + 0.5) / 32 - 1  # none within 0.0156 of an edge
+    plane = torch.cartesian_prod(grid, grid)
+    black = torch.isfinite(checkerboard_log_prob(plane))
+    density = model.log_prob(plane, t).exp()
+    assert int(black.sum()) == 64**2 // 2 and (density[black] - 0.5).abs().max() < 1e-5
+    assert density[~black].max() < 1e-40

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 from score_sde import DDPM, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.losses import denoising, likelihood, simple
-from score_sde.model import label_log_sigma, predict_edm, unit_variance
+from score_sde.model import RuleName, label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP
 from score_sde.sdes import like
 from score_sde.time_laws import TimeLaw, discrete, importance, log_snr, low_discrepancy, uniform, uniform_numbers
@@ -129,6 +130,43 @@ def test_gradients_lead_a_linear_model_to_the_closed_form() -> None:
     v = sde.alpha(t) ** 2 * COV + sde.sigma(t) ** 2 * torch.eye(2, dtype=torch.float64)
     torch.testing.assert_close(network.weight, sde.sigma(t) * v.inverse(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(network.bias, -sde.sigma(t) * sde.alpha(t) * (v.inverse() @ MEAN), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rule", ["noise", "data", "v", "score", "edm", "mean"])
+def test_every_parametrisation_is_led_to_the_same_optimum(rule: RuleName) -> None:
+    """A linear network with a bias is all that Gaussian data ask for; what its output means is the rule's affair."""
+    x0, z, w = nodes()
+    for sde, t in [(DDPM.linear(20, 0.01, 0.3).as_sde(), 0.35), (SMLD([0.1, 1.0, 5.0]).as_sde(), 2 / 3)]:
+        times = torch.full((len(x0),), t, dtype=torch.float64)
+        linear = torch.nn.Linear(2, 2, dtype=torch.float64)
+        torch.nn.init.zeros_(linear.weight)
+        torch.nn.init.zeros_(linear.bias)
+        model = Preconditioned(WithoutLabel(linear), sde, rule)
+        optimizer = torch.optim.LBFGS(
+            linear.parameters(), max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+        )
+
+        def closure(model: ScoreModel = model, times: Tensor = times, optimizer: Any = optimizer) -> Tensor:
+            optimizer.zero_grad()
+            loss = w @ denoising(model, x0, times, z, simple)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        x = model.sde.perturb(x0, times, z)
+        with torch.no_grad():
+            found, wanted = model(x, times), Gaussian(sde, MEAN, COV)(x, times)
+        torch.testing.assert_close(found.noise, wanted.noise, rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.data, wanted.data, rtol=0, atol=1e-4)
+
+
+class WithoutLabel(torch.nn.Module):
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.network(x)
 
 
 # --- time laws

@@ -10,12 +10,13 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from score_sde import VPSDE, closed_form, interop
+from score_sde import VPSDE, closed_form, interop, losses
 from score_sde.codecs import VectorCodec, codec_of
 from score_sde.config import default_config
 from score_sde.data import Data, Split, load_data
 from score_sde.ema import RAMP, ema_decay, ema_update
 from score_sde.parallel import Processes
+from score_sde.time_laws import SecondMoments
 from score_sde.toys import ring, ring_mixture
 from score_sde.train import (
     Batch,
@@ -246,6 +247,52 @@ def test_the_seed_decides_weights_and_batches() -> None:
     config = toy_config()
     config.seed = 43
     assert largest_difference(first, parameters(run_steps(config, load_data("ring"))[0])) > 1e-3
+
+
+def chain_config(**changes: object) -> ConfigDict:
+    """The ring as a chain of four steps, trained for its bound with times by second moments."""
+    changes = dict(model__num_scales=4, model__beta_max=3.0, model__label="index", sampling__steps=4) | changes
+    config = toy_config(training__continuous=False, training__objective="vlb", **changes)
+    config.model.learned_variance = True
+    config.training.time = "second_moment"
+    return config
+
+
+def test_the_law_of_second_moments_learns_from_unweighted_losses_and_draws_the_next_batch() -> None:
+    config, data = chain_config(training__batch_size=64), load_data("ring")
+    state = make_state(config, data.shape, torch.device("cpu"))
+    assert isinstance(state.law, SecondMoments)
+    objective, sde, seen = Objective(state.model, config), state.model.sde, []
+    for _ in range(3):
+        b = draw(config, data.train, VectorCodec(), sde, state.step, slice(None), flip=False, law=state.law)
+        record = train_step(state, objective, b, config)
+        torch.testing.assert_close(record.loss, record.error * b.importance.float())
+        state.law.update(b.t, record.error)
+        seen.append((b.t, record.error.double()))
+    t, errors = (torch.cat(parts) for parts in zip(*seen))
+    assert state.law.counts.sum() == 3 * 64 and state.law.counts.min() >= 10
+    size = torch.stack([errors[(t * 4).round() == i + 1][-10:].square().mean().sqrt() for i in range(4)])
+    chances = 0.999 * size / size.sum() + 0.001 / 4
+    b = draw(config, data.train, VectorCodec(), sde, 3, slice(None), flip=False, law=state.law)
+    torch.testing.assert_close(b.importance, 1 / (4 * chances[(b.t * 4).round().long() - 1]))
+    assert b.importance.std() > 0.1
+    evaluated = draw(config, data.test, VectorCodec(), sde, 0, slice(None), flip=False)  # held-out losses: evenly
+    assert bool((evaluated.importance == 1).all())
+
+
+@pytest.mark.parametrize("objective", ["vlb", "hybrid"])
+def test_a_chain_s_objectives_decode_the_levels_of_the_data(digits: Data, objective: str) -> None:
+    config = image_config(training__continuous=False, model__num_scales=40, training__objective=objective)
+    config.model.learned_variance = True
+    state, codec = make_state(config, digits.shape, torch.device("cpu")), codec_of(17)
+    x0, z = codec.encode(digits.train.x[:6]), torch.zeros(6, 1, 8, 8)  # type: ignore[index]
+    t = torch.arange(1, 7, dtype=torch.float64) / 40
+    loss = {"vlb": losses.variational, "hybrid": losses.hybrid}[objective]
+    with torch.no_grad():
+        found = Objective(state.model, config, codec)(x0, t, z, z[:, None][:, :0])[1]
+        torch.testing.assert_close(found, loss(state.model, x0, t, z, levels=17, width=2.0))
+        floats = loss(state.model, x0, t, z)
+    assert torch.equal(found[1:], floats[1:]) and found[0] != floats[0]
 
 
 # -- schedules

@@ -3,6 +3,7 @@
 from . import times
 from .base import Sampler, sample
 from .deterministic import AdaptiveODE, FixedODE, Heun
+from .langevin import Draws, langevin_dynamics, langevin_walk
 from .stochastic import (
     DDIM,
     Ancestral,
@@ -18,6 +19,7 @@ __all__ = [
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "Draws",
     "EulerMaruyama",
     "FixedODE",
     "Heun",
@@ -25,6 +27,8 @@ __all__ = [
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",
+    "langevin_dynamics",
+    "langevin_walk",
     "sample",
     "times",
 ]

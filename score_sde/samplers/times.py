@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 import torch
 from torch import Tensor
 
@@ -34,6 +36,19 @@ def karras(sde: SDE, n: int, rho: float = 7.0) -> Tensor:
     """Evenly spaced in (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5)."""
     first, last = torch.exp(-sde.log_snr(_ends(sde)) / (2 * rho))
     return _with_ends(sde, sde.time(-2 * rho * torch.log(first + (last - first) * _unit(n))))
+
+
+def spaced(n: int, count: int) -> Tensor:
+    """`count` of a chain's n steps, evenly spaced, from 1 to 1/n: the first, the last, and what lies between.
+
+    The chain of these times alone is Improved DDPM's respaced one (Nichol & Dhariwal 2021, section 4), rounding
+    included. Raises ValueError for more steps than the chain has.
+    """
+    if not 1 <= count <= n:
+        raise ValueError(f"a chain of {n} steps can be walked in 1 to {n} of them, got {count}")
+    stride = (n - 1) / max(count - 1, 1)
+    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: where a half is rounded to hangs on it
+    return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
 
 
 def _ends(sde: SDE) -> Tensor:

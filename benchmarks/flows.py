@@ -1,0 +1,159 @@
+"""``python -m benchmarks.flows``: memory of a flow's gradient against its evaluations, by backprop and by the adjoint.
+
+Two measures of one forward and backward pass of the log-likelihood: the bytes that autograd keeps alive at the worst
+moment, counted exactly, and by how much the process's resident memory grew, each case in a process of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import resource
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+import torch
+from torch import Tensor, nn
+
+from score_sde import Flow, NetworkVelocity, Solver
+from score_sde.networks import MLP
+
+from .timing import Table, machine
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PICTURE = Path(__file__).parent.parent / "docs" / "images" / "flow_memory.png"
+STEPS = (4, 8, 16, 32, 64, 128)
+TOLERANCES = (1e-3, 1e-5, 1e-7)
+BATCH = 128
+
+
+class Case(NamedTuple):
+    """One pass: evaluations forwards, bytes kept alive, growth of resident memory in bytes, seconds, the gradient."""
+
+    nfe: int
+    saved: int
+    resident: int
+    seconds: float
+    gradient: Tensor
+
+
+def peak_saved_bytes(work: Callable[[], object]) -> int:
+    """Most bytes that tensors saved for backward passes hold at one time while `work` runs, each storage once."""
+    live: Counter[int] = Counter()
+    held = peak = 0
+
+    class Saved:
+        def __init__(self, tensor: Tensor) -> None:
+            nonlocal held, peak
+            storage = tensor.untyped_storage()
+            self.tensor, self.key, self.size = tensor, storage.data_ptr(), storage.nbytes()
+            live[self.key] += 1
+            if live[self.key] == 1:
+                held += self.size
+                peak = max(peak, held)
+
+        def __del__(self) -> None:
+            nonlocal held
+            live[self.key] -= 1
+            if live[self.key] == 0:
+                held -= self.size
+
+    with torch.autograd.graph.saved_tensors_hooks(Saved, lambda saved: saved.tensor):
+        work()
+    return peak
+
+
+def flow_of(solver: Solver) -> tuple[Flow, Tensor]:
+    """A flow of a network of 38,000 parameters moved off its start at zero velocity, and a batch."""
+    torch.manual_seed(0)
+    network = MLP(2, width=64, depth=3)
+    nn.init.normal_(network.last.weight, std=0.2)
+    return Flow(NetworkVelocity(network), solver=solver), torch.randn(BATCH, 2)
+
+
+def measure(solver: Solver) -> Case:
+    """One pass counted, and one timed and weighed."""
+    flow, x = flow_of(solver)
+    with torch.no_grad():
+        nfe = flow.evaluate(x).nfe
+    flow.log_prob(x[:1]).mean().backward()  # what autograd sets up once
+    flow.zero_grad()
+    gc.collect()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    start = time.process_time()
+    flow.log_prob(x).mean().backward()
+    seconds = time.process_time() - start
+    resident = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    gradient = torch.cat([p.grad.flatten() for p in flow.parameters() if p.grad is not None])
+    saved = peak_saved_bytes(lambda: flow.log_prob(x).mean().backward())
+    return Case(nfe, saved, resident, seconds, gradient)
+
+
+def apart(solver: Solver) -> Case:
+    """`measure` in a process of its own, whose peak memory is this case's."""
+    code = (
+        "import sys, torch; torch.set_num_threads(1); from benchmarks.flows import *; "
+        f"torch.save(tuple(measure({solver!r})), sys.stdout.buffer)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    import io
+
+    return Case(*torch.load(io.BytesIO(out.stdout)))
+
+
+def memory(solvers: list[Solver]) -> tuple[Table, dict[str, list[Case]]]:
+    """Both gradients of each solver, as a table and as they are."""
+    cases: dict[str, list[Case]] = {"backprop": [], "adjoint": []}
+    rows = []
+    for solver in solvers:
+        back, adjoint = (
+            apart(Solver(solver.method, solver.rtol, solver.atol, solver.steps, gradient))  # type: ignore[arg-type]
+            for gradient in cases
+        )
+        cases["backprop"].append(back)
+        cases["adjoint"].append(adjoint)
+        difference = float((back.gradient - adjoint.gradient).norm() / back.gradient.norm())
+        name = f"{solver.method}, " + (f"{solver.steps} steps" if solver.steps else f"tolerance {solver.rtol:g}")
+        megabytes = [f"{n / 2**20:.3g}" for n in (back.saved, adjoint.saved, back.resident, adjoint.resident)]
+        seconds = [f"{c.seconds:.2f}" for c in (back, adjoint)]
+        rows.append((name, str(back.nfe), *megabytes, *seconds, f"{difference:.0e}"))
+        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+    head = (
+        "solver", "evaluations", "saved MB, backprop", "saved MB, adjoint", "RSS MB, backprop", "RSS MB, adjoint",
+        "s, backprop", "s, adjoint", "gradients differ",
+    )  # fmt: skip
+    notes = [
+        f"log-likelihood of {BATCH} points in the plane, exact trace; MLP of width 64 and depth 3; evaluations forwards",
+        "saved: peak of the tensors that autograd keeps for backward passes; RSS: growth of the process's peak; "
+        "differ: |backprop - adjoint|/|backprop|; seconds of one thread, forward and backward",
+    ]
+    return Table("Memory of a flow's gradient", head, rows, notes), cases
+
+
+def draw(cases: dict[str, list[Case]], path: Path) -> None:
+    """Peak memory against evaluations, both measures."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, key, title in zip(axes, ("saved", "resident"), ("Saved for backward", "Growth of resident memory")):
+        for (gradient, found), mark in zip(cases.items(), "os"):
+            axis.loglog([c.nfe for c in found], [getattr(c, key) / 2**20 for c in found], mark + "-", label=gradient)
+        axis.set(xlabel="evaluations of the velocity", ylabel="MB", title=title)
+        axis.grid(alpha=0.3)
+    axes[0].legend()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    print(machine(torch.device("cpu")))
+    fixed = [Solver("rk4", steps=n) for n in STEPS]
+    table, found = memory([*fixed, *(Solver("dopri5", tolerance, tolerance) for tolerance in TOLERANCES)])
+    print(f"\n{table}")
+    draw({gradient: cases[: len(fixed)] for gradient, cases in found.items()}, PICTURE)
+    print(f"\npicture: {PICTURE}")
