@@ -8,9 +8,11 @@ from . import closed_form, losses, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
+from .continuous_bound import ContinuousBound, variational_bound
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import clip, guide
+from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .metrics import sliced_wasserstein
@@ -59,6 +61,7 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "Bound",
+    "ContinuousBound",
     "CosineSDE",
     "Diffusion",
     "Energy",
@@ -68,7 +71,9 @@ __all__ = [
     "Flow",
     "Heun",
     "Langevin",
+    "LearnedVPSDE",
     "Likelihood",
+    "MonotoneSchedule",
     "NetworkVelocity",
     "NoiseLevels",
     "Preconditioned",
@@ -103,4 +108,5 @@ __all__ = [
     "sliced_wasserstein",
     "time_laws",
     "times",
+    "variational_bound",
 ]

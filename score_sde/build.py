@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from . import model as models
 from .chains import DDPM, SMLD
+from .learned import LearnedVPSDE, MonotoneSchedule
 from .model import Preconditioned, TimeMap
 from .networks import MLP, NCSN, NCSNv2, UNet
 from .ode import ADAPTIVE, FIXED
@@ -39,6 +40,9 @@ SDES: dict[str, Callable[[ConfigDict], SDE]] = {
     "vesde": lambda m: VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
     "cosine": lambda m: CosineSDE(t_min=m.t_min),
     "edm": lambda m: EDMSDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
+    "learned": lambda m: LearnedVPSDE(
+        schedule=MonotoneSchedule(m.gamma_min, m.gamma_max, learn_ends=m.learn_ends), t_min=m.t_min
+    ),
 }
 CHAINS: dict[str, Callable[[ConfigDict], DDPM | SMLD]] = {
     "vpsde": lambda m: DDPM.from_sde(VPSDE(beta_min=m.beta_min, beta_max=m.beta_max), m.num_scales),
@@ -162,6 +166,7 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
         activation=m.nonlinearity,
         resample_conv=m.resamp_with_conv,
         centered=config.data.centered,
+        fourier_features=m.fourier_features,
         checkpoint_activations=config.training.checkpoint_activations,
         out_channels=2 * shape[0] if m.learned_variance else None,
         scale_shift=m.scale_shift,

@@ -51,6 +51,7 @@ def default_config() -> ConfigDict:
                 # second_moment (of their losses; unbiased)
                 "time": "uniform",
                 "low_discrepancy": False,  # spread the times of a batch evenly
+                "soft_truncation": 0.0,  # k: a batch's smallest time has density tau^-k; 0: always model.t_min
                 "precision": "float32",  # bfloat16: the network runs in autocast
                 "compile": False,  # torch.compile the network
                 "channels_last": False,  # memory format of images and weights
@@ -127,6 +128,9 @@ def default_config() -> ConfigDict:
                 "sigma_max": 50.0,  # noise at t = 1 (vesde, edm)
                 "beta_min": 0.1,  # noise rate at t = 0 (vpsde, subvpsde)
                 "beta_max": 20.0,  # noise rate at t = 1 (vpsde, subvpsde)
+                "gamma_min": -13.3,  # minus log SNR at t = 0 (learned)
+                "gamma_max": 5.0,  # minus log SNR at t = 1 (learned)
+                "learn_ends": False,  # learn these two as well, by the bound
                 "num_scales": 1000,  # steps of the chain, where training.continuous is False
                 "t_min": 1e-5,  # smallest time trained on
                 "nf": 128,  # channels of the finest level
@@ -149,6 +153,7 @@ def default_config() -> ConfigDict:
                 "num_heads": 1,  # of attention
                 "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
                 "nonlinearity": "swish",
+                "fourier_features": (),  # n: sin and cos of 2^n pi x join the image's channels
                 "hidden": 128,  # mlp: width
                 "depth": 3,  # mlp: hidden layers
                 "ema_rate": 0.9999,  # decay of the moving average of the weights, per step
@@ -213,7 +218,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     "at least 0": (
         lambda v: v >= 0,
         """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr eval.num_images eval.terms
-        data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
+        data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup
+        training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
@@ -385,6 +391,21 @@ def validate(config: ConfigDict) -> None:
         discrete and t.sde == "vpsde" and m.beta_max >= m.num_scales,
         f"a chain of model.num_scales={m.num_scales} steps is too coarse for model.beta_max={m.beta_max:g}: "
         f"beta_max/num_scales must be below 1",
+    )
+    learned = t.sde == "learned"
+    refuse(
+        learned and not (t.likelihood_weighting and t.time == "uniform" and m.label == "log_sigma"),
+        "training.sde=learned has a loss whose mean its shape must leave: set training.likelihood_weighting=True and "
+        "training.time=uniform, and tell the network the noise level by model.label=log_sigma",
+    )
+    refuse(
+        m.gamma_min >= m.gamma_max,
+        f"model.gamma_min={m.gamma_min:g} must be below model.gamma_max={m.gamma_max:g}",
+    )
+    refuse(
+        t.soft_truncation > 0 and (discrete or learned or t.time == "log_snr" or m.t_min == 0),
+        "training.soft_truncation weights continuous times above model.t_min > 0: set training.continuous=True, "
+        "training.time=uniform or importance (which is log_snr with weights) and an SDE that is not learned",
     )
     vanishing = t.sde in ("vpsde", "subvpsde", "cosine")
     for name, t_min in (("model.t_min", m.t_min), ("sampling.t_min", s.t_min), ("eval.t_min", e.t_min)):

@@ -66,6 +66,8 @@ class ScoreModel(nn.Module, ABC):
     def __init__(self, sde: SDE) -> None:
         super().__init__()
         self.sde = sde
+        if sde.module is not None:
+            self.schedule = sde.module
 
     @abstractmethod
     def forward(self, x: Tensor, t: Tensor, *args: Any, **condition: Any) -> Estimate:
@@ -144,6 +146,12 @@ def predict_v(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
     return (alpha / norm, -sigma / norm), (sigma / norm, alpha / norm)
 
 
+def predict_residual(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
+    """F = noise - x, as the open code of Kingma et al. 2021 has it: at much noise it is small."""
+    one = torch.ones_like(alpha)
+    return ((1 - sigma) / alpha, -sigma / alpha), (one, one)
+
+
 def predict_edm(alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> tuple[Row, Row]:
     """F has unit variance and starts at its optimum for Gaussian data of standard deviation `sigma_data`.
 
@@ -170,9 +178,10 @@ def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
     return (skip, out), ((1 - alpha * skip) / sigma, -alpha * out / sigma)
 
 
-RuleName = Literal["noise", "v", "data", "mean", "score", "edm"]
+RuleName = Literal["noise", "residual", "v", "data", "mean", "score", "edm"]
 RULES: dict[str, Rule] = {
     "noise": predict_noise,
+    "residual": predict_residual,
     "v": predict_v,
     "data": predict_data,
     "score": predict_score,
@@ -212,7 +221,8 @@ class Preconditioned(ScoreModel):
         network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,), both given
             by position. With `learned_variance` the output has twice x's channels.
         sde: whose marginals the model describes.
-        rule: what F means: "noise", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) -> 2×2 matrix.
+        rule: what F means: "noise", "residual", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) ->
+            2×2 matrix.
         label: (alpha, sigma, t) -> (B,), what the network is told about the time; the default is 999 t.
         scale: (alpha, sigma, t) -> (B,), a factor of the network's input; the default is 1.
         learned_variance: the second half w of the output's channels is the estimate's `fraction`, (w + 1)/2, which

@@ -6,11 +6,15 @@ import math
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from . import losses, score_matching, time_laws
-from .codecs import Codec, VectorCodec
+from .bounds import prior_divergence
+from .codecs import Codec, PixelCodec, VectorCodec
+from .continuous_bound import reconstruction
+from .learned import MonotoneSchedule
 from .model import ScoreModel
 from .time_laws import TimeLaw
 
@@ -81,7 +85,11 @@ TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
 
 
 class Objective(nn.Module):
-    """The config's loss of a model, one value per example, with the unweighted loss beside it."""
+    """The config's loss of a model, one value per example, with the unweighted loss beside it.
+
+    For a learned SDE the loss has the gradients of its schedule too: the variance's for the shape and, for ends that
+    are learned, the bound's, whose end terms are then part of the value.
+    """
 
     def __init__(self, model: ScoreModel, config: ConfigDict, codec: Codec | None = None) -> None:
         super().__init__()
@@ -90,11 +98,26 @@ class Objective(nn.Module):
         self.estimate = OBJECTIVES[t.objective](config, codec or VectorCodec())
         self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
         self.sum = not t.reduce_mean
+        self.levels: Tensor | None = None
+        if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
+            self.levels = codec.encode(torch.arange(codec.levels))
 
     def forward(self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         error = self.estimate(self.model, x0, t, z, v)
         scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
-        return scale * self.weight(self.model.sde, t).to(error) * error, error.detach()
+        loss = scale * self.weight(self.model.sde, t).to(error) * error
+        schedule = self.model.sde.module
+        if isinstance(schedule, MonotoneSchedule):
+            loss = loss + scale * (schedule.variance_loss(t, error) + self.ends(schedule, x0, z).to(error))
+        return loss, error.detach()
+
+    def ends(self, schedule: MonotoneSchedule, x0: Tensor, z: Tensor) -> Tensor:
+        """The bound's end terms, on the scale of the weighted error, where the schedule's ends are learned."""
+        if not isinstance(schedule.ends, nn.Parameter):
+            return x0.new_zeros(len(x0))
+        sde, start = self.model.sde, torch.tensor(self.model.sde.t_min, dtype=torch.float64)
+        last = reconstruction(sde, x0, start, z, "gaussian" if self.levels is None else self.levels)
+        return 2 / x0[0].numel() * (prior_divergence(sde, x0, torch.ones_like(start)) + last)
 
 
 def time_law(config: ConfigDict) -> TimeLaw:
@@ -110,4 +133,4 @@ def learned_law(config: ConfigDict) -> time_laws.SecondMoments | None:
 
 def importance_weighted(config: ConfigDict) -> bool:
     """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
-    return bool(config.training.time in ("importance", "second_moment"))
+    return bool(config.training.time in ("importance", "second_moment") or config.training.soft_truncation > 0)

@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Noise = Callable[[Tensor], Tensor]  # noise(like): standard normal numbers in the shape of `like`
 
@@ -78,6 +78,11 @@ class SDE(ABC):
     @abstractmethod
     def g(self, t: Tensor) -> Tensor:
         """Diffusion coefficient, sqrt((sigma²)' - 2 f sigma²)."""
+
+    @property
+    def module(self) -> nn.Module | None:
+        """What holds the parameters of the curves, for an SDE that is learned."""
+        return None
 
     @property
     def prior_std(self) -> float:

@@ -5,6 +5,7 @@ A law maps uniform numbers u in [0, 1) to times, so that the numbers may be inde
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
@@ -52,7 +53,7 @@ def log_snr(sde: SDE, u: Tensor) -> Times:
     With weight 1 and these times left unweighted, the noise loss of VP is likelihood weighting with importance
     sampling, for g² / sigma² = -(log SNR)' there. The weights are those of uniform t: 1/((1 - t_min) density).
     """
-    first, last = sde.log_snr(u.new_tensor([max(sde.t_min, 1e-5), 1.0]))
+    first, last = _log_snr_ends(sde)
     t = sde.time(first + (last - first) * u).clamp(sde.t_min, 1.0)  # the inverse is exact to rounding only
     # -(log SNR)' = (g/sigma)² for every linear SDE: differentiate alpha²/sigma² with the moment equations.
     density = (sde.g(t) / sde.sigma(t)) ** 2 / (first - last)
@@ -76,16 +77,60 @@ def importance(weight: Weight) -> TimeLaw:
     return law
 
 
+def _log_snr_ends(sde: SDE) -> tuple[float, float]:
+    """Log SNR at t_min and 1; at 1e-5 where it is infinite at t_min."""
+    start, usual, end = sde.log_snr(torch.tensor([sde.t_min, 1e-5, 1.0], dtype=torch.float64)).tolist()
+    return start if math.isfinite(start) else usual, end
+
+
 @lru_cache(maxsize=8)
 def _table(weight: Weight, sde: SDE, cells: int = 4096) -> tuple[Tensor, Tensor]:
     """Edges, evenly spaced in log SNR from t_min to 1, and the distribution function of the weight there."""
-    ends = sde.log_snr(torch.tensor([max(sde.t_min, 1e-5), 1.0], dtype=torch.float64))
-    edges = sde.time(torch.linspace(ends[0].item(), ends[1].item(), cells + 1, dtype=torch.float64))
+    first, last = _log_snr_ends(sde)
+    edges = sde.time(torch.linspace(first, last, cells + 1, dtype=torch.float64))
     edges[0], edges[-1] = sde.t_min, 1.0
     mass = weight(sde, (edges[1:] + edges[:-1]) / 2) * edges.diff()
     return edges, torch.cat([mass.new_zeros(1), (mass / mass.sum()).cumsum(0)])
 
 
+def soft_truncation(law: TimeLaw, k: float, v: Tensor) -> TimeLaw:
+    """`law` above a smallest time tau, drawn for the whole batch with density proportional to tau^-k on [t_min, 1].
+
+    Soft truncation (Kim et al. 2022, arXiv:2106.05527, section 4). With its weights a loss h(t) averages over batches
+    to that of a general weight (their theorem 1),
+
+        1/(1 - t_min) integral from t_min to 1 of P(tau <= t) h(t) dt,
+        P(tau <= t) = log(t/t_min) / -log t_min for k = 1, else (1 - (t_min/t)^(k-1)) / (1 - t_min^(k-1)),
+
+    while in a batch with a large tau all times are large ones, which the weight alone would draw rarely.
+
+    Args:
+        law: any continuous one, a monotone map of u; its u are confined to those that it maps above tau.
+        k: 0 is uniform tau; larger k truncate less; the paper takes 1 to 2.
+        v: the batch's uniform number in [0, 1), ().
+
+    The law made raises ValueError for an SDE with t_min = 0, where tau^-k has no distribution.
+    """
+
+    def truncated(sde: SDE, u: Tensor) -> Times:
+        tau = truncation(sde.t_min, k, v)
+        low, high = torch.zeros_like(tau), torch.ones_like(tau)
+        for _ in range(53):
+            middle = (low + high) / 2
+            below = law(sde, middle[None]).t[0] < tau
+            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
+        t, weight = law(sde, low + (1 - low) * u)
+        return Times(t.clamp_min(tau), weight * (1 - low))
+
+    return truncated
+
+
+def truncation(t_min: float, k: float, v: Tensor) -> Tensor:
+    """tau in [t_min, 1] with density proportional to tau^-k, for uniform v in [0, 1) of any shape."""
+    if t_min <= 0:
+        raise ValueError(f"soft truncation needs t_min above 0, got {t_min}; 1e-5 is usual")
+    ratio = t_min ** (1 - v) if k == 1 else t_min * (1 - v * (1 - t_min ** (k - 1))) ** (1 / (1 - k))
+    return ratio.clamp(t_min, 1.0)
 class SecondMoments(nn.Module):
     """A chain's steps drawn in proportion to sqrt(E[loss²]), which this law learns from the losses it is shown.
 

@@ -137,7 +137,11 @@ def draw(
     n, seed = config.training.batch_size, config.seed
     k, _ = batch(split, step, n, seed, flip, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
-    times = (law or time_law(config))(sde, numbers(n, generator(seed, step, purpose)))
+    source, truncation = generator(seed, step, purpose), config.training.soft_truncation
+    law, drawn = law or time_law(config), numbers(n, source)
+    if truncation > 0 and purpose == _TRAINING:  # a held-out loss is one over all times
+        law = time_laws.soft_truncation(law, truncation, time_laws.uniform_numbers(1, source)[0])
+    times = law(sde, drawn)
     noise = generator(seed, step, purpose + 1, k.device)
     shape, floats = (n, *k.shape[1:]), torch.float32
     u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None

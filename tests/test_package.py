@@ -22,10 +22,21 @@ SETUP.read(ROOT / "setup.cfg")
 
 # Knowledge flows downward: a part imports from its own row and the rows above. Parts not named are in the row of train.
 ROWS = [
-    {"sdes", "chains", "noise_levels", "ode", "diffusions"},
+    {"sdes", "chains", "learned", "noise_levels", "ode", "diffusions"},
     {"model"},
     {"closed_form", "networks"},
-    {"losses", "score_matching", "time_laws", "samplers", "flows", "likelihood", "guidance", "metrics", "bounds"},
+    {
+        "losses",
+        "score_matching",
+        "time_laws",
+        "samplers",
+        "flows",
+        "likelihood",
+        "guidance",
+        "metrics",
+        "bounds",
+        "continuous_bound",
+    },
     {"train"},
     {"cli"},
 ]

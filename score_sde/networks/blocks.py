@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -77,6 +77,17 @@ class Fourier(nn.Module):
     def forward(self, label: Tensor) -> Tensor:
         angles = label.log()[:, None] * self.frequencies * (2 * math.pi)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+class Waves(nn.Module):
+    """(B, C, ...) to (B, C (1 + 2 N), ...): x, then sin(2^n pi x) and cos(2^n pi x) for each of the N exponents n."""
+
+    def __init__(self, exponents: Sequence[int]) -> None:
+        super().__init__()
+        self.factors = [2.0**n * math.pi for n in exponents]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, *(wave(factor * x) for factor in self.factors for wave in (torch.sin, torch.cos))], dim=1)
 
 
 class LabelEmbedding(nn.Module):

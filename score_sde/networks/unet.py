@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style
+from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves
 from .layers import ACTIVATIONS, Activation, conv
 from .levels import DownLevel, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
@@ -41,6 +41,9 @@ class UNet(nn.Module):
         groups: of group normalisation; None is min(channels // 4, 32).
         init_scale: of the last convolution of every branch, relative to the others.
         centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
+        fourier_features: integers n for which sin(2^n pi x) and cos(2^n pi x) join the input's channels (Kingma et al.
+            2021, arXiv:2107.00630, appendix C, with n = 7 and 8 for 256 levels in [-1, 1]): details as fine as the
+            levels, which a likelihood counts.
         checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
         scale_shift: the label scales the features as well as shifting them.
         heads: of self-attention.
@@ -71,6 +74,7 @@ class UNet(nn.Module):
         groups: int | None = None,
         init_scale: float = 0.0,
         centered: bool = True,
+        fourier_features: Sequence[int] = (),
         checkpoint_activations: bool = False,
         out_channels: int | None = None,
         scale_shift: bool = False,
@@ -112,7 +116,8 @@ class UNet(nn.Module):
         if embedding is not None:
             waves = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
             self.embed = LabelEmbedding(waves, 4 * width, act)
-        self.first = conv(channels, width, 3)
+        self.waves = Waves(fourier_features) if len(fourier_features) else None
+        self.first = conv(channels * (1 + 2 * len(fourier_features)), width, 3)
 
         skips = [width]  # channels of what the way down leaves for the way up
         pyramid = channels
@@ -156,7 +161,7 @@ class UNet(nn.Module):
             x = 2 * x - 1
         embedded = None if self.embed is None else self.embed(label.to(x.dtype))
 
-        h, shrunk = self.first(x), x
+        h, shrunk = self.first(x if self.waves is None else self.waves(x)), x
         skips = [h]
         for level in self.down:
             h, shrunk = level(h, embedded, shrunk, skips)
