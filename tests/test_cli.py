@@ -22,7 +22,7 @@ SHRUNK = {
     "training.n_iters": 1, "training.batch_size": 4, "training.compile": "false", "training.precision": "float32",
     "model.nf": 8, "model.ch_mult": "1,2", "model.num_res_blocks": 1, "model.attn_resolutions": "4",
     "model.hidden": 16, "model.num_scales": 30, "data.image_size": 8,
-    "sampling.steps": 3, "sampling.num_samples": 5, "sampling.batch_size": 3,
+    "sampling.steps": 3, "sampling.n_steps_each": 2, "sampling.num_samples": 5, "sampling.batch_size": 3,
     "eval.num_images": 3, "eval.batch_size": 2, "eval.rtol": 1e-2, "eval.atol": 1e-2, "eval.probe": "rademacher",
 }  # fmt: skip
 
@@ -40,6 +40,8 @@ def words(name: str, mode: str, workdir: Path, images: Path, **changes: object) 
     settings = {**SHRUNK, **{key.replace("__", "."): value for key, value in changes.items()}}
     if "ddpm_cifar" in name:
         settings["model.nf"] = 32  # 32 groups of channels
+    if name.startswith("ncsn"):
+        settings["model.ch_mult"] = "1,1,1"
     if "cifar" in name:
         settings |= {"data.dataset": "files", "data.path": images}
     overrides = [f"--config.{key}={value}" for key, value in settings.items()]

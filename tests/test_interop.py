@@ -216,7 +216,7 @@ def changed(**model) -> dict:
             "network (misses|does not know) .* tensors of the checkpoint, such as all_modules",
         ),
         (changed(nf=32), r"the config makes embed.hidden.weight \(128, 32\), the checkpoint \(64, 16\)"),
-        (changed(name="ncsnv2_64"), 'must be "ddpm" or "ncsnpp", got \'ncsnv2_64\''),
+        (changed(name="ncsnv2_32"), "must be one of ddpm, ncsnpp, ncsn, ncsnv2_64, .*, got 'ncsnv2_32'"),
         (config_of("ddpmpp_vp", sde="edm"), 'must be "vpsde", "subvpsde" or "vesde", got \'edm\''),
         (
             config_of("ddpmpp_vp", sde="vesde") | {"model": {**changed(sigma_max=348)["model"]}},
