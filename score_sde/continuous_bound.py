@@ -76,7 +76,7 @@ def variational_bound(
     Args:
         model: any score model.
         x: (B, *shape).
-        decoder: what x is given x_0, see `reconstruction`.
+        decoder: what x is, given x_0 at t_min; see `reconstruction`.
         t_min: where the integral begins.
         draws: of time and noise for each example; one evaluation of the model on the batch each.
         law: of the times. The default, uniform in log SNR, is importance sampling by the weight (g/sigma)².
@@ -151,5 +151,5 @@ def reconstruction(sde: SDE, x: Tensor, t: Tensor, z: Tensor, decoder: Decoder |
 def _levels(x: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values in order, index of the one nearest to x, distance to it)."""
     values = decoder.to(x).sort().values
-    nearest = torch.bucketize(x, (values[1:] + values[:-1]) / 2)
+    nearest = torch.bucketize(x.contiguous(), (values[1:] + values[:-1]) / 2)
     return values, nearest, (values[nearest] - x).abs()

@@ -133,9 +133,10 @@ SLIPS = [
     ("model.ch_mult", "1,b", "model.ch_mult must be integers such as 1,2,2, got '1,b'"),
     ("model.ch_mult", "1.5,2", "model.ch_mult must be integers such as 1,2,2, got (1.5, 2)"),
     ("model.ch_mult", "", "one per level, got ()"),
-    ("training.sde", "vpsd", "must be one of vpsde, subvpsde, vesde, cosine, edm, got 'vpsd'; did you mean 'vpsde'?"),
+    ("training.sde", "vpsd", "one of vpsde, subvpsde, vesde, cosine, edm, learned, got 'vpsd'; did you mean 'vpsde'?"),
     ("data.dataset", "CIFAR10", "got 'CIFAR10'; did you mean 'cifar10'?"),
     ("seed", "-1", "seed must be at least 0, got -1"),
+    ("training.soft_truncation", "-1", "training.soft_truncation must be at least 0, got -1.0"),
     ("device", "gpu", "device must be auto, cpu, cuda, cuda:N or mps, got 'gpu'"),
 ]  # fmt: skip
 
@@ -255,6 +256,13 @@ def test_overrides_are_taken_out_of_the_arguments() -> None:
 # Values that are sound alone and contradict each other: what is set on vp_cifar, and what the answer must contain.
 CONTRADICTIONS = [
     ("training.accumulate=3", "not divisible"),
+    ("training.sde=learned", "training.sde=learned has a loss whose mean its shape must leave"),
+    ("training.sde=learned training.likelihood_weighting=1", "tell the network the noise level by model.label=log_s"),
+    ("training.sde=learned training.likelihood_weighting=1 model.label=log_sigma training.time=importance", "=uniform"),
+    ("model.gamma_min=5", "model.gamma_min=5 must be below model.gamma_max=5"),
+    ("training.soft_truncation=1 training.time=log_snr", "training.time=uniform or importance (which is log_snr with"),
+    ("training.soft_truncation=1 training.continuous=0", "set training.continuous=True"),
+    ("training.soft_truncation=1 training.sde=vesde model.t_min=0", "above model.t_min > 0"),
     ("training.continuous=0 training.sde=subvpsde", "needs training.sde to be one of vpsde, vesde"),
     ("training.continuous=0 training.time=log_snr", "leave training.time=uniform"),
     ("training.time=second_moment", "training.time=second_moment needs the steps of a chain: set training.continuous"),
@@ -399,13 +407,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     keys = """nf=24 ch_mult=1,3 num_res_blocks=5 attn_resolutions=2 dropout=0.3 nonlinearity=elu resamp_with_conv=0
         embedding_type=fourier label=sigma fourier_scale=3 fir=1 fir_kernel=1,2,1 skip_rescale=0 resblock_type=ddpm
         progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
-        learned_variance=1 scale_shift=1 num_heads=3"""
+        learned_variance=1 fourier_features=3,4 scale_shift=1 num_heads=3"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
     overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
-    both |= dict(scale_shift=True, heads=3)
+    both |= dict(scale_shift=True, heads=3, fourier_features=(3, 4))
 
     build_network(load(VP, overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)

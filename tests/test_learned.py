@@ -27,6 +27,7 @@ from score_sde import (
     sample,
     times,
 )
+from score_sde.build import build_sde
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.codecs import codec_of
 from score_sde.config import default_config
@@ -291,6 +292,14 @@ def config_of(**changes: object) -> ConfigDict:
 
 
 ALONE = Processes(0, 1, torch.device("cpu"))
+
+
+def test_the_config_says_where_the_schedule_ends() -> None:
+    config = config_of(model__gamma_min=-7.0, model__gamma_max=4.0, model__learn_ends=True, model__t_min=0.01)
+    sde = build_sde(config)
+    assert isinstance(sde, LearnedVPSDE) and sde.t_min == 0.01
+    assert sde.schedule.ends.tolist() == [-7, 4] and isinstance(sde.schedule.ends, torch.nn.Parameter)
+    assert not isinstance(build_sde(config_of()).schedule.ends, torch.nn.Parameter)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("learn_ends", [False, True])

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from score_sde.networks import MLP, UNet
-from score_sde.networks.blocks import Attention, Fourier, ResidualBlock, Sinusoidal, Style
+from score_sde.networks.blocks import Attention, Fourier, ResidualBlock, Sinusoidal, Style, Waves
 from score_sde.networks.layers import ACTIVATIONS, Dropout, conv, group_norm, variance_scaling_
 from score_sde.networks.resample import ConvDown, ConvUp, down, up
 from tests.oracles import numbers
@@ -48,6 +48,27 @@ def small(**options) -> UNet:
 
 def labels(network: UNet, count: int = 2) -> torch.Tensor:
     return torch.linspace(3, 700, count, dtype=torch.float64)
+
+
+def test_fourier_features_of_the_input_join_its_channels() -> None:
+    x = numbers(2, 3, 4, 5)
+    found = Waves((7, 8))(x)
+    waves = [f(2**n * math.pi * x.numpy()) for n in (7, 8) for f in (np.sin, np.cos)]
+    np.testing.assert_allclose(found.numpy(), np.concatenate([x.numpy(), *waves], axis=1), rtol=0, atol=1e-12)
+    # A level of 256 in [-1, 1] is half a period of the first, a whole one of the second: even and odd differ in one.
+    level = torch.linspace(-1, 1, 257, dtype=torch.float64)[None, None, :, None]
+    first, second = Waves((7, 8))(level)[0, [2, 4], :, 0]
+    assert (first - (-1.0) ** torch.arange(257)).abs().max() < 1e-10 and (second - 1).abs().max() < 1e-10
+
+
+def test_a_network_with_fourier_features_tells_levels_apart_that_it_could_not_otherwise() -> None:
+    network = small(fourier_features=(7, 8))
+    assert network.first.weight.shape[1] == 15 and network.head.conv.weight.shape[0] == 3
+    x, label = numbers(2, 3, 8, 8), labels(network)
+    changes = [(n(x + 2**-7, label) - n(x, label)).abs().mean() for n in (network, small())]
+    assert changes[0] > 10 * changes[1]  # measured: 0.3 and 0.004
+    uncentred = small(fourier_features=(7, 8), centered=False)
+    torch.testing.assert_close(uncentred((x + 1) / 2, label), network(x, label), rtol=1e-9, atol=1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from ml_collections import ConfigDict
+from scipy.stats import kstest
 
 from score_sde import VPSDE, closed_form, interop, losses
 from score_sde.codecs import VectorCodec, codec_of
@@ -239,6 +240,33 @@ def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices() -> None:
     other = draw(config, data.train, codec, sde, 8, slice(None), flip=False)
     assert not torch.equal(whole.z, other.z) and not torch.equal(whole.t, other.t)
     assert abs(np.corrcoef(whole.z.flatten(), other.z.flatten())[0, 1]) < 0.6
+
+
+def test_soft_truncation_draws_a_smallest_time_for_each_batch_of_training() -> None:
+    """log tau is uniform for k = 1; above it, 16 even times leave a gap of 1/16 of the range at most."""
+    config, data = toy_config(training__soft_truncation=1.0, training__low_discrepancy=True), load_data("ring")
+    sde, smallest = VPSDE(), []
+    for step in range(300):
+        b = draw(config, data.train, VectorCodec(), sde, step, slice(None), flip=False)
+        # Weights of uniform times above tau are all (1 - tau)/(1 - t_min).
+        tau = 1 - b.importance * (1 - sde.t_min)
+        assert tau.max() - tau.min() < 1e-12 and tau[0] <= b.t.min() < tau[0] + (1 - tau[0]) / 16
+        smallest.append(tau[0].item())
+    assert kstest(np.log(smallest) / math.log(sde.t_min), "uniform").pvalue > 1e-3
+    assert abs(np.corrcoef(np.log(smallest[:-1]), np.log(smallest[1:]))[0, 1]) < 0.2  # anew in each batch
+    state = make_state(config, data.shape, torch.device("cpu"))
+    held_out = evaluate_loss(state, config, data.test, VectorCodec())
+    config.training.soft_truncation = 0.0
+    assert held_out == evaluate_loss(state, config, data.test, VectorCodec())  # of all times
+
+
+def test_a_truncated_loss_carries_its_weights() -> None:
+    config, data = toy_config(training__soft_truncation=1.0), load_data("ring")
+    state, records = run_steps(config, data)
+    for record in records:
+        b = draw(config, data.train, VectorCodec(), state.model.sde, record.step, slice(None), flip=False)
+        torch.testing.assert_close(record.loss, (record.error * b.importance).float())
+        assert b.importance.max() < 1
 
 
 def test_the_seed_decides_weights_and_batches() -> None:
