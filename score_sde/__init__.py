@@ -4,10 +4,12 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, losses, time_laws
+from . import closed_form, losses, score_matching, time_laws
+from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
-from .guidance import guide
+from .diffusions import Diffusion, backward, paths
+from .guidance import clip, guide
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .metrics import sliced_wasserstein
@@ -27,6 +29,16 @@ from .samplers import (
     sample,
     times,
 )
+from .score_matching import (
+    Energy,
+    denoising_at,
+    explicit,
+    finite_difference,
+    fisher_divergence,
+    implicit,
+    projections,
+    sliced,
+)
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 
 __version__ = "0.1.0"
@@ -42,7 +54,10 @@ __all__ = [
     "AdaptiveODE",
     "Ancestral",
     "AnnealedLangevin",
+    "Bound",
     "CosineSDE",
+    "Diffusion",
+    "Energy",
     "Estimate",
     "EulerMaruyama",
     "FixedODE",
@@ -55,14 +70,26 @@ __all__ = [
     "Sampler",
     "ScoreModel",
     "SubVPSDE",
+    "backward",
+    "chain_bound",
+    "clip",
     "closed_form",
     "denoising",
+    "denoising_at",
+    "explicit",
+    "finite_difference",
+    "fisher_divergence",
     "from_score",
     "guide",
+    "implicit",
     "load",
     "log_likelihood",
     "losses",
+    "paths",
+    "projections",
     "sample",
+    "score_matching",
+    "sliced",
     "sliced_wasserstein",
     "time_laws",
     "times",

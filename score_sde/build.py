@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from . import model as models
 from .chains import DDPM, SMLD
 from .model import Preconditioned, TimeMap
-from .networks import MLP, UNet
+from .networks import MLP, NCSN, NCSNv2, UNet
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
     DDIM,
@@ -42,6 +43,7 @@ SDES: dict[str, Callable[[ConfigDict], SDE]] = {
 CHAINS: dict[str, Callable[[ConfigDict], DDPM | SMLD]] = {
     "vpsde": lambda m: DDPM.from_sde(VPSDE(beta_min=m.beta_min, beta_max=m.beta_max), m.num_scales),
     "vesde": lambda m: SMLD.from_sde(VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max), m.num_scales),
+    "cosine": lambda m: DDPM.cosine(m.num_scales),
 }
 RULES = (*models.RULES, "mean")
 LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
@@ -54,7 +56,7 @@ EMBEDDINGS: dict[str, Literal["sinusoidal", "fourier"]] = {"positional": "sinuso
 PREDICTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
     "euler_maruyama": lambda s: FixedODE("euler") if s.probability_flow else EulerMaruyama(),
     "reverse_diffusion": lambda s: ReverseDiffusion(flow=s.probability_flow),
-    "ancestral_sampling": lambda s: Ancestral(),
+    "ancestral_sampling": lambda s: Ancestral(s.variance),
     "none": lambda s: None,
 }
 CORRECTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
@@ -67,6 +69,7 @@ METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
     "ode": lambda s: (
         FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
     ),
+    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
     "ddim": lambda s: DDIM(eta=s.eta),
     "heun": lambda s: Heun(),
 }
@@ -111,6 +114,7 @@ def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
         embedding=EMBEDDINGS[m.embedding_type],
         fourier_scale=m.fourier_scale,
         dropout=m.dropout,
+        out_features=2 * shape[0] if m.learned_variance else None,
     )
 
 
@@ -159,13 +163,38 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
         resample_conv=m.resamp_with_conv,
         centered=config.data.centered,
         checkpoint_activations=config.training.checkpoint_activations,
+        out_channels=2 * shape[0] if m.learned_variance else None,
         **options,
+    )
+
+
+def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
+    return NCSN(shape[0], levels=config.model.num_scales, **_refinenet(config))
+
+
+def _ncsnv2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2020."""
+    return NCSNv2(shape[0], **_refinenet(config))
+
+
+def _refinenet(config: ConfigDict) -> dict[str, Any]:
+    """What both have in common."""
+    m = config.model
+    return dict(
+        width=m.nf,
+        multipliers=m.ch_mult,
+        activation=m.nonlinearity,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
     )
 
 
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ddpm": _ddpm,
     "ncsnpp": _ncsnpp,
+    "ncsn": _ncsn,
+    "ncsnv2": _ncsnv2,
     "mlp": _mlp,
 }
 
@@ -180,12 +209,16 @@ def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
         rule=partial(models.predict_edm, sigma_data=m.sigma_data) if edm else m.rule,
         label=LABELS[m.label](m),
         scale=partial(models.unit_variance, sigma_data=m.sigma_data) if edm else models.unscaled,
+        learned_variance=m.learned_variance,
     )
 
 
 def build_sampler(config: ConfigDict) -> Sampler:
     """The sampler that the section sampling describes."""
-    return METHODS[config.sampling.method](config.sampling)
+    s = config.sampling
+    if s.step_lr > 0:  # NCSN's h = step_lr (sigma/sigma_min)² is h = 2 (snr sigma)²
+        s = ConfigDict({**s, "snr": math.sqrt(s.step_lr / 2) / config.model.sigma_min})
+    return METHODS[s.method](s)
 
 
 def build_times(config: ConfigDict, sde: SDE) -> Tensor:
@@ -198,8 +231,19 @@ def build_times(config: ConfigDict, sde: SDE) -> Tensor:
     adaptive = s.method == "ode" and s.ode_method in ADAPTIVE
     if config.training.continuous:
         return GRIDS[s.grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
-    n = config.model.num_scales
-    return torch.linspace(n, 1, 2 if adaptive else s.steps, dtype=torch.float64).round() / n
+    return times.spaced(config.model.num_scales, 2 if adaptive else s.steps)
+
+
+def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:
+    """The times of the chain whose variational bound is evaluated, in eval.steps steps (0: all, or 1000).
+
+    All of a discrete model's steps or some of them, down to clean data; for a continuous model a grid uniform in log
+    SNR down to eval.t_min.
+    """
+    e, n = config.eval, config.model.num_scales
+    if config.training.continuous:
+        return times.log_snr(replace(sde, t_min=e.t_min), e.steps or 1000)
+    return torch.cat([times.spaced(n, e.steps or n), torch.zeros(1, dtype=torch.float64)])
 
 
 def _label_index(alpha: Tensor, sigma: Tensor, t: Tensor, n: int) -> Tensor:

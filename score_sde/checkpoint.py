@@ -1,8 +1,8 @@
 """Checkpoints: one safetensors file each, written atomically, read without executing anything.
 
-A file holds the parameters (`model/NAME`), their average (`ema/NAME`) and the optimizer's moments
-(`optimizer/KEY/NAME`) as plain tensors; its header holds, as JSON, the step, the config and the data's shape. So a file
-stands for itself: `load(path)` builds the model it describes.
+A file holds the parameters (`model/NAME`), their average (`ema/NAME`), the optimizer's moments (`optimizer/KEY/NAME`),
+and what a law of t has learned (`law/NAME`), as plain tensors; its header holds, as JSON, the step, the config and the
+data's shape. So a file stands for itself: `load(path)` builds the model it describes.
 """
 
 from __future__ import annotations
@@ -42,10 +42,19 @@ class Card:
         return {"format": FORMAT, "config": self.config, "shape": json.dumps(self.shape), "step": str(self.step)}
 
 
-def save(path: Path, card: Card, model: nn.Module, ema: nn.Module, optimizer: Optimizer | None) -> None:
+def save(
+    path: Path,
+    card: Card,
+    model: nn.Module,
+    ema: nn.Module,
+    optimizer: Optimizer | None,
+    law: nn.Module | None = None,
+) -> None:
     """Write a checkpoint under a temporary name, flush and rename it: `path` is whole or absent."""
     tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
     tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
+    if law is not None:
+        tensors |= {f"law/{name}": value for name, value in law.state_dict().items()}
     if optimizer is not None:
         for name, parameter in model.named_parameters():
             tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
@@ -71,8 +80,14 @@ def read_card(path: Path) -> Card:
     return Card(header["config"], tuple(json.loads(header["shape"])), int(header["step"]))
 
 
-def restore(path: Path, model: nn.Module, ema: nn.Module | None = None, optimizer: Optimizer | None = None) -> Card:
-    """Copy a checkpoint into `model`, its average into `ema` and its moments into `optimizer`, each if given.
+def restore(
+    path: Path,
+    model: nn.Module,
+    ema: nn.Module | None = None,
+    optimizer: Optimizer | None = None,
+    law: nn.Module | None = None,
+) -> Card:
+    """Copy a checkpoint into `model`, and its average, its moments and its law's memory into the others, each if given.
 
     Everything is read and compared first: names and shapes must be exactly those expected, else ValueError is raised
     and nothing was changed.
@@ -81,6 +96,8 @@ def restore(path: Path, model: nn.Module, ema: nn.Module | None = None, optimize
     expected = {f"model/{name}": value for name, value in model.state_dict().items()}
     if ema is not None:
         expected |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
+    if law is not None:
+        expected |= {f"law/{name}": value for name, value in law.state_dict().items()}
     moments: dict[str, tuple[str, nn.Parameter]] = {}
     with safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)

@@ -41,7 +41,8 @@ modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
   train        train, or go on from the workdir's newest checkpoint
   sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp
-  likelihood   bits/dim of held-out data under it, with its standard error
+  likelihood   bits/dim of held-out data under it, with its standard error: exact by the probability-flow ODE, or a
+               variational bound (eval.estimate; by default the bound for models of a chain's steps)
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, tensorboard/,
@@ -155,6 +156,9 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
             *(result[key] for key in ("unit", "images", "split", "mean", "standard_error", "estimate", "nfe")),
             folder,
         )
+        if "diffusion" in result:
+            parts = [result[key] for key in ("prior", "diffusion", "reconstruction")]
+            log.info("of it prior %.4f + diffusion %.4f (the rate), reconstruction %.4f (the distortion)", *parts)
     return 0
 
 

@@ -44,6 +44,11 @@ class PixelCodec:
         """Length of the interval that the model sees: 2 for [-1, 1], 1 for [0, 1]."""
         return 2.0 if self.centered else 1.0
 
+    @property
+    def range(self) -> tuple[float, float]:
+        """The interval itself."""
+        return 1.0 - self.width, 1.0
+
     def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
         """uint8 to floats: k / (levels - 1), scaled, or (k + u) / levels, scaled, for u in [0, 1) of k's shape.
 

@@ -24,7 +24,7 @@ import torch
 from ml_collections import ConfigDict
 
 from .build import CHAINS, CORRECTORS, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
-from .objectives import OBJECTIVES, TIME_LAWS
+from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, FIXED
 from .toys import TOYS
 
@@ -37,16 +37,19 @@ def default_config() -> ConfigDict:
             "device": "auto",  # "auto": a GPU where there is one; else a name of torch's: cpu, cuda, cuda:1, mps
             "training": {
                 "sde": "vpsde",  # what noise does to data
-                "continuous": True,  # False: train on the num_scales steps of DDPM (vpsde) or SMLD (vesde)
+                "continuous": True,  # False: on the num_scales steps of DDPM (vpsde, cosine) or SMLD (vesde)
                 "n_iters": 1_300_000,  # training stops after this many steps
                 "batch_size": 128,  # examples per step, in total over all processes and accumulated parts
                 "accumulate": 1,  # parts in which a batch is computed, to save memory
-                "objective": "denoising",  # estimator of the score's error
+                "objective": "denoising",  # estimator of the score's error; for chains also hybrid or vlb, their bound
                 "projections": 1,  # random directions per example, for the sliced objectives
                 "projection": "rademacher",  # their law
+                "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
                 "likelihood_weighting": False,  # weight the noise error by (g/sigma)² instead of 1
                 "reduce_mean": True,  # a loss is a mean over dimensions; False: half the sum
-                "time": "uniform",  # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased)
+                # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), or for chains
+                # second_moment (of their losses; unbiased)
+                "time": "uniform",
                 "low_discrepancy": False,  # spread the times of a batch evenly
                 "precision": "float32",  # bfloat16: the network runs in autocast
                 "compile": False,  # torch.compile the network
@@ -60,11 +63,16 @@ def default_config() -> ConfigDict:
                 "keep_every": 5,  # every n-th checkpoint stays for good; 0: none
             },
             "sampling": {
-                "method": "pc",  # pc (predictor and corrector), ode (the solver ode_method), ddim or heun
+                "method": "pc",  # pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun
                 "predictor": "euler_maruyama",
                 "corrector": "none",
+                # of ancestral sampling, and of the bound on the likelihood: the posterior's variance (small), the
+                # forward step's (large), or between them (learned)
+                "variance": "small",
+                "clip_denoised": False,  # hold the estimate of the clean data to the data's range
                 "snr": 0.16,  # signal-to-noise ratio of the corrector's step
-                "n_steps_each": 1,  # corrector steps per predictor step
+                "step_lr": 0.0,  # NCSN's eps in its place, for ald: the step is eps (sigma/sigma_min)²; 0: snr
+                "n_steps_each": 1,  # corrector steps per predictor step, or per level of ald
                 "probability_flow": False,  # predict along the probability flow, without noise
                 "noise_removal": True,  # end with the estimate of the clean data
                 "eta": 0.0,  # ddim: 0 draws no noise, 1 is ancestral sampling
@@ -84,14 +92,20 @@ def default_config() -> ConfigDict:
                 "split": "test",  # whose bits/dim or log-likelihood
                 "num_images": 0,  # the first n; 0: all
                 "batch_size": 64,
-                "dequantizations": 1,  # draws of uniform noise per image, averaged
+                # ode: exact, along the probability flow; bound: variational, of the chain; auto: ode for continuous
+                # models, bound for discrete ones
+                "estimate": "auto",
+                "steps": 0,  # bound: of the chain; 0: all of a discrete model's, 1000 of a continuous one's
+                "terms": 0,  # bound: steps evaluated per image, drawn at random; 0: all of them
+                "clip_denoised": False,  # bound: hold the estimate of the clean data to the data's range
+                "dequantizations": 1,  # ode: draws of uniform noise per image, averaged
                 "probe": "rademacher",  # of the divergence: rademacher, gaussian, or exact (one pass per dimension)
                 "probes": 1,  # per example, averaged
-                "t_min": 1e-5,  # time at which the image stands
+                "t_min": 1e-5,  # time at which the image stands; of a continuous model's bound, the last
                 "ode_method": "dopri5",
                 "rtol": 1e-5,
                 "atol": 1e-5,
-                "seed": 0,  # of dequantisation and probes
+                "seed": 0,  # of dequantisation and probes, or of the bound's noise
                 "weights": "ema",
             },
             "data": {
@@ -104,8 +118,9 @@ def default_config() -> ConfigDict:
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
-                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), mlp for vectors
+                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
+                "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
                 "label": "time",  # what it is told of t: 999 t, sigma/alpha, 100 log(sigma/alpha), or the chain's index
                 "sigma_data": 0.5,  # root mean square of the data as the model sees them; for rule edm
                 "sigma_min": 0.01,  # noise at t = 0 (vesde, edm)
@@ -115,7 +130,7 @@ def default_config() -> ConfigDict:
                 "num_scales": 1000,  # steps of the chain, where training.continuous is False
                 "t_min": 1e-5,  # smallest time trained on
                 "nf": 128,  # channels of the finest level
-                "ch_mult": (1, 2, 2, 2),  # channels of the levels, in units of nf
+                "ch_mult": (1, 2, 2, 2),  # channels of the levels (ncsn and ncsnv2: of the stages), in units of nf
                 "num_res_blocks": 4,  # residual blocks per level
                 "attn_resolutions": (16,),  # image sizes of the levels with attention
                 "dropout": 0.1,
@@ -157,20 +172,22 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "training.sde": tuple(SDES),
     "training.objective": tuple(OBJECTIVES),
     "training.projection": ("rademacher", "gaussian", "sphere"),
-    "training.time": tuple(TIME_LAWS),
+    "training.time": (*TIME_LAWS, "second_moment"),
     "training.precision": ("float32", "bfloat16"),
     "sampling.method": tuple(METHODS),
     "sampling.predictor": tuple(PREDICTORS),
     "sampling.corrector": tuple(CORRECTORS),
+    "sampling.variance": ("small", "large", "learned"),
     "sampling.grid": tuple(GRIDS),
     "sampling.ode_method": ADAPTIVE + FIXED,
     "sampling.weights": ("ema", "raw"),
     "eval.split": ("test", "train"),
+    "eval.estimate": ("auto", "ode", "bound"),
     "eval.probe": ("rademacher", "gaussian", "exact"),
     "eval.ode_method": ADAPTIVE,
     "eval.weights": ("ema", "raw"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),
-    "model.name": ("ddpm", "ncsnpp", "mlp"),
+    "model.name": ("ddpm", "ncsnpp", "ncsn", "ncsnv2", "mlp"),
     "model.rule": RULES,
     "model.label": tuple(LABELS),
     "model.embedding_type": ("positional", "fourier"),
@@ -193,19 +210,20 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "at least 0": (
         lambda v: v >= 0,
-        """seed sampling.seed eval.seed training.keep_every sampling.eta eval.num_images data.image_size
-        data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
+        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr eval.num_images eval.terms
+        data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup""",
     ),
     "above 0": (
         lambda v: v > 0,
         """sampling.snr sampling.rtol sampling.atol eval.rtol eval.atol model.sigma_data model.sigma_min model.sigma_max
-        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps""",
+        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps training.difference_step""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,
         "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
     ),
     "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay"),
+    "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps"),
 }
 
 # score_sde's keys that are something else here.
@@ -297,10 +315,42 @@ def validate(config: ConfigDict) -> None:
         f"training.continuous=False needs training.sde to be one of {', '.join(CHAINS)}, got {t.sde!r}",
     )
     refuse(
-        discrete and (t.time != "uniform" or t.likelihood_weighting),
-        "training.continuous=False draws the chain's steps evenly: leave training.time=uniform and "
+        discrete and (t.time not in ("uniform", "second_moment") or t.likelihood_weighting),
+        "training.continuous=False draws the chain's steps evenly or by second_moment: leave training.time=uniform and "
         "training.likelihood_weighting=False",
     )
+    refuse(
+        not discrete and (t.time == "second_moment" or t.objective in DECODED),
+        f"training.{'time=second_moment' if t.time == 'second_moment' else f'objective={t.objective}'} needs the steps "
+        "of a chain: set training.continuous=False",
+    )
+    refuse(
+        t.objective == "hybrid" and not m.learned_variance,
+        "training.objective=hybrid trains the variances beside L_simple: set model.learned_variance=True",
+    )
+    refuse(
+        m.learned_variance and t.objective not in DECODED,
+        f"training.objective={t.objective} trains no variances: set it to hybrid or vlb, or "
+        "model.learned_variance=False",
+    )
+    refuse(
+        t.objective in DECODED and m.num_scales < 2,
+        f"training.objective={t.objective} needs a chain of at least 2 steps, got model.num_scales={m.num_scales}",
+    )
+    refuse(
+        t.objective in DECODED and d.uniform_dequantization,
+        f"training.objective={t.objective} decodes levels: set data.uniform_dequantization=False",
+    )
+    refuse(
+        s.variance == "learned" and not m.learned_variance,
+        "sampling.variance=learned needs a network that learned them: set model.learned_variance=True",
+    )
+    for name, clipped in (("sampling", s.clip_denoised), ("eval", e.clip_denoised)):
+        refuse(
+            clipped and d.dataset in TOYS,
+            f"{name}.clip_denoised holds pixels to their range; for the vectors of data.dataset={d.dataset} set it to "
+            "False",
+        )
     refuse(
         t.time == "importance" and not t.likelihood_weighting,
         "training.time=importance samples t by the likelihood weight: set training.likelihood_weighting=True",
@@ -308,6 +358,21 @@ def validate(config: ConfigDict) -> None:
     refuse(
         t.time == "log_snr" and t.likelihood_weighting,
         "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False",
+    )
+    refuse(
+        t.objective in TWICE and t.compile,
+        f"training.objective={t.objective} takes second derivatives, which torch.compile does not: set "
+        "training.compile=False, or take denoising or finite_difference",
+    )
+    refuse(
+        t.objective == "finite_difference" and t.precision == "bfloat16",
+        "training.objective=finite_difference subtracts what bfloat16 cannot tell apart: set "
+        "training.precision=float32, or take sliced_vr",
+    )
+    refuse(
+        t.objective == "finite_difference" and m.dropout > 0,
+        "training.objective=finite_difference would take the difference of two dropout masks for a derivative: set "
+        "model.dropout=0, or take sliced_vr",
     )
     refuse(
         m.sigma_min >= m.sigma_max,
@@ -329,13 +394,31 @@ def validate(config: ConfigDict) -> None:
         (m.label == "index" or m.rule == "mean") and not discrete,
         "model.label=index and model.rule=mean need the steps of a chain: set training.continuous=False",
     )
-    fourier = m.embedding_type == "fourier" and m.name != "ddpm"
+    refuse(
+        m.name == "ncsn" and m.label != "index",
+        f"model.name=ncsn has parameters for each noise level of a chain: set model.label=index, not {m.label!r}",
+    )
+    refinenet = m.name in ("ncsn", "ncsnv2")
+    refuse(
+        refinenet and m.dropout > 0,
+        f"model.name={m.name} has no dropout: set model.dropout=0, not {m.dropout:g}",
+    )
+    refuse(
+        refinenet and len(m.ch_mult) < 3,
+        f"model.name={m.name} has at least 3 stages, the last two dilated: give model.ch_mult that many numbers, "
+        f"not {m.ch_mult}",
+    )
+    refuse(
+        refinenet and m.nf < 2,
+        f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}",
+    )
+    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "ncsn", "ncsnv2")
     refuse(
         fourier and m.label != "sigma",
         f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",
     )
     refuse(
-        not fourier and m.label == "sigma",
+        not fourier and m.label == "sigma" and m.name != "ncsnv2",
         "model.embedding_type=positional expects labels of the size of 999 t: set model.label=log_sigma, not 'sigma'",
     )
     refuse(
@@ -363,6 +446,19 @@ def validate(config: ConfigDict) -> None:
         "sampling.probability_flow has no ancestral_sampling: use the predictor reverse_diffusion, or method ddim",
     )
     refuse(
+        s.step_lr > 0 and "ald" not in (s.method, s.corrector if s.method == "pc" else ""),
+        "sampling.step_lr is the step of annealed Langevin dynamics: set sampling.method=ald, or step_lr=0",
+    )
+    refuse(
+        s.step_lr > 0 and t.sde not in ("vesde", "edm"),
+        f"sampling.step_lr supposes alpha = 1, as of vesde: for training.sde={t.sde} set sampling.snr, and step_lr=0",
+    )
+    refuse(
+        s.step_lr >= 2 * m.sigma_min**2,
+        f"sampling.step_lr={s.step_lr:g} is not below 2 model.sigma_min²={2 * m.sigma_min**2:g}: "
+        f"Langevin dynamics would diverge",
+    )
+    refuse(
         discrete and s.grid != "uniform",
         f"training.continuous=False samples on the chain's steps: sampling.grid must be uniform, got {s.grid!r}",
     )
@@ -370,6 +466,12 @@ def validate(config: ConfigDict) -> None:
         discrete and not 2 <= s.steps <= m.num_scales,
         f"sampling.steps must be between 2 and the chain's model.num_scales={m.num_scales}, got {s.steps}",
     )
+    refuse(
+        discrete and e.steps > m.num_scales,
+        f"eval.steps must be at most the chain's model.num_scales={m.num_scales}, got {e.steps}",
+    )
+    terms = (e.steps or m.num_scales) - 1 if discrete else e.steps or 1000
+    refuse(e.terms > terms, f"eval.terms must be at most the bound's {terms} diffusion terms, got {e.terms}")
 
 
 def to_json(config: ConfigDict) -> str:

@@ -23,10 +23,12 @@ from tqdm import tqdm
 
 import score_sde
 
-from .build import build_sampler, build_times
+from .bounds import chain_bound
+from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec
 from .data import Split
+from .guidance import clip
 from .images import histogram, write_grid, write_png
 from .likelihood import log_likelihood
 from .model import Estimate, ScoreModel
@@ -152,6 +154,7 @@ def run_sampling(
             "sampler": repr(sampler),
             "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
             "denoise": bool(s.noise_removal),
+            "clip_denoised": s.clip_denoised,
             "seed": s.seed,
             "num_samples": s.num_samples,
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
@@ -161,7 +164,7 @@ def run_sampling(
     finished = read_arrays(folder / "samples.npz")
     if finished is not None:
         return folder, finished
-    counted = Counted(model)
+    counted = Counted(clip(model, *codec.range) if s.clip_denoised and isinstance(codec, PixelCodec) else model)
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
@@ -207,11 +210,14 @@ def run_likelihood(
 ) -> tuple[Path, dict[str, Any]]:
     """Bits/dim (nats for vectors) of a split as the section eval says, into a folder below `base`.
 
+    eval.estimate says by which road: the probability-flow ODE, here, or a chain's variational bound, `run_bound`.
     `likelihood.npz` has `bits_per_dim` (images, dequantisations) and `log_prob` in nats; the stamp has their mean and
     its standard error over images. Row j of the work is image j % n in dequantisation j // n, so that a run that was
     stopped early has gone once over as many images as it could.
     """
     e = config.eval
+    if e.estimate == "bound" or (e.estimate == "auto" and not config.training.continuous):
+        return run_bound(model, config, split, codec, checkpoint, base, processes)
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     repeats = e.dequantizations if isinstance(codec, PixelCodec) else 1
     keys = ("split", "t_min", "ode_method", "rtol", "atol", "probe", "probes", "seed")
@@ -270,6 +276,105 @@ def run_likelihood(
                 "bits_per_dim" if codec.levels else "nats": values,
                 "log_prob": log_prob,
                 "std_error": joined["std_error"].reshape(repeats, n).T,
+            },
+        )
+        write_stamp(folder, result)
+        remove_parts(folder)
+    processes.barrier()
+    return folder, result
+
+
+def run_bound(
+    model: ScoreModel,
+    config: ConfigDict,
+    split: Split,
+    codec: Codec,
+    checkpoint: Path,
+    base: Path,
+    processes: Processes,
+) -> tuple[Path, dict[str, Any]]:
+    """The variational bound of a split, bits/dim of its levels (nats for vectors), into a folder below `base`.
+
+    `likelihood.npz` has `bits_per_dim` (images, 1), its parts `prior`, `diffusion` and `reconstruction` (images,), and
+    by steps of the chain `times` and the mean over images of the `terms` (NaN for a step that no image drew), whose sum
+    is the diffusion's mean: `plt.plot(times, terms)` shows where the bits go. The stamp has the means of all.
+    """
+    e = config.eval
+    n = min(e.num_images, len(split)) if e.num_images else len(split)
+    times = build_bound_times(config, model.sde)
+    steps = len(times) - (1 if bool(model.sde.sigma(times[-1]) > 0) else 2)  # a last one into clean data decodes
+    made_from = stamp(
+        checkpoint,
+        e.weights,
+        {
+            "sde": repr(model.sde),
+            "estimate": f"variational bound of {len(times) - 1} steps, "
+            + ("pixels without dequantisation" if codec.levels else "Gaussian decoder"),
+            "variance": config.sampling.variance,
+            "clip_denoised": e.clip_denoised,
+            "grid": {"steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
+            "terms": e.terms,
+            "split": e.split,
+            "seed": e.seed,
+            "images": n,
+            "levels": codec.levels,
+            "unit": "bits/dim" if codec.levels else "nats",
+        },
+    )
+    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}-{e.split}-bound", made_from)
+    if (folder / "stamp.json").is_file():
+        return folder, json.loads((folder / "stamp.json").read_text())
+    split = split.to(processes.device)
+    counted = Counted(clip(model, *codec.range) if e.clip_denoised and isinstance(codec, PixelCodec) else model)
+
+    def compute(first: int, count: int) -> Arrays:
+        counted.nfe = 0
+        k, _ = split[torch.arange(first, first + count)]
+        found = chain_bound(
+            counted,
+            codec.encode(k).to(torch.float32),
+            times,
+            variance=config.sampling.variance,
+            levels=codec.levels,
+            width=codec.width,
+            terms=e.terms or None,
+            seed=e.seed,
+            first=first,
+        )
+        parts = {
+            "value": found.total,
+            "prior": found.prior,
+            "diffusion": found.rate - found.prior,
+            "reconstruction": found.reconstruction,
+            "terms": found.diffusion,
+        }
+        if codec.levels:
+            parts = {name: found.bits_per_dim(part) for name, part in parts.items()}
+        arrays = {name: part.double().cpu().numpy() for name, part in parts.items()}
+        # Which term is whose: its step's place in the grid, to sum by step over the images of the batch.
+        place = np.searchsorted(-times.numpy(), -found.times.expand_as(found.diffusion).numpy()).ravel()
+        for name, weights in (("sum", arrays.pop("terms").ravel()), ("drawn", None)):
+            arrays[name] = np.bincount(place, weights, minlength=steps)[None]
+        return {**arrays, "nfe": np.array([counted.nfe])}
+
+    def progress(bar: tqdm, done: list[Arrays]) -> None:
+        mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
+        bar.set_postfix_str(f"{made_from['unit']} at most {mean:.3f} ± {error:.3f}")
+
+    joined = in_batches(folder, n, e.batch_size, processes, compute, progress, made_from["unit"])
+    mean, error = mean_and_error(joined["value"])
+    parts = {name: float(joined[name].mean()) for name in ("prior", "diffusion", "reconstruction")}
+    result = {**made_from, "mean": mean, "standard_error": error, **parts, "nfe": float(joined["nfe"].mean())}
+    if processes.main:
+        drawn = joined["drawn"].sum(0)
+        terms = np.divide(joined["sum"].sum(0), drawn, out=np.full(steps, np.nan), where=drawn > 0)
+        write_arrays(
+            folder / "likelihood.npz",
+            {
+                "bits_per_dim" if codec.levels else "nats": joined["value"][:, None],
+                **{name: joined[name] for name in parts},
+                "times": times.numpy()[:steps],
+                "terms": terms,
             },
         )
         write_stamp(folder, result)

@@ -2,7 +2,8 @@
 
 Such a file is a dict of `model` (weights), `ema` (averaged weights, without names), `optimizer` and `step`; it carries
 no config. Its network is a list of modules numbered in the order in which they run. Ours has named parts, made in
-the same order, so one walk over our parts names theirs, for every option of its networks `ddpm` and `ncsnpp`.
+the same order, so one walk over our parts names theirs, for every option of its networks `ddpm` and `ncsnpp`. NCSN and
+NCSNv2 have names there too.
 """
 
 from __future__ import annotations
@@ -21,9 +22,10 @@ from torch import Tensor, nn
 
 from .chains import DDPM
 from .model import Preconditioned, ScoreModel, label_sigma, label_time
-from .networks import UNet
+from .networks import NCSN, NCSNv2, UNet
 from .networks.blocks import Attention, Head, LabelEmbedding, ResidualBlock
 from .networks.pyramid import InputSkip, OutputSkip
+from .networks.refinenet import RefineNet
 from .networks.resample import Blur, ConvDown, ConvUp, Repeat, Stuff
 from .sdes import VESDE, VPSDE, SubVPSDE, like
 
@@ -112,13 +114,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
-def build_network(config: Any) -> UNet:
-    """Our U-Net with the options of a score_sde config whose model.name is "ddpm" or "ncsnpp".
+def build_network(config: Any) -> UNet | RefineNet:
+    """Our network with the options of a score_sde config; model.name is "ddpm", "ncsnpp", "ncsn" or in `NCSNV2`.
 
-    Options that cannot run there (resampling without FIR by convolution, fused FIR up-convolution, `ddpm`
-    unconditional) are built as evidently meant.
+    What cannot run there (resampling without FIR by convolution, fused FIR up-convolution, `ddpm` unconditional, `ncsn`
+    and NCSNv2) is built as evidently meant: as the original projects of NCSN and NCSNv2 have them.
     """
     name = _get(config, "model.name")
+    if name == "ncsn" or name in NCSNV2:
+        return _build_refinenet(config)
     shared = dict(
         channels=_get(config, "data.num_channels"),
         width=_get(config, "model.nf"),
@@ -135,7 +139,8 @@ def build_network(config: Any) -> UNet:
     if name == "ddpm":
         return UNet(**shared, block="ddpm", skip_rescale=False, groups=32)
     if name != "ncsnpp":
-        raise ValueError(f'model.name of a score_sde checkpoint must be "ddpm" or "ncsnpp", got {name!r}')
+        known = ", ".join(("ddpm", "ncsnpp", "ncsn", *NCSNV2))
+        raise ValueError(f"model.name of a score_sde checkpoint must be one of {known}, got {name!r}")
     return UNet(
         **shared,
         block=_get(config, "model.resblock_type").lower(),
@@ -148,6 +153,22 @@ def build_network(config: Any) -> UNet:
     )
 
 
+def _build_refinenet(config: Any) -> RefineNet:
+    """NCSN or NCSNv2 with the options of a score_sde config."""
+    norm = _get(config, "model.normalization")
+    if norm != "InstanceNorm++":
+        raise ValueError(f'model.normalization of NCSN and NCSNv2 must be "InstanceNorm++", got {norm!r}')
+    name, channels = _get(config, "model.name"), _get(config, "data.num_channels")
+    shared = dict(
+        width=_get(config, "model.nf"),
+        activation=_get(config, "model.nonlinearity").lower(),
+        centered=_get(config, "data.centered"),
+    )
+    if name == "ncsn":
+        return NCSN(channels, levels=_get(config, "model.num_scales"), **shared)
+    return NCSNv2(channels, multipliers=NCSNV2[name], **shared)
+
+
 @dataclass(frozen=True)
 class Key:
     """One of their tensors, and where it goes in our network."""
@@ -158,8 +179,14 @@ class Key:
     trained: bool = True  # it has an average in the EMA
 
 
-def key_map(network: UNet, config: Any) -> list[Key]:
+def key_map(network: UNet | RefineNet, config: Any) -> list[Key]:
     """All their tensors but `sigmas`, in the order of their `parameters()`, which is that of the EMA's list too."""
+    if isinstance(network, RefineNet):
+        return [
+            Key(f"{theirs}.{their_leaf}", f"{ours}.{leaf}")
+            for ours, theirs in _refinenet_parts(network)
+            for leaf, their_leaf in _leaves(network.get_submodule(ours))
+        ]
     keys = []
     if _fourier(config):
         ours = None if network.embed is None else "embed.features.frequencies"
@@ -192,14 +219,21 @@ def to_theirs(ours: Mapping[str, Tensor], keys: Sequence[Key]) -> dict[str, Tens
     return {key.theirs: tensor[:, :, 0, 0].T if key.transposed else tensor for key, tensor in found.items()}
 
 
-def as_model(network: UNet, sigmas: Tensor | None, config: Any) -> ScoreModel:
-    """`network` with the labels, the scaling and the curves that score_sde's `get_score_fn` gives it."""
+def as_model(network: UNet | RefineNet, sigmas: Tensor | None, config: Any) -> ScoreModel:
+    """`network` with the labels, the scaling and the curves that score_sde's `get_score_fn` gives it.
+
+    NCSN and NCSNv2 know a list of noise levels only, and NCSNv2 divides by sigma always: what the config says of
+    `training.continuous` and `model.scale_by_sigma` is not asked there.
+    """
     kind, steps = _get(config, "training.sde").lower(), _get(config, "model.num_scales")
-    continuous = _get(config, "training.continuous")
+    refinenet = isinstance(network, RefineNet)
+    if refinenet and kind != "vesde":
+        raise ValueError(f'training.sde of NCSN and NCSNv2 must be "vesde", got {kind!r}')
+    continuous = not refinenet and _get(config, "training.continuous")
     raw: nn.Module = network
-    if _get(config, "model.scale_by_sigma"):
+    if isinstance(network, NCSNv2) or (not refinenet and _get(config, "model.scale_by_sigma")):
         if not _fourier(config) and sigmas is None:
-            raise ValueError("the checkpoint lacks the table `sigmas` by which model.scale_by_sigma divides")
+            raise ValueError("the checkpoint lacks the table `sigmas` by which the network's output is divided")
         raw = Divided(network, None if _fourier(config) else sigmas)
 
     if kind == "vesde":
@@ -290,6 +324,46 @@ def _modules(module: nn.Module) -> list[Parts] | None:
         case nn.Conv2d():
             return [[("", "")]]
     return None
+
+
+# Their names of NCSNv2, and the stages' widths in units of model.nf.
+NCSNV2: dict[str, tuple[int, ...]] = {
+    "ncsnv2_64": (1, 2, 2, 2),
+    "ncsnv2_128": (1, 2, 2, 4, 4),
+    "ncsnv2_256": (1, 2, 2, 2, 4, 4),
+}
+
+
+def _refinenet_parts(network: RefineNet) -> Iterator[tuple[str, str]]:
+    """(module of ours, name of theirs) for all that have parameters, in the order in which theirs are made."""
+    yield from [("first", "begin_conv"), ("norm", "normalizer"), ("last", "end_conv")]
+    # the sixth stage lies between the third and the fourth; its refinement, too, is made where its name is in order
+    numbers = ["1", "2", "3", "31", "4", "5"] if len(network.stages) == 6 else ["1", "2", "3", "4", "5"]
+    for i, stage in enumerate(network.stages):
+        for j, (name, block) in enumerate(stage.named_children()):
+            ours, theirs = f"stages.{i}.{name}", f"res{numbers[i]}.{j}"
+            inner = ".conv" if block.halves else ""
+            yield from [(f"{ours}.conv1", f"{theirs}.conv1"), (f"{ours}.norm2", f"{theirs}.normalize2")]
+            yield from [(f"{ours}.conv2", f"{theirs}.conv2{inner}"), (f"{ours}.shortcut", f"{theirs}.shortcut{inner}")]
+            yield f"{ours}.norm1", f"{theirs}.normalize1"
+    run = ["1", "2", "31", "3", "4", "5"] if len(network.stages) == 6 else ["1", "2", "3", "4", "5"]
+    for number, (i, refinement) in sorted(zip(run, enumerate(network.refinements))):
+        ours, theirs = f"refinements.{i}", f"refine{number}"
+        for part, their_part in [("own", "adapt_convs.0"), ("below", "adapt_convs.1"), ("out", "output_convs")]:
+            for k in range(len(refine.convs) if (refine := getattr(refinement, part)) else 0):
+                for kind in ("norm", "conv"):
+                    yield f"{ours}.{part}.{kind}s.{k}", f"{theirs}.{their_part}.{k // 2 + 1}_{k % 2 + 1}_{kind}"
+        if refinement.join is not None:
+            for ours_, kind in [("", "convs"), ("norm_", "norms")]:
+                for k, part in enumerate(("own", "below")):
+                    yield f"{ours}.join.{ours_}{part}", f"{theirs}.msf.{kind}.{k}"
+        for kind in ("convs", "norms"):
+            yield from [(f"{ours}.pooling.{kind}.{k}", f"{theirs}.crp.{kind}.{k}") for k in range(2)]
+
+
+def _leaves(module: nn.Module) -> list[tuple[str, str]]:
+    """(name in ours, name in theirs) of a module's own parameters."""
+    return [(name, "embed.weight" if name == "table" else name) for name, _ in module.named_parameters()]
 
 
 def _get(config: Any, path: str) -> Any:

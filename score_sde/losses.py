@@ -12,12 +12,14 @@ Every loss returns one value per example, (B,); reduction, importance weights an
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .model import ScoreModel
+from .bounds import chain_term
+from .model import ScoreModel, Variance
 from .sdes import SDE
 from .time_laws import Weight
 
@@ -43,6 +45,45 @@ def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weigh
     return weight(model.sde, t).to(error) * error
 
 
+def variational(
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    z: Tensor,
+    variance: Variance = "learned",
+    levels: int | None = None,
+    width: float = 2.0,
+    **condition: Any,
+) -> Tensor:
+    """L_vlb of a chain, (B,) bits per dimension: N times the bound's term at t = (i + 1)/N, whose mean over i it is.
+
+    The bound but for its prior, which no model can change (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1; with
+    t from `time_laws.SecondMoments`, section 3.3). `variance`, `levels` and `width` are those of `bounds.chain_bound`.
+    """
+    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
+    return _bits(model.sde, x0, chain_term(model.sde, estimate, x0, t, variance, levels, width))
+
+
+def hybrid(
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    z: Tensor,
+    variance: Variance = "learned",
+    levels: int | None = None,
+    width: float = 2.0,
+    **condition: Any,
+) -> Tensor:
+    """L_simple + 0.001 L_vlb, (B,): the first trains the mean of the reverse steps, the second their variances alone.
+
+    Nichol & Dhariwal 2021, eq. 16, with L_vlb in bits per dimension and no gradient to the mean, as in their code.
+    """
+    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
+    error = (estimate.noise - z).square().flatten(1).mean(1)
+    frozen = estimate._replace(data=estimate.data.detach())
+    return error + 0.001 * _bits(model.sde, x0, chain_term(model.sde, frozen, x0, t, variance, levels, width))
+
+
 def simple(sde: SDE, t: Tensor) -> Tensor:
     """1: DDPM's L_simple (Ho et al. 2020, eq. 14), and lambda = sigma² of Song et al. 2021."""
     return torch.ones_like(t)
@@ -51,3 +92,8 @@ def simple(sde: SDE, t: Tensor) -> Tensor:
 def likelihood(sde: SDE, t: Tensor) -> Tensor:
     """(g/sigma)²: the objective, times D/2, bounds -log p up to constants (Song et al. 2021, arXiv:2101.09258)."""
     return (sde.g(t) / sde.sigma(t)) ** 2
+
+
+def _bits(sde: SDE, x0: Tensor, term: Tensor) -> Tensor:
+    """N times a chain's term in nats, in bits per dimension."""
+    return term * (getattr(sde, "steps") / (x0[0].numel() * math.log(2)))  # noqa: B009 (no SDE but a chain's has steps)

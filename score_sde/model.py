@@ -23,16 +23,41 @@ class Estimate(NamedTuple):
     """E[x_0 | x_t] and E[z | x_t], of x_t's shape, with x_t = alpha data + sigma noise; sigma broadcasts against both.
 
     Both halves are kept because neither can be had from the other without dividing by something that vanishes.
+    `fraction`, where a model learned the variances of its reverse steps, is what `reverse_log_variance` makes them of;
+    it has x_t's shape too.
     """
 
     data: Tensor
     noise: Tensor
     sigma: Tensor
+    fraction: Tensor | None = None
 
     @property
     def score(self) -> Tensor:
         """Gradient of log p_t(x): -noise / sigma."""
         return self.noise / -self.sigma
+
+
+Variance = Literal["small", "large", "learned"]
+
+
+def reverse_log_variance(estimate: Estimate, small: Tensor, large: Tensor, variance: Variance) -> Tensor:
+    """Log variance of the model's Gaussian x_s | x_t, to broadcast against x_t.
+
+    "small" is the posterior's beta-tilde (`small`) and "large" the forward step's beta (`large`), both of shape () or
+    (B,): the least and the most that data of standard deviation 0 and 1 ask for (Ho et al. 2020, section 3.2).
+    "learned" lies between them, on a log scale: fraction log beta + (1 - fraction) log beta-tilde (Nichol & Dhariwal
+    2021, arXiv:2102.09672, eq. 15), of any two times. Raises ValueError where the estimate holds no fraction.
+    """
+    low, high = like(small.log(), estimate.data), like(large.log(), estimate.data)
+    if variance != "learned":
+        return low if variance == "small" else high
+    if estimate.fraction is None:
+        raise ValueError(
+            'the model has no learned variances: use variance="small" or "large", or train one with '
+            "Preconditioned(..., learned_variance=True)"
+        )
+    return low + estimate.fraction * (high - low)
 
 
 class ScoreModel(nn.Module, ABC):
@@ -185,11 +210,13 @@ class Preconditioned(ScoreModel):
 
     Args:
         network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,), both given
-            by position.
+            by position. With `learned_variance` the output has twice x's channels.
         sde: whose marginals the model describes.
         rule: what F means: "noise", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) -> 2×2 matrix.
         label: (alpha, sigma, t) -> (B,), what the network is told about the time; the default is 999 t.
         scale: (alpha, sigma, t) -> (B,), a factor of the network's input; the default is 1.
+        learned_variance: the second half w of the output's channels is the estimate's `fraction`, (w + 1)/2, which
+            is not held to [0, 1] (Nichol & Dhariwal 2021, section 3.1).
 
     Raises ValueError for an unknown rule.
     """
@@ -201,6 +228,7 @@ class Preconditioned(ScoreModel):
         rule: RuleName | Rule = "noise",
         label: TimeMap = label_time,
         scale: TimeMap = unscaled,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__(sde)
         named: dict[str, Rule] = {**RULES, "mean": partial(predict_mean, sde=sde)}
@@ -208,6 +236,7 @@ class Preconditioned(ScoreModel):
             raise ValueError(f"unknown rule {rule!r}; use one of {', '.join(named)} or a function (alpha, sigma)")
         self.network, self.label, self.scale = network, label, scale
         self.rule = named[rule] if isinstance(rule, str) else rule
+        self.learned_variance = learned_variance
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
@@ -218,7 +247,14 @@ class Preconditioned(ScoreModel):
         label = label.to(x.device, non_blocking=label.device.type == "cpu").expand(x.shape[0])
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
         y = self.network(scaled, label, **condition)
-        if y.shape != x.shape:
-            raise ValueError(f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}")
-        y = y.to(x.dtype)
-        return Estimate(add_(from_x * x, out, y), add_(like(lift, x) * x, gain, y), std)
+        channels = (1 + self.learned_variance) * x.shape[1]
+        if y.shape != (x.shape[0], channels, *x.shape[2:]):
+            wanted = ", which needs twice its channels for learned variances" if self.learned_variance else ""
+            raise ValueError(
+                f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}{wanted}"
+            )
+        y, fraction = y.to(x.dtype), None
+        if self.learned_variance:
+            y, w = y.chunk(2, dim=1)
+            fraction = (w + 1) / 2
+        return Estimate(add_(from_x * x, out, y), add_(like(lift, x) * x, gain, y), std, fraction)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from functools import partial
 
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from . import losses, time_laws
+from . import losses, score_matching, time_laws
+from .codecs import Codec, VectorCodec
 from .model import ScoreModel
 from .time_laws import TimeLaw
 
 # (model, x0, t, z, v) -> (B,): the unweighted loss, a mean over dimensions, of x_t = alpha x0 + sigma z with the
-# projections v, (B, M, *shape). All are the error of the noise, up to a constant that the model cannot change.
+# projections v, (B, M, *shape). All but the chains' have the expectation of the error of the noise.
 Loss = Callable[[ScoreModel, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -20,10 +23,55 @@ def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -
     return losses.denoising(model, x0, t, z, losses.simple)
 
 
-OBJECTIVES: dict[str, Callable[[ConfigDict], Loss]] = {
-    "denoising": lambda t: _denoising,
+def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: score_matching.Law) -> Loss:
+    """The loss of an estimate (model, x_t, t, v) -> (B,) of |s|²/2 + tr(ds/dx), blind to how x_t was made.
+
+    By Stein's identity E |noise + sigma s|²/D = 1 + 2 sigma²/D E [|s|²/2 + tr(ds/dx)].
+    """
+
+    def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        directions = score_matching.projections(v.transpose(0, 1), law)
+        value = estimate(model, model.sde.perturb(x0, t, z), t, directions)
+        return 1 + (2 * model.sde.sigma(t) ** 2 / math.prod(x0.shape[1:])).to(value) * value
+
+    return loss
+
+
+def _implicit(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    return score_matching.implicit(model, x, t)
+
+
+def _finite_difference(config: ConfigDict) -> Loss:
+    def estimate(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return score_matching.finite_difference(model, x, t, v, config.training.difference_step * model.sde.sigma(t))
+
+    return _without_noise(estimate, config.training.projection)
+
+
+def _of_chain(value: Callable[..., Tensor], config: ConfigDict, codec: Codec) -> Loss:
+    """A loss of a chain's reverse steps, whose variance and whose decoder of the data it must know."""
+    variance = "learned" if config.model.learned_variance else config.sampling.variance
+
+    def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        return value(model, x0, t, z, variance=variance, levels=codec.levels, width=codec.width)
+
+    return loss
+
+
+OBJECTIVES: dict[str, Callable[[ConfigDict, Codec], Loss]] = {
+    "denoising": lambda c, codec: _denoising,
+    "implicit": lambda c, codec: _without_noise(_implicit, "gaussian"),
+    "sliced": lambda c, codec: _without_noise(
+        partial(score_matching.sliced, variance_reduced=False), c.training.projection
+    ),
+    "sliced_vr": lambda c, codec: _without_noise(score_matching.sliced, c.training.projection),
+    "finite_difference": lambda c, codec: _finite_difference(c),
+    "hybrid": lambda c, codec: _of_chain(losses.hybrid, c, codec),
+    "vlb": lambda c, codec: _of_chain(losses.variational, c, codec),
 }
-PROJECTED: tuple[str, ...] = ()  # the objectives that draw projections
+PROJECTED = ("sliced", "sliced_vr", "finite_difference")  # the objectives that draw projections
+TWICE = ("implicit", "sliced", "sliced_vr")  # those whose gradient is a second derivative of the network
+DECODED = ("hybrid", "vlb")  # those of a chain's bound, which ask for the reverse steps' variance too
 
 TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
     "uniform": lambda t: time_laws.uniform,
@@ -35,11 +83,11 @@ TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
 class Objective(nn.Module):
     """The config's loss of a model, one value per example, with the unweighted loss beside it."""
 
-    def __init__(self, model: ScoreModel, config: ConfigDict) -> None:
+    def __init__(self, model: ScoreModel, config: ConfigDict, codec: Codec | None = None) -> None:
         super().__init__()
         t = config.training
         self.model = model
-        self.estimate = OBJECTIVES[t.objective](t)
+        self.estimate = OBJECTIVES[t.objective](config, codec or VectorCodec())
         self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
         self.sum = not t.reduce_mean
 
@@ -55,6 +103,11 @@ def time_law(config: ConfigDict) -> TimeLaw:
     return TIME_LAWS[t.time](t) if t.continuous else time_laws.discrete(config.model.num_scales)
 
 
+def learned_law(config: ConfigDict) -> time_laws.SecondMoments | None:
+    """A fresh law that learns how to draw t, where the config asks for one; it takes the place of `time_law`."""
+    return time_laws.SecondMoments(config.model.num_scales) if config.training.time == "second_moment" else None
+
+
 def importance_weighted(config: ConfigDict) -> bool:
     """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
-    return bool(config.training.time == "importance")
+    return bool(config.training.time in ("importance", "second_moment"))

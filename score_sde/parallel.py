@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,15 @@ class Processes:
         value = torch.tensor(int(flag))
         dist.all_reduce(value, dist.ReduceOp.MAX, group=self.control)
         return bool(value)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """`values`, of one shape in all processes, joined along the first dimension in order of rank, on the CPU."""
+        values = values.detach().cpu().contiguous()
+        if self.world == 1:
+            return values
+        parts = [torch.empty_like(values) for _ in range(self.world)]
+        dist.all_gather(parts, values, group=self.control)
+        return torch.cat(parts)
 
 
 def start(device: str = "auto") -> Processes:

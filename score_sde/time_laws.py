@@ -10,7 +10,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sdes import SDE
 
@@ -84,6 +84,47 @@ def _table(weight: Weight, sde: SDE, cells: int = 4096) -> tuple[Tensor, Tensor]
     edges[0], edges[-1] = sde.t_min, 1.0
     mass = weight(sde, (edges[1:] + edges[:-1]) / 2) * edges.diff()
     return edges, torch.cat([mass.new_zeros(1), (mass / mass.sum()).cumsum(0)])
+
+
+class SecondMoments(nn.Module):
+    """A chain's steps drawn in proportion to sqrt(E[loss²]), which this law learns from the losses it is shown.
+
+    Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 18: the mean is over the last `history` losses of each step; until
+    all steps have had as many, and in one draw of a thousand ever after, steps are drawn evenly. The weights make an
+    average over its times one over evenly drawn steps. What it remembers are buffers: they belong into a checkpoint.
+    """
+
+    losses: Tensor
+    counts: Tensor
+    rare = 0.001  # share of even draws, so that no step is forgotten
+
+    def __init__(self, n: int, history: int = 10) -> None:
+        super().__init__()
+        self.register_buffer("losses", torch.zeros(n, history, dtype=torch.float64))
+        self.register_buffer("counts", torch.zeros(n, dtype=torch.int64))
+
+    @property
+    def chances(self) -> Tensor:
+        """(N,) of the steps i = 0..N-1."""
+        n, history = self.losses.shape
+        if bool((self.counts < history).any()):
+            return torch.full((n,), 1 / n, dtype=torch.float64)
+        size = self.losses.square().mean(1).sqrt()
+        return (1 - self.rare) * size / size.sum() + self.rare / n
+
+    def forward(self, sde: SDE, u: Tensor) -> Times:
+        """The law itself: t = (i + 1)/N."""
+        p, n = self.chances, len(self.counts)
+        i = torch.searchsorted(p.cumsum(0), u, right=True).clamp_max(n - 1)
+        return Times((i + 1) / n, 1 / (n * p[i]))
+
+    def update(self, t: Tensor, loss: Tensor) -> None:
+        """Remember the unweighted losses of a batch, (B,), at its times, in their order."""
+        n, history = self.losses.shape
+        losses, counts = self.losses.numpy(), self.counts.numpy()
+        for i, value in zip(((t * n).round().long() - 1).tolist(), loss.double().tolist(), strict=True):
+            losses[i, counts[i] % history] = value  # the newest in the place of the oldest
+            counts[i] += 1
 
 
 def discrete(n: int) -> TimeLaw:

@@ -31,9 +31,10 @@ from .codecs import Codec
 from .data import Data, Split, batch
 from .ema import ema_decay, ema_update
 from .model import ScoreModel
-from .objectives import PROJECTED, Objective, importance_weighted, time_law
+from .objectives import PROJECTED, Objective, importance_weighted, learned_law, time_law
 from .parallel import Processes
 from .sdes import SDE
+from .time_laws import SecondMoments, TimeLaw
 
 # What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
 _TRAINING, _DROPOUT, _EVALUATION, _FLOOR = 0, 2, 3, 5
@@ -41,12 +42,16 @@ _TRAINING, _DROPOUT, _EVALUATION, _FLOOR = 0, 2, 3, 5
 
 @dataclass
 class State:
-    """What training changes: the model, the average of its weights, the optimizer's moments, and the step."""
+    """What training changes: the model, the average of its weights, the optimizer's moments, the step, and a law of t.
+
+    Most laws learn nothing: `law` is there where the config's does, and takes the place of `time_law(config)`.
+    """
 
     model: ScoreModel
     ema: ScoreModel
     optimizer: Optimizer
     step: int = 0
+    law: SecondMoments | None = None
 
     def __post_init__(self) -> None:
         # Listed once: a walk over the modules in every step would cost more than the fused update of a small network.
@@ -99,7 +104,7 @@ def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device)
     optimizer = kind(
         parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=fused or None
     )
-    return State(model, ema, optimizer)
+    return State(model, ema, optimizer, law=learned_law(config))
 
 
 def learning_rate(config: ConfigDict, step: int) -> float:
@@ -126,12 +131,13 @@ def draw(
     *,
     flip: bool,
     purpose: int = _TRAINING,
+    law: TimeLaw | None = None,
 ) -> Batch:
-    """One process' part of the batch of step `step`: data, times and noise, all from (seed, step)."""
+    """One process' part of the batch of step `step`: data, times and noise, all from (seed, step), and from `law`."""
     n, seed = config.training.batch_size, config.seed
     k, _ = batch(split, step, n, seed, flip, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
-    law = time_law(config)(sde, numbers(n, generator(seed, step, purpose)))
+    times = (law or time_law(config))(sde, numbers(n, generator(seed, step, purpose)))
     noise = generator(seed, step, purpose + 1, k.device)
     shape, floats = (n, *k.shape[1:]), torch.float32
     u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
@@ -141,7 +147,7 @@ def draw(
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    return Batch(x0, law.t[part], law.weight[part], z, v)
+    return Batch(x0, times.t[part], times.weight[part], z, v)
 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
@@ -246,7 +252,7 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
     b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
-    loss, _ = Objective(state.ema, config)(b.x0, b.t, b.z, b.v)
+    loss, _ = Objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
     return {"eval_loss": float(loss.mean())}
@@ -275,7 +281,7 @@ def train(
     state.model.train()
     found, notes = checkpoint.newest(workdir)
     if found is not None:
-        state.step = checkpoint.restore(found, state.model, state.ema, state.optimizer).step
+        state.step = checkpoint.restore(found, state.model, state.ema, state.optimizer, state.law).step
         notes.append(f"going on from step {state.step} of {found}")
     if notes:
         yield Metrics(state.step, notes=notes)
@@ -283,7 +289,7 @@ def train(
     part = slice(processes.rank * share, (processes.rank + 1) * share)
     if t.compile:
         state.model.network.compile()  # type: ignore[union-attr]
-    objective: nn.Module = Objective(state.model, config)
+    objective: nn.Module = Objective(state.model, config, codec)
     if processes.world > 1:
         gpu = [processes.device.index] if processes.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=gpu)
@@ -313,7 +319,7 @@ def train(
         path = checkpoint.checkpoint_path(workdir, state.step)
         if processes.main:
             card = checkpoint.Card(configs.to_json(config), data.shape, state.step)
-            checkpoint.save(path, card, state.model, state.ema, state.optimizer)
+            checkpoint.save(path, card, state.model, state.ema, state.optimizer, state.law)
             checkpoint.prune(workdir, t.keep_last, t.keep_every * t.snapshot_freq)
         processes.barrier()
         return path
@@ -325,8 +331,11 @@ def train(
                 yield Metrics(state.step, checkpoint=snapshot())
             return
         seed_dropout(config.seed, state.step, processes)
-        b = draw(config, split, codec, state.model.sde, state.step, part, flip=config.data.random_flip)
+        flip = config.data.random_flip
+        b = draw(config, split, codec, state.model.sde, state.step, part, flip=flip, law=state.law)
         records.append(train_step(state, objective, b, config))
+        if state.law is not None:  # the next step's times hang on these losses: this law alone waits for the device
+            state.law.update(processes.gather(b.t), processes.gather(records[-1].error))
         yield Metrics(state.step)
         last = state.step == t.n_iters
         if state.step % t.log_freq == 0 or last:

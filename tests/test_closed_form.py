@@ -11,7 +11,7 @@ from torch.distributions import Categorical, MixtureSameFamily, MultivariateNorm
 
 from score_sde import DDPM, SDE, SMLD, VPSDE, from_score
 from score_sde.closed_form import Boxes, Empirical, Gaussian, Mixture
-from score_sde.ode import integrate
+from score_sde.ode import Solver, integrate
 from score_sde.sdes import like
 from tests.oracles import SDES, name
 
@@ -190,7 +190,7 @@ def test_flow_of_a_gaussian_solves_the_probability_flow_ode(sde: SDE, kind: str)
     def velocity(t: Tensor, y: Tensor) -> Tensor:
         return sde.velocity(y, t, model.score(y, t))
 
-    end, _ = integrate(velocity, x, 1.0, 0.05, sde=sde, rtol=1e-9, atol=1e-10, method="dopri8")
+    end, _ = integrate(velocity, x, 1.0, 0.05, sde=sde, solver=Solver("dopri8", rtol=1e-9, atol=1e-10))
     one, late = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
     flown = model.flow(x, one, late)
     torch.testing.assert_close(flown, end, rtol=1e-7, atol=1e-7)  # the solver's global error

@@ -250,6 +250,9 @@ CONTRADICTIONS = [
     ("training.continuous=0 training.time=log_snr", "leave training.time=uniform"),
     ("training.time=importance", "set training.likelihood_weighting=True"),
     ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    ("training.objective=sliced_vr training.compile=1", "second derivatives, which torch.compile does not"),
+    ("training.objective=finite_difference training.precision=bfloat16", "set training.precision=float32"),
+    ("training.objective=finite_difference", "difference of two dropout masks for a derivative: set model.dropout=0"),
     ("model.sigma_min=50", "model.sigma_min=50 must be below model.sigma_max=50"),
     ("model.beta_min=21", "model.beta_min=21 must not exceed model.beta_max=20"),
     (
@@ -371,11 +374,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     # No value is a default's.
     keys = """nf=24 ch_mult=1,3 num_res_blocks=5 attn_resolutions=2 dropout=0.3 nonlinearity=elu resamp_with_conv=0
         embedding_type=fourier label=sigma fourier_scale=3 fir=1 fir_kernel=1,2,1 skip_rescale=0 resblock_type=ddpm
-        progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7"""
+        progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
+        learned_variance=1"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
+    overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
-    both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True)
+    both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
 
     build_network(load(VP, overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)
@@ -387,11 +392,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
 
     for name in ("ddpm", "ncsnpp"):
         build_network(load(VP, {"model.name": name, "model.conditional": "0"}), (2, 4, 6))
-        assert made.pop()[1]["embedding"] is None
+        options = made.pop()[1]
+        assert options["embedding"] is None and options["out_channels"] is None
 
     vectors = {"model.name": "mlp", "data.dataset": "ring", "data.random_flip": "0"}
     build_network(load(VP, {**overrides, **vectors}), (9,))
-    assert made.pop() == ((9,), dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3))
+    mlp = dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3, out_features=18)
+    assert made.pop() == ((9,), mlp)
 
 
 def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> None:

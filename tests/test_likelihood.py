@@ -25,8 +25,10 @@ from score_sde import (
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
-from score_sde.likelihood import Likelihood, _noise_and_traces, _probes
+from score_sde.flows import draw_probes, score_flow
+from score_sde.likelihood import Likelihood
 from score_sde.networks import UNet
+from score_sde.ode import Solver
 from score_sde.scan import gaussian_fit
 from score_sde.sdes import like
 from tests.oracles import SDES, name, numbers
@@ -215,16 +217,16 @@ def test_given_probes_are_used_as_they_are() -> None:
 def test_probes_have_unit_covariance_and_come_from_seed_and_index_alone() -> None:
     x = torch.zeros(6, 2, 2)
     for kind in ("gaussian", "rademacher"):
-        e = _probes(kind, 5000, x, 3, 10)  # type: ignore[arg-type]
+        e = draw_probes(kind, 5000, x, 3, 10)  # type: ignore[arg-type]
         assert e.shape == (5000, *x.shape)
         if kind == "rademacher":
             assert bool((e.abs() == 1).all())
         flat = e.flatten(2)
         assert (flat.mT @ flat / 6 - torch.eye(4)).mean(0).abs().max() < 4 / math.sqrt(30_000) * math.sqrt(2)
-        assert torch.equal(_probes(kind, 5000, x[:2], 3, 12), e[:, 2:4])  # type: ignore[arg-type]
-        assert not torch.equal(_probes(kind, 5000, x, 4, 10), e)  # type: ignore[arg-type]
-        whole = _probes(kind, 5, x, torch.Generator().manual_seed(1), 0)  # type: ignore[arg-type]
-        assert torch.equal(_probes(kind, 5, x, torch.Generator().manual_seed(1), 9), whole)  # type: ignore[arg-type]
+        assert torch.equal(draw_probes(kind, 5000, x[:2], 3, 12), e[:, 2:4])  # type: ignore[arg-type]
+        assert not torch.equal(draw_probes(kind, 5000, x, 4, 10), e)  # type: ignore[arg-type]
+        whole = draw_probes(kind, 5, x, torch.Generator().manual_seed(1), 0)  # type: ignore[arg-type]
+        assert torch.equal(draw_probes(kind, 5, x, torch.Generator().manual_seed(1), 9), whole)  # type: ignore[arg-type]
 
 
 def test_exact_traces_in_many_dimensions_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -232,7 +234,7 @@ def test_exact_traces_in_many_dimensions_come_in_parts(monkeypatch: pytest.Monke
     x, _ = model.sample(4, torch.Generator().manual_seed(0))
     whole = exactly(model, x)
     for size in (1, 8):
-        monkeypatch.setattr("score_sde.likelihood.EXACT_BATCH", size)
+        monkeypatch.setattr("score_sde.flows.EXACT_BATCH", size)
         torch.testing.assert_close(exactly(model, x).log_prob, whole.log_prob, rtol=1e-9, atol=1e-9)
 
 
@@ -243,14 +245,18 @@ def test_several_probes_through_a_network_with_attention_in_one_product(recomput
         1, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, dropout=0.0, init_scale=1.0,
         checkpoint_activations=recompute,
     ).eval()  # fmt: skip
-    model, t = Preconditioned(network, VPSDE()), torch.tensor(0.3, dtype=torch.float64)
+    step = Solver("euler", steps=1)
+    flow = score_flow(Preconditioned(network, VPSDE()), base=lambda z: z.new_zeros(len(z)), t_min=0.3, solver=step)
     x, e = numbers(2, 1, 8, 8, dtype=torch.float32), numbers(3, 2, 1, 8, 8, seed=1, dtype=torch.float32)
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # PyTorch warns where it must fall back on a loop over the probes
-        noise, together = _noise_and_traces(model, x, t, (e,))
-    alone = torch.cat([_noise_and_traces(model, x, t, (e[k : k + 1],))[1] for k in range(3)], dim=1)
-    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-4)
-    assert not noise.requires_grad and all(p.grad is None for p in network.parameters())
+        with torch.no_grad():
+            together = flow.evaluate(x, probe=e)
+    with torch.no_grad():
+        alone = torch.stack([flow.log_prob(x, probe=e[k : k + 1]) for k in range(3)], dim=1)
+    torch.testing.assert_close(together.log_prob, alone.mean(1), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(together.std_error, alone.std(1) / math.sqrt(3), rtol=1e-4, atol=1e-4)
+    assert not together.latent.requires_grad and all(p.grad is None for p in network.parameters())
 
 
 # --- bits per dimension

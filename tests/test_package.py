@@ -22,10 +22,10 @@ SETUP.read(ROOT / "setup.cfg")
 
 # Knowledge flows downward: a part imports from its own row and the rows above. Parts not named are in the row of train.
 ROWS = [
-    {"sdes", "chains", "ode"},
+    {"sdes", "chains", "ode", "diffusions"},
     {"model"},
     {"closed_form", "networks"},
-    {"losses", "time_laws", "samplers", "likelihood", "guidance", "metrics"},
+    {"losses", "score_matching", "time_laws", "samplers", "flows", "likelihood", "guidance", "metrics", "bounds"},
     {"train"},
     {"cli"},
 ]

@@ -1,6 +1,7 @@
 """Networks: modules F(x, label) built from numbers. They know neither an SDE, nor sigma, nor a config."""
 
 from .mlp import MLP
+from .refinenet import NCSN, NCSNv2
 from .unet import UNet
 
-__all__ = ["MLP", "UNet"]
+__all__ = ["MLP", "NCSN", "NCSNv2", "UNet"]

@@ -12,7 +12,7 @@ from .layers import Dropout, linear
 
 
 class MLP(nn.Module):
-    """F(x, label) -> a tensor of x's shape, (B, features); label is (B,).
+    """F(x, label) -> a tensor of x's shape, (B, features), or (B, out_features); label is (B,).
 
     `depth` residual layers of `width` channels. Sinusoidal embeddings suit labels as 999 t, Fourier ones positive
     labels as sigma.
@@ -27,13 +27,14 @@ class MLP(nn.Module):
         embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
         fourier_scale: float = 1.0,
         dropout: float = 0.0,
+        out_features: int | None = None,
     ) -> None:
         super().__init__()
         label = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
         self.embed = LabelEmbedding(label, width, F.silu)
         self.first = linear(features, width)
         self.layers = nn.ModuleList(MLPLayer(width, dropout) for _ in range(depth))
-        self.last = linear(width, features, scale=0.0)
+        self.last = linear(width, out_features or features, scale=0.0)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         embedded = self.embed(label.to(x.dtype))

@@ -20,7 +20,9 @@ ProgressiveInput = Literal["none", "input_skip", "residual"]
 
 
 class UNet(nn.Module):
-    """F(x, label) -> a tensor of x's shape, (B, channels, H, W); label is (B,).
+    """F(x, label) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
+
+    label is (B,).
 
     The network knows neither an SDE nor what its output means. Height and width may be anything: they are padded
     inside to multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
@@ -68,6 +70,7 @@ class UNet(nn.Module):
         init_scale: float = 0.0,
         centered: bool = True,
         checkpoint_activations: bool = False,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
         for name, value, kind in [
@@ -128,7 +131,7 @@ class UNet(nn.Module):
         for outputs, attend in zip(reversed(widths), reversed(attends)):
             out: nn.Module = NoPyramid()
             if progressive == "output_skip":
-                out = OutputSkip(outputs, channels, style)
+                out = OutputSkip(outputs, out_channels or channels, style)
             elif progressive == "residual":
                 out = OutputResidual(h, outputs, style) if len(self.up) else OutputSeed(outputs, style)
             inputs = [h + skips.pop()] + [outputs + skips.pop() for _ in range(blocks)]
@@ -136,7 +139,7 @@ class UNet(nn.Module):
             self.up.append(UpLevel(inputs, outputs, attend, out, step, style))
             h = outputs
 
-        self.head = None if progressive == "output_skip" else Head(h, channels, style, init_scale)
+        self.head = None if progressive == "output_skip" else Head(h, out_channels or channels, style, init_scale)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
         height, width = x.shape[-2:]

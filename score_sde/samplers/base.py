@@ -13,7 +13,7 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..model import ScoreModel
@@ -69,6 +69,15 @@ def noise_source(
     return lambda like: next(stream)
 
 
+def default_state(
+    model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None
+) -> tuple[torch.dtype, torch.device]:
+    """Those given; else those of the model's first parameter or buffer; else float32 on the CPU."""
+    like = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
+    dtype = dtype or (torch.float32 if like is None else like.dtype)
+    return dtype, torch.device(device if device is not None else "cpu" if like is None else like.device)
+
+
 @torch.no_grad()
 def sample(
     model: ScoreModel,
@@ -107,9 +116,7 @@ def sample(
     falling = times.ndim == 1 and len(times) >= 2 and bool((times.diff() < 0).all())
     if not falling or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
-    like = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
-    dtype = dtype or (torch.float32 if like is None else like.dtype)
-    device = torch.device(device if device is not None else "cpu" if like is None else like.device)
+    dtype, device = default_state(model, dtype, device)
     noise = noise_source(shape, seed, first, dtype, device)
     x = model.sde.prior(shape, noise)
     states = sampler.walk(model, x, times, noise)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchdiffeq import odeint
 
 from ..model import ScoreModel, add_
-from ..ode import FIXED, integrate
+from ..ode import FIXED, Solver, integrate
 from ..sdes import Noise, like
 from .base import Sampler
 
@@ -90,5 +90,5 @@ class AdaptiveODE(Sampler):
             return velocity(model, y, t)
 
         for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-            x, _ = integrate(field, x, t, s, sde=model.sde, rtol=self.rtol, atol=self.atol, method=self.method)
+            x, _ = integrate(field, x, t, s, solver=Solver(self.method, self.rtol, self.atol), sde=model.sde)
             yield x

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
+from ..model import ScoreModel, Variance, reverse_log_variance
 from ..sdes import Noise, add_, like
 from .base import Sampler
 
@@ -43,19 +45,25 @@ class ReverseDiffusion(Sampler):
 class Ancestral(Sampler):
     """x_s from the posterior of x_s | x_t, x_0 with x_0 the model's estimate: the DDPM sampler, on any SDE.
 
-    Ho et al. 2020, algorithm 2; Song et al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde), or
-    "large", the forward step's (beta). Where s is clean data no noise is added.
+    Ho et al. 2020, algorithm 2; Song et al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde),
+    "large", the forward step's (beta), or "learned" between them (Nichol & Dhariwal 2021, section 3.1), for the step
+    from t to s whatever the chain's own steps are. Where s is clean data no noise is added.
     """
 
-    variance: Literal["small", "large"] = "small"
+    variance: Variance = "small"
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        mean, variance = model.sde.posterior(x, model(x, t).data, s, t)
-        if not bool((variance > 0).any()):
+        estimate = model(x, t)
+        mean, small = model.sde.posterior(x, estimate.data, s, t)
+        if not bool((small > 0).any()):
             return mean
+        if self.variance == "small":
+            return add_(mean, small.sqrt(), noise(x))
+        large, noisy = model.sde.transition(s, t)[1] ** 2, small > 0
         if self.variance == "large":
-            variance = torch.where(variance > 0, model.sde.transition(s, t)[1] ** 2, variance)
-        return add_(mean, variance.sqrt(), noise(x))
+            return add_(mean, torch.where(noisy, large, small).sqrt(), noise(x))
+        log_variance = reverse_log_variance(estimate, small.where(noisy, large), large, self.variance)
+        return torch.addcmul(mean, torch.exp(log_variance / 2) * like(noisy.double(), x), noise(x))
 
 
 @dataclass(frozen=True)
@@ -79,7 +87,22 @@ class DDIM(Sampler):
 
 
 @dataclass(frozen=True)
-class Langevin(Sampler):
+class Corrector(Sampler):
+    """A sampler whose step stays at its time t. Alone it visits every time of the grid, also the last one.
+
+    Not beside a predictor, which ends there; nor where that time is clean data (sigma = 0).
+    """
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        for t, s in pairwise(times):
+            x = self.step(model, x, t, s, noise)
+            if s == times[-1] and bool(model.sde.sigma(s) > 0):
+                x = self.step(model, x, s, s, noise)
+            yield x
+
+
+@dataclass(frozen=True)
+class Langevin(Corrector):
     """Corrector: `steps` times x += h score + sqrt(2h) z at the time t, with h set by a signal-to-noise ratio.
 
     h = 2 a (snr |z| / |score|)², a = transition(s, t).scale² (Song et al. 2021, algorithms 4-5). Norms are per
@@ -106,10 +129,13 @@ class Langevin(Sampler):
 
 
 @dataclass(frozen=True)
-class AnnealedLangevin(Sampler):
-    """Corrector with h = 2 a (snr sigma_t)²: on a grid of levels, annealed Langevin dynamics.
+class AnnealedLangevin(Corrector):
+    """Corrector with h = 2 a (snr sigma_t)²: alone on a grid of levels, annealed Langevin dynamics.
 
-    Song & Ermon 2019 (arXiv:1907.05600), algorithm 1, in the form of Song et al. 2021, appendix G.
+    Song & Ermon 2019 (arXiv:1907.05600), algorithm 1, in the form of Song et al. 2021, appendix G. With a = 1 (VE), the
+    h = eps (sigma_t/sigma_L)² of Song & Ermon 2020 and of both papers' code is snr = sqrt(eps/2)/sigma_L; the algorithm
+    as printed in 2019 halves h: snr = sqrt(eps)/(2 sigma_L). `steps` is their T. They start from uniform noise where
+    `sample` starts from the SDE's prior, and its `denoise` is their last step, x + sigma_L² score.
     """
 
     snr: float = 0.16

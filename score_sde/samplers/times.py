@@ -36,6 +36,17 @@ def karras(sde: SDE, n: int, rho: float = 7.0) -> Tensor:
     return _with_ends(sde, sde.time(-2 * rho * torch.log(first + (last - first) * _unit(n))))
 
 
+def spaced(n: int, count: int) -> Tensor:
+    """`count` of a chain's n steps, evenly spaced, from 1 to 1/n: the first, the last, and what lies between.
+
+    The chain of these times alone is Improved DDPM's respaced one (Nichol & Dhariwal 2021, section 4), rounding
+    included. Raises ValueError for more steps than the chain has.
+    """
+    if not 1 <= count <= n:
+        raise ValueError(f"a chain of {n} steps can be walked in 1 to {n} of them, got {count}")
+    return (torch.linspace(0, n - 1, count, dtype=torch.float64).round() + 1).flip(0) / n
+
+
 def _ends(sde: SDE) -> Tensor:
     ends = torch.tensor([1.0, sde.t_min], dtype=torch.float64)
     if not bool(torch.isfinite(sde.log_snr(ends)).all()):

@@ -1,0 +1,368 @@
+"""Continuous normalizing flows: a density carried along an ODE, for any vector field.
+
+A flow dx/dt = v(t, x) takes data at t0 to a base density at t1. Along a path d log p/dt = -div v (the instantaneous
+change of variables; Chen et al. 2018, arXiv:1806.07366, theorem 1), so
+
+    log p(x at t0) = log base(x at t1) + integral from t0 to t1 of div v dt,
+
+with the state and the integral solved as one ODE (eq. 8 there). The divergence is exact, or Hutchinson's estimate
+e^T J e with random e of unit covariance, drawn once per example and held through the solve (Grathwohl et al. 2019,
+arXiv:1810.01367). Each evaluation is one forward pass and one batched vector-Jacobian product, whose squared length is
+an estimate of |J|² and regularises the flow at no further product (Finlay et al. 2020, arXiv:2002.02798).
+
+The probability flow of a score model is such a flow (Song et al. 2021, eq. 39): `score_flow` makes it one, with the
+model's parameters, and `likelihood.log_likelihood` is its `evaluate`.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .model import ScoreModel
+from .ode import Solver, integrate
+from .samplers.base import default_state, example_generators, noise_source
+from .sdes import SDE, Noise, like
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
+Probe = Literal["rademacher", "gaussian", "exact"]
+EXACT_BATCH = 1024  # products at a time for the exact trace: bounds its memory in many dimensions
+
+
+class Evaluation(NamedTuple):
+    """What the flow from data to base finds; see `Likelihood` for the first four.
+
+    `kinetic` is the integral of |v|² and `jacobian` that of |J|², both (B,), or None where not asked for.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    latent: Tensor
+    nfe: int
+    kinetic: Tensor | None
+    jacobian: Tensor | None
+
+
+class Probes(NamedTuple):
+    """The probes (K, B, *shape) in the parts that go through one product each, and their squared lengths (B, K).
+
+    The unit vectors, which are the D probes of an exact trace, have the sum of these instead, ().
+    """
+
+    parts: Sequence[Tensor]
+    squares: Tensor
+    exact: bool
+
+
+class SemiLinear(nn.Module, ABC):
+    """A velocity ``linear(t) x + gain(t) h(t, x)``: rates that may be large near t0 stay outside the Jacobian of h."""
+
+    @abstractmethod
+    def parts(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(h of x's shape, linear (), gain ()) at t, () float64 on the CPU."""
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        h, linear, gain = self.parts(t, x)
+        return like(linear, x) * x + like(gain, x) * h
+
+
+class ProbabilityFlow(SemiLinear):
+    """f x + g²/(2 sigma) noise(x, t): the velocity that has the marginals of the model's SDE (Song et al. 2021, eq. 13)."""
+
+    def __init__(self, model: ScoreModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def parts(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        sde = self.model.sde
+        return self.model(x, t).noise, sde.f(t), sde.g(t) ** 2 / (2 * sde.sigma(t))
+
+
+class NetworkVelocity(nn.Module):
+    """A network F(x, label), as those of `networks`, as a velocity: its label is `scale` t, of shape (1,).
+
+    One label serves the batch, so that its embedding costs nothing. The default scale suits sinusoidal embeddings,
+    which expect labels up to about 1000.
+    """
+
+    def __init__(self, network: nn.Module, scale: float = 999.0) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.network(x, self.scale * t[None])
+
+
+def normal_log_prob(z: Tensor) -> Tensor:
+    """Log density of N(0, I) in nats, (B,)."""
+    flat = z.reshape(len(z), math.prod(z.shape[1:]))
+    return -flat.square().sum(1) / 2 - flat.shape[1] / 2 * math.log(2 * math.pi)
+
+
+def normal_draw(shape: Sequence[int], noise: Noise) -> Tensor:
+    """A draw of N(0, I)."""
+    return noise(torch.empty(tuple(shape)))
+
+
+class Flow(nn.Module):
+    """The flow dx/dt = velocity(t, x) from data at t0 to a base density at t1.
+
+    Args:
+        velocity: (t, x) -> tensor of x's shape; an nn.Module where its parameters are to be trained by the adjoint. A
+            `SemiLinear` is given t in float64 on the CPU, all others in x's dtype and on its device.
+        base: z -> (B,), the log density at t1; N(0, I) by default.
+        draw: (shape, noise) -> z, a draw of the base, for `sample`; N(0, I)'s if `base` is not given either.
+        t0, t1: the interval, t0 < t1.
+        solver: of the ODE, both ways.
+        sde: a chain's, whose log SNR is then the solver's time; see `ode.integrate`.
+
+    In grad mode all results but samples are differentiable, in the data and in the parameters of velocity and base, by
+    the solver's `gradient`; under torch.no_grad() nothing is kept. Networks with dropout must be in eval mode: an ODE
+    needs a velocity that does not change from one evaluation to the next.
+    """
+
+    def __init__(
+        self,
+        velocity: Velocity,
+        base: Callable[[Tensor], Tensor] | None = None,
+        draw: Callable[[Sequence[int], Noise], Tensor] | None = None,
+        *,
+        t0: float = 0.0,
+        t1: float = 1.0,
+        solver: Solver = Solver(),
+        sde: SDE | None = None,
+    ) -> None:
+        super().__init__()
+        if not -math.inf < t0 < t1 < math.inf:
+            raise ValueError(f"a flow goes from data at t0 to its base at a later t1, got t0 = {t0} and t1 = {t1}")
+        self.velocity = velocity
+        self.base = base or normal_log_prob
+        self.draw = normal_draw if base is None and draw is None else draw
+        self.t0, self.t1, self.solver, self.sde = t0, t1, solver, sde
+
+    def replace(self, **changes: Any) -> Flow:
+        """The same flow with other arguments: ``replace(solver=Solver("rk4", steps=8))``; with t0, from then on."""
+        own = {name: getattr(self, name) for name in ("velocity", "base", "draw", "t0", "t1", "solver", "sde")}
+        return Flow(**{**own, **changes})
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The velocity at (t, x), of x's shape."""
+        h, linear, gain = self._parts(t, x)
+        return h if linear is None or gain is None else like(linear, x) * x + like(gain, x) * h
+
+    def log_prob(self, x: Tensor, **options: Any) -> Tensor:
+        """Log density of x in nats, (B,); options as for `evaluate`."""
+        return self.evaluate(x, **options).log_prob
+
+    def evaluate(
+        self,
+        x: Tensor,
+        *,
+        probe: Probe | Tensor = "exact",
+        probes: int = 1,
+        seed: int | torch.Generator = 0,
+        first: int = 0,
+        kinetic: bool = False,
+        jacobian: bool = False,
+    ) -> Evaluation:
+        """Log density of x, the state at t0, and what the path to the base costs.
+
+        Args:
+            x: (B, *shape).
+            probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", or a tensor (K, B, *shape).
+            probes: number K of random probes per example; all go through one batched product.
+            seed: of the probes; example i's depend on (seed, first + i) alone. In training give a torch.Generator,
+                which serves the whole batch and goes on from step to step.
+            first: index of the batch's first example.
+            kinetic: also integrate |v|², the kinetic energy (Finlay et al. 2020, eq. 9).
+            jacobian: also integrate |J|², the squared Frobenius norm of the velocity's Jacobian: exact for "exact",
+                else its unbiased estimate |e^T J|² with the same probe (eq. 10-11 there).
+
+        Both integrals enter the solver's error norm. Raises ValueError for an unknown probe, a wrong shape or a
+        velocity without gradient, RuntimeError where the solver gives up.
+        """
+        batch, d = x.shape[0], math.prod(x.shape[1:])
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
+        if exact:
+            vectors = Probes(e.split(max(EXACT_BATCH // max(batch, 1), 1)), x.new_tensor(d), True)
+        else:
+            vectors = Probes((e,), e.square().flatten(2).sum(2).T, False)
+        k = 1 if exact else len(e)
+
+        def field(t: Tensor, state: Tensor) -> Tensor:
+            y = state[:, :d].to(x.dtype).reshape(x.shape)
+            velocity, traces, norms = self._velocity_and_traces(t, y, vectors, jacobian)
+            energy = [velocity.square().flatten(1).sum(1, keepdim=True)] if kinetic else []
+            return torch.cat([slope.to(wide) for slope in (velocity.flatten(1), traces, *energy, *norms)], dim=1)
+
+        start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, k + kinetic + jacobian, dtype=wide)], dim=1)
+        end, nfe = self._integrate(field, start, self.t0, self.t1)
+        latent, integrals, costs = end[:, :d].reshape(x.shape), end[:, d : d + k], end[:, d + k :]
+        base = self.base(latent)
+        if base.shape != (batch,):
+            raise ValueError(f"the base log density must have shape ({batch},), one per example, got {tuple(base.shape)}")
+        # Over K probes sqrt(variance / K), which is 0/0 = NaN for K = 1.
+        spread = (integrals - integrals.mean(1, keepdim=True)).detach().square().sum(1)
+        std_error = spread if exact else torch.sqrt(spread / (k * (k - 1)))
+        return Evaluation(
+            base + integrals.mean(1),
+            std_error,
+            latent.to(x.dtype),
+            nfe,
+            costs[:, 0] if kinetic else None,
+            costs[:, -1] if jacobian else None,
+        )
+
+    def path(self, x: Tensor, times: Sequence[float] | Tensor) -> Tensor:
+        """The states (len(times), B, *shape) at `times`, forwards or backwards, from x at the first of them.
+
+        Raises ValueError for times that are not a 1-D grid, rising or falling, within [t0, t1].
+        """
+        grid = torch.as_tensor(times, dtype=torch.float64).cpu()
+        monotonic = grid.ndim == 1 and len(grid) and bool((grid.diff() > 0).all() or (grid.diff() < 0).all())
+        if not monotonic or grid.min() < self.t0 or grid.max() > self.t1:
+            raise ValueError(f"times must rise or fall within [{self.t0:g}, {self.t1:g}], got {grid.tolist()}")
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+
+        def field(t: Tensor, y: Tensor) -> Tensor:
+            return self(t, y.to(x.dtype)).to(wide)
+
+        states = [x.to(wide)]
+        for t, s in zip(grid[:-1].tolist(), grid[1:].tolist()):
+            states.append(self._integrate(field, states[-1], t, s)[0])
+        return torch.stack(states).to(x.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The state at t1 of the path through x at t0."""
+        return self.path(x, (self.t0, self.t1))[-1]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The state at t0 of the path through z at t1."""
+        return self.path(z, (self.t1, self.t0))[-1]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        *,
+        seed: int | torch.Generator = 0,
+        first: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Decode a draw (B, *shape) of the base; seed, first, dtype and device as for `samplers.sample`.
+
+        Raises ValueError where the flow has a base of its own and no `draw`.
+        """
+        if self.draw is None:
+            raise ValueError("this flow's base is a log density alone: give Flow a draw(shape, noise) of it too")
+        dtype, device = default_state(self, dtype, device)
+        return self.decode(self.draw(shape, noise_source(tuple(shape), seed, first, dtype, device)))
+
+    def _parts(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(h, linear, gain) of the velocity linear x + gain h; without rates it is h."""
+        linear = gain = None
+        if isinstance(self.velocity, SemiLinear):
+            h, linear, gain = self.velocity.parts(t, x)
+        else:
+            h = self.velocity(t.to(x), x)
+        if h.shape != x.shape:
+            raise ValueError(f"the velocity has shape {tuple(h.shape)} for a state of shape {tuple(x.shape)}")
+        return h.to(x.dtype), linear, gain
+
+    def _velocity_and_traces(
+        self, t: Tensor, y: Tensor, probes: Probes, norms: bool
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Velocity at (t, y), e^T J e for each probe (B, K), or their sum (B, 1) if exact; if `norms`, |J|² (B, 1).
+
+        The probe meets all of v, linear x too: a Gaussian one would else miss that linear x and h's Jacobian nearly
+        cancel in a probability flow.
+        """
+        create = torch.is_grad_enabled()
+        with torch.enable_grad():
+            if not (create and y.requires_grad):
+                y = y.detach().requires_grad_(True)
+            velocity, linear, gain = self._parts(t, y)
+            if not velocity.requires_grad:
+                raise ValueError("the velocity has no gradient in x, and a density needs its Jacobian")
+            a, b = (None, None) if linear is None or gain is None else (like(linear, y), like(gain, y))
+            found = []  # of each part apart: all products of an exact trace together would need D² numbers an example
+            for e in probes.parts:
+                product = _products(velocity, y, e, create)
+                trace = (product * e).flatten(2).sum(2)
+                product = product if a is None else a * e + b * product
+                found.append((trace, product.square().flatten(2).sum(2)) if norms else (trace,))
+            trace, *lengths = (torch.cat(part).T for part in zip(*found))
+            trace = trace.sum(1, keepdim=True) if probes.exact else trace
+            if a is not None:
+                velocity, trace = a * y + b * velocity, a * probes.squares + b * trace
+            norm = [n.sum(1, keepdim=True) if probes.exact else n.mean(1, keepdim=True) for n in lengths]
+        return (velocity, trace, norm) if create else (velocity.detach(), trace.detach(), norm)
+
+    def _integrate(self, field: Velocity, y: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
+        parameters: tuple[Tensor, ...] = ()
+        if isinstance(self.velocity, nn.Module):
+            parameters = tuple(p for p in self.velocity.parameters() if p.requires_grad)
+        elif torch.is_grad_enabled() and self.solver.gradient == "adjoint":
+            raise ValueError(
+                "the adjoint must know the velocity's parameters: make it an nn.Module instead of a function, "
+                'or use Solver(gradient="backprop")'
+            )
+        if torch.is_grad_enabled() and self.solver.method == "RK45" and (parameters or y.requires_grad):
+            raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or evaluate under torch.no_grad()")
+        return integrate(field, y, t0, t1, solver=self.solver, sde=self.sde, parameters=parameters)
+
+
+def score_flow(
+    model: ScoreModel,
+    *,
+    base: Callable[[Tensor], Tensor] | None = None,
+    t_min: float = 1e-5,
+    solver: Solver = Solver(),
+) -> Flow:
+    """The probability flow of a score model from data at t_min to the SDE's prior at t = 1, with the model's parameters.
+
+    ``-score_flow(model).log_prob(x).mean()`` is a loss that fine-tunes the model by likelihood; conditions are bound
+    before, as in ``score_flow(model.given(label=y))``. `base` is x -> (B,), the log density at t = 1, by default the
+    prior's, which is not quite the true p_1.
+    """
+    sde = model.sde
+    return Flow(
+        ProbabilityFlow(model), base or sde.prior_log_prob, sde.prior, t0=t_min, t1=1.0, solver=solver, sde=sde
+    )
+
+
+def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.Generator, first: int) -> Tensor:
+    """(K, B, *shape); for "exact" (D, B, *shape), the unit vectors."""
+    if isinstance(probe, Tensor):
+        if probe.shape[1:] != x.shape or not len(probe):
+            raise ValueError(f"a probe for x of shape {tuple(x.shape)} must be (K, *x.shape), got {tuple(probe.shape)}")
+        return probe.to(x)
+    if probe == "exact":
+        d = math.prod(x.shape[1:])
+        return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
+    if probe not in ("rademacher", "gaussian"):
+        raise ValueError(f'unknown probe {probe!r}; use "rademacher", "gaussian", "exact" or a tensor (K, B, *shape)')
+    if count < 1:
+        raise ValueError(f"probes must be at least 1, got {count}")
+    if isinstance(seed, torch.Generator):
+        z = torch.randn(count, *x.shape, generator=seed, device=seed.device).to(x)
+    else:
+        generators = example_generators(seed, first, len(x), torch.device("cpu"))
+        rows = [torch.randn(count, *x.shape[1:], generator=g) for g in generators]
+        z = torch.stack(rows, dim=1).to(x) if rows else x.new_zeros(count, *x.shape)
+    return z if probe == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(x)
+
+
+def _products(h: Tensor, y: Tensor, e: Tensor, create: bool) -> Tensor:
+    """e^T J for each of the K probes e, (K, B, *shape), differentiable if `create`; zero where h does not hang on y."""
+    keep = {"retain_graph": True, "create_graph": create, "materialize_grads": True}
+    if len(e) == 1:
+        return torch.autograd.grad(h, y, e[0], **keep)[0][None]
+    return torch.autograd.grad(h, y, e, is_grads_batched=True, **keep)[0]
