@@ -53,7 +53,9 @@ def main(arguments: list[str]) -> Path:
     waiting = [job for job in jobs if read(job, options.workdir) is None]
     spent = run_all(waiting, options.workdir, options.workers, sum(map(weight, jobs)))
     whole = parser().parse_args([])
-    full = all(getattr(options, name) == getattr(whole, name) for name in ("data", "objectives", "quick", "steps", "seeds"))
+    full = all(
+        getattr(options, name) == getattr(whole, name) for name in ("data", "objectives", "quick", "steps", "seeds")
+    )
     page = options.page or (DOCS if full else options.workdir) / "laboratory.md"
     results = [result for job in jobs if (result := read(job, options.workdir)) is not None]
     write_page(page, results, options.workdir, " ".join(["python -m examples.laboratory", *arguments]))

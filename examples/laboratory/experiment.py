@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -36,7 +37,9 @@ from score_sde import (
     times,
 )
 from score_sde import config as configs
-from score_sde.codecs import Codec, codec_of
+from score_sde.bounds import chain_bound
+from score_sde.build import build_bound_times
+from score_sde.codecs import PixelCodec, codec_of
 from score_sde.data import load_data
 from score_sde.demo import confidence
 from score_sde.evaluate import folder_for, mean_and_error, read_arrays, write_arrays
@@ -52,6 +55,7 @@ LEVELS = torch.logspace(math.log10(SMALLEST), math.log10(LARGEST), 25, dtype=tor
 POINTS, DRAWN = 1000, 2000  # held-out points of each measure, and samples drawn
 IMAGES, DIGITS_DRAWN = 200, 300
 PROJECTIONS = 64
+TERMS = 20  # of a chain's bound, drawn for each image
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,12 @@ def read(job: Job, base: Path) -> Result | None:
 
 
 def run(job: Job, base: Path, step: Callable[[], None]) -> None:
-    """Train and measure, and leave the result on disk; `step` is called after every step of training."""
+    """Train and measure, and leave the result on disk; `step` is called after every step of training.
+
+    What an experiment that was stopped has left is put away: steps are timed from the first to the last.
+    """
     config, folder = job.config(), job.folder(base)
+    shutil.rmtree(folder, ignore_errors=True)
     data = load_data(config.data.dataset)
     codec = codec_of(data.levels, config.data.centered)
     seconds: list[float] = []
@@ -110,15 +118,11 @@ def run(job: Job, base: Path, step: Callable[[], None]) -> None:
             seconds.append(now - clock)
             step()
         clock = now
-    numbers = {"milliseconds": 1e3 * float(np.median(seconds))} if seconds else {}
-    more, arrays = measure(checkpoint.load(folder), job.data)
+    model = checkpoint.load(folder)
+    numbers, arrays = _measure_digits(model, config) if job.data == "digits" else _measure_plane(model, truth(job.data))
+    numbers["milliseconds"] = 1e3 * float(np.median(seconds))
     write_arrays(folder / "arrays.npz", arrays)
-    (folder / "numbers.json").write_text(json.dumps({**numbers, **more}, indent=1) + "\n")
-
-
-def measure(model: ScoreModel, data: str) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Everything that is measured of a model; of densities in the plane against the truth."""
-    return _measure_digits(model) if data == "digits" else _measure_plane(model, truth(data))
+    (folder / "numbers.json").write_text(json.dumps(numbers, indent=1) + "\n")
 
 
 class Truth(NamedTuple):
@@ -144,7 +148,9 @@ def truth(data: str) -> Truth:
         noise = torch.stack([exact(VP.alpha(t) * v, t).noise for t, v in zip(at, y)])
         log_prob = exact.log_prob(VP.alpha(at[0]) * y[0], at[0]) + 2 * VP.alpha(at[0]).log()
     draws = exact_samples(data, 5 * DRAWN, 2)
-    floor = np.mean([sliced_wasserstein(exact_samples(data, DRAWN, 3 + i), draws, projections=PROJECTIONS) for i in range(5)])
+    floor = np.mean(
+        [sliced_wasserstein(exact_samples(data, DRAWN, 3 + i), draws, projections=PROJECTIONS) for i in range(5)]
+    )
     return Truth(y, z, noise, log_prob, draws, float(floor))
 
 
@@ -196,28 +202,31 @@ def _log_prob_numbers(log_prob: Tensor, truth: Truth) -> dict[str, float]:
     return {"log_prob": log_prob.mean().item(), "divergence": gap, "divergence_error": error}
 
 
-def digits_codec() -> Codec:
-    return codec_of(17)
-
-
-def _measure_digits(model: ScoreModel) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    data, codec = load_data("digits"), digits_codec()
-    k = data.test.x[:]
-    u = torch.rand(k.shape, generator=torch.Generator().manual_seed(0))
-    sde = model.sde
+def _measure_digits(model: ScoreModel, config: ConfigDict) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    data = load_data("digits")
+    codec = PixelCodec(17)
+    sde, k = model.sde, data.test.x[:]
+    u, z = (torch.Generator().manual_seed(seed) for seed in (0, 1))
+    x0, z = codec.encode(k, torch.rand(k.shape, generator=u)), torch.randn(k.shape, generator=z)
     at = [time_of(sde, r) for r in LEVELS.tolist()]
-    z = torch.randn(k.shape, generator=torch.Generator().manual_seed(1))
-    x0 = codec.encode(k, u)
     with torch.no_grad():
         loss = torch.stack([losses.denoising(model, x0, t.expand(len(x0)), z, losses.simple).mean() for t in at])
-    likelihood = log_likelihood(model, x0[:IMAGES], t_min=at[0].item(), rtol=1e-3, atol=1e-3)
-    bits, error = mean_and_error(likelihood.bits_per_dim(codec.levels or 0).double().numpy())
+    if config.data.uniform_dequantization:
+        likelihood = log_likelihood(model, x0[:IMAGES], t_min=at[0].item(), rtol=1e-3, atol=1e-3)
+        each = likelihood.bits_per_dim(codec.levels)
+    else:  # trained on the levels themselves, to decode them: its likelihood is that of its chain, by the bound
+        chain = build_bound_times(config, sde)
+        variance = config.sampling.variance
+        each = chain_bound(
+            model, codec.encode(k[:IMAGES]), chain, variance=variance, levels=codec.levels, terms=TERMS
+        ).bits_per_dim()
+    bits, error = mean_and_error(each.double().numpy())
     x = codec.decode(draw(model, Heun(), 20, (DIGITS_DRAWN, *data.shape)))
     sure, _, classes = confidence(data, x.permute(0, 2, 3, 1).numpy())
     numbers = {
         "bits_per_dim": bits,
         "bits_per_dim_error": error,
-        "distance_ode": sliced_wasserstein(x / 16.0, k / 16.0),
+        "distance_ode": sliced_wasserstein(x / 16, k / 16, projections=PROJECTIONS),
         "sure": sure,
         "classes": float(classes),
     }

@@ -89,16 +89,17 @@ def _table(name: str, results: Sequence[Result]) -> str:
         return _ABSENT
     steps, seeds = own[0].job.steps, {r.job.seed for r in own}
     config = own[0].job.config()
-    said = (
-        f"`configs/{DATA[name].config}.py`; {steps} steps of {config.training.batch_size} examples; "
-        + (f"{len(seeds)} seeds: mean ± their standard deviation." if len(seeds) > 1 else "one seed.")
+    said = f"`configs/{DATA[name].config}.py`; {steps} steps of {config.training.batch_size} examples; " + (
+        f"{len(seeds)} seeds: mean ± their standard deviation." if len(seeds) > 1 else "one seed."
     )
     columns = _COLUMNS["digits" if name == "digits" else "plane"]
     rows = [("the truth" if name != "digits" else "held-out digits", *_reference(name))]
     for objective, o in OBJECTIVES.items():
         numbers = [r.numbers for r in own if r.job.objective == objective]
         if numbers:
-            rows.append((o.label, *(_cell([n[key] for n in numbers if key in n], digits) for _, key, digits in columns)))
+            rows.append(
+                (o.label, *(_cell([n[key] for n in numbers if key in n], digits) for _, key, digits in columns))
+            )
     return f"{said}\n\n{_markdown(('objective', *(head for head, *_ in columns)), rows)}"
 
 

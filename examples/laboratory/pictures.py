@@ -240,4 +240,3 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(drawn, dpi=100)
     plt.close(figure)
     Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
-
