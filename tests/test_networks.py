@@ -8,10 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from score_sde import VPSDE
 from score_sde.networks import MLP, UNet
 from score_sde.networks.blocks import Attention, Fourier, ResidualBlock, Sinusoidal, Style, Waves
 from score_sde.networks.layers import ACTIVATIONS, Dropout, conv, group_norm, variance_scaling_
 from score_sde.networks.resample import ConvDown, ConvUp, down, up
+from score_sde.toys import EXACT, ring
 from tests.oracles import numbers
 
 TAPS = pytest.mark.parametrize(
@@ -538,3 +540,15 @@ def test_mlp_fits_a_function_of_point_and_label():
         loss.backward()
         optimizer.step()
     assert loss < 0.01 * target.var()
+
+
+def test_mlp_s_first_layer_is_far_from_affine():
+    """A linear map of a fresh network's first features has half of the noise's estimate on eight Gaussians."""
+    torch.manual_seed(0)
+    sde, t = VPSDE(), torch.tensor(0.03, dtype=torch.float64)
+    x = sde.perturb(ring(4000).double(), t, numbers(4000, 2))
+    target = EXACT["ring"](sde)(x, t).noise
+    h = F.silu(MLP(2, width=64).first(x.float())).detach().double()
+    h = torch.cat([h, torch.ones(4000, 1)], dim=1)
+    weights = torch.linalg.solve(h.T @ h + torch.eye(65), h.T @ target)
+    assert (h @ weights - target).square().mean() < 0.55 * target.square().mean()  # affine ones: 0.95

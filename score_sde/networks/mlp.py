@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import torch.nn.functional as F
@@ -33,6 +34,10 @@ class MLP(nn.Module):
         label = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
         self.embed = LabelEmbedding(label, width, F.silu)
         self.first = linear(features, width)
+        # Slopes of order 1 and kinks all over the data: with `linear`'s slopes of order 1/sqrt(width) and no biases the
+        # layer is all but affine at first, and training begins with a long plateau where the model is a Gaussian.
+        nn.init.normal_(self.first.weight, std=2 / math.sqrt(features))
+        nn.init.normal_(self.first.bias)
         self.layers = nn.ModuleList(MLPLayer(width, dropout) for _ in range(depth))
         self.last = linear(width, out_features or features, scale=0.0)
 

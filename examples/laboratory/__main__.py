@@ -1,0 +1,73 @@
+"""``python -m examples.laboratory [--quick] [--data ring ...] [--objectives sliced ...] [--steps N] [--seeds N]``"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+from .experiment import Job, read
+from .page import write_page
+from .subjects import DATA, OBJECTIVES, affordable
+from .workers import run_all, weight
+
+DOCS = Path(__file__).parents[2] / "docs"
+QUICK = 40  # a quick run takes the steps of a full one divided by this
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m examples.laboratory",
+        description="Train with every objective on every data set, measure against the truth, draw, write the page. "
+        "Finished experiments are kept: the same command goes on where it was stopped.",
+    )
+    p.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
+    p.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
+    p.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps: what it looks like, not what is true")
+    p.add_argument("--steps", type=int, help="of every experiment, instead of the data set's own number")
+    p.add_argument("--seeds", type=int, default=None, help="repetitions of every experiment, instead of the data's own")
+    p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes of one thread each (2)")
+    p.add_argument("--workdir", type=Path, default=Path("runs/laboratory"), help="where experiments are kept")
+    p.add_argument("--page", type=Path, help="default docs/laboratory.md for all in full, else WORKDIR/laboratory.md")
+    return p
+
+
+def plan(options: argparse.Namespace) -> list[Job]:
+    """The experiments, those that take longest first."""
+    jobs = []
+    for name in options.data:
+        data = DATA[name]
+        steps = options.steps or max(data.steps // (QUICK if options.quick else 1), 2)
+        seeds = options.seeds or (1 if options.quick else data.seeds)
+        jobs += [Job(name, o, seed, steps) for seed in range(seeds) for o in options.objectives if affordable(name, o)]
+    return sorted(jobs, key=lambda job: -weight(job))
+
+
+def main(arguments: list[str]) -> Path:
+    """Run what the command line asks for; return the page."""
+    options = parser().parse_args(arguments)
+    jobs = plan(options)
+    began = time.perf_counter()
+    waiting = [job for job in jobs if read(job, options.workdir) is None]
+    spent = run_all(waiting, options.workdir, options.workers, sum(map(weight, jobs)))
+    whole = parser().parse_args([])
+    full = all(
+        getattr(options, name) == getattr(whole, name) for name in ("data", "objectives", "quick", "steps", "seeds")
+    )
+    page = options.page or (DOCS if full else options.workdir) / "laboratory.md"
+    results = [result for job in jobs if (result := read(job, options.workdir)) is not None]
+    write_page(page, results, options.workdir, " ".join(["python -m examples.laboratory", *arguments]))
+    minutes = (time.perf_counter() - began) / 60
+    print(f"{len(waiting)} of {len(jobs)} experiments run, {minutes:.1f} minutes, {spent:.0f} CPU seconds: {page}")
+    return page
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; finished experiments are on disk, and the same command goes on")

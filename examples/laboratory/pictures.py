@@ -1,0 +1,242 @@
+"""The laboratory's pictures: fields of scores, paths, samples, and the loss by noise level beside its floor."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from score_sde import Ancestral, Heun, Sampler, ScoreModel, checkpoint, times
+from score_sde.toys import EXACT, TOYS
+
+from .experiment import LEVELS, VP, Result, exact_samples, time_of
+from .subjects import DATA, OBJECTIVES
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+REACH = 1.5  # pictures of the plane show [-REACH, REACH]²
+FIELD = 0.15  # the noise level sigma/alpha of the fields
+FIELDS_OF = ("simple", "ddpm", "implicit", "sliced", "finite_difference")  # the objectives whose fields are shown
+
+
+def fields(results: Sequence[Result], base: Path, path: Path) -> None:
+    """For each data set the exact field of E[z | y] over the density, and the learned ones over their error."""
+    shown = _first_of_each(results, "excess")
+    names = list(shown)
+    run = list(dict.fromkeys(o for row in shown.values() for o in row))
+    objectives = [o for o in FIELDS_OF if o in run] or run[:5]
+    figure, axes = _grid(len(names), 1 + len(objectives), 1.9)
+    grid = torch.linspace(-REACH, REACH, 121, dtype=torch.float64)
+    plane = torch.cartesian_prod(grid, grid)
+    for row, name in zip(axes, names):
+        exact = EXACT[name](VP)
+        truth = noise_at(exact, plane, FIELD)
+        density = exact.log_prob(*_state(exact, plane, FIELD)).exp().reshape(121, 121).T
+        row[0].imshow(density, origin="lower", extent=_EXTENT, cmap="Blues")
+        _arrows(row[0], truth)
+        row[0].set_ylabel(DATA[name].label)
+        for axis, objective in zip(row[1:], objectives):
+            if objective not in shown[name]:
+                axis.set_visible(False)
+                continue
+            learned = noise_at(checkpoint.load(shown[name][objective].job.folder(base)), plane, FIELD)
+            error = (learned - truth).norm(dim=1).reshape(121, 121).T
+            error[density < 0.02 * density.max()] = math.nan  # where no data come: nothing is learned there
+            picture = axis.imshow(error, origin="lower", extent=_EXTENT, cmap="Reds", vmin=0, vmax=1)
+            _arrows(axis, learned)
+    for axis, title in zip(axes[0], ["exact", *(OBJECTIVES[o].label for o in objectives)]):
+        axis.set_title(_wrapped(title), fontsize=8)
+    figure.colorbar(picture, ax=axes[:, -1], label="length of the error, in units of the noise", shrink=0.5)
+    _save(figure, path)
+
+
+def noise_at(model: ScoreModel, y: Tensor, level: float) -> Tensor:
+    """E[z | y], which is -sigma times the score, at the noise level sigma/alpha."""
+    learned = any(True for _ in model.parameters())
+    x, t = _state(model, y.float() if learned else y, level)
+    with torch.no_grad():
+        return model(x, t).noise.double()
+
+
+def _state(model: ScoreModel, y: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    t = time_of(model.sde, level)
+    return model.sde.alpha(t).to(y) * y, t
+
+
+def _arrows(axis: Axes, noise: Tensor) -> None:
+    """Arrows along the score, to where the data lie, at every sixth point of the grid; long ones are cut to 2."""
+    field = -noise * (2 / noise.norm(dim=1, keepdim=True)).clamp(max=1)
+    field = field.reshape(121, 121, 2)[::6, ::6]
+    at = np.linspace(-REACH, REACH, 121)[::6]
+    axis.quiver(*np.meshgrid(at, at), field[..., 0].T, field[..., 1].T, angles="xy", scale=35, width=0.005)
+
+
+def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> None:
+    """The reverse SDE and the probability-flow ODE from the same draws of the prior, with the exact score and a learned.
+
+    The first coordinate over t, on the density of the first coordinate at each t.
+    """
+    shown = {name: row[objective] for name, row in _first_of_each(results, "excess").items() if objective in row}
+    figure, axes = _grid(len(shown), 4, 2.3)
+    for row, (name, result) in zip(axes, shown.items()):
+        learned = checkpoint.load(result.job.folder(base))
+        density = _marginals(name)
+        for axis, sampler, model in zip(row, SAMPLERS, (EXACT[name](VP), learned) * 2):
+            axis.imshow(density, extent=(1, 0, -_TALL, _TALL), aspect="auto", cmap="Greys", vmax=1.2)
+            t, walked = _paths(model, sampler, 500, 10)
+            for j, colour in enumerate(plt.colormaps["turbo"](np.linspace(0.05, 0.95, walked.shape[1]))):
+                axis.plot(t, walked[:, j, 0], color=colour, linewidth=0.8)
+            axis.set(xlim=(1, 0), ylim=(-_TALL, _TALL))
+        row[0].set_ylabel(f"{DATA[name].label}, $x_1$")
+    titles = ["reverse SDE, exact score", "reverse SDE, learned", "ODE, exact score", "ODE, learned"]
+    for axis, title in zip(axes[0], titles):
+        axis.set_title(title, fontsize=9)
+    for axis in axes[-1]:
+        axis.set(xticks=[1, 0], xticklabels=["t = 1, noise", "data, t = 0"])
+    _save(figure, path)
+
+
+SAMPLERS: tuple[Sampler, ...] = (Ancestral(), Ancestral(), Heun(), Heun())
+_TALL = 2.4  # the paths' first coordinate is shown in [-_TALL, _TALL]
+
+
+def _marginals(name: str) -> np.ndarray:
+    """Density of the first coordinate of x_t as an image, columns from t = 1 to 0."""
+    x0 = TOYS[name](20_000, 0)[:, :1].double()
+    z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    columns = []
+    for t in torch.linspace(1, 0, 200, dtype=torch.float64).clamp(min=1e-3):
+        counts, _ = np.histogram(VP.perturb(x0, t, z), bins=120, range=(-_TALL, _TALL), density=True)
+        columns.append(counts)
+    return np.stack(columns, axis=1)[::-1]
+
+
+def _paths(model: ScoreModel, sampler: Sampler, steps: int, count: int) -> tuple[Tensor, Tensor]:
+    """Times (steps + 1,), and states (steps + 1, count, 2) from draws that are the same for every model."""
+    generator = torch.Generator().manual_seed(3)
+    noise = lambda like: torch.randn(count, 2, generator=generator)
+    end = time_of(model.sde, LEVELS[0].item())
+    grid = times.quadratic(replace(model.sde, t_min=end.item()), steps)
+    x = model.sde.prior((count, 2), noise)
+    with torch.no_grad():
+        return grid, torch.stack([x, *sampler.walk(model, x, grid, noise)])
+
+
+def samples(results: Sequence[Result], path: Path) -> None:
+    """What each objective's model draws by the ODE, a row for each data set, beside the data."""
+    shown = _first_of_each(results, "samples_ode")
+    objectives = list(dict.fromkeys(o for row in shown.values() for o in row))
+    figure, axes = _grid(len(shown), 1 + len(objectives), 1.15)
+    for row, name in zip(axes, shown):
+        drawn = {o: torch.from_numpy(r.arrays["samples_ode"]) for o, r in shown[name].items()}
+        if name in TOYS:
+            _show_points(row[0], exact_samples(name, 2000, 0))
+        else:
+            _show_digits(row[0], _held_out_digits())
+        for axis, objective in zip(row[1:], objectives):
+            if objective in drawn:
+                (_show_points if name in TOYS else _show_digits)(axis, drawn[objective])
+            else:
+                axis.set_visible(False)
+        row[0].set_ylabel(DATA[name].label, fontsize=7)
+    for axis, title in zip(axes[0], ["data", *(OBJECTIVES[o].label for o in objectives)]):
+        axis.set_title(_wrapped(title), fontsize=6)
+    _save(figure, path)
+
+
+def _show_points(axis: Axes, x: Tensor) -> None:
+    axis.imshow(_histogram(x), extent=_EXTENT, cmap="magma", vmax=4)
+
+
+def _show_digits(axis: Axes, k: Tensor) -> None:
+    tiles = k[:16].reshape(4, 4, 8, 8).permute(0, 2, 1, 3).reshape(32, 32)
+    axis.imshow(tiles, cmap="gray", vmin=0, vmax=16)
+
+
+def _held_out_digits() -> Tensor:
+    from score_sde.data import load_data
+
+    return load_data("digits").test.x[:16]
+
+
+def levels(results: Sequence[Result], path: Path) -> None:
+    """Above, the loss at each noise level beside its floor; below, what it has over the floor: the score's error."""
+    shown = _first_of_each(results, "loss")
+    figure, axes = plt.subplots(2, len(shown), figsize=(3.1 * len(shown) + 2, 5.4), layout="constrained", squeeze=False)
+    handles: dict[str, Any] = {}
+    for column, (name, row) in enumerate(shown.items()):
+        upper, lower = axes[:, column]
+        for objective, result in row.items():
+            o = OBJECTIVES[objective]
+            style = {"color": o.colour, "linestyle": o.dashes, "linewidth": 1}
+            (handles[o.label],) = upper.semilogx(LEVELS, result.arrays["loss"], **style)
+            if "excess" in result.arrays:
+                lower.loglog(LEVELS, result.arrays["excess"], **style)
+        floors = [r.arrays["floor"] for r in row.values() if "floor" in r.arrays]
+        if floors:
+            (handles["floor: the exact model"],) = upper.semilogx(LEVELS, floors[0], color="black", linewidth=2)
+            upper.set_zorder(1)
+        else:
+            lower.set_visible(False)
+        upper.set(title=DATA[name].label, ylim=(0, 1.3))
+        lower.set(xlabel="noise level σ/α")
+    axes[0, 0].set_ylabel("mean squared error of the noise")
+    axes[1, 0].set_ylabel("over the floor: σ² |s − s*|² / D")
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    _save(figure, path)
+
+
+_EXTENT = (-REACH, REACH, -REACH, REACH)
+
+
+def _first_of_each(results: Sequence[Result], array: str) -> dict[str, dict[str, Result]]:
+    """Data set -> objective -> the result of the first seed that has the array."""
+    found: dict[str, dict[str, Result]] = {}
+    for result in results:
+        if array in result.arrays:
+            found.setdefault(result.job.data, {}).setdefault(result.job.objective, result)
+    order = list(OBJECTIVES)
+    return {
+        name: dict(sorted(found[name].items(), key=lambda item: order.index(item[0]))) for name in DATA if name in found
+    }
+
+
+def _histogram(x: Tensor, bins: int = 64) -> np.ndarray:
+    """Counts in cells, relative to their mean, as an image with the second coordinate upwards."""
+    counts, *_ = np.histogram2d(*x.double().numpy().T, bins=bins, range=[[-REACH, REACH]] * 2)
+    return counts.T[::-1] * bins**2 / len(x) / 4
+
+
+def _grid(rows: int, columns: int, size: float) -> tuple[Figure, np.ndarray]:
+    """Square panels without ticks."""
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(size * columns, size * rows + 0.4), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.set(xticks=[], yticks=[])
+    return figure, axes
+
+
+def _wrapped(title: str) -> str:
+    return title.replace(", ", ",\n")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """In 256 colours, which is a third of the file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=100)
+    plt.close(figure)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
