@@ -130,7 +130,7 @@ def memory(solvers: list[Solver]) -> tuple[Table, dict[str, list[Case]]]:
         "s, backprop", "s, adjoint", "gradients differ",
     )  # fmt: skip
     notes = [
-        f"log-likelihood of {BATCH} points in the plane, exact trace; MLP of width 64 and depth 3; evaluations forwards",
+        f"log-likelihood of {BATCH} points in the plane, exact trace; MLP of width 64 and depth 3; evaluations forward",
         "saved: peak of the tensors that autograd keeps for backward passes; RSS: growth of the process's peak; "
         "differ: |backprop - adjoint|/|backprop|; seconds of one thread, forward and backward",
     ]

@@ -2,8 +2,8 @@
 
 Song & Ermon 2019 (arXiv:1907.05600), table 1 and appendices A and B. Follows ermongroup/ncsn's configs/anneal.yml with
 its entries for CIFAR-10: sigma from 1 to 0.01, 200,000 steps of 128 images, Adam with rate 1e-3, pixels (k + u)/256,
-mirroring, no moving average; 100 Langevin steps per level with eps 2e-5, no denoising at the end. The loss, sigma² times
-half the squared error of the score, is half the summed error of the noise here.
+mirroring, no moving average; 100 Langevin steps per level with eps 2e-5, no denoising at the end. The loss, sigma²
+times half the squared error of the score, is half the summed error of the noise here.
 
 Departures: sampling starts from N(0, sigma_max²) instead of uniform pixels, and from the last weights instead of the
 checkpoint with the best FID. Bits/dim, which the paper has not, take the image as the state at the smallest sigma.

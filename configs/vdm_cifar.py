@@ -1,6 +1,6 @@
 """VDM on CIFAR-10: a learned noise schedule, Fourier features of the pixels, the bound itself as objective.
 
-Kingma et al. 2021 (arXiv:2107.00630), table 1, CIFAR-10 without augmentation (at most 2.65 bits/dim); sizes and optimizer
+Kingma et al. 2021 (arXiv:2107.00630), table 1, CIFAR-10 not augmented (at most 2.65 bits/dim); sizes and optimizer
 of their appendix B.1 and of the open configs/cifar10.py: 32 residual blocks down and 33 up at full resolution, 128
 channels, attention in the middle alone, dropout 0.1, AdamW, t of low discrepancy, ends of the log SNR learned from 13.3
 and -5. Departures: the network is told 50 gamma instead of 1000 (gamma + 13.3)/18.3; the label joins each block by a

@@ -31,6 +31,7 @@ from .sdes import SDE, Noise, like
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
 Probe = Literal["rademacher", "gaussian", "exact"]
+DEFAULT = Solver()
 EXACT_BATCH = 1024  # products at a time for the exact trace: bounds its memory in many dimensions
 
 
@@ -72,7 +73,7 @@ class SemiLinear(nn.Module, ABC):
 
 
 class ProbabilityFlow(SemiLinear):
-    """f x + g²/(2 sigma) noise(x, t): the velocity that has the marginals of the model's SDE (Song et al. 2021, eq. 13)."""
+    """f x + g²/(2 sigma) noise(x, t): the velocity with the marginals of the model's SDE (Song et al. 2021, eq. 13)."""
 
     def __init__(self, model: ScoreModel) -> None:
         super().__init__()
@@ -134,7 +135,7 @@ class Flow(nn.Module):
         *,
         t0: float = 0.0,
         t1: float = 1.0,
-        solver: Solver = Solver(),
+        solver: Solver = DEFAULT,
         sde: SDE | None = None,
     ) -> None:
         super().__init__()
@@ -206,7 +207,7 @@ class Flow(nn.Module):
         latent, integrals, costs = end[:, :d].reshape(x.shape), end[:, d : d + k], end[:, d + k :]
         base = self.base(latent)
         if base.shape != (batch,):
-            raise ValueError(f"the base log density must have shape ({batch},), one per example, got {tuple(base.shape)}")
+            raise ValueError(f"the base log density must have shape ({batch},), one each, got {tuple(base.shape)}")
         # Over K probes sqrt(variance / K), which is 0/0 = NaN for K = 1.
         spread = (integrals - integrals.mean(1, keepdim=True)).detach().square().sum(1)
         std_error = spread if exact else torch.sqrt(spread / (k * (k - 1)))
@@ -291,17 +292,18 @@ class Flow(nn.Module):
             velocity, linear, gain = self._parts(t, y)
             if not velocity.requires_grad:
                 raise ValueError("the velocity has no gradient in x, and a density needs its Jacobian")
-            a, b = (None, None) if linear is None or gain is None else (like(linear, y), like(gain, y))
+            rates = None if linear is None or gain is None else (like(linear, y), like(gain, y))
             found = []  # of each part apart: all products of an exact trace together would need D² numbers an example
             for e in probes.parts:
                 product = _products(velocity, y, e, create)
                 trace = (product * e).flatten(2).sum(2)
-                product = product if a is None else a * e + b * product
+                product = product if rates is None else rates[0] * e + rates[1] * product
                 found.append((trace, product.square().flatten(2).sum(2)) if norms else (trace,))
             trace, *lengths = (torch.cat(part).T for part in zip(*found))
             trace = trace.sum(1, keepdim=True) if probes.exact else trace
-            if a is not None:
-                velocity, trace = a * y + b * velocity, a * probes.squares + b * trace
+            if rates is not None:
+                velocity = rates[0] * y + rates[1] * velocity
+                trace = rates[0] * probes.squares + rates[1] * trace
             norm = [n.sum(1, keepdim=True) if probes.exact else n.mean(1, keepdim=True) for n in lengths]
         return (velocity, trace, norm) if create else (velocity.detach(), trace.detach(), norm)
 
@@ -324,18 +326,16 @@ def score_flow(
     *,
     base: Callable[[Tensor], Tensor] | None = None,
     t_min: float = 1e-5,
-    solver: Solver = Solver(),
+    solver: Solver = DEFAULT,
 ) -> Flow:
-    """The probability flow of a score model from data at t_min to the SDE's prior at t = 1, with the model's parameters.
+    """A score model's probability flow from data at t_min to the SDE's prior at t = 1, with the model's parameters.
 
     ``-score_flow(model).log_prob(x).mean()`` is a loss that fine-tunes the model by likelihood; conditions are bound
     before, as in ``score_flow(model.given(label=y))``. `base` is x -> (B,), the log density at t = 1, by default the
     prior's, which is not quite the true p_1.
     """
     sde = model.sde
-    return Flow(
-        ProbabilityFlow(model), base or sde.prior_log_prob, sde.prior, t0=t_min, t1=1.0, solver=solver, sde=sde
-    )
+    return Flow(ProbabilityFlow(model), base or sde.prior_log_prob, sde.prior, t0=t_min, t1=1.0, solver=solver, sde=sde)
 
 
 def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.Generator, first: int) -> Tensor:

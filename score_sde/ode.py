@@ -1,4 +1,4 @@
-"""One ODE integrator for samplers, likelihoods and flows: torchdiffeq's solvers, or scipy's RK45 as score_sde uses it."""
+"""One ODE integrator for samplers, likelihoods and flows: torchdiffeq's, or scipy's RK45 as score_sde uses it."""
 
 from __future__ import annotations
 
@@ -122,6 +122,8 @@ def integrate(
 
     times = torch.tensor([u0, u1], dtype=y.dtype, device=y.device)
     settings: dict[str, Any] = {"rtol": solver.rtol, "atol": solver.atol, "method": solver.method}
+    forward: dict[str, Any]
+    backward: dict[str, Any]
     if solver.steps is None:
         forward, backward = {"step_t": times[1:]}, {"step_t": times[:1]}
     else:
@@ -130,9 +132,8 @@ def integrate(
         forward = backward = grid
     try:
         if solver.gradient == "adjoint" and torch.is_grad_enabled():
-            end = odeint_adjoint(
-                counted, y, times, options=forward, adjoint_options=backward, adjoint_params=tuple(parameters), **settings
-            )[-1]
+            settings |= {"adjoint_options": backward, "adjoint_params": tuple(parameters)}
+            end = odeint_adjoint(counted, y, times, options=forward, **settings)[-1]
         else:
             end = odeint(counted, y, times, options=forward, **settings)[-1]
     except AssertionError as error:

@@ -131,6 +131,8 @@ def truncation(t_min: float, k: float, v: Tensor) -> Tensor:
         raise ValueError(f"soft truncation needs t_min above 0, got {t_min}; 1e-5 is usual")
     ratio = t_min ** (1 - v) if k == 1 else t_min * (1 - v * (1 - t_min ** (k - 1))) ** (1 / (1 - k))
     return ratio.clamp(t_min, 1.0)
+
+
 class SecondMoments(nn.Module):
     """A chain's steps drawn in proportion to sqrt(E[loss²]), which this law learns from the losses it is shown.
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from benchmarks.flows import peak_saved_bytes
 from score_sde import DDPM, SDE, VESDE, VPSDE, Flow, NetworkVelocity, Preconditioned, Solver, log_likelihood, score_flow
 from score_sde.closed_form import Gaussian
-from score_sde.flows import SemiLinear
+from score_sde.flows import Evaluation, SemiLinear
 from score_sde.networks import MLP, UNet
 from tests.oracles import name, numbers
 
@@ -183,7 +183,8 @@ def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
 @KINDS
 def test_a_score_models_likelihood_has_its_parameters_gradient(gradient: str) -> None:
     network = small_network(torch.float64)
-    flow = score_flow(Preconditioned(network, VPSDE()), t_min=0.01, solver=Solver("dopri5", 1e-9, 1e-9, gradient=gradient))
+    solver = Solver("dopri5", 1e-9, 1e-9, gradient=gradient)
+    flow = score_flow(Preconditioned(network, VPSDE()), t_min=0.01, solver=solver)
     x = 0.5 * numbers(3, 2)
     found = gradients(flow, lambda f: f.log_prob(x).mean())
     parameters = list(network.parameters())
@@ -227,7 +228,7 @@ def test_backprop_and_the_adjoint_agree(velocity: type[nn.Module], loss: str) ->
 
 @KINDS
 def test_gradients_are_the_derivatives(gradient: str) -> None:
-    """By finite differences, in x and the parameters; of fixed steps by backprop to rounding, else to the solver's error."""
+    """By finite differences, in x and parameters; of fixed steps by backprop exactly, else to the solver's error."""
     velocity, e = Bent(), numbers(2, 2, 3, seed=5)
     solver = Solver("rk4", steps=4) if gradient == "backprop" else Solver("dopri5", 1e-11, 1e-11, None, "adjoint")
     flow = Flow(velocity, solver=solver)
@@ -338,8 +339,8 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
     corners = torch.tensor([[1.0, 1.0], [1.0, -1.0], [-1.0, 1.0], [-1.0, -1.0]], dtype=torch.float64)
     x = corners @ root.T  # of covariance C exactly: enough for a linear field, whose losses are quadratic
     distance = cov.trace() + 2 - 2 * torch.linalg.eigvalsh(cov).sqrt().sum()
-    found = {}
-    for weight in (0.0, 0.02):
+
+    def fitted(weight: float) -> Evaluation:
         velocity = Changing(torch.tensor([[0.0, 4.0], [-4.0, 0.0]], dtype=torch.float64))
         flow = Flow(velocity, solver=Solver("rk4", steps=12))
         optimizer = torch.optim.LBFGS(velocity.parameters(), max_iter=60, line_search_fn="strong_wolfe")
@@ -354,8 +355,9 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
 
         optimizer.step(loss)  # type: ignore[arg-type]
         with torch.no_grad():
-            found[weight] = flow.replace(solver=Solver(rtol=1e-6, atol=1e-6)).evaluate(x, kinetic=True)
-    free, short = found[0.0], found[0.02]
+            return flow.replace(solver=Solver(rtol=1e-6, atol=1e-6)).evaluate(x, kinetic=True)
+
+    free, short = fitted(0.0), fitted(0.02)
     entropy = math.log(2 * math.pi * math.e) + torch.logdet(cov) / 2
     assert free.kinetic is not None and short.kinetic is not None
     torch.testing.assert_close(-free.log_prob.mean(), entropy, rtol=0, atol=1e-4)
@@ -376,7 +378,7 @@ def test_errors_name_the_thing_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -
         Solver("dopri5", steps=5)
     with pytest.raises(ValueError, match="steps must be at least 1, got 0"):
         Solver("rk4", steps=0)
-    with pytest.raises(ValueError, match="unknown gradient 'forward'; use \"backprop\" or \"adjoint\""):
+    with pytest.raises(ValueError, match='unknown gradient \'forward\'; use "backprop" or "adjoint"'):
         Solver(gradient="forward")  # type: ignore[arg-type]
     for t0, t1 in ((1.0, 1.0), (1.0, 0.0), (0.0, math.inf)):
         with pytest.raises(ValueError, match="at a later t1, got t0"):

@@ -123,7 +123,7 @@ def test_a_step_that_means_nothing_is_refused(slip: dict[str, str], sentence: st
 
 def gaussian(x: Tensor) -> Tensor:
     """Log density of N(0, 0.8) in one dimension, up to a constant."""
-    return -x[:, 0] ** 2 / 1.6
+    return -(x[:, 0] ** 2) / 1.6
 
 
 def mixture(x: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ def test_a_walk_depends_on_its_seed_and_number_alone() -> None:
 
 def test_steps_out_of_the_density_s_support_are_refused() -> None:
     def half_normal(x: Tensor) -> Tensor:
-        return torch.where(x[:, 0] > 0, -x[:, 0] ** 2 / 2, -math.inf)
+        return torch.where(x[:, 0] > 0, -(x[:, 0] ** 2) / 2, -math.inf)
 
     x, acceptance = langevin_dynamics(half_normal, numbers(4000, 1).abs(), 0.5, 20, metropolis=True)
     assert bool((x > 0).all()) and 0.3 < acceptance.mean() < 0.9

@@ -215,8 +215,9 @@ def test_times_have_the_density_they_claim() -> None:
         "log_snr": lambda t: ((sde.log_snr(torch.from_numpy(t)) - first) / (last - first)).numpy(),
         # (g/sigma)² = -(log SNR)': likelihood weighting's own law is uniform in log SNR
         "importance(likelihood)": lambda t: ((sde.log_snr(torch.from_numpy(t)) - first) / (last - first)).numpy(),
-        "importance(rising)": lambda t: (t + 1.5 * t**2 - sde.t_min - 1.5 * sde.t_min**2)
-        / (2.5 - sde.t_min - 1.5 * sde.t_min**2),
+        "importance(rising)": lambda t: (
+            (t + 1.5 * t**2 - sde.t_min - 1.5 * sde.t_min**2) / (2.5 - sde.t_min - 1.5 * sde.t_min**2)
+        ),
     }
     for law in LAWS:
         t = LAWS[law](sde, uniform_numbers(20_000, g)).t.numpy()

@@ -120,7 +120,7 @@ def test_a_file_gives_its_averages_or_its_weights(name, tmp_path):
 @pytest.mark.parametrize(
     ("section", "key", "value", "message"),
     [
-        ("model", "normalization", "VarianceNorm", 'must be "InstanceNorm\\+\\+", got \'VarianceNorm\''),
+        ("model", "normalization", "VarianceNorm", "must be \"InstanceNorm\\+\\+\", got 'VarianceNorm'"),
         ("model", "nf", 6, r"the config makes first.weight \(6, 3, 3, 3\), the checkpoint \(4, 3, 3, 3\)"),
         ("model", "name", "ncsnv2_128", "network misses .* tensors of the checkpoint, such as refine5"),
         ("model", "sigma_max", 50.0, "noise levels from 20 to 0.1, but the config model.sigma_max=50"),

@@ -205,9 +205,9 @@ def _log_prob_numbers(log_prob: Tensor, truth: Truth) -> dict[str, float]:
 def _measure_digits(model: ScoreModel, config: ConfigDict) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     data = load_data("digits")
     codec = PixelCodec(17)
-    sde, k = model.sde, data.test.x[:]
-    u, z = (torch.Generator().manual_seed(seed) for seed in (0, 1))
-    x0, z = codec.encode(k, torch.rand(k.shape, generator=u)), torch.randn(k.shape, generator=z)
+    sde, k = model.sde, data.test.x[torch.arange(len(data.test.x))]
+    x0 = codec.encode(k, torch.rand(k.shape, generator=torch.Generator().manual_seed(0)))
+    z = torch.randn(k.shape, generator=torch.Generator().manual_seed(1))
     at = [time_of(sde, r) for r in LEVELS.tolist()]
     with torch.no_grad():
         loss = torch.stack([losses.denoising(model, x0, t.expand(len(x0)), z, losses.simple).mean() for t in at])

@@ -84,7 +84,7 @@ def _arrows(axis: Axes, noise: Tensor) -> None:
 
 
 def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> None:
-    """The reverse SDE and the probability-flow ODE from the same draws of the prior, with the exact score and a learned.
+    """The reverse SDE and the probability-flow ODE from the same prior draws, with the exact and a learned score.
 
     The first coordinate over t, on the density of the first coordinate at each t.
     """
@@ -168,7 +168,7 @@ def _show_digits(axis: Axes, k: Tensor) -> None:
 def _held_out_digits() -> Tensor:
     from score_sde.data import load_data
 
-    return load_data("digits").test.x[:16]
+    return load_data("digits").test.x[torch.arange(16)]
 
 
 def levels(results: Sequence[Result], path: Path) -> None:
@@ -215,7 +215,8 @@ def _first_of_each(results: Sequence[Result], array: str) -> dict[str, dict[str,
 
 def _histogram(x: Tensor, bins: int = 64) -> np.ndarray:
     """Counts in cells, relative to their mean, as an image with the second coordinate upwards."""
-    counts, *_ = np.histogram2d(*x.double().numpy().T, bins=bins, range=[[-REACH, REACH]] * 2)
+    first, second = x.double().numpy().T
+    counts, *_ = np.histogram2d(first, second, bins=bins, range=[(-REACH, REACH)] * 2)
     return counts.T[::-1] * bins**2 / len(x) / 4
 
 

@@ -13,7 +13,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Data(NamedTuple):
-    """A data set: its base config in configs/, what the laboratory sets there, the steps of a full run and its seeds."""
+    """A data set: its base config in configs/, what the laboratory sets there, a full run's steps and its seeds."""
 
     label: str
     config: str

@@ -167,7 +167,7 @@ class Attention(nn.Module):
     def __init__(self, channels: int, style: Style) -> None:
         super().__init__()
         if channels % style.heads:
-            raise ValueError(f"{style.heads} heads of attention cannot share {channels} channels; take a divisor of them")
+            raise ValueError(f"{style.heads} heads of attention cannot share {channels} channels; take a divisor")
         self.norm = style.norm(channels)
         self.qkv = conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
         self.out = conv(channels, channels, 1, scale=style.init_scale)
