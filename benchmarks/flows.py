@@ -53,7 +53,8 @@ def peak_saved_bytes(work: Callable[[], object]) -> int:
         def __init__(self, tensor: Tensor) -> None:
             nonlocal held, peak
             storage = tensor.untyped_storage()
-            self.tensor, self.key, self.size = tensor, storage.data_ptr(), storage.nbytes()
+            # Without its history: an output saved by the node that made it would hold that node, in a cycle.
+            self.tensor, self.key, self.size = tensor.detach(), storage.data_ptr(), storage.nbytes()
             live[self.key] += 1
             if live[self.key] == 1:
                 held += self.size
