@@ -246,6 +246,7 @@ def draw_density(axis: Axes, log_prob: LogProb, reach: float = 2.2) -> None:
     with torch.no_grad():
         density = log_prob(torch.cartesian_prod(at, at)).exp().reshape(80, 80).T
     axis.imshow(density, origin="lower", extent=(-reach, reach, -reach, reach), cmap="Blues")
+    axis.set(xlim=(-reach, reach), ylim=(-reach, reach))
 
 
 def panels(rows: int, titles: Sequence[str]) -> tuple[Figure, np.ndarray]:
