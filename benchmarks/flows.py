@@ -23,7 +23,7 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from examples.page import fill
+from examples import pages
 from score_sde import Flow, NetworkVelocity, Solver
 from score_sde.networks import MLP
 
@@ -31,9 +31,9 @@ from .timing import Table, machine
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
-PAGE, PICTURE = ROOT / "docs" / "flows.md", ROOT / "docs" / "images" / "flow_memory.png"
 STEPS = (4, 16, 64)
 TOLERANCES = (1e-3, 1e-5)
 BATCH = 128
@@ -138,7 +138,7 @@ def memory(solvers: Sequence[Solver]) -> tuple[Table, dict[str, list[Case]]]:
     return Table("Memory of a flow's gradient", head, rows, notes), cases
 
 
-def draw(cases: dict[str, list[Case]], path: Path) -> None:
+def draw(cases: dict[str, list[Case]]) -> Figure:
     """Peak memory against evaluations, both measures."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for axis, key, title in zip(axes, ("saved", "resident"), ("Saved for backward", "Growth of resident memory")):
@@ -147,18 +147,17 @@ def draw(cases: dict[str, list[Case]], path: Path) -> None:
         axis.set(xlabel="evaluations of the velocity", ylabel="MB", title=title)
         axis.grid(alpha=0.3)
     axes[0].legend()
-    figure.savefig(path, dpi=100)
-    plt.close(figure)
+    return figure
 
 
 def main() -> None:
     print(machine(torch.device("cpu")))
     fixed = [Solver("rk4", steps=n) for n in STEPS]
     table, found = memory([*fixed, *(Solver("dopri5", tolerance, tolerance) for tolerance in TOLERANCES)])
-    draw({gradient: cases[: len(fixed)] for gradient, cases in found.items()}, PICTURE)
-    picture = f"![Memory against evaluations](images/{PICTURE.name})"
-    PAGE.write_text(fill(PAGE.read_text(), "flows", {"memory": f"{table}\n\n{picture}\n"}))
-    print(f"\n{table}\n\n{PAGE}, {PICTURE}")
+    figure = draw({gradient: cases[: len(fixed)] for gradient, cases in found.items()})
+    picture = pages.picture(figure, pages.DOCS / "images" / "flow_memory.png", "Memory against evaluations")
+    pages.fill(pages.DOCS / "flows.md", {"memory": f"{table}\n\n{picture}"})
+    print(f"\n{table}\n\n{pages.DOCS / 'flows.md'}")
 
 
 if __name__ == "__main__":

@@ -37,14 +37,14 @@ from score_sde import (
 from score_sde.networks import MLP
 from score_sde.toys import EXACT, TOYS, checkerboard_log_prob
 
-from .page import fill, table
+from . import pages
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-PAGE = Path(__file__).parent.parent / "docs" / "flows.md"
+PAGE = pages.DOCS / "flows.md"
 QUICK = 25  # a quick run takes the steps of a full one divided by this
 STEPS, DENOISING_STEPS, FINE_STEPS = 700, 3000, 150
 BATCH, HELD_OUT = 256, 2000
@@ -219,7 +219,7 @@ def compare_tuning(name: str, quick: int, seed: int) -> tuple[list[tuple[str, ..
 # --- pictures
 
 
-def draw_flows(flows: dict[str, Flow], file: Path) -> None:
+def draw_flows(flows: dict[str, Flow]) -> Figure:
     """Each flow from base to data: its density at five times under paths, its samples, and the data."""
     times = (1.0, 0.75, 0.5, 0.25, 0.0)
     titles = ("t = 1, the base", *(f"t = {t:g}" for t in times[1:]), "samples", "data")
@@ -237,16 +237,16 @@ def draw_flows(flows: dict[str, Flow], file: Path) -> None:
             axis.plot(*x.T, ".", markersize=1)
             axis.set(xlim=(-1.6, 1.6), ylim=(-1.6, 1.6))
         row[0].set_ylabel(title(name))
-    save(figure, file)
+    return figure
 
 
-def draw_tuning(name: str, flows: Sequence[Flow], file: Path) -> None:
+def draw_tuning(name: str, flows: Sequence[Flow]) -> Figure:
     """The densities of the flows of `compare_tuning`, and the true one."""
     figure, axes = panels(1, ("denoising", "then likelihood", "or as long denoising", "the truth"))
     true: LogProb = lambda x: true_log_prob(name, x)
     for axis, log_prob in zip(axes[0], (*(flow.log_prob for flow in flows), true)):
         draw_density(axis, log_prob, reach=1.6)
-    save(figure, file)
+    return figure
 
 
 def draw_density(axis: Axes, log_prob: LogProb, reach: float = 2.2) -> None:
@@ -266,12 +266,6 @@ def panels(rows: int, titles: Sequence[str]) -> tuple[Figure, np.ndarray]:
     for axis, said in zip(axes[0], titles):
         axis.set_title(said, fontsize=9)
     return figure, axes
-
-
-def save(figure: Figure, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=100)
-    plt.close(figure)
 
 
 # --- the command
@@ -304,12 +298,19 @@ def main(arguments: list[str]) -> Path:
     tuning, tuned = compare_tuning(options.tuned, quick, options.seed)
 
     images = page.parent / "images"
-    draw_flows(flows, images / "flow_in_time.png")
-    draw_tuning(options.tuned, tuned, images / "flow_tuned.png")
-    said = f"    {' '.join(['python -m examples.flows', *arguments])}\n\n{machine(torch.device('cpu'))}.\n"
-    blocks = {"command": said, "flows": table(FLOW_HEAD, rows), "tuning": table(TUNING_HEAD, tuning)}
-    page.write_text(fill(PAGE.read_text(), "flows", blocks))
-    print(f"\n{blocks['flows']}\n{blocks['tuning']}\n{(time.perf_counter() - start) / 60:.1f} minutes: {page}")
+    paths = pages.picture(draw_flows(flows), images / "flow_in_time.png", "Flows from base to data")
+    densities = pages.picture(draw_tuning(options.tuned, tuned), images / "flow_tuned.png", "Densities of the flows")
+    tables = pages.table(FLOW_HEAD, rows), pages.table(TUNING_HEAD, tuning)
+    command = " ".join(["python -m examples.flows", *arguments])
+    blocks = {
+        "command": f"    {command}\n\n{machine(torch.device('cpu'))}.",
+        "flows": f"{tables[0]}\n{paths}",
+        "tuning": f"{title(options.tuned).capitalize()}:\n\n{tables[1]}\n{densities}",
+    }
+    if page != PAGE:
+        page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    pages.fill(page, blocks)
+    print("\n".join(["", *tables, f"{(time.perf_counter() - start) / 60:.1f} minutes: {page}"]))
     return page
 
 
