@@ -17,7 +17,6 @@ model's parameters, and `likelihood.log_likelihood` is its `evaluate`.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -49,49 +48,32 @@ class Evaluation(NamedTuple):
     jacobian: Tensor | None
 
 
-class Probes(NamedTuple):
-    """The probes (K, B, *shape) in the parts that go through one product each, and their squared lengths (B, K).
+class ProbabilityFlow(nn.Module):
+    """f x + g²/(2 sigma) noise(x, t): the velocity with the marginals of the model's SDE (Song et al. 2021, eq. 13).
 
-    The unit vectors, which are the D probes of an exact trace, have the sum of these instead, ().
+    Raises ValueError where x asks for a gradient and the model has none in x.
     """
-
-    parts: Sequence[Tensor]
-    squares: Tensor
-    exact: bool
-
-
-class SemiLinear(nn.Module, ABC):
-    """A velocity ``linear(t) x + gain(t) h(t, x)``: rates that may be large near t0 stay outside the Jacobian of h."""
-
-    @abstractmethod
-    def parts(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(h of x's shape, linear (), gain ()) at t, () float64 on the CPU."""
-
-    def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        h, linear, gain = self.parts(t, x)
-        return like(linear, x) * x + like(gain, x) * h
-
-
-class ProbabilityFlow(SemiLinear):
-    """f x + g²/(2 sigma) noise(x, t): the velocity with the marginals of the model's SDE (Song et al. 2021, eq. 13)."""
 
     def __init__(self, model: ScoreModel) -> None:
         super().__init__()
         self.model = model
 
-    def parts(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        sde = self.model.sde
-        return self.model(x, t).noise, sde.f(t), sde.g(t) ** 2 / (2 * sde.sigma(t))
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        sde, noise = self.model.sde, self.model(x, t).noise
+        if x.requires_grad and not noise.requires_grad:  # the velocity would have f's gradient alone
+            raise ValueError("the score has no gradient in x, and a density needs its Jacobian")
+        return like(sde.f(t), x) * x + like(sde.g(t) ** 2 / (2 * sde.sigma(t)), x) * noise.to(x.dtype)
 
 
 class NetworkVelocity(nn.Module):
     """A network F(x, label), as those of `networks`, as a velocity: its label is `scale` t, of shape (1,).
 
-    One label serves the batch, so that its embedding costs nothing. The default scale suits sinusoidal embeddings,
-    which expect labels up to about 1000.
+    One label serves the batch, so that its embedding costs nothing. The fastest wave of a sinusoidal embedding is
+    sin(scale t). At 999 t, as score models have it, maximum likelihood makes a velocity that swings between the
+    solver's steps, and the likelihood that fixed steps report is not the flow's: keep it small in training.
     """
 
-    def __init__(self, network: nn.Module, scale: float = 999.0) -> None:
+    def __init__(self, network: nn.Module, scale: float = 10.0) -> None:
         super().__init__()
         self.network, self.scale = network, scale
 
@@ -114,8 +96,8 @@ class Flow(nn.Module):
     """The flow dx/dt = velocity(t, x) from data at t0 to a base density at t1.
 
     Args:
-        velocity: (t, x) -> tensor of x's shape; an nn.Module where its parameters are to be trained by the adjoint. A
-            `SemiLinear` is given t in float64 on the CPU, all others in x's dtype and on its device.
+        velocity: (t, x) -> tensor of x's shape; an nn.Module where its parameters are to be trained by the adjoint. t
+            is () in x's dtype and on its device, but for a `ProbabilityFlow`, whose SDE wants float64 on the CPU.
         base: z -> (B,), the log density at t1; N(0, I) by default.
         draw: (shape, noise) -> z, a draw of the base, for `sample`; N(0, I)'s if `base` is not given either.
         t0, t1: the interval, t0 < t1.
@@ -147,14 +129,16 @@ class Flow(nn.Module):
         self.t0, self.t1, self.solver, self.sde = t0, t1, solver, sde
 
     def replace(self, **changes: Any) -> Flow:
-        """The same flow with other arguments: ``replace(solver=Solver("rk4", steps=8))``; with t0, from then on."""
+        """The same flow with other arguments, as in ``flow.replace(solver=Solver("rk4", steps=8))``."""
         own = {name: getattr(self, name) for name in ("velocity", "base", "draw", "t0", "t1", "solver", "sde")}
         return Flow(**{**own, **changes})
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        """The velocity at (t, x), of x's shape."""
-        h, linear, gain = self._parts(t, x)
-        return h if linear is None or gain is None else like(linear, x) * x + like(gain, x) * h
+        """The velocity at (t, x), of x's shape; t is () in float64 on the CPU. Raises ValueError for another shape."""
+        velocity = self.velocity(t if isinstance(self.velocity, ProbabilityFlow) else t.to(x), x)
+        if velocity.shape != x.shape:
+            raise ValueError(f"the velocity has shape {tuple(velocity.shape)} for a state of shape {tuple(x.shape)}")
+        return velocity.to(x.dtype)
 
     def log_prob(self, x: Tensor, **options: Any) -> Tensor:
         """Log density of x in nats, (B,); options as for `evaluate`."""
@@ -190,17 +174,18 @@ class Flow(nn.Module):
         batch, d = x.shape[0], math.prod(x.shape[1:])
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
-        if exact:
-            vectors = Probes(e.split(max(EXACT_BATCH // max(batch, 1), 1)), x.new_tensor(d), True)
-        else:
-            vectors = Probes((e,), e.square().flatten(2).sum(2).T, False)
-        k = 1 if exact else len(e)
+        parts = e.split(max(EXACT_BATCH // max(batch, 1), 1)) if exact else (e,)
+        k = 1 if exact else len(e)  # columns of traces
 
         def field(t: Tensor, state: Tensor) -> Tensor:
             y = state[:, :d].to(x.dtype).reshape(x.shape)
-            velocity, traces, norms = self._velocity_and_traces(t, y, vectors, jacobian)
-            energy = [velocity.square().flatten(1).sum(1, keepdim=True)] if kinetic else []
-            return torch.cat([slope.to(wide) for slope in (velocity.flatten(1), traces, *energy, *norms)], dim=1)
+            velocity, traces, norm = self._velocity_and_traces(t, y, parts, exact, jacobian)
+            slopes = [velocity.flatten(1), traces]
+            if kinetic:
+                slopes.append(velocity.square().flatten(1).sum(1, keepdim=True))
+            if norm is not None:
+                slopes.append(norm)
+            return torch.cat([slope.to(wide) for slope in slopes], dim=1)
 
         start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, k + kinetic + jacobian, dtype=wide)], dim=1)
         end, nfe = self._integrate(field, start, self.t0, self.t1)
@@ -266,46 +251,31 @@ class Flow(nn.Module):
         dtype, device = default_state(self, dtype, device)
         return self.decode(self.draw(shape, noise_source(tuple(shape), seed, first, dtype, device)))
 
-    def _parts(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(h, linear, gain) of the velocity linear x + gain h; without rates it is h."""
-        linear = gain = None
-        if isinstance(self.velocity, SemiLinear):
-            h, linear, gain = self.velocity.parts(t, x)
-        else:
-            h = self.velocity(t.to(x), x)
-        if h.shape != x.shape:
-            raise ValueError(f"the velocity has shape {tuple(h.shape)} for a state of shape {tuple(x.shape)}")
-        return h.to(x.dtype), linear, gain
-
     def _velocity_and_traces(
-        self, t: Tensor, y: Tensor, probes: Probes, norms: bool
-    ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Velocity at (t, y), e^T J e for each probe (B, K), or their sum (B, 1) if exact; if `norms`, |J|² (B, 1).
+        self, t: Tensor, y: Tensor, parts: Sequence[Tensor], exact: bool, norm: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The velocity at (t, y), e^T J e (B, K) for probes e in `parts`, and if `norm` their mean |e^T J|² (B, 1).
 
-        The probe meets all of v, linear x too: a Gaussian one would else miss that linear x and h's Jacobian nearly
-        cancel in a probability flow.
+        If `exact` the probes are the unit vectors: their sums take the places of both, (B, 1).
         """
         create = torch.is_grad_enabled()
         with torch.enable_grad():
             if not (create and y.requires_grad):
                 y = y.detach().requires_grad_(True)
-            velocity, linear, gain = self._parts(t, y)
+            velocity = self(t, y)
             if not velocity.requires_grad:
                 raise ValueError("the velocity has no gradient in x, and a density needs its Jacobian")
-            rates = None if linear is None or gain is None else (like(linear, y), like(gain, y))
-            found = []  # of each part apart: all products of an exact trace together would need D² numbers an example
-            for e in probes.parts:
+            traces, norms = [], []
+            for e in parts:  # sums of each apart: all products of an exact trace together are D² numbers an example
                 product = _products(velocity, y, e, create)
-                trace = (product * e).flatten(2).sum(2)
-                product = product if rates is None else rates[0] * e + rates[1] * product
-                found.append((trace, product.square().flatten(2).sum(2)) if norms else (trace,))
-            trace, *lengths = (torch.cat(part).T for part in zip(*found))
-            trace = trace.sum(1, keepdim=True) if probes.exact else trace
-            if rates is not None:
-                velocity = rates[0] * y + rates[1] * velocity
-                trace = rates[0] * probes.squares + rates[1] * trace
-            norm = [n.sum(1, keepdim=True) if probes.exact else n.mean(1, keepdim=True) for n in lengths]
-        return (velocity, trace, norm) if create else (velocity.detach(), trace.detach(), norm)
+                traces.append((product * e).flatten(2).sum(2))
+                if norm:
+                    norms.append(product.square().flatten(2).sum(2))
+            trace = torch.cat(traces).T
+            squares = torch.cat(norms).T if norm else None
+            if exact:
+                return velocity, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
+            return velocity, trace, None if squares is None else squares.mean(1, keepdim=True)
 
     def _integrate(self, field: Velocity, y: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
         parameters: tuple[Tensor, ...] = ()

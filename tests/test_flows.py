@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.flows import peak_saved_bytes
+from examples import flows as example
 from score_sde import DDPM, SDE, VESDE, VPSDE, Flow, NetworkVelocity, Preconditioned, Solver, log_likelihood, score_flow
 from score_sde.closed_form import Gaussian
-from score_sde.flows import Evaluation, SemiLinear
+from score_sde.flows import Evaluation
 from score_sde.networks import MLP, UNet
 from tests.oracles import name, numbers
 
@@ -43,18 +44,6 @@ class Bent(nn.Module):
         return torch.tanh(x @ self.w.T + t) @ self.u.T
 
 
-class BentAround(SemiLinear):
-    """The same velocity as Bent's, written as a part linear in x and a remainder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bent = Bent()
-
-    def parts(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        linear, gain = -2 - t, 1 + t**2
-        return (self.bent(t, x) - linear * x) / gain, linear, gain
-
-
 def small_network(dtype: torch.dtype = torch.float32) -> MLP:
     """An MLP in the plane, moved off its start at zero velocity."""
     torch.manual_seed(0)
@@ -76,7 +65,7 @@ def gradients(flow: Flow, loss: Callable[[Flow], Tensor]) -> Tensor:
 # --- truth
 
 
-@pytest.mark.parametrize("solver", [TIGHT, Solver("rk4", steps=300), Solver("RK45", 1e-11, 1e-11)], ids=str)
+@pytest.mark.parametrize("solver", [TIGHT, Solver("rk4", steps=120), Solver("RK45", 1e-11, 1e-11)], ids=str)
 def test_a_linear_field_carries_a_gaussian_and_goes_both_ways(solver: Solver) -> None:
     """x at t1 is exp(A T) x, so x at t0 is N(0, (exp(A T)ᵀ exp(A T))⁻¹)."""
     flow, x = Flow(Linear(), t0=-0.2, t1=0.6, solver=solver), numbers(5, 3)
@@ -139,24 +128,13 @@ def test_a_field_that_moves_all_points_alike_keeps_the_density() -> None:
     torch.testing.assert_close(flow.log_prob(x), Flow(lambda t, x: 0 * x).log_prob(x + shift), rtol=0, atol=1e-8)
 
 
-def test_rates_outside_the_jacobian_change_nothing() -> None:
-    x, e = numbers(4, 3), numbers(2, 4, 3, seed=7)
-    plain, split = (Flow(v, solver=TIGHT) for v in (BentAround().bent, BentAround()))
-    for options in ({}, {"probe": e}):
-        a, b = (flow.evaluate(x, **options, kinetic=True, jacobian=True) for flow in (plain, split))
-        for key in ("log_prob", "latent", "kinetic", "jacobian"):
-            torch.testing.assert_close(getattr(a, key), getattr(b, key), rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(plain(torch.tensor(0.3).double(), x), split(torch.tensor(0.3).double(), x))
-
-
 def test_networks_take_one_label_for_the_batch() -> None:
     torch.manual_seed(0)
     unet = UNet(1, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, dropout=0.0, init_scale=1.0)
     for network, x in ((small_network(), numbers(3, 2).float()), (unet, numbers(3, 1, 8, 8).float())):
         t = torch.tensor(0.3)
-        alone = network(x, (999 * t).expand(3))
-        torch.testing.assert_close(NetworkVelocity(network)(t, x), alone)
-        torch.testing.assert_close(NetworkVelocity(network, scale=10.0)(t, x), network(x, (10 * t).expand(3)))
+        torch.testing.assert_close(NetworkVelocity(network)(t, x), network(x, (10 * t).expand(3)))
+        torch.testing.assert_close(NetworkVelocity(network, scale=999.0)(t, x), network(x, (999 * t).expand(3)))
 
 
 # --- one path for both likelihoods
@@ -183,8 +161,9 @@ def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
 @KINDS
 def test_a_score_models_likelihood_has_its_parameters_gradient(gradient: str) -> None:
     network = small_network(torch.float64)
-    solver = Solver("dopri5", 1e-9, 1e-9, gradient=gradient)
-    flow = score_flow(Preconditioned(network, VPSDE()), t_min=0.01, solver=solver)
+    solver = Solver("dopri5", 1e-7, 1e-7, gradient=gradient)  # type: ignore[arg-type]
+    model = Preconditioned(network, VPSDE(), label=lambda alpha, sigma, t: t)  # smooth in t: few evaluations
+    flow = score_flow(model, t_min=0.1, solver=solver)
     x = 0.5 * numbers(3, 2)
     found = gradients(flow, lambda f: f.log_prob(x).mean())
     parameters = list(network.parameters())
@@ -202,22 +181,23 @@ def test_a_score_models_likelihood_has_its_parameters_gradient(gradient: str) ->
 # --- gradients
 
 
+def regularised(found: Evaluation) -> Tensor:
+    assert found.kinetic is not None and found.jacobian is not None
+    return (0.3 * found.kinetic + 0.2 * found.jacobian - found.log_prob).mean()
+
+
 LOSSES: dict[str, Callable[[Flow], Tensor]] = {
     "exact": lambda f: f.log_prob(numbers(4, 3)).mean(),
     "probes": lambda f: f.log_prob(numbers(4, 3), probe=numbers(2, 4, 3, seed=5)).mean(),
-    "regularised": lambda f: sum(
-        getattr(f.evaluate(numbers(4, 3), kinetic=True, jacobian=True), key).mean() * weight
-        for key, weight in (("log_prob", -1.0), ("kinetic", 0.3), ("jacobian", 0.2))
-    ),
+    "regularised": lambda f: regularised(f.evaluate(numbers(4, 3), kinetic=True, jacobian=True)),
     "path": lambda f: (f.path(numbers(4, 3), [0.0, 0.4, 1.0]) * numbers(3, 4, 3, seed=6)).sum(),
     "decoded": lambda f: f.decode(numbers(4, 3)).square().sum(),
 }
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("velocity", [Bent, BentAround])
-def test_backprop_and_the_adjoint_agree(velocity: type[nn.Module], loss: str) -> None:
-    flow = Flow(velocity())
+def test_backprop_and_the_adjoint_agree(loss: str) -> None:
+    flow = Flow(Bent())
     fine = gradients(flow.replace(solver=Solver("dopri5", 1e-10, 1e-10)), LOSSES[loss])
     for method, steps in (("rk4", 20), ("midpoint", 200), ("dopri5", None)):
         for gradient in ("backprop", "adjoint"):
@@ -230,7 +210,7 @@ def test_backprop_and_the_adjoint_agree(velocity: type[nn.Module], loss: str) ->
 def test_gradients_are_the_derivatives(gradient: str) -> None:
     """By finite differences, in x and parameters; of fixed steps by backprop exactly, else to the solver's error."""
     velocity, e = Bent(), numbers(2, 2, 3, seed=5)
-    solver = Solver("rk4", steps=4) if gradient == "backprop" else Solver("dopri5", 1e-11, 1e-11, None, "adjoint")
+    solver = Solver("rk4", steps=4) if gradient == "backprop" else Solver("rk4", steps=40, gradient="adjoint")
     flow = Flow(velocity, solver=solver)
 
     def values(x: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
@@ -239,7 +219,7 @@ def test_gradients_are_the_derivatives(gradient: str) -> None:
         return found.log_prob, found.kinetic, found.jacobian, found.latent
 
     x = numbers(2, 3).requires_grad_()
-    assert torch.autograd.gradcheck(values, (x, velocity.w, velocity.u), atol=1e-6, rtol=1e-5)
+    assert torch.autograd.gradcheck(values, (x, velocity.w, velocity.u), atol=1e-6, rtol=1e-5, fast_mode=True)
 
 
 @KINDS
@@ -269,12 +249,12 @@ def test_evaluations_of_the_adjoint_cost_no_memory() -> None:
     velocity, x = NetworkVelocity(small_network()), numbers(32, 2).float()
     peaks = {}
     for gradient in ("backprop", "adjoint"):
-        for steps in (4, 8, 16, 32):
+        for steps in (4, 8, 16):
             flow = Flow(velocity, solver=Solver("rk4", steps=steps, gradient=gradient))  # type: ignore[arg-type]
             peaks[gradient, steps] = peak_saved_bytes(lambda flow=flow: flow.log_prob(x).mean().backward())
-    grown = [peaks["backprop", n] / peaks["backprop", m] for m, n in pairwise((4, 8, 16, 32))]
-    assert grown == pytest.approx([2, 2, 2], rel=0.06)
-    assert len({peaks["adjoint", steps] for steps in (4, 8, 16, 32)}) == 1
+    grown = [peaks["backprop", n] / peaks["backprop", m] for m, n in pairwise((4, 8, 16))]
+    assert grown == pytest.approx([2, 2], rel=0.06)
+    assert len({peaks["adjoint", steps] for steps in (4, 8, 16)}) == 1
     assert peaks["adjoint", 4] < peaks["backprop", 4] / 8
 
 
@@ -302,7 +282,9 @@ def test_regularisers_of_a_linear_field_have_their_closed_forms(probes: int) -> 
     flow = Flow(Linear(), t0=0.0, t1=span, solver=TIGHT)
     # d/dt of exp(Aᵀt) P exp(At) is exp(Aᵀt) AᵀA exp(At) for AᵀP + PA = AᵀA
     eye = torch.eye(3, dtype=torch.float64)
-    p = torch.linalg.solve(torch.kron(A.T, eye) + torch.kron(eye, A.T), (A.T @ A).flatten()).reshape(3, 3)
+    p = torch.linalg.solve(
+        torch.kron(A.T.contiguous(), eye) + torch.kron(eye, A.T.contiguous()), (A.T @ A).flatten()
+    ).reshape(3, 3)
     m = torch.matrix_exp(span * A)
     energy = torch.einsum("bi,ij,bj->b", x, m.T @ p @ m - p, x)
     e = numbers(probes, 4, 3, seed=2)
@@ -341,9 +323,9 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
     distance = cov.trace() + 2 - 2 * torch.linalg.eigvalsh(cov).sqrt().sum()
 
     def fitted(weight: float) -> Evaluation:
-        velocity = Changing(torch.tensor([[0.0, 4.0], [-4.0, 0.0]], dtype=torch.float64))
-        flow = Flow(velocity, solver=Solver("rk4", steps=12))
-        optimizer = torch.optim.LBFGS(velocity.parameters(), max_iter=60, line_search_fn="strong_wolfe")
+        velocity = Changing(torch.tensor([[0.0, 3.0], [-3.0, 0.0]], dtype=torch.float64))
+        flow = Flow(velocity, solver=Solver("rk4", steps=8))
+        optimizer = torch.optim.LBFGS(velocity.parameters(), max_iter=30, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
@@ -360,11 +342,38 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
     free, short = fitted(0.0), fitted(0.02)
     entropy = math.log(2 * math.pi * math.e) + torch.logdet(cov) / 2
     assert free.kinetic is not None and short.kinetic is not None
-    torch.testing.assert_close(-free.log_prob.mean(), entropy, rtol=0, atol=1e-4)
+    torch.testing.assert_close(-free.log_prob.mean(), entropy, rtol=0, atol=1e-3)
     torch.testing.assert_close(-short.log_prob.mean(), entropy, rtol=0, atol=2e-3)
     assert float(free.kinetic.mean()) > 20 * distance
     assert float(short.kinetic.mean()) == pytest.approx(float(distance), rel=0.05)
     assert short.nfe < free.nfe / 1.5
+
+
+# --- densities in the plane
+
+
+def test_a_few_steps_of_likelihood_beat_the_fitted_gaussian() -> None:
+    flow, _ = example.train_flow("ring", steps=30)
+    assert example.held_out(flow, "ring").log_prob > example.gaussian_log_prob("ring") + 0.3
+
+
+def test_a_score_model_improves_by_its_flows_likelihood() -> None:
+    model = example.new_score_model()
+    flow = score_flow(model, t_min=example.SDE.t_min)
+    example.train_score(model, "moons", steps=150)
+    before = example.held_out(flow, "moons")
+    example.fine_tune(model, "moons", steps=8)
+    after = example.held_out(flow, "moons")
+    assert before.gap > after.gap + 0.05 > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("density", ["ring", "moons"])
+def test_a_flow_comes_near_the_true_entropy(density: str) -> None:
+    """Within 0.1 nats, of which the Gaussian lacks 1.4 and more; not above it by more than chance."""
+    flow, _ = example.train_flow(density, example.STEPS)
+    found = example.held_out(flow, density)
+    assert -4 * found.error < found.gap < 0.1
 
 
 # --- errors
@@ -387,7 +396,7 @@ def test_errors_name_the_thing_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -
         for run in (Flow(velocity).log_prob, Flow(velocity).encode):
             with pytest.raises(ValueError, match=r"the velocity has shape \(.*\) for a state of shape \(4, 3\)"):
                 run(x)
-    with pytest.raises(ValueError, match=r"base log density must have shape \(4,\), one per example, got \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"base log density must have shape \(4,\), one each, got \(4, 3\)"):
         Flow(Linear(), lambda z: z).log_prob(x)
     with pytest.raises(ValueError, match="the velocity has no gradient in x, and a density needs its Jacobian"):
         Flow(lambda t, x: x.detach()).log_prob(x)
