@@ -1,0 +1,72 @@
+"""Pages with results in them: texts in docs/, written by hand, of which a command replaces the marked blocks.
+
+A block begins with a line ``<!-- PAGE: NAME -->`` and ends with ``<!-- /PAGE -->``, for any word PAGE.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+from collections.abc import Sequence
+from io import BytesIO
+from pathlib import Path
+
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+DOCS = Path(__file__).parents[1] / "docs"
+_BLOCK = re.compile(r"(<!-- (\w+): (\w+) -->\n).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def fill(page: Path, blocks: dict[str, str]) -> None:
+    """Replace what is in the page's blocks of these names, and leave the rest.
+
+    Raises ValueError, and leaves the page as it is, where it has no block of a name.
+    """
+    text = page.read_text(encoding="utf-8")
+    missing = blocks.keys() - {name for _, _, name, _ in _BLOCK.findall(text)}
+    if missing:
+        raise ValueError(
+            f"{page} has no block for {', '.join(sorted(missing))}: add <!-- PAGE: NAME --> <!-- /PAGE -->"
+        )
+
+    def replaced(block: re.Match[str]) -> str:
+        if block[3] not in blocks:
+            return block[0]
+        return f"{block[1]}{blocks[block[3]].rstrip()}\n{block[4]}"
+
+    page.write_text(_BLOCK.sub(replaced, text), encoding="utf-8")
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rows])
+
+
+def cell(values: Sequence[float], digits: int) -> str:
+    """Mean ± standard deviation of repetitions; of one, the value."""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+
+
+def machine() -> str:
+    """The processor, and the versions that matter."""
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.is_file() else ""
+    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
+    return (
+        f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} "
+        f"cores; torch {torch.__version__}, Python {platform.python_version()}"
+    )
+
+
+def picture(figure: Figure, file: Path, caption: str) -> str:
+    """Save the figure as a PNG of 256 colours, which is small, and return its Markdown for a page beside images/."""
+    drawn = BytesIO()
+    figure.savefig(drawn, dpi=100)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(file, optimize=True)
+    return f"![{caption}](images/{file.name})\n"
