@@ -4,8 +4,9 @@ A particle in a double well, with a speed b(t) that grows from `SLOWEST` to `FAS
 
     dx = b(t) (x - x³) dt + sqrt(b(t)) dw,        stationary density ~ exp(x² - x⁴/2),
 
-starts from three narrow Gaussians. Denoising has no target here: E[z | x_t] needs the kernel. Implicit and sliced score
-matching take simulated states x_t alone. The truth is a fine grid's: `fokker_planck` solves the equation of the density.
+starts from three narrow Gaussians. Denoising has no target here: E[z | x_t] needs the kernel. Implicit and sliced
+score matching take simulated states x_t alone. The truth is that of a fine grid, on which `fokker_planck` solves the
+equation of the density.
 
 The command prints its numbers, draws the picture and fills the blocks of docs/score_matching.md.
 """
@@ -26,6 +27,7 @@ from scipy.linalg import solve_banded
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+from benchmarks.timing import machine
 from score_sde import SDE, Diffusion, backward, closed_form, implicit, paths, projections, sliced
 from score_sde.networks import MLP
 from score_sde.sdes import VPSDE, like
@@ -300,7 +302,7 @@ def run(iterations: int = 3000, walkers: int = 20_000, draws: int = 20_000) -> t
 
 def score_table(truth: Truth, results: dict[str, Result]) -> str:
     """Relative errors at the shown times and on average."""
-    at = [int(round(t * (len(truth.times) - 1))) for t in SHOWN]
+    at = [round(t * (len(truth.times) - 1)) for t in SHOWN]
     rows = [
         (name, *(f"{r.error[k]:.4f}" for k in at), f"{r.error.mean():.4f}", f"{r.seconds:.0f}" if r.seconds else "")
         for name, r in results.items()
@@ -338,7 +340,7 @@ def draw(truth: Truth, states: Tensor, results: dict[str, Result]) -> Figure:
     axes = figure.subplots(2, len(SHOWN) + 1)
     learned = {name: r for name, r in results.items() if name in OBJECTIVES}
     for (top, low), t in zip(axes.T, SHOWN):
-        k = int(round(t * (len(truth.times) - 1)))
+        k = round(t * (len(truth.times) - 1))
         p = truth.density[k]
         top.hist(states[k, :, 0].numpy(), 80, density=True, color="0.8")
         top.plot(truth.x, p, "k", lw=1)
@@ -374,11 +376,8 @@ def main(page: Path = pages.DOCS / "score_matching.md") -> None:
     ends = divergence(truth.density[-1], truth.stationary, truth.x)
     caption = "A double well: densities, true and learned scores, and the way back"
     image = pages.picture(draw(truth, states, results), page.parent / "images" / "nonlinear_sde.png", caption)
-    seconds = time.perf_counter() - began
-    note = (
-        f"{seconds:.0f} seconds on one thread of {pages.machine()}. From the stationary density the last one is "
-        f"{ends:.5f} nats."
-    )
+    where = f"{time.perf_counter() - began:.0f} seconds on one thread of {machine(torch.device('cpu'))}"
+    note = f"{where}. At t = 1 the density is {ends:.1e} nats from the stationary one, where the way back begins."
     print(f"\n{scores}\n{samples}\n{note}")
     pages.fill(page, {"wells_scores": scores, "wells_samples": samples, "wells_picture": image, "wells_note": note})
 

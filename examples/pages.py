@@ -5,15 +5,12 @@ A block begins with a line ``<!-- PAGE: NAME -->`` and ends with ``<!-- /PAGE --
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 import statistics
 from collections.abc import Sequence
 from io import BytesIO
 from pathlib import Path
 
-import torch
 from matplotlib.figure import Figure
 from PIL import Image
 
@@ -50,17 +47,6 @@ def cell(values: Sequence[float], digits: int) -> str:
     """Mean ± standard deviation of repetitions; of one, the value."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
-
-
-def machine() -> str:
-    """The processor, and the versions that matter."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} "
-        f"cores; torch {torch.__version__}, Python {platform.python_version()}"
-    )
 
 
 def picture(figure: Figure, file: Path, caption: str) -> str:
