@@ -105,10 +105,9 @@ class Factor(nn.Module):
 
     def __init__(self, features: int, width: int = 64) -> None:
         super().__init__()
-        self.f = nn.Sequential(
-            nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1, bias=False)
-        )
-        nn.init.zeros_(self.f[-1].weight)
+        last = nn.Linear(width, 1, bias=False)
+        nn.init.zeros_(last.weight)
+        self.f = nn.Sequential(nn.Linear(features, width), nn.SiLU(), nn.Linear(width, width), nn.SiLU(), last)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         return x.square().sum(1) / 2 + self.f(x)[:, 0]
