@@ -157,7 +157,7 @@ class TimeScore(torch.nn.Module):
         self.network = MLP(1, width=width, depth=2)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return 2 * (x - x**3) + self.network(x, 100 * t.to(x).expand(len(x)))
+        return stationary_score(x, t) + self.network(x, 100 * t.to(x).expand(len(x)))
 
 
 Estimate = Callable[[TimeScore, Tensor, Tensor, Tensor], Tensor]  # (score, x, t, projections) -> (B,)
@@ -189,6 +189,11 @@ def learn(estimate: Estimate, states: Tensor, iterations: int = 3000, batch: int
         optimizer.step()
         schedule.step()
     return score.requires_grad_(False)
+
+
+def stationary_score(x: Tensor, t: Tensor) -> Tensor:
+    """2 (x - x³), the score of the density towards which all others go."""
+    return 2 * (x - x**3)
 
 
 def gaussian_score(states: Tensor) -> Score:
@@ -288,11 +293,11 @@ def measure(score: Score, seconds: float, truth: Truth, draws: int, steps: int =
 
 
 class Found(NamedTuple):
-    """The truth, the simulated states, the relative errors (T,) of the Gaussian, and the result of every objective."""
+    """The truth, the simulated states, relative errors (T,) to compare with, and the result of every objective."""
 
     truth: Truth
     states: Tensor
-    gaussian: np.ndarray
+    untrained: dict[str, np.ndarray]
     results: dict[str, Result]
 
 
@@ -301,14 +306,15 @@ def run(iterations: int = 3000, walkers: int = 20_000, draws: int = 5000) -> Fou
     truth = solve()
     generator = torch.Generator().manual_seed(0)
     states = simulate(walkers, STEPS, generator)
-    linear = relative_error(on_grid(gaussian_score(states), truth.x, truth.times), truth)
+    simple = {"a Gaussian at every t": gaussian_score(states), "the stationary score": stationary_score}
+    untrained = {n: relative_error(on_grid(s, truth.x, truth.times), truth) for n, s in simple.items()}
     results = {}
     for name, estimate in OBJECTIVES.items():
         began = time.process_time()
         score = learn(estimate, states, iterations)
         results[name] = measure(score, time.process_time() - began, truth, draws)
         print(f"{name}: relative error {np.mean(results[name].error):.4f}, {results[name].seconds:.0f} s", flush=True)
-    return Found(truth, states, linear, results)
+    return Found(truth, states, untrained, results)
 
 
 # -- showing
@@ -316,13 +322,13 @@ def run(iterations: int = 3000, walkers: int = 20_000, draws: int = 5000) -> Fou
 
 def score_table(found: Found) -> str:
     """Relative errors at the shown times and on average."""
-    errors = {"Gaussian at every t": found.gaussian, **{name: r.error for name, r in found.results.items()}}
+    errors = {**found.untrained, **{name: r.error for name, r in found.results.items()}}
     at = [round(t * (len(found.truth.times) - 1)) for t in SHOWN]
     rows = []
     for name, error in errors.items():
         seconds = f"{found.results[name].seconds:.0f}" if name in found.results else ""
         rows.append((name, *(f"{error[k]:.4f}" for k in at), f"{error.mean():.4f}", seconds))
-    return pages.table(("learned by", *(f"t = {t:g}" for t in SHOWN), "mean over t", "seconds"), rows)
+    return pages.table(("score", *(f"t = {t:g}" for t in SHOWN), "mean over t", "seconds"), rows)
 
 
 def sample_table(truth: Truth, results: dict[str, Result], seed: int = 6) -> str:
@@ -351,7 +357,7 @@ def _percent(values: Sequence[float]) -> str:
 
 def draw(found: Found) -> Figure:
     """Densities and scores at the shown times, the way back, and the errors over t."""
-    truth, states, _, results = found
+    truth, states, untrained, results = found
     figure = Figure(figsize=(12, 5), layout="constrained")
     axes = figure.subplots(2, len(SHOWN) + 1)
     for (top, low), t in zip(axes.T, SHOWN):
@@ -377,8 +383,9 @@ def draw(found: Found) -> Figure:
     top.legend(fontsize=7)
     for name, r in results.items():
         low.semilogy(truth.times, r.error, label=name)
-    low.semilogy(truth.times, found.gaussian, color="0.6", label="Gaussian")
-    low.set(title="relative error of the score", xlabel="t")
+    for (name, error), style in zip(untrained.items(), (":", "--")):
+        low.semilogy(truth.times, error, style, color="0.5", label=name)
+    low.set(title="relative error of the score", xlabel="t", ylim=(1e-4, 2))
     low.legend(fontsize=7)
     return figure
 
