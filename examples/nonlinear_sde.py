@@ -358,8 +358,8 @@ def _percent(values: Sequence[float]) -> str:
 def draw(found: Found) -> Figure:
     """Densities and scores at the shown times, the way back, and the errors over t."""
     truth, states, untrained, results = found
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    axes = figure.subplots(2, len(SHOWN) + 1)
+    figure = Figure(figsize=(13, 5), layout="constrained")
+    axes = figure.subplots(2, len(SHOWN) + 1, width_ratios=(*(1 for _ in SHOWN), 1.6))
     for (top, low), t in zip(axes.T, SHOWN):
         k = round(t * (len(truth.times) - 1))
         p = truth.density[k]
@@ -382,11 +382,11 @@ def draw(found: Found) -> Figure:
     top.set(title="the way back, sliced", xlim=(-2.7, 2.7), yticks=[])
     top.legend(fontsize=7)
     for name, r in results.items():
-        low.semilogy(truth.times, r.error, label=name)
+        low.semilogy(truth.times, r.error)
     for (name, error), style in zip(untrained.items(), (":", "--")):
         low.semilogy(truth.times, error, style, color="0.5", label=name)
-    low.set(title="relative error of the score", xlabel="t", ylim=(1e-4, 2))
-    low.legend(fontsize=7)
+    low.set(title="relative error of the score", xlabel="t", ylim=(1e-6, 3))
+    low.legend(fontsize=7, loc="lower left")
     return figure
 
 
