@@ -86,38 +86,42 @@ def _arrows(axis: Axes, noise: Tensor) -> None:
 def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> None:
     """The reverse SDE and the probability-flow ODE from the same prior draws, with the exact and a learned score.
 
-    The first coordinate over t, on the density of the first coordinate at each t.
+    The first coordinate over sqrt(t), falling, on its density at each t.
     """
     shown = {name: row[objective] for name, row in _first_of_each(results, "excess").items() if objective in row}
-    figure, axes = _grid(len(shown), 4, 2.3)
+    figure, axes = plt.subplots(
+        len(shown), 4, figsize=(11.5, 2.0 * len(shown) + 0.4), layout="constrained", squeeze=False, sharey=True
+    )
     for row, (name, result) in zip(axes, shown.items()):
         learned = checkpoint.load(result.job.folder(base))
         density = _marginals(name)
         for axis, sampler, model in zip(row, SAMPLERS, (EXACT[name](VP), learned) * 2):
             axis.imshow(density, extent=(1, 0, -_TALL, _TALL), aspect="auto", cmap="Greys", vmax=1.2)
-            t, walked = _paths(model, sampler, 500, 10)
-            for j, colour in enumerate(plt.colormaps["turbo"](np.linspace(0.05, 0.95, walked.shape[1]))):
-                axis.plot(t, walked[:, j, 0], color=colour, linewidth=0.8)
-            axis.set(xlim=(1, 0), ylim=(-_TALL, _TALL))
-        row[0].set_ylabel(f"{DATA[name].label}, $x_1$")
+            t, walked = _paths(model, sampler, 500, _WALKERS)
+            for j, colour in enumerate(plt.colormaps["turbo"](np.linspace(0.05, 0.95, _WALKERS))):
+                axis.plot(t.sqrt(), walked[:, j, 0], color=colour, linewidth=0.7)
+            axis.set(xlim=(1, 0), ylim=(-_TALL, _TALL), xticks=[], yticks=[-1, 0, 1])
+        row[0].set_ylabel(f"{DATA[name].label}, $x_1$", fontsize=8)
     titles = ["reverse SDE, exact score", "reverse SDE, learned", "ODE, exact score", "ODE, learned"]
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     for axis in axes[-1]:
-        axis.set(xticks=[1, 0], xticklabels=["t = 1, noise", "data, t = 0"])
+        at = (1, 0.25, 0.04, 0)
+        axis.set(xticks=[math.sqrt(t) for t in at], xticklabels=at, xlabel="t")
     _save(figure, path)
 
 
 SAMPLERS: tuple[Sampler, ...] = (Ancestral(), Ancestral(), Heun(), Heun())
+_WALKERS = 7  # paths in each panel
 _TALL = 2.4  # the paths' first coordinate is shown in [-_TALL, _TALL]
 
 
 def _marginals(name: str) -> np.ndarray:
-    """Density of the first coordinate of x_t as an image, columns from t = 1 to 0."""
+    """Density of the first coordinate of x_t as an image, columns from t = 1 to 0, even in sqrt(t)."""
     x0 = TOYS[name](20_000, 0)[:, :1].double()
     z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     columns = []
-    for t in torch.linspace(1, 0, 200, dtype=torch.float64).clamp(min=1e-3):
+    for t in torch.linspace(1, 0, 200, dtype=torch.float64).square().clamp(min=1e-3):
         counts, _ = np.histogram(VP.perturb(x0, t, z), bins=120, range=(-_TALL, _TALL), density=True)
         columns.append(counts)
     return np.stack(columns, axis=1)[::-1]

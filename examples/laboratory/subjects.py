@@ -80,6 +80,26 @@ OBJECTIVES: dict[str, Objective] = {
         "tab:cyan",
         "--",
     ),
+    "soft_truncation": Objective(
+        "likelihood weighting, soft truncation",
+        {
+            "training.likelihood_weighting": "true",
+            "training.time": "importance",
+            "training.soft_truncation": "1",
+        },
+        "tab:cyan",
+        ":",
+    ),
+    "vdm": Objective(
+        "VDM, learned schedule",
+        {
+            "training.sde": "learned",
+            "training.likelihood_weighting": "true",
+            "model.t_min": "0",
+            "model.gamma_min": "-9.2",
+        },
+        "tab:green",
+    ),
     "ddpm": Objective("DDPM, L_simple", CHAIN, "tab:purple"),
     "hybrid": Objective(
         "Improved DDPM, L_hybrid", LEARNED | {"training.objective": "hybrid"}, "tab:purple", "--", LEVELS
