@@ -70,7 +70,7 @@ def test_the_exact_model_is_at_its_own_floor(small: None) -> None:
 
 
 def test_a_known_error_is_measured_as_it_is(small: None) -> None:
-    """Noise off by c in both dimensions: score off by c/sigma, 1/2 E|s - s*|² = c²/sigma² and 1/2 g² that is c² dlog."""
+    """Noise off by c in both dimensions: score by c/sigma, 1/2 E|s - s*|² = c²/sigma², and g² dt = sigma² dlog r²."""
     c = 0.1
     numbers, arrays = measured("ring", c)
     assert numbers["fisher"] == pytest.approx(c**2 / SMALLEST**2, rel=1e-3)
