@@ -22,7 +22,7 @@ from score_sde.toys import EXACT
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measures of few points, and a judge that need not be fitted (test_demo.py has the real one)."""
-    for name, value in {"POINTS": 200, "DRAWN": 200, "IMAGES": 4, "DIGITS_DRAWN": 4, "TERMS": 2}.items():
+    for name, value in {"POINTS": 200, "DRAWN": 1000, "IMAGES": 4, "DIGITS_DRAWN": 4, "TERMS": 2}.items():
         monkeypatch.setattr(experiment, name, value)
     monkeypatch.setattr(experiment, "confidence", lambda data, samples: (0.5, 0.9, 10))
     truth.cache_clear()
@@ -65,7 +65,7 @@ def test_the_exact_model_is_at_its_own_floor(small: None) -> None:
         numbers, arrays = measured(data)
         assert abs(numbers["integral"]) < 1e-6 and abs(numbers["fisher"]) < 0.01  # float32 beside float64
         assert abs(numbers["divergence"]) < 0.02  # the solver's, and the prior's beside p_1
-        assert numbers["distance_ode"] < 3 * truth(data).floor > numbers["distance_sde"]
+        assert max(numbers["distance_ode"], numbers["distance_sde"]) < 2 * truth(data).floor
         assert torch.allclose(torch.as_tensor(arrays["loss"]), torch.as_tensor(arrays["floor"]), atol=1e-5)
 
 
@@ -152,10 +152,10 @@ def test_the_command_runs_what_is_missing_and_writes_the_page(
     assert "| sliced |" in made.read_text()
 
 
-def test_a_plan_is_every_affordable_experiment_the_longest_first() -> None:
+def test_a_plan_is_every_affordable_experiment_first_seeds_first() -> None:
     jobs = command.plan(command.parser().parse_args([]))
     wanted = {(d, o, s) for d in DATA for o in OBJECTIVES if affordable(d, o) for s in range(DATA[d].seeds)}
     assert {(job.data, job.objective, job.seed) for job in jobs} == wanted and len(jobs) == len(wanted)
-    assert jobs[0].data == "digits"
+    assert jobs[0].data == "digits" and [job.seed for job in jobs] == sorted(job.seed for job in jobs)
     quick = command.plan(command.parser().parse_args(["--quick"]))
     assert all(job.seed == 0 and job.steps == DATA[job.data].steps // command.QUICK for job in quick)
