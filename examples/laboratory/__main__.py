@@ -35,14 +35,14 @@ def parser() -> argparse.ArgumentParser:
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
-    """The experiments, those that take longest first."""
+    """The experiments: first seeds first, and of one seed those that take longest."""
     jobs = []
     for name in options.data:
         data = DATA[name]
         steps = options.steps or max(data.steps // (QUICK if options.quick else 1), 2)
         seeds = options.seeds or (1 if options.quick else data.seeds)
         jobs += [Job(name, o, seed, steps) for seed in range(seeds) for o in options.objectives if affordable(name, o)]
-    return sorted(jobs, key=lambda job: -weight(job))
+    return sorted(jobs, key=lambda job: (job.seed, -weight(job)))
 
 
 def main(arguments: list[str]) -> Path:

@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 
 REACH = 1.5  # pictures of the plane show [-REACH, REACH]²
 FIELD = 0.15  # the noise level sigma/alpha of the fields
-FIELDS_OF = ("simple", "ddpm", "implicit", "sliced", "finite_difference")  # the objectives whose fields are shown
+FIELDS_OF = ("log_snr", "simple", "likelihood", "implicit", "sliced")  # the objectives whose fields are shown
 
 
 def fields(results: Sequence[Result], base: Path, path: Path) -> None:
@@ -86,38 +86,42 @@ def _arrows(axis: Axes, noise: Tensor) -> None:
 def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> None:
     """The reverse SDE and the probability-flow ODE from the same prior draws, with the exact and a learned score.
 
-    The first coordinate over t, on the density of the first coordinate at each t.
+    The first coordinate over sqrt(t), falling, on its density at each t.
     """
     shown = {name: row[objective] for name, row in _first_of_each(results, "excess").items() if objective in row}
-    figure, axes = _grid(len(shown), 4, 2.3)
+    figure, axes = plt.subplots(
+        len(shown), 4, figsize=(11.5, 2.0 * len(shown) + 0.4), layout="constrained", squeeze=False, sharey=True
+    )
     for row, (name, result) in zip(axes, shown.items()):
         learned = checkpoint.load(result.job.folder(base))
         density = _marginals(name)
         for axis, sampler, model in zip(row, SAMPLERS, (EXACT[name](VP), learned) * 2):
             axis.imshow(density, extent=(1, 0, -_TALL, _TALL), aspect="auto", cmap="Greys", vmax=1.2)
-            t, walked = _paths(model, sampler, 500, 10)
-            for j, colour in enumerate(plt.colormaps["turbo"](np.linspace(0.05, 0.95, walked.shape[1]))):
-                axis.plot(t, walked[:, j, 0], color=colour, linewidth=0.8)
-            axis.set(xlim=(1, 0), ylim=(-_TALL, _TALL))
-        row[0].set_ylabel(f"{DATA[name].label}, $x_1$")
+            t, walked = _paths(model, sampler, 500, _WALKERS)
+            for j, colour in enumerate(plt.colormaps["turbo"](np.linspace(0.05, 0.95, _WALKERS))):
+                axis.plot(t.sqrt(), walked[:, j, 0], color=colour, linewidth=0.7)
+            axis.set(xlim=(1, 0), ylim=(-_TALL, _TALL), xticks=[], yticks=[-1, 0, 1])
+        row[0].set_ylabel(f"{DATA[name].label}, $x_1$", fontsize=8)
     titles = ["reverse SDE, exact score", "reverse SDE, learned", "ODE, exact score", "ODE, learned"]
     for axis, title in zip(axes[0], titles):
         axis.set_title(title, fontsize=9)
     for axis in axes[-1]:
-        axis.set(xticks=[1, 0], xticklabels=["t = 1, noise", "data, t = 0"])
+        at = (1, 0.25, 0.04, 0)
+        axis.set(xticks=[math.sqrt(t) for t in at], xticklabels=at, xlabel="t")
     _save(figure, path)
 
 
 SAMPLERS: tuple[Sampler, ...] = (Ancestral(), Ancestral(), Heun(), Heun())
+_WALKERS = 7  # paths in each panel
 _TALL = 2.4  # the paths' first coordinate is shown in [-_TALL, _TALL]
 
 
 def _marginals(name: str) -> np.ndarray:
-    """Density of the first coordinate of x_t as an image, columns from t = 1 to 0."""
+    """Density of the first coordinate of x_t as an image, columns from t = 1 to 0, even in sqrt(t)."""
     x0 = TOYS[name](20_000, 0)[:, :1].double()
     z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     columns = []
-    for t in torch.linspace(1, 0, 200, dtype=torch.float64).clamp(min=1e-3):
+    for t in torch.linspace(1, 0, 200, dtype=torch.float64).square().clamp(min=1e-3):
         counts, _ = np.histogram(VP.perturb(x0, t, z), bins=120, range=(-_TALL, _TALL), density=True)
         columns.append(counts)
     return np.stack(columns, axis=1)[::-1]
@@ -135,24 +139,30 @@ def _paths(model: ScoreModel, sampler: Sampler, steps: int, count: int) -> tuple
 
 
 def samples(results: Sequence[Result], path: Path) -> None:
-    """What each objective's model draws by the ODE, a row for each data set, beside the data."""
+    """The data and what each objective's model draws by the ODE, a row each, in two halves side by side."""
     shown = _first_of_each(results, "samples_ode")
-    objectives = list(dict.fromkeys(o for row in shown.values() for o in row))
-    figure, axes = _grid(len(shown), 1 + len(objectives), 1.15)
-    for row, name in zip(axes, shown):
-        drawn = {o: torch.from_numpy(r.arrays["samples_ode"]) for o, r in shown[name].items()}
-        if name in TOYS:
-            _show_points(row[0], exact_samples(name, 2000, 0))
-        else:
-            _show_digits(row[0], _held_out_digits())
-        for axis, objective in zip(row[1:], objectives):
-            if objective in drawn:
-                (_show_points if name in TOYS else _show_digits)(axis, drawn[objective])
+    run = {o for row in shown.values() for o in row}
+    rows = ["data", *(o for o in OBJECTIVES if o in run)]
+    half = math.ceil(len(rows) / 2)
+    figure, axes = _grid(half, 2 * len(shown), 1.15)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for i, objective in enumerate(rows):
+        label = "data" if objective == "data" else OBJECTIVES[objective].label
+        for j, (name, row) in enumerate(shown.items()):
+            axis = axes[i % half, i // half * len(shown) + j]
+            axis.set_visible(objective == "data" or objective in row)
+            if objective == "data":
+                x = exact_samples(name, 2000, 0) if name in TOYS else _held_out_digits()
+            elif objective in row:
+                x = torch.from_numpy(row[objective].arrays["samples_ode"])
             else:
-                axis.set_visible(False)
-        row[0].set_ylabel(DATA[name].label, fontsize=7)
-    for axis, title in zip(axes[0], ["data", *(OBJECTIVES[o].label for o in objectives)]):
-        axis.set_title(_wrapped(title), fontsize=6)
+                continue
+            (_show_points if name in TOYS else _show_digits)(axis, x)
+            if j == 0:
+                axis.set_ylabel(_wrapped(label), fontsize=7)
+            if i % half == 0:
+                axis.set_title(DATA[name].label, fontsize=8)
     _save(figure, path)
 
 
@@ -174,7 +184,8 @@ def _held_out_digits() -> Tensor:
 def levels(results: Sequence[Result], path: Path) -> None:
     """Above, the loss at each noise level beside its floor; below, what it has over the floor: the score's error."""
     shown = _first_of_each(results, "loss")
-    figure, axes = plt.subplots(2, len(shown), figsize=(3.1 * len(shown) + 2, 5.4), layout="constrained", squeeze=False)
+    size = (max(2.4 * len(shown), 7.2), 6.2)
+    figure, axes = plt.subplots(2, len(shown), figsize=size, layout="constrained", squeeze=False)
     handles: dict[str, Any] = {}
     for column, (name, row) in enumerate(shown.items()):
         upper, lower = axes[:, column]
@@ -194,7 +205,7 @@ def levels(results: Sequence[Result], path: Path) -> None:
         lower.set(xlabel="noise level σ/α")
     axes[0, 0].set_ylabel("mean squared error of the noise")
     axes[1, 0].set_ylabel("over the floor: σ² |s − s*|² / D")
-    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
     _save(figure, path)
 
 
@@ -231,7 +242,7 @@ def _grid(rows: int, columns: int, size: float) -> tuple[Figure, np.ndarray]:
 
 
 def _wrapped(title: str) -> str:
-    return title.replace(", ", ",\n")
+    return title.replace(", ", ",\n").replace("likelihood weighting", "likelihood\nweighting")
 
 
 def _save(figure: Figure, path: Path) -> None:

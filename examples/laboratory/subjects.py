@@ -54,15 +54,15 @@ DIGITS = {
 }
 
 DATA: dict[str, Data] = {
-    "ring": Data("eight Gaussians", "vp_toy", PLANE | {"data.dataset": "ring", "model.sigma_data": "0.71"}, 800, 3),
-    "moons": Data("two moons", "vp_toy", PLANE | {"data.dataset": "moons", "model.sigma_data": "0.57"}, 800, 3),
+    "ring": Data("eight Gaussians", "vp_toy", PLANE | {"data.dataset": "ring", "model.sigma_data": "0.71"}, 600, 2),
+    "moons": Data("two moons", "vp_toy", PLANE | {"data.dataset": "moons", "model.sigma_data": "0.57"}, 600, 2),
     "checkerboard": Data(
-        "checkerboard", "vp_toy", PLANE | {"data.dataset": "checkerboard", "model.sigma_data": "0.58"}, 800, 3
+        "checkerboard", "vp_toy", PLANE | {"data.dataset": "checkerboard", "model.sigma_data": "0.58"}, 600, 2
     ),
     "swiss_roll": Data(
-        "swiss roll", "vp_toy", PLANE | {"data.dataset": "swiss_roll", "model.sigma_data": "0.49"}, 800, 3
+        "swiss roll", "vp_toy", PLANE | {"data.dataset": "swiss_roll", "model.sigma_data": "0.49"}, 600, 2
     ),
-    "digits": Data("digits", "vp_digits", DIGITS, 800),
+    "digits": Data("digits", "vp_digits", DIGITS, 400),
 }
 
 CHAIN = {"training.continuous": "false", "sampling.grid": "uniform"}
@@ -80,6 +80,26 @@ OBJECTIVES: dict[str, Objective] = {
         "tab:cyan",
         "--",
     ),
+    "soft_truncation": Objective(
+        "likelihood weighting, soft truncation",
+        {
+            "training.likelihood_weighting": "true",
+            "training.time": "importance",
+            "training.soft_truncation": "2",
+        },
+        "tab:cyan",
+        ":",
+    ),
+    "vdm": Objective(
+        "VDM, learned schedule",
+        {
+            "training.sde": "learned",
+            "training.likelihood_weighting": "true",
+            "model.t_min": "0",
+            "model.gamma_min": "-9.2",
+        },
+        "tab:green",
+    ),
     "ddpm": Objective("DDPM, L_simple", CHAIN, "tab:purple"),
     "hybrid": Objective(
         "Improved DDPM, L_hybrid", LEARNED | {"training.objective": "hybrid"}, "tab:purple", "--", LEVELS
@@ -91,7 +111,7 @@ OBJECTIVES: dict[str, Objective] = {
         ":",
         LEVELS,
     ),
-    "ncsn": Objective("NCSN, 1000 levels", CHAIN | {"training.sde": "vesde", "model.sigma_max": "10"}, "tab:pink"),
+    "ncsn": Objective("NCSN, σ² weighting", CHAIN | {"training.sde": "vesde", "model.sigma_max": "10"}, "tab:pink"),
     "implicit": Objective("implicit", LOG_SNR | {"training.objective": "implicit"}, "tab:red"),
     "sliced": Objective("sliced", LOG_SNR | {"training.objective": "sliced"}, "tab:orange"),
     "sliced_vr": Objective(

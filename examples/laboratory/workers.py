@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from .experiment import Job, run
 
-STEPS_OF_DIGITS = 15  # what a step of the digits' U-Net weighs on the bar, in steps of the plane's network
+STEPS_OF_DIGITS = 8  # what a step of the digits' U-Net weighs on the bar, in steps of the plane's network
 
 _done: Synchronized | None = None  # in a worker: what all workers have done, in steps of the plane's network
 
