@@ -2,6 +2,7 @@
 
 import math
 import re
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -166,7 +167,7 @@ def test_the_bound_rises_with_the_draws_to_the_exact_log_probability(name: str) 
     for k in (1, 4, 16, 64, 256):
         bound = torch.stack([log_mean_exp(part) for part in draws.split(k)]).reshape(-1, 16, n).mean((0, 2))
         gaps.append(truth - bound)
-    for coarse, fine in zip(gaps, gaps[1:], strict=False):
+    for coarse, fine in pairwise(gaps):
         assert bool((fine < coarse).all())
     assert gaps[0].min() > 0.03 and bool((gaps[0] > 5 * gaps[2]).all())
     assert gaps[-1].abs().max() < 0.1 and gaps[-1].abs().median() < 0.02
