@@ -38,6 +38,7 @@ from torch.nn.functional import logsigmoid
 
 from .bounds import prior_divergence
 from .codecs import PixelCodec
+from .continuous_bound import reconstruction
 from .data import Split
 from .likelihood import log_likelihood
 from .losses import denoising, simple
@@ -269,7 +270,7 @@ def log_probability(
 def dequantisation_loss(
     model: ScoreModel, dequantiser: VariationalDequantiser, k: Tensor, u: Tensor, v: Tensor, z: Tensor
 ) -> Tensor:
-    """One draw of the bound on -log P(k), (B,) nats, up to its reconstruction, which does not depend on x.
+    """One draw of a bound on -log P(k), (B,) nats.
 
     The variational bound of the SDE in the place of -log p(x), as in Song et al. 2021b, appendix F: differentiable in
     the dequantiser, and in the model, where both are to be trained together.
@@ -285,7 +286,9 @@ def dequantisation_loss(
     t, weight = log_snr(replace(sde, t_min=dequantiser.t_min), v)
     rate = (1 - dequantiser.t_min) * weight * (sde.g(t) / sde.sigma(t)) ** 2
     diffusion = x[0].numel() / 2 * rate.to(x) * denoising(model, x, t, z, simple)
-    return prior_divergence(sde, x, torch.ones((), dtype=torch.float64)) + diffusion + log_q.flatten(1).sum(1)
+    start, end = torch.tensor([dequantiser.t_min, 1.0], dtype=torch.float64)
+    ends = prior_divergence(sde, x, end) + reconstruction(sde, x, start, z, "gaussian")
+    return ends + diffusion + log_q.flatten(1).sum(1)
 
 
 def fit_dequantiser(
