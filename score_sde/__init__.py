@@ -8,10 +8,13 @@ from . import closed_form, losses, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
+from .classification import Classification, classify
 from .continuous_bound import ContinuousBound, variational_bound
+from .dequantisation import TruncatedNormal, Uniform, VariationalDequantiser, fit_dequantiser, log_probability
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import clip, guide
+from .heat_maps import HeatMap, heat_map
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
@@ -61,6 +64,7 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "Bound",
+    "Classification",
     "ContinuousBound",
     "CosineSDE",
     "Diffusion",
@@ -69,6 +73,7 @@ __all__ = [
     "EulerMaruyama",
     "FixedODE",
     "Flow",
+    "HeatMap",
     "Heun",
     "Langevin",
     "LearnedVPSDE",
@@ -83,8 +88,12 @@ __all__ = [
     "ScoreModel",
     "Solver",
     "SubVPSDE",
+    "TruncatedNormal",
+    "Uniform",
+    "VariationalDequantiser",
     "backward",
     "chain_bound",
+    "classify",
     "clip",
     "closed_form",
     "denoising",
@@ -92,12 +101,15 @@ __all__ = [
     "explicit",
     "finite_difference",
     "fisher_divergence",
+    "fit_dequantiser",
     "from_score",
     "guide",
+    "heat_map",
     "implicit",
     "langevin_dynamics",
     "load",
     "log_likelihood",
+    "log_probability",
     "losses",
     "paths",
     "projections",

@@ -41,7 +41,7 @@ from .dequantisation import (
     uniform_numbers,
 )
 from .guidance import clip
-from .heat_map import heat_map
+from .heat_maps import heat_map
 from .images import heat, histogram, write_grid, write_png
 from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from score_sde import VPSDE, SubVPSDE, from_score
-from score_sde.classify import classify
+from score_sde.classification import classify
 from score_sde.closed_form import Mixture
 from score_sde.likelihood import log_likelihood
 
