@@ -4,13 +4,13 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, losses, score_matching, time_laws
+from . import closed_form, dequantisation, losses, outliers, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
 from .classification import Classification, classify
 from .continuous_bound import ContinuousBound, variational_bound
-from .dequantisation import TruncatedNormal, Uniform, VariationalDequantiser, fit_dequantiser, log_probability
+from .dequantisation import fit_dequantiser, log_probability
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import clip, guide
@@ -88,9 +88,6 @@ __all__ = [
     "ScoreModel",
     "Solver",
     "SubVPSDE",
-    "TruncatedNormal",
-    "Uniform",
-    "VariationalDequantiser",
     "backward",
     "chain_bound",
     "classify",
@@ -98,6 +95,7 @@ __all__ = [
     "closed_form",
     "denoising",
     "denoising_at",
+    "dequantisation",
     "explicit",
     "finite_difference",
     "fisher_divergence",
@@ -111,6 +109,7 @@ __all__ = [
     "log_likelihood",
     "log_probability",
     "losses",
+    "outliers",
     "paths",
     "projections",
     "sample",

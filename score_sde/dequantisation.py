@@ -27,7 +27,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -39,12 +39,14 @@ from torch.nn.functional import logsigmoid
 from .bounds import prior_divergence
 from .codecs import PixelCodec
 from .continuous_bound import reconstruction
-from .data import Split
 from .likelihood import log_likelihood
 from .losses import denoising, simple
 from .model import ScoreModel
 from .sdes import SDE
 from .time_laws import log_snr, low_discrepancy
+
+if TYPE_CHECKING:  # at run time it would bring scikit-learn's data sets along
+    from .data import Split
 
 FORMAT = "score_sde dequantiser 1"
 _INSIDE = 1 - 2.0**-13  # of a bin: what the flow fills, lest the codec's own margin cut its density off
