@@ -378,7 +378,7 @@ def _dequantiser(
         law, header = load_dequantiser(path)
         if header.get("checkpoint_sha256") != file_hash(checkpoint) or law.t_min != e.t_min or law.codec != codec:
             raise ValueError(
-                f"{path} was fitted to another checkpoint or with other settings; run --mode dequantize again"
+                f"{path} was fitted to another checkpoint or t_min; run --mode dequantize again"
             )
         law, about["dequantizer_sha256"] = law.to(next(model.parameters()).device), file_hash(path)
     sentence = f", {e.dequantization.replace('_', ' ')} dequantisation"

@@ -77,11 +77,11 @@ def test_classes_share_their_probes_which_drop_out_of_the_quotient() -> None:
 
 def test_by_the_bound_it_is_the_same_classifier_where_the_model_is_exact() -> None:
     x, _ = points()
-    found = classify(CLASSES, x, log_prior=WEIGHTS.log(), estimate="bound", t_min=1e-4, draws=4000)
+    found = classify(CLASSES, x, log_prior=WEIGHTS.log(), estimate="bound", t_min=1e-4, draws=1500)
     joint = conditional(x) + WEIGHTS.log()
-    # the draws' error is some 0.05 nats, for the difference of two classes less
+    # the draws' error is some 0.1 nats, for the difference of two classes less
     torch.testing.assert_close(found.log_posterior, torch.log_softmax(joint, 1), rtol=0, atol=0.25)
-    assert found.nfe == 3 * 4000
+    assert found.nfe == 3 * 1500
 
 
 def test_models_may_be_different_networks_of_different_sdes() -> None:
