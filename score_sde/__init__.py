@@ -4,14 +4,17 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, losses, score_matching, time_laws
+from . import closed_form, dequantisation, losses, outliers, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load
+from .classification import Classification, classify
 from .continuous_bound import ContinuousBound, variational_bound
+from .dequantisation import fit_dequantiser, log_probability
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import clip, guide
+from .heat_maps import HeatMap, heat_map
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
@@ -61,6 +64,7 @@ __all__ = [
     "Ancestral",
     "AnnealedLangevin",
     "Bound",
+    "Classification",
     "ContinuousBound",
     "CosineSDE",
     "Diffusion",
@@ -69,6 +73,7 @@ __all__ = [
     "EulerMaruyama",
     "FixedODE",
     "Flow",
+    "HeatMap",
     "Heun",
     "Langevin",
     "LearnedVPSDE",
@@ -85,20 +90,26 @@ __all__ = [
     "SubVPSDE",
     "backward",
     "chain_bound",
+    "classify",
     "clip",
     "closed_form",
     "denoising",
     "denoising_at",
+    "dequantisation",
     "explicit",
     "finite_difference",
     "fisher_divergence",
+    "fit_dequantiser",
     "from_score",
     "guide",
+    "heat_map",
     "implicit",
     "langevin_dynamics",
     "load",
     "log_likelihood",
+    "log_probability",
     "losses",
+    "outliers",
     "paths",
     "projections",
     "sample",

@@ -117,7 +117,7 @@ def chain_bound(
         log_variance = _decoder_log_variance(sde, estimate, clean, t, knots[-2], variance)
     reconstruction = -decode(x0, estimate.data, log_variance, levels, width)
     prior, weighted = prior_divergence(sde, x0, knots[0]), size.to(diffusion) * diffusion
-    error = torch.zeros_like(prior) if terms is None else _standard_error(weighted)
+    error = torch.zeros_like(prior) if terms is None else stratified_error(weighted)
     return Bound(
         prior + weighted.sum(1) + reconstruction,
         prior,
@@ -264,7 +264,7 @@ def _strata(steps: int, terms: int, batch: int, seed: int | torch.Generator, fir
     return (edges[:-1] + (u * size).floor()).long(), size
 
 
-def _standard_error(weighted: Tensor) -> Tensor:
+def stratified_error(weighted: Tensor) -> Tensor:
     """Of a sum of one draw from each stretch, (B,): the squared difference of neighbours is never too small on average.
 
     Collapsed strata (Cochran 1977, Sampling techniques, chapter 5A).

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import signal
 import sys
 import time
@@ -21,9 +22,10 @@ from . import checkpoint, parallel
 from . import config as configs
 from .build import build_sde
 from .codecs import Codec, PixelCodec, codec_of
-from .data import Data, load_data
+from .data import Data, Split, load_data
 from .demo import summary
-from .evaluate import run_likelihood, run_sampling
+from .dequantisation import fit_dequantiser, save_dequantiser
+from .evaluate import dequantiser_path, reported, run_likelihood, run_sampling
 from .images import grid, histogram, write_png
 from .model import ScoreModel
 from .parallel import Processes
@@ -41,8 +43,9 @@ modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
   train        train, or go on from the workdir's newest checkpoint
   sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp
-  likelihood   bits/dim of held-out data under it, with its standard error: exact by the probability-flow ODE, or a
+  likelihood   bits/dim of held-out data under it, with its errors: exact by the probability-flow ODE, or a
                variational bound (eval.estimate; by default the bound for models of a chain's steps)
+  dequantize   fit a flow to it that dequantises pixels, for likelihood with eval.dequantization=variational
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, tensorboard/,
@@ -121,7 +124,9 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", required=True)
-    parser.add_argument("--mode", required=True, choices=["scan", "train", "sample", "likelihood", "demo"])
+    parser.add_argument(
+        "--mode", required=True, choices=["scan", "train", "sample", "likelihood", "dequantize", "demo"]
+    )
     parser.add_argument("--workdir", default=None)
     parser.add_argument("--checkpoint", default=None)
     return parser
@@ -148,14 +153,14 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if options.mode == "sample":
         folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
         log.info("%d samples: %s", config.sampling.num_samples, folder)
+    elif options.mode == "dequantize":
+        if processes.main:
+            log.info("dequantizer: %s", run_dequantizing(model, config, data.train, codec, path, workdir, processes))
     else:
         split = {"test": data.test, "train": data.train}[config.eval.split]
         folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes)
-        log.info(
-            "%s of %d %s examples: %.4f ± %.4f (%s; NFE %.0f): %s",
-            *(result[key] for key in ("unit", "images", "split", "mean", "standard_error", "estimate", "nfe")),
-            folder,
-        )
+        what = (result[key] for key in ("images", "split", "estimate"))
+        log.info("%s (%d %s examples; %s): %s", reported(result), *what, folder)
         if "diffusion" in result:
             parts = [result[key] for key in ("prior", "diffusion", "reconstruction")]
             log.info("of it prior %.4f + diffusion %.4f (the rate), reconstruction %.4f (the distortion)", *parts)
@@ -218,6 +223,44 @@ def run_training(config: ConfigDict, workdir: Path, data: Data, codec: Codec, pr
         else:
             log.info("training is complete: %d steps in %s", n, workdir)
     return 0 if step >= n else 130
+
+
+def run_dequantizing(
+    model: ScoreModel,
+    config: ConfigDict,
+    split: Split,
+    codec: Codec,
+    path: Path,
+    workdir: Path,
+    processes: Processes,
+) -> Path:
+    """--mode dequantize: fit the flow that the section dequantizer describes to a checkpoint; return its file."""
+    if not isinstance(codec, PixelCodec):
+        raise ValueError(f"--mode dequantize is for pixels; data.dataset={config.data.dataset} holds floats")
+    d, e = config.dequantizer, config.eval
+    with tqdm(total=d.n_iters, desc="dequantizer", unit="step") as bar:
+
+        def progress(step: int, loss: torch.Tensor) -> None:
+            bar.update()
+            if step % 50 == 0:
+                bar.set_postfix_str(f"loss {loss.item() / math.prod(split.shape) / math.log(2):.3f} bits/dim")
+
+        dequantiser = fit_dequantiser(
+            model,
+            split.to(processes.device),
+            codec,
+            steps=d.n_iters,
+            batch_size=d.batch_size,
+            lr=d.lr,
+            hidden=d.hidden,
+            layers=d.layers,
+            t_min=e.t_min,
+            seed=config.seed,
+            progress=progress,
+        )
+    target = dequantiser_path(workdir, path, e.weights)
+    save_dequantiser(target, dequantiser, checkpoint_sha256=checkpoint.file_hash(path))
+    return target
 
 
 class Show:

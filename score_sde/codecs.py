@@ -8,6 +8,7 @@ A pixel k of {0, ..., levels - 1} enters a model as v in [0, 1], or as 2 v - 1 i
 Dequantised, P(k) is the integral of p over the bin of k, and Jensen's inequality gives log P(k) >= E_u log p(k + u) in
 units of a level: minus the log2 of a density of v, or of 2 v - 1, becomes bits of k by adding log2(levels), or
 log2(levels) - 1, per dimension.
+`dequantisation` has other noise than uniform, and several draws of it.
 `width` (1 or 2, the length of the model's interval) and `levels` are what `Likelihood.bits_per_dim` needs for that.
 
 Back, both encodings are undone by one rule: k = floor(levels v), clamped. See `PixelCodec.decode`.

@@ -93,21 +93,37 @@ def default_config() -> ConfigDict:
                 "split": "test",  # whose bits/dim or log-likelihood
                 "num_images": 0,  # the first n; 0: all
                 "batch_size": 64,
-                # ode: exact, along the probability flow; bound: variational, of the chain; auto: ode for continuous
-                # models, bound for discrete ones
+                # ode: exact, along the probability flow; sde_bound: variational, of the SDE, on the same scale and
+                # cheaper; bound: variational, of the chain; auto: ode for continuous models, bound for discrete ones
                 "estimate": "auto",
                 "steps": 0,  # bound: of the chain; 0: all of a discrete model's, 1000 of a continuous one's
                 "terms": 0,  # bound: steps evaluated per image, drawn at random; 0: all of them
                 "clip_denoised": False,  # bound: hold the estimate of the clean data to the data's range
-                "dequantizations": 1,  # ode: draws of uniform noise per image, averaged
+                # ode, sde_bound: noise within a pixel's level, uniform, truncated_normal (that of t_min; for models
+                # trained without dequantization) or variational (a flow that --mode dequantize has fitted)
+                "dequantization": "uniform",
+                "dequantizations": 1,  # estimates per image, each with noise and probes of its own, averaged
+                "importance_samples": 1,  # ode: draws of noise in each estimate, which tighten its bound
+                "draws": 64,  # sde_bound: of time and noise, per image
                 "probe": "rademacher",  # of the divergence: rademacher, gaussian, or exact (one pass per dimension)
                 "probes": 1,  # per example, averaged
-                "t_min": 1e-5,  # time at which the image stands; of a continuous model's bound, the last
+                "check_images": 16,  # ode: computed again for the errors of solver and single probes; 0: unknown
+                "heat_map": 0,  # ode: draw where the bits are in the first n images
+                # time at which the image stands (truncated_normal: the earliest that it may choose); of a continuous
+                # model's bound, the last
+                "t_min": 1e-5,
                 "ode_method": "dopri5",
                 "rtol": 1e-5,
                 "atol": 1e-5,
                 "seed": 0,  # of dequantisation and probes, or of the bound's noise
                 "weights": "ema",
+            },
+            "dequantizer": {  # the flow of eval.dequantization=variational, which --mode dequantize fits
+                "n_iters": 2000,
+                "batch_size": 128,
+                "lr": 2e-3,
+                "layers": 4,  # affine couplings
+                "hidden": 32,  # width of their networks
             },
             "data": {
                 "dataset": "cifar10",  # files: a folder or zip of images, a .npy or .npz at data.path
@@ -189,7 +205,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sampling.ode_method": ADAPTIVE + FIXED,
     "sampling.weights": ("ema", "raw"),
     "eval.split": ("test", "train"),
-    "eval.estimate": ("auto", "ode", "bound"),
+    "eval.estimate": ("auto", "ode", "sde_bound", "bound"),
+    "eval.dequantization": ("uniform", "truncated_normal", "variational"),
     "eval.probe": ("rademacher", "gaussian", "exact"),
     "eval.ode_method": ADAPTIVE,
     "eval.weights": ("ema", "raw"),
@@ -212,19 +229,21 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: v >= 1,
         """training.n_iters training.batch_size training.projections training.accumulate training.log_freq
         training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps
-        sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes model.num_scales
-        model.nf model.num_res_blocks model.num_heads model.hidden model.depth""",
+        sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes
+        eval.importance_samples eval.draws dequantizer.n_iters dequantizer.batch_size dequantizer.layers
+        dequantizer.hidden model.num_scales model.nf model.num_res_blocks model.num_heads model.hidden model.depth""",
     ),
     "at least 0": (
         lambda v: v >= 0,
         """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr eval.num_images eval.terms
-        data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup
-        training.soft_truncation""",
+        eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
+        optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
         """sampling.snr sampling.rtol sampling.atol eval.rtol eval.atol model.sigma_data model.sigma_min model.sigma_max
-        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps training.difference_step""",
+        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps training.difference_step
+        dequantizer.lr""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,
@@ -492,6 +511,23 @@ def validate(config: ConfigDict) -> None:
     refuse(
         discrete and e.steps > m.num_scales,
         f"eval.steps must be at most the chain's model.num_scales={m.num_scales}, got {e.steps}",
+    )
+    decoded = e.estimate == "bound" or (e.estimate == "auto" and discrete)
+    noise = e.dequantization != "uniform" or e.importance_samples > 1 or e.heat_map > 0
+    refuse(
+        decoded and noise,
+        "the bound of a chain decodes levels without dequantization: set eval.estimate=ode, or leave "
+        "eval.dequantization, eval.importance_samples and eval.heat_map alone",
+    )
+    refuse(
+        e.dequantization == "truncated_normal" and (d.uniform_dequantization or e.estimate == "sde_bound"),
+        "eval.dequantization=truncated_normal is the noised law of levels, for the ODE of a model that was trained on "
+        "them: set data.uniform_dequantization=False and eval.estimate=ode, or eval.dequantization=uniform",
+    )
+    refuse(
+        e.estimate == "sde_bound" and (discrete or e.importance_samples > 1 or e.heat_map > 0),
+        "eval.estimate=sde_bound is of a continuous model and bounds log p alone: set eval.estimate=ode (or bound) for "
+        "training.continuous=False, eval.importance_samples or eval.heat_map",
     )
     terms = (e.steps or m.num_scales) - 1 if discrete else e.steps or 1000
     refuse(e.terms > terms, f"eval.terms must be at most the bound's {terms} diffusion terms, got {e.terms}")

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,24 @@ from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec
+from .continuous_bound import variational_bound
 from .data import Split
+from .dequantisation import (
+    Dequantiser,
+    LogProbability,
+    TruncatedNormal,
+    Uniform,
+    load_dequantiser,
+    log_probability,
+    truncation_time,
+    uniform_numbers,
+)
 from .guidance import clip
-from .images import histogram, write_grid, write_png
-from .likelihood import log_likelihood
+from .heat_maps import heat_map
+from .images import heat, histogram, write_grid, write_png
+from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel
+from .ode import Solver
 from .parallel import Processes
 from .samplers import sample
 
@@ -126,9 +140,14 @@ def write_stamp(folder: Path, content: dict[str, Any]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
+    """Delete the batches of a folder that has been joined, and the folder itself where it held nothing else."""
+    if not (folder / "parts").is_dir():
+        return
     for path in (folder / "parts").glob("*"):
         path.unlink()
     (folder / "parts").rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def run_sampling(
@@ -210,26 +229,33 @@ def run_likelihood(
 ) -> tuple[Path, dict[str, Any]]:
     """Bits/dim (nats for vectors) of a split as the section eval says, into a folder below `base`.
 
-    eval.estimate says by which road: the probability-flow ODE, here, or a chain's variational bound, `run_bound`.
-    `likelihood.npz` has `bits_per_dim` (images, dequantisations) and `log_prob` in nats; the stamp has their mean and
-    its standard error over images. Row j of the work is image j % n in dequantisation j // n, so that a run that was
-    stopped early has gone once over as many images as it could.
+    eval.estimate says by which road: the probability-flow ODE or the SDE's variational bound, here, or a chain's
+    variational bound, `run_bound`. `likelihood.npz` has `bits_per_dim` (images, dequantisations), `log_prob`, the same
+    in nats, and `std_error`, in nats over probes or draws; the stamp has their mean, and its errors apart (see
+    `_errors`). Row j of the work is image j % n in dequantisation j // n, so that a run that was stopped early has gone
+    once over as many images as it could.
     """
     e = config.eval
     if e.estimate == "bound" or (e.estimate == "auto" and not config.training.continuous):
         return run_bound(model, config, split, codec, checkpoint, base, processes)
     n = min(e.num_images, len(split)) if e.num_images else len(split)
-    repeats = e.dequantizations if isinstance(codec, PixelCodec) else 1
-    keys = ("split", "t_min", "ode_method", "rtol", "atol", "probe", "probes", "seed")
+    law, about = _dequantiser(model, config, codec, checkpoint, base.parent)
+    repeats = e.dequantizations if law else 1
+    ode = e.estimate != "sde_bound"
+    keys = ("ode_method", "rtol", "atol", "probe", "probes", "check_images") if ode else ("draws",)
     made_from = stamp(
         checkpoint,
         e.weights,
         {
             "sde": repr(model.sde),
-            "estimate": "probability-flow ODE, uniform dequantisation" if codec.levels else "probability-flow ODE",
-            **{key: e[key] for key in keys},
+            "estimate": ("probability-flow ODE" if ode else "variational bound of the SDE") + about.pop("sentence"),
+            **{key: e[key] for key in ("split", "seed", *keys)},
+            **about,
+            "t_min": law.t_min if law else e.t_min,
             "images": n,
             "dequantizations": repeats,
+            "importance_samples": e.importance_samples,
+            "heat_map": e.heat_map,
             "levels": codec.levels,
             "unit": "bits/dim" if codec.levels else "nats",
         },
@@ -238,50 +264,167 @@ def run_likelihood(
     if (folder / "stamp.json").is_file():
         return folder, json.loads((folder / "stamp.json").read_text())
     split = split.to(processes.device)
+    # Bits per dimension of -1 nat; vectors stay in nats.
+    unit = 1 / (math.prod(split.shape) * math.log(2)) if codec.levels else 1.0
 
-    def compute(first: int, count: int) -> Arrays:
-        rows = torch.arange(first, first + count)
-        k, _ = split[rows % n]
-        u = [np.random.default_rng([e.seed, row]).random(split.shape, dtype=np.float32) for row in rows.tolist()]
-        x = codec.encode(k, torch.from_numpy(np.stack(u)).to(k.device)).to(torch.float32)
-        result = log_likelihood(
-            model,
-            x,
-            probe=e.probe,
-            probes=e.probes,
-            rtol=e.rtol,
-            atol=e.atol,
-            t_min=e.t_min,
-            method=e.ode_method,
-            seed=e.seed,
-            first=first,
-        )
-        value = result.bits_per_dim(codec.levels, codec.width) if codec.levels else -result.log_prob
-        arrays = {"value": value, "log_prob": result.log_prob, "std_error": result.std_error}
-        return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([result.nfe])}
+    def compute(first: int, count: int, tighter: float = 1.0, probes: int = e.probes) -> Arrays:
+        k, _ = split[torch.arange(first, first + count) % n]
+        where = {"seed": e.seed, "first": first}
+        solver = {"rtol": e.rtol / tighter, "atol": e.atol / tighter, "method": e.ode_method}
+        options = {**where, **solver, "probe": e.probe, "probes": probes}
+        found: LogProbability | Likelihood
+        if ode and law:
+            found = log_probability(model, k, law, samples=e.importance_samples, **options)
+        elif ode:
+            found = log_likelihood(model, k.to(torch.float32), t_min=e.t_min, **options)
+        else:
+            u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
+            x, log_q = law(k, u) if law else (k.to(torch.float32), torch.zeros(()))
+            bound = variational_bound(model, x, t_min=e.t_min, draws=e.draws, **where)
+            nats = -bound.total - (log_q.flatten(1).sum(1) if law else 0)
+            found = Likelihood(nats, bound.std_error, x, e.draws)
+        arrays = {"value": -unit * found.log_prob, "log_prob": found.log_prob, "std_error": found.std_error}
+        return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([found.nfe])}
 
     def progress(bar: tqdm, done: list[Arrays]) -> None:
         mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
         bar.set_postfix_str(f"{made_from['unit']} {mean:.3f} ± {error:.3f}")
 
+    def again(name: str, count: int, **changes: Any) -> Arrays:
+        """The first `count` rows computed otherwise."""
+        run = partial(compute, **changes)
+        return in_batches(folder / name, count, e.batch_size, processes, run, lambda bar, done: None, name)
+
     joined = in_batches(folder, n * repeats, e.batch_size, processes, compute, progress, made_from["unit"])
     values = joined["value"].reshape(repeats, n).T
     mean, error = mean_and_error(values.mean(1))
-    result = {**made_from, "mean": mean, "standard_error": error, "nfe": float(joined["nfe"].mean())}
+    errors: dict[str, float | None] = {"images": error}
+    checks = min(e.check_images, n) if ode else 0
+    if not ode:
+        errors["draws"] = unit * _error_of_mean(joined["std_error"])
+    elif e.probe == "exact" or e.probes > 1:
+        errors["probes"] = unit * _error_of_mean(joined["std_error"])
+    else:
+        pairs = again("probes", checks, probes=2)["std_error"] if checks else np.array([math.nan])
+        # sqrt(2) times the error of two is that of one.
+        errors["probes"] = unit * math.sqrt(2 * (pairs**2).mean() / (n * repeats))
+    if checks:
+        finer = again("solver", checks, tighter=10.0)["value"]
+        errors["solver"] = float(np.abs(finer - joined["value"][:checks]).mean())
+    known = {name: None if value is None or math.isnan(value) else value for name, value in errors.items()}
+    result = {**made_from, "mean": mean, "standard_error": error, "errors": known, "nfe": float(joined["nfe"].mean())}
+    if e.heat_map:
+        write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes)
     if processes.main:
-        log_prob = joined["log_prob"].reshape(repeats, n).T
         write_arrays(
             folder / "likelihood.npz",
             {
                 "bits_per_dim" if codec.levels else "nats": values,
-                "log_prob": log_prob,
+                "log_prob": joined["log_prob"].reshape(repeats, n).T,
                 "std_error": joined["std_error"].reshape(repeats, n).T,
             },
         )
         write_stamp(folder, result)
-        remove_parts(folder)
+        for part in (folder, folder / "probes", folder / "solver"):
+            remove_parts(part)
     processes.barrier()
     return folder, result
+
+
+def _error_of_mean(each: np.ndarray) -> float:
+    """Standard error of the mean of values with independent standard errors."""
+    return math.sqrt((each**2).sum()) / len(each)
+
+
+def reported(result: dict[str, Any]) -> str:
+    """A result in one line, ``bits/dim 3.4120 ± 0.0060 (images) ± 0.0010 (probes) ± 0.0001 (solver), NFE 91``.
+
+    Images: the standard error of the mean over images, in whose spread that of probes and dequantisation is contained.
+    Probes: the part of it that other probes would change, from their spread in each image; of a single probe, from a
+    pair for each of the first eval.check_images images. Solver: the mean absolute difference, in those images, from
+    tolerances ten times tighter. Draws: of a bound, the part of its Monte Carlo over time.
+    """
+    errors = result.get("errors", {"images": result["standard_error"]})
+    parts = [
+        f"± {error:.4f} ({name})" if error is not None and not math.isnan(error) else f"± unknown ({name})"
+        for name, error in errors.items()
+    ]
+    return f"{result['unit']} {result['mean']:.4f} {' '.join(parts)}, NFE {result['nfe']:.0f}"
+
+
+def dequantiser_path(workdir: Path, checkpoint: Path, weights: str) -> Path:
+    """Where --mode dequantize leaves the flow that it fitted to a checkpoint."""
+    return workdir / "dequantizers" / f"{checkpoint.stem}-{weights}.safetensors"
+
+
+def _dequantiser(
+    model: ScoreModel, config: ConfigDict, codec: Codec, checkpoint: Path, workdir: Path
+) -> tuple[Dequantiser | None, dict[str, Any]]:
+    """How the pixels are dequantised, and what the stamp says of it; None for vectors."""
+    e = config.eval
+    if not isinstance(codec, PixelCodec):
+        for key, usual in (("dequantization", "uniform"), ("importance_samples", 1), ("heat_map", 0)):
+            if e[key] != usual:
+                raise ValueError(f"eval.{key}={e[key]} is for pixels, and these data are floats: set it to {usual}")
+        return None, {"sentence": ""}
+    law: Dequantiser
+    about: dict[str, Any] = {}
+    if e.dequantization == "uniform":
+        law = Uniform(codec, e.t_min)
+    elif e.dequantization == "truncated_normal":
+        law = TruncatedNormal(codec, model.sde, truncation_time(codec, model.sde, least=e.t_min))
+    else:
+        path = dequantiser_path(workdir, checkpoint, e.weights)
+        law, header = load_dequantiser(path)
+        if header.get("checkpoint_sha256") != file_hash(checkpoint) or law.t_min != e.t_min or law.codec != codec:
+            raise ValueError(
+                f"{path} was fitted to another checkpoint or t_min; run --mode dequantize again"
+            )
+        law, about["dequantizer_sha256"] = law.to(next(model.parameters()).device), file_hash(path)
+    sentence = f", {e.dequantization.replace('_', ' ')} dequantisation"
+    if e.importance_samples > 1:
+        sentence += f", {e.importance_samples} importance samples"
+    return law, {"sentence": sentence, **about}
+
+
+def write_heat_map(
+    model: ScoreModel,
+    config: ConfigDict,
+    split: Split,
+    codec: Codec,
+    law: Dequantiser | None,
+    folder: Path,
+    count: int,
+    processes: Processes,
+) -> None:
+    """The first images beside the bits of their pixels, `heat_map.png` and, (count, C, H, W), `heat_map.npz`.
+
+    From black for the cheapest pixel of all to white for the dearest; a pixel's channels are averaged. The first draw
+    of dequantisation, and probes as in eval; all bits of an image average to its bits/dim, to the solver's error.
+    """
+    assert law is not None and isinstance(codec, PixelCodec)  # _dequantiser has refused vectors
+    e = config.eval
+
+    def compute(first: int, number: int) -> Arrays:
+        k, _ = split[torch.arange(first, first + number)]
+        u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
+        with torch.no_grad():
+            x, log_q = law(k, u)
+        probes = None if e.probe == "exact" else e.probes
+        solver = Solver(e.ode_method, e.rtol, e.atol)
+        found = heat_map(model, x, probes=probes, t_min=law.t_min, solver=solver, seed=e.seed, first=first)
+        return {"bits": ((log_q - found.log_prob) / math.log(2)).cpu().numpy(), "k": k.cpu().numpy()}
+
+    joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, lambda bar, done: None, "heat map")
+    if processes.main:
+        write_arrays(folder / "heat_map.npz", {"bits": joined["bits"]})
+        shown = codec.display(torch.from_numpy(joined["k"]))
+        bits = torch.from_numpy(joined["bits"]).mean(1, keepdim=True)
+        maps = heat((bits - bits.min()) / (bits.max() - bits.min()).clamp_min(1e-9))
+        both = torch.stack([shown[:, :3].expand(-1, 3, -1, -1), maps], 1).flatten(0, 1)
+        columns = 2 * math.ceil(math.sqrt(count))
+        write_grid(both, folder / "heat_map.png", columns, zoom=max(1, 32 // both.shape[-1]))
+        remove_parts(folder / "heat")
 
 
 def run_bound(

@@ -51,3 +51,12 @@ def histogram(points: Tensor, size: int = 256, extent: float = 1.5) -> Tensor:
     counts, _, _ = np.histogram2d(-y.numpy(), x.numpy(), bins=(edges, edges))
     shade = 255 * np.sqrt(counts / max(1.0, counts.max()))
     return torch.from_numpy(shade.astype(np.uint8))[None]
+
+
+def heat(values: Tensor) -> Tensor:
+    """Values (N, 1, H, W) in [0, 1] as colours, uint8 (N, 3, H, W): black, red, yellow, white."""
+    return (
+        ((3 * values - torch.arange(3, device=values.device).reshape(3, 1, 1)).clamp(0, 1) * 255)
+        .round()
+        .to(torch.uint8)
+    )

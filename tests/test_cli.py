@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,18 +159,19 @@ def test_likelihood_covers_every_image_and_goes_on(
     change = {"eval__num_images": 0, "eval__batch_size": 128, "eval__dequantizations": 2, "eval__rtol": 0.1}
     command = words("vp_digits", "likelihood", trained, images, **change, eval__atol=0.1)
     clear(trained, "likelihood")
-    real, firsts = evaluate.log_likelihood, []
+    real, firsts = evaluate.log_probability, []
 
-    def stops_once(model: object, x: torch.Tensor, **kwargs: object) -> object:
-        firsts.append((kwargs["first"], len(x)))
+    def stops_once(model: object, k: torch.Tensor, law: object, **kwargs: object) -> object:
+        firsts.append((kwargs["first"], len(k)))
         if len(firsts) == 2:
             raise KeyboardInterrupt
-        return real(model, x, **kwargs)  # type: ignore[arg-type]
+        return real(model, k, law, **kwargs)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(evaluate, "log_likelihood", stops_once)
+    monkeypatch.setattr(evaluate, "log_probability", stops_once)
     assert run(command) == 130
     assert run(command) == 0
-    assert firsts == [(0, 128), (128, 128), (128, 128), (256, 128), (384, 128), (512, 88)]
+    checks = [(0, 16), (0, 16)]  # of the probes' error and of the solver's
+    assert firsts == [(0, 128), (128, 128), (128, 128), (256, 128), (384, 128), (512, 88), *checks]
     (folder,) = (trained / "likelihood").iterdir()
     stamp = json.loads((folder / "stamp.json").read_text())
     values = np.load(folder / "likelihood.npz")["bits_per_dim"]
@@ -179,7 +181,7 @@ def test_likelihood_covers_every_image_and_goes_on(
     assert np.abs(values[:, 0] - values[:, 1]).max() > 1e-3, "both dequantisations were the same"
 
 
-def bound_of(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+def result_of(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     (folder,) = (workdir / "likelihood").iterdir()
     return json.loads((folder / "stamp.json").read_text()), dict(np.load(folder / "likelihood.npz"))
 
@@ -191,9 +193,9 @@ def test_a_discrete_model_is_evaluated_by_its_bound_and_either_by_both(
     chain = [words("ddpm_cifar", mode, tmp_path, images, **change) for mode in ("train", "likelihood")]
     assert run(chain[0]) == 0 and run(chain[1]) == 0
     said = capsys.readouterr().err
-    assert "bits/dim of 3 test examples" in said and "of it prior" in said
-    assert "(variational bound of 10 steps, pixels without dequantisation; NFE 10)" in said
-    stamp, arrays = bound_of(tmp_path)
+    assert "(images), NFE 10 (3 test examples; variational bound of 10 steps, pixels without dequan" in said
+    assert "of it prior" in said
+    stamp, arrays = result_of(tmp_path)
     assert stamp["variance"] == "small" and stamp["unit"] == "bits/dim"
     assert arrays["bits_per_dim"].shape == (3, 1)
     np.testing.assert_allclose(arrays["times"], np.arange(10, 1, -1) / 10, rtol=1e-12)
@@ -205,7 +207,7 @@ def test_a_discrete_model_is_evaluated_by_its_bound_and_either_by_both(
     def again(line: list[str], workdir: Path, **settings: object) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         clear(workdir, "likelihood")
         assert run([*line, *(f"--config.{key.replace('__', '.')}={value}" for key, value in settings.items())]) == 0
-        return bound_of(workdir)
+        return result_of(workdir)
 
     _, whole = again(chain[1], tmp_path, eval__batch_size=5)
     np.testing.assert_allclose(whole["bits_per_dim"], arrays["bits_per_dim"], rtol=1e-4)
@@ -229,9 +231,114 @@ def test_a_toy_chain_s_bound_is_in_nats(tmp_path: Path, images: Path) -> None:
     change = {"training__continuous": "false", "sampling__grid": "uniform", "training__time": "uniform"}
     for mode in ("train", "likelihood"):
         assert run(words("vp_toy", mode, tmp_path, images, **change)) == 0
-    stamp, arrays = bound_of(tmp_path)
+    stamp, arrays = result_of(tmp_path)
     assert stamp["unit"] == "nats" and stamp["estimate"] == "variational bound of 30 steps, Gaussian decoder"
     assert arrays["nats"].shape == (3, 1) and np.isfinite(arrays["nats"]).all()
+
+
+def numbers_in(line: str) -> dict[str, float]:
+    """{"": mean, "images": error, ...} of a result's line."""
+    mean = re.findall(r"(?:bits/dim|nats) (-?[0-9.]+) ", line)[-1]
+    return {"": float(mean), **{name: float(value) for value, name in re.findall(r"± ([0-9.]+) \((\w+)\)", line)}}
+
+
+def test_the_errors_of_a_likelihood_are_told_apart(
+    trained: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(**settings: object) -> tuple[dict[str, float], dict[str, Any], dict[str, np.ndarray]]:
+        clear(trained, "likelihood")
+        tight = {"eval__rtol": 1e-2, "eval__atol": 1e-2, "eval__num_images": 12, "eval__batch_size": 7}
+        assert run(words("vp_digits", "likelihood", trained, images, **{**tight, **settings})) == 0
+        line = capsys.readouterr().err.splitlines()[-1]
+        stamp, arrays = result_of(trained)
+        assert f"NFE {stamp['nfe']:.0f} (12 test examples; {stamp['estimate']})" in line
+        assert not [path for path in (trained / "likelihood").rglob("*") if path.is_dir() and path.name.startswith("p")]
+        assert stamp["errors"]["images"] == stamp["standard_error"]
+        return numbers_in(line), stamp, arrays
+
+    unit = 1 / (64 * np.log(2))
+    several, stamp, arrays = told(eval__probes=8, eval__dequantizations=2)
+    expected = unit * np.sqrt((arrays["std_error"] ** 2).sum()) / 24
+    assert stamp["errors"]["probes"] == pytest.approx(expected) and several["probes"] == round(expected, 4)
+    assert several["probes"] < several["images"] and several["solver"] > 0
+    np.testing.assert_allclose(arrays["bits_per_dim"], -unit * arrays["log_prob"])
+
+    single, stamp, _ = told()
+    # By pairs: of one probe where there were 8 in each of 2 draws, to the spread of 12 estimates of it
+    assert stamp["errors"]["probes"] / expected == pytest.approx(4, rel=0.6)
+    assert single["solver"] > 0 and set(single) == {"", "images", "probes", "solver"}
+    finer, _, _ = told(eval__rtol=1e-4, eval__atol=1e-4)
+    assert finer["solver"] < single["solver"] / 2
+    exact, stamp, _ = told(eval__probe="exact", eval__check_images=0, eval__num_images=12)
+    assert set(exact) == {"", "images", "probes"} and stamp["errors"]["probes"] == 0
+    none, stamp, _ = told(eval__check_images=0)
+    assert stamp["errors"]["probes"] is None and set(none) == {"", "images"}
+    bound, stamp, _ = told(eval__estimate="sde_bound", eval__draws=100)
+    assert stamp["nfe"] == 100 and bound["draws"] > 0 and set(bound) == {"", "images", "draws"}
+    assert stamp["estimate"] == "variational bound of the SDE, uniform dequantisation"
+    # An untrained network's two numbers are of two models, but of one scale
+    assert abs(bound[""] - exact[""]) < 1
+
+
+def test_pixels_are_dequantised_in_three_ways_and_by_several_draws(
+    trained: Path, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(workdir: Path, **settings: object) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        clear(workdir, "likelihood")
+        common = {"eval__num_images": 6, "eval__batch_size": 6, "eval__check_images": 0}
+        assert run(words("vp_digits", "likelihood", workdir, images, **{**common, **settings})) == 0
+        return result_of(workdir)
+
+    one, _ = told(trained)
+    five, arrays = told(trained, eval__importance_samples=5)
+    assert five["estimate"] == "probability-flow ODE, uniform dequantisation, 5 importance samples"
+    assert arrays["bits_per_dim"].shape == (6, 1) and five["nfe"] > 4 * one["nfe"]
+    assert five["mean"] < one["mean"]
+
+    variational = {"eval__dequantization": "variational"}
+    assert run(words("vp_digits", "likelihood", trained, images, **variational)) == 2
+    assert "fit one with --mode dequantize" in capsys.readouterr().err
+    fit = {"dequantizer__n_iters": 2, "dequantizer__batch_size": 8, "dequantizer__hidden": 8}
+    assert run(words("vp_digits", "dequantize", trained, images, **fit)) == 0
+    flow, _ = told(trained, **variational)
+    assert flow["estimate"] == "probability-flow ODE, variational dequantisation" and "dequantizer_sha256" in flow
+    assert flow["mean"] == pytest.approx(one["mean"], abs=0.1)  # after two steps it is nearly uniform
+    assert run(words("vp_digits", "likelihood", trained, images, **variational, eval__t_min=0.01)) == 2
+    assert "fitted to another checkpoint or t_min" in capsys.readouterr().err
+
+    plain = {"data__uniform_dequantization": "false"}
+    assert run(words("vp_digits", "train", tmp_path, images, **plain)) == 0
+    noised, _ = told(tmp_path, **plain, eval__dequantization="truncated_normal")
+    assert noised["estimate"] == "probability-flow ODE, truncated normal dequantisation"
+    assert 1e-3 < noised["t_min"] < 1e-2  # half of one of 17 levels is three standard deviations
+
+
+def test_a_heat_map_has_the_bits_of_its_images(trained: Path, images: Path) -> None:
+    clear(trained, "likelihood")
+    tight = {"eval__rtol": 1e-4, "eval__atol": 1e-4, "eval__probes": 3, "eval__heat_map": 4, "eval__num_images": 5}
+    assert run(words("vp_digits", "likelihood", trained, images, **tight)) == 0
+    _, arrays = result_of(trained)
+    (folder,) = (trained / "likelihood").iterdir()
+    bits = np.load(folder / "heat_map.npz")["bits"]
+    assert bits.shape == (4, 1, 8, 8) and bits.std() > 0.1
+    # other probes: a fraction of a bit
+    np.testing.assert_allclose(bits.mean((1, 2, 3)), arrays["bits_per_dim"][:4, 0], atol=0.3)
+    picture = np.asarray(Image.open(folder / "heat_map.png"))
+    assert picture.shape == (2 + 2 * 34, 2 + 4 * 34, 3)
+    assert (picture[..., 0] == picture[..., 2]).mean() < 1, "no colours"
+
+
+def test_a_dequantizer_of_vectors_is_refused(tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words("vp_toy", "train", tmp_path, images)) == 0
+    for mode, settings, answer in (
+        ("dequantize", {}, "--mode dequantize is for pixels; data.dataset=ring holds floats"),
+        ("likelihood", {"eval__heat_map": 2}, "eval.heat_map=2 is for pixels, and these data are floats: set it to 0"),
+        ("likelihood", {"eval__importance_samples": 2}, "eval.importance_samples=2 is for pixels"),
+    ):
+        assert run(words("vp_toy", mode, tmp_path, images, **settings)) == 2
+        assert answer in capsys.readouterr().err
+    assert run(words("vp_toy", "likelihood", tmp_path, images, eval__estimate="sde_bound")) == 0
+    assert result_of(tmp_path)[0]["unit"] == "nats"
 
 
 def test_two_processes_share_an_evaluation(trained: Path, images: Path) -> None:

@@ -231,7 +231,7 @@ def test_the_estimate_is_unbiased_and_knows_its_error() -> None:
         spread = found.diffusion.std().item()
         assert abs(found.diffusion.mean().item() - truth) < 4 * spread / math.sqrt(n), law
         error = found.std_error.square().mean().sqrt().item()
-        assert spread < 1.1 * error  # even times: the stated error is too large, if anything
+        assert 0.95 * spread < error < 1.3 * spread, law  # neighbours differ by their times too: too large, if anything
     assert torch.equal(found.prior, prior_divergence(sde, x, one(1.0)))
     assert found.total[0].item() == pytest.approx((found.prior + found.diffusion + found.reconstruction)[0].item())
 

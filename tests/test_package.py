@@ -36,6 +36,8 @@ ROWS = [
         "metrics",
         "bounds",
         "continuous_bound",
+        "classification",
+        "heat_maps",
     },
     {"train"},
     {"cli"},

@@ -1,0 +1,92 @@
+"""Where the bits of an image go: its log density split over its dimensions.
+
+Along the probability flow dx/dt = v(x, t),
+
+    log p(x) = sum over i of [log prior(x_i(1)) + integral from t_min to 1 of J_ii dt],    J = dv/dx,
+
+for an SDE's prior is a product, and div v the trace of J. A term says what dimension i's own latent costs and how much
+space is made around it; the sum is log p(x) exactly, but as x_i(1) depends on all of x, a term is no conditional
+density. J_ii is exact, or estimated by e_i (e^T J)_i with random signs e: the terms of Hutchinson's estimate, so that
+they too have its sum, and each its own mean.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .flows import ProbabilityFlow
+from .model import ScoreModel
+from .ode import Solver, integrate
+from .samplers.base import example_generators
+from .sdes import like
+
+
+class HeatMap(NamedTuple):
+    """Each dimension's share of log p(x) in nats, of x's shape, and the evaluations used."""
+
+    log_prob: Tensor
+    nfe: int
+
+    def bits(self, levels: int = 256, width: float = 2.0) -> Tensor:
+        """Bits of each dimension, of x's shape, where x was dequantised uniformly; their mean is the bits/dim."""
+        return -self.log_prob / math.log(2) + math.log2(levels / width)
+
+
+@torch.no_grad()
+def heat_map(
+    model: ScoreModel,
+    x: Tensor,
+    *,
+    probes: int | None = 16,
+    t_min: float = 1e-5,
+    solver: Solver | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> HeatMap:
+    """Split log p(x), x being the state at t_min, over the dimensions of x.
+
+    Args:
+        model: any score model.
+        x: (B, *shape).
+        probes: random signs per example and dimension, averaged; None: the exact J_ii, by one product per dimension.
+        t_min: where the integral begins.
+        solver: of the ODE, in which all D terms of an example count as much as its state.
+        seed: of the probes; example i's depend on (seed, first + i) alone.
+        first: index of the batch's first example.
+
+    Raises ValueError for probes < 1, RuntimeError where the solver gives up.
+    """
+    batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    if probes is None:
+        e = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *shape).expand(d, *x.shape)
+    elif probes < 1:
+        raise ValueError(f"probes must be at least 1, or None for the exact terms, got {probes}")
+    else:
+        generators = example_generators(seed, first, batch, torch.device("cpu"))
+        signs = [torch.randint(2, (probes, *shape), generator=g) * 2 - 1 for g in generators]
+        e = (torch.stack(signs, 1) if signs else torch.empty(probes, *x.shape)).to(x)
+    share = 1.0 if probes is None else 1 / probes
+    flow, sde = ProbabilityFlow(model), model.sde
+
+    def field(t: Tensor, state: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = state[:, 0].to(x.dtype).reshape(x.shape).requires_grad_(True)
+            h, linear, gain = flow.parts(t, y)
+            terms = torch.zeros_like(x)
+            for direction in e:
+                (product,) = torch.autograd.grad(h, y, direction, retain_graph=True, materialize_grads=True)
+                terms = terms + share * direction * product
+        velocity = like(linear, y) * y.detach() + like(gain, y) * h.detach()
+        terms = like(linear, y) + like(gain, y) * terms
+        return torch.stack([velocity.flatten(1), terms.flatten(1)], 1).to(wide)
+
+    start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)
+    end, nfe = integrate(field, start, t_min, 1.0, solver=solver or Solver(), sde=sde)
+    latent, terms = end.unbind(1)
+    base = sde.prior_log_prob(latent.reshape(-1, 1)).reshape(latent.shape)  # the prior is a product
+    return HeatMap((base + terms).reshape(x.shape), nfe)
