@@ -145,6 +145,8 @@ def draw(cases: dict[str, list[Case]]) -> Figure:
         for (gradient, found), mark in zip(cases.items(), "os"):
             axis.loglog([c.nfe for c in found], [getattr(c, key) / 2**20 for c in found], mark + "-", label=gradient)
         axis.set(xlabel="evaluations of the velocity", ylabel="MB", title=title)
+        axis.set_xticks([c.nfe for c in found], [str(c.nfe) for c in found])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
     axes[0].legend()
     return figure

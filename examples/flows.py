@@ -51,7 +51,7 @@ BATCH, HELD_OUT = 256, 2000
 TRAINING = Solver("rk4", steps=4)
 FINE_TUNING = Solver("dopri5", 1e-3, 1e-3)
 EVALUATION = Solver("dopri5", 1e-4, 1e-4)
-REGULARISERS = (0.01, 0.01)  # weights of kinetic energy and Jacobian, without which flows swing between the steps
+REGULARISERS = (0.01, 0.01)  # weights of the kinetic energy and of the Jacobian
 SDE = VPSDE(t_min=1e-3)  # a score model's data lie at t_min, where the noise is 0.01
 
 LogProb = Callable[[Tensor], Tensor]  # (B, 2) -> (B,)
@@ -85,12 +85,15 @@ def descend(module: nn.Module, loss: LogProb, data: Iterator[Tensor], steps: int
 
 
 def train_flow(
-    name: str, steps: int, seed: int = 0, regularisers: tuple[float, float] = REGULARISERS
+    name: str, steps: int, seed: int = 0, regularisers: tuple[float, float] = REGULARISERS, scale: float = 10.0
 ) -> tuple[Flow, float]:
-    """A flow fitted by maximum likelihood, backwards through four Runge-Kutta steps, and the CPU seconds."""
+    """A flow fitted by maximum likelihood, backwards through four Runge-Kutta steps, and the CPU seconds.
+
+    Its network is told `scale` t.
+    """
     torch.manual_seed(seed)
     kinetic, jacobian = regularisers
-    flow = Flow(NetworkVelocity(MLP(2, width=64, depth=2)), solver=TRAINING)
+    flow = Flow(NetworkVelocity(MLP(2, width=64, depth=2), scale), solver=TRAINING)
 
     def loss(x: Tensor) -> Tensor:
         found = flow.evaluate(x, kinetic=kinetic > 0, jacobian=jacobian > 0)

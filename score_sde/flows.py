@@ -5,7 +5,7 @@ change of variables; Chen et al. 2018, arXiv:1806.07366, theorem 1), so
 
     log p(x at t0) = log base(x at t1) + integral from t0 to t1 of div v dt,
 
-with the state and the integral solved as one ODE (eq. 8 there). The divergence is exact, or Hutchinson's estimate
+with the state and the integral solved as one ODE. The divergence is exact, or Hutchinson's estimate
 e^T J e with random e of unit covariance, drawn once per example and held through the solve (Grathwohl et al. 2019,
 arXiv:1810.01367). Each evaluation is one forward pass and one batched vector-Jacobian product, whose squared length is
 an estimate of |J|² and regularises the flow at no further product (Finlay et al. 2020, arXiv:2002.02798).
@@ -164,9 +164,9 @@ class Flow(nn.Module):
             seed: of the probes; example i's depend on (seed, first + i) alone. In training give a torch.Generator,
                 which serves the whole batch and goes on from step to step.
             first: index of the batch's first example.
-            kinetic: also integrate |v|², the kinetic energy (Finlay et al. 2020, eq. 9).
+            kinetic: also integrate |v|², the kinetic energy (Finlay et al. 2020).
             jacobian: also integrate |J|², the squared Frobenius norm of the velocity's Jacobian: exact for "exact",
-                else its unbiased estimate |e^T J|² with the same probe (eq. 10-11 there).
+                else its unbiased estimate |e^T J|² with the same probe.
 
         Both integrals enter the solver's error norm. Raises ValueError for an unknown probe, a wrong shape or a
         velocity without gradient, RuntimeError where the solver gives up.
@@ -207,6 +207,8 @@ class Flow(nn.Module):
 
     def path(self, x: Tensor, times: Sequence[float] | Tensor) -> Tensor:
         """The states (len(times), B, *shape) at `times`, forwards or backwards, from x at the first of them.
+
+        The ODE is solved from each time to the next: fixed steps are as many between each two.
 
         Raises ValueError for times that are not a 1-D grid, rising or falling, within [t0, t1].
         """

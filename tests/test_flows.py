@@ -368,12 +368,23 @@ def test_a_score_model_improves_by_its_flows_likelihood() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("density", ["ring", "moons"])
+@pytest.mark.parametrize("density", ["ring", "moons", "checkerboard"])
 def test_a_flow_comes_near_the_true_entropy(density: str) -> None:
-    """Within 0.1 nats, of which the Gaussian lacks 1.4 and more; not above it by more than chance."""
+    """Within 0.05 nats, 0.2 for the sharp edges; the Gaussian is 1.0 and more below. Not above but by chance."""
     flow, _ = example.train_flow(density, example.STEPS)
     found = example.held_out(flow, density)
-    assert -4 * found.error < found.gap < 0.1
+    assert -4 * found.error < found.gap < (0.2 if density == "checkerboard" else 0.05)
+
+
+@pytest.mark.slow
+def test_a_label_too_fast_for_the_steps_learns_to_fool_them() -> None:
+    """Told 999 t, the velocity swings between four steps, which then claim more than any density can have."""
+    flow, _ = example.train_flow("ring", 300, regularisers=(0.0, 0.0), scale=999.0)
+    x = example.TOYS["ring"](example.HELD_OUT, 1)
+    with torch.no_grad():
+        claimed = flow.log_prob(x).mean()
+    assert claimed > example.true_log_prob("ring", x).mean() + 1
+    assert example.held_out(flow, "ring").gap > 1
 
 
 # --- errors
