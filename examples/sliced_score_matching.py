@@ -266,12 +266,15 @@ def draw(found: dict[Job, Fit], taken: dict[int, dict[str, list[float]]]) -> Fig
             label = name if i == 0 else None
             left.errorbar(place, np.mean(gains), np.std(gains, ddof=1), fmt="o", color=f"C{k}", ms=5, label=label)
     left.axhline(0, color="k", lw=0.8)
+    left.set_yscale("symlog", linthresh=1)
     left.set(xticks=range(len(TABLES)), title="held-out loss beside the fitted Gaussian's: lower is better")
     left.set_xticklabels(TABLES)
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=2)
     for name in TIMED:
         color = f"C{list(OBJECTIVES).index(name)}"
-        right.loglog(taken, [spread(times[name]).median for times in taken.values()], "o-", color=color, label=name)
+        right.loglog(
+            list(taken), [spread(times[name]).median for times in taken.values()], "o-", color=color, label=name
+        )
     right.set(title="seconds per step", xlabel="dimension D", xticks=list(taken), xticklabels=list(map(str, taken)))
     right.minorticks_off()
     right.legend(fontsize=8)
