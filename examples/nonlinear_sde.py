@@ -381,7 +381,7 @@ def draw(found: Found) -> Figure:
     top.plot(truth.x, truth.density[0], "k", lw=1)
     top.set(title="the way back, sliced", xlim=(-2.7, 2.7), yticks=[])
     top.legend(fontsize=7)
-    for name, r in results.items():
+    for r in results.values():
         low.semilogy(truth.times, r.error)
     for (name, error), style in zip(untrained.items(), (":", "--")):
         low.semilogy(truth.times, error, style, color="0.5", label=name)

@@ -1,11 +1,14 @@
 """The experiment of sliced score matching: its data, its baseline, and what its training and its clock find."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.timing import spread
 from examples import sliced_score_matching as example
+from examples.pages import picture
 from score_sde import Energy, implicit
 
 
@@ -88,3 +91,21 @@ def test_implicit_takes_a_product_for_each_dimension_and_sliced_one(monkeypatch:
     assert [products["implicit", d] for d in (4, 32)] == [4, 32]
     assert [products["sliced", d] for d in (4, 32)] == [1, 1]
     assert [products[name, 32] for name in ("finite differences", "denoising, σ = 0.1")] == [0, 0]
+
+
+def test_tables_pair_by_split_and_the_picture_is_small(tmp_path: Path) -> None:
+    fits = {
+        example.Job(table, name, seed): example.Fit(-10.0 * seed - k, -10.0 * seed, 1)
+        for table in example.TABLES
+        for k, name in enumerate(example.OBJECTIVES)
+        for seed in range(3)
+    }
+    head, _, gaussian, *lines = example.loss_table(fits).splitlines()
+    assert "wine, D = 13, N = 125" in head and gaussian.count("-10.00 ± 10.00") == 4
+    assert all(line.count(f"{-k:.2f} ± 0.00") == 4 for k, line in enumerate(lines) if k)
+    taken = {d: {name: [1e-3 * d * a for a in (0.9, 1, 1.1)] for name in example.TIMED} for d in (2, 64)}
+    taken[64]["implicit"] = [1.0, 1.0, 1.0]
+    last = example.time_table(taken).splitlines()[-1]
+    assert last.startswith("| 64 | 1000.00 | 64.00 | 64.00 | 64.00 | 15.62 ") and last.endswith("1.00 (1.00 to 1.00) |")
+    shown = picture(example.draw(fits, taken), tmp_path / "images" / "drawn.png", "caption")
+    assert shown == "![caption](images/drawn.png)\n" and (tmp_path / "images" / "drawn.png").stat().st_size < 100_000
