@@ -11,7 +11,7 @@ from .checkpoint import load
 from .continuous_bound import ContinuousBound, variational_bound
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
-from .guidance import clip, guide
+from .guidance import clip, guide, threshold
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
@@ -22,15 +22,22 @@ from .ode import Solver
 from .samplers import (
     DDIM,
     AdaptiveODE,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Churn,
+    DPMSolver,
+    EmbeddedODE,
     EulerMaruyama,
     FixedODE,
     Heun,
     Langevin,
+    Multistep,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    UniPC,
+    fit_times,
     langevin_dynamics,
     sample,
     times,
@@ -58,12 +65,16 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "AdaptiveODE",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
     "Bound",
+    "Churn",
     "ContinuousBound",
     "CosineSDE",
+    "DPMSolver",
     "Diffusion",
+    "EmbeddedODE",
     "Energy",
     "Estimate",
     "EulerMaruyama",
@@ -74,6 +85,7 @@ __all__ = [
     "LearnedVPSDE",
     "Likelihood",
     "MonotoneSchedule",
+    "Multistep",
     "NetworkVelocity",
     "NoiseLevels",
     "Preconditioned",
@@ -83,6 +95,7 @@ __all__ = [
     "ScoreModel",
     "Solver",
     "SubVPSDE",
+    "UniPC",
     "backward",
     "chain_bound",
     "clip",
@@ -92,6 +105,7 @@ __all__ = [
     "explicit",
     "finite_difference",
     "fisher_divergence",
+    "fit_times",
     "from_score",
     "guide",
     "implicit",
@@ -106,6 +120,7 @@ __all__ = [
     "score_matching",
     "sliced",
     "sliced_wasserstein",
+    "threshold",
     "time_laws",
     "times",
     "variational_bound",

@@ -28,7 +28,7 @@ from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec
 from .data import Split
-from .guidance import clip
+from .guidance import clip, threshold
 from .images import histogram, write_grid, write_png
 from .likelihood import log_likelihood
 from .model import Estimate, ScoreModel
@@ -145,7 +145,11 @@ def run_sampling(
     Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D).
     """
     s = config.sampling
-    sampler, times = build_sampler(config), build_times(config, model.sde)
+    if isinstance(codec, PixelCodec):
+        model = clip(model, *codec.range) if s.clip_denoised else model
+        model = threshold(model, s.threshold, *codec.range) if s.threshold > 0 else model
+    counted = Counted(model)
+    sampler, times = build_sampler(config), build_times(config, model.sde, counted, shape)
     made_from = stamp(
         checkpoint,
         s.weights,
@@ -155,6 +159,7 @@ def run_sampling(
             "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
+            "threshold": s.threshold,
             "seed": s.seed,
             "num_samples": s.num_samples,
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
@@ -164,7 +169,6 @@ def run_sampling(
     finished = read_arrays(folder / "samples.npz")
     if finished is not None:
         return folder, finished
-    counted = Counted(clip(model, *codec.range) if s.clip_denoised and isinstance(codec, PixelCodec) else model)
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0

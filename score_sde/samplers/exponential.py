@@ -147,9 +147,7 @@ def orders(sde: SDE, times: Tensor, order: int) -> list[int]:
     """
     n = len(times) - 1
     clean = bool(sde.sigma(times[-1]) == 0)
-    return [
-        1 if clean and i == n - 1 else min(order, i + 1, n - i if n < SHORT else order) for i in range(n)
-    ]
+    return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < SHORT else order) for i in range(n)]
 
 
 def plan(
