@@ -97,7 +97,8 @@ GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "log_snr": times.log_snr,
     "karras": times.karras,
 }
-FITTED = "fitted"  # the grid that is made from the model
+FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
+FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
 
 
 def build_sde(config: ConfigDict) -> SDE:
@@ -248,15 +249,15 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
 
     A continuous model stops at sampling.t_min. A discrete one visits sampling.steps of its chain's steps and stops at
     the first, from where the estimate of the clean data is the chain's own last step. Adaptive solvers get both ends.
-    For sampling.grid=fitted 16 trajectories of the `model` are solved, of examples of `shape`.
+    For sampling.grid=fitted 32 trajectories of the `model` are solved, of examples of `shape`.
     """
     s = config.sampling
     adaptive = s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE)
     if s.grid == FITTED and not adaptive:
         if model is None:
             raise ValueError("sampling.grid=fitted is fitted to a model: pass it to build_times, with the data's shape")
-        fine, until = max(128, 2 * s.steps), replace(sde, t_min=s.t_min)
-        return fit_times(model, s.steps, (16, *shape), order=s.order, fine=fine, seed=s.seed, sde=until)
+        until = replace(sde, t_min=s.t_min)
+        return fit_times(model, build_sampler(config), s.steps, (32, *shape), sde=until, seed=s.seed)
     if config.training.continuous:
         return GRIDS["uniform" if adaptive else s.grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
     return times.spaced(config.model.num_scales, 2 if adaptive else s.steps)

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from ml_collections import ConfigDict
 
-from .build import CHAINS, CORRECTORS, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
+from .build import CHAINS, CORRECTORS, FITTABLE, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
 from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, FIXED
 from .toys import TOYS
@@ -387,8 +387,9 @@ def validate(config: ConfigDict) -> None:
         f"sampling.churn_low={s.churn_low:g} must not exceed sampling.churn_high={s.churn_high:g}",
     )
     refuse(
-        s.grid == FITTED and s.method == "ald",
-        "sampling.grid=fitted places the steps of ODE solvers: for sampling.method=ald choose another",
+        s.grid == FITTED and (s.method not in FITTABLE or s.eta > 0),
+        f"sampling.grid=fitted places the steps of a solver without noise: set sampling.method to one of "
+        f"{', '.join(FITTABLE)}, and sampling.eta=0",
     )
     refuse(
         t.time == "importance" and not t.likelihood_weighting,

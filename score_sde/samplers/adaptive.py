@@ -24,9 +24,9 @@ class AdaptiveSDE(Sampler):
 
     x' by Euler-Maruyama, x'' by the mean of its increment and the one at x' with the same noise. A step is accepted,
     and x'' taken, where the root mean square of (x'' - x')/max(atol, rtol |x'|, rtol |last x'|) over an example is
-    E <= 1; the next step is `safety` E^-exponent times as long. After a rejection the noise drawn for the longer step is
-    kept, and that of the shorter drawn given it (a Brownian bridge): the paper's code draws anew, which prefers paths
-    that need no short steps (2-D Gaussians come out twice too wide).
+    E <= 1; the next step is `safety` E^-exponent times as long. After a rejection the noise of the longer step is kept,
+    and that of the shorter drawn given it (a Brownian bridge): the paper's code draws anew, which prefers paths that
+    need no short steps (2-D Gaussians come out with almost twice their variance).
 
     Args:
         rtol, atol: the paper takes rtol from 0.01 to 0.05, and for atol one pixel level, 2/256 for data in [-1, 1].

@@ -31,9 +31,9 @@ class EmbeddedODE(Sampler):
 
         dy/da = cos(a) noise - sin(a) data,
 
-    which is bounded at both ends of every SDE and smooth where a chain's f and g jump. A step is accepted where the root
-    mean square of error/(atol + rtol |y|) over an example is at most 1. Only the examples that have not arrived are
-    evaluated. The grid's points are where the state is reported.
+    which is bounded at both ends of every SDE and smooth where a chain's f and g jump. A step is accepted where the
+    root mean square of error/(atol + rtol |y|) over an example is at most 1. Only the examples that have not arrived
+    are evaluated. The grid's points are where the state is reported.
 
     Raises ValueError where the grid ends at clean data (sigma = 0), and RuntimeError where the solver gives up: at a
     slope that is not finite, or after 10 000 steps between two times of the grid.

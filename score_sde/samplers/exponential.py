@@ -8,7 +8,7 @@ arXiv:2206.00927, eq. 3.4; 2211.01095, eq. 9):
 
 from lambda_t up to lambda_s = lambda_t + h. Putting a polynomial through some values F_j in the place of D or E gives
 
-    x_s = keep x_t + sum_j weight_j F_j,    with the weights that integrate 1, u, u², ... exactly, u = (lambda - lambda_t)/h.
+    x_s = keep x_t + sum_j weight_j F_j,    with weights exact for F = 1, u, u², ..., where u = (lambda - lambda_t)/h.
 
 Which values are taken makes the method: those of intermediate points (`DPMSolver`), of steps before (`Multistep`), of
 these and the new point (`UniPC`). Of the reverse SDE with eta times its noise,
@@ -161,7 +161,7 @@ def plan(
 ) -> list[Step]:
     """All steps of a grid, of which step i takes the values at the orders[i] times up to times[i].
 
-    A corrector's step takes the value at times[i + 1] besides, as its last. All steps of one order are computed at once.
+    A corrector's step takes the value at times[i + 1] besides, as its last. Steps of one order are computed at once.
     """
     found: dict[int, Step] = {}
     for q in set(orders):
