@@ -65,8 +65,8 @@ def default_config() -> ConfigDict:
             },
             "sampling": {
                 # pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun, edm (Heun with
-                # churn), dpm_solver (singlestep), dpm_solver++ (multistep; with eta its SDE form), deis, unipc; and with
-                # steps of their own embedded (Runge-Kutta, per example) and adaptive_sde (Jolicoeur-Martineau 2021)
+                # churn), dpm_solver (singlestep), dpm_solver++ (multistep; with eta its SDE form), deis, unipc; or with
+                # step sizes per example embedded (Runge-Kutta) and adaptive_sde (Jolicoeur-Martineau et al. 2021)
                 "method": "pc",
                 "predictor": "euler_maruyama",
                 "corrector": "none",
@@ -233,15 +233,16 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "at least 0": (
         lambda v: v >= 0,
-        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr sampling.churn sampling.churn_low
-        sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
+        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr sampling.churn
+        sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
         data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay optim.warmup
         training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
-        """sampling.snr sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol eval.rtol eval.atol model.sigma_data model.sigma_min model.sigma_max
-        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps training.difference_step""",
+        """sampling.snr sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol eval.rtol eval.atol
+        model.sigma_data model.sigma_min model.sigma_max model.beta_min model.beta_max model.fourier_scale
+        optim.lr optim.eps training.difference_step""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,

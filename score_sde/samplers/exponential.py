@@ -56,7 +56,7 @@ def moments(z: Tensor, n: int, predict: Prediction) -> list[Tensor]:
     ]
     if predict == "noise":
         return falling
-    return [sum(((-1) ** j * math.comb(k, j) * falling[j] for j in range(k + 1)), 0 * z) for k in range(n)]
+    return [sum(((-1) ** j * math.comb(k, j) * falling[j] for j in range(1, k + 1)), falling[0]) for k in range(n)]
 
 
 def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule) -> tuple[Tensor, ...]:

@@ -25,13 +25,13 @@ def fit_times(
     fine: int = 256,
     seed: int = 0,
 ) -> Tensor:
-    """n + 1 decreasing times from 1 to t_min, where this solver's steps lead this model's trajectories best to their ends.
+    """n + 1 decreasing times from 1 to t_min, on which this solver leads this model's trajectories best to their ends.
 
     The ends are those of a third-order solver on a fine grid. The best of the grids of `times` is taken to begin with;
-    then each node in turn is moved in log SNR, by a half, a quarter and an eighth of the way to its neighbours, wherever
-    that brings the mean distance from the ends down: about 6 n² + 10 n evaluations of the batch, after 256 for the
-    ends. On the trajectories of the fit the result is at least as good as every grid of `times`. With the aim of Sabour et
-    al. 2024 (arXiv:2404.14507), who minimise a bound on the distance between laws, it follows the solver at hand.
+    then each node in turn is moved in log SNR, by a half, a quarter and an eighth of the way to its neighbours,
+    wherever that brings the mean distance from the ends down: 6 n² evaluations of the batch for a solver of one per
+    step, after 256 for the ends. On the trajectories of the fit the result is at least as good as every grid of
+    `times`. The aim is that of Sabour et al. 2024 (arXiv:2404.14507), who minimise a bound on the distance of laws.
 
     Args:
         model: any score model.
