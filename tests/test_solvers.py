@@ -63,6 +63,7 @@ close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)  # float64, 
 MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
 COV = torch.tensor([[0.5, 0.3], [0.3, 1.2]], dtype=torch.float64)
 CHAINS: list[DDPM | SMLD] = [DDPM.linear(24, 0.003, 0.8), SMLD.from_sde(VESDE(), 24)]
+FINE_CHAINS: list[DDPM | SMLD] = [DDPM.linear(100, 1e-3, 0.2), SMLD.from_sde(VESDE(), 100)]
 EVERY = pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], ids=name)
 
 # sampler: its order as a solver of the probability flow.
@@ -347,26 +348,39 @@ def test_deterministic_solvers_draw_no_noise(sampler: Sampler) -> None:
     last(sampler.walk(problem(VPSDE(), "mixture"), numbers(3, 2), times.log_snr(VPSDE(), 6), refuse))
 
 
-def moments_after(
-    sampler: Sampler, model: ScoreModel, grid: Tensor, mean: float, var: float, unit: float = 1.0
-) -> tuple[float, float]:
+def moments_after(sampler: Sampler, model: ScoreModel, grid: Tensor, mean: float, var: float) -> tuple[float, float]:
     """Mean and variance after a walk over 1-D Gaussian data, exactly: the walk is x -> a + b x + sum_i c_i z_i.
 
     One walk finds a, b and all c_i, for as many examples: zero, a unit x, and a unit z_i for each draw.
     """
-    n = 2 * (len(grid) - 1)
+    n = len(grid) - 1
     x = torch.zeros(n + 2, 1, dtype=torch.float64)
     x[1] = 1
-    each = iter(torch.eye(n, dtype=torch.float64))
-    noise = lambda like: torch.cat([torch.zeros(2, dtype=torch.float64), next(each)])[:, None]
+    draw = itertools.count(2)
+
+    def noise(like: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        z[next(draw)] = 1
+        return z
+
     end = last(sampler.walk(model, x, grid, noise))[:, 0]
     a, b, c = float(end[0]), float(end[1] - end[0]), end[2:] - end[0]
     return a + b * mean, b**2 * var + float(c.square().sum())
 
 
-def truth(model: Gaussian, t: Tensor) -> tuple[float, float]:
-    alpha, sigma = model.sde.alpha(t), model.sde.sigma(t)
-    return float(alpha * model.means), float(alpha**2 * model.variances + sigma**2)
+def truth(model: Gaussian, t: Tensor, s: Tensor, eta: float) -> tuple[float, float, float, float]:
+    """Mean and variance at t of states that start off the marginals by 1 in the mean, and at s.
+
+    With V the marginal variances the flow takes a deviation from the mean to sqrt(V_s/V_t) of it, and the reverse SDE,
+    on average, to alpha_t V_s/(alpha_s V_t); what lies between is log-linear in eta².
+    """
+    sde = model.sde
+    (a_t, v_t), (a_s, v_s) = (
+        (sde.alpha(u), sde.alpha(u) ** 2 * model.variances[0, 0] + sde.sigma(u) ** 2) for u in (t, s)
+    )
+    factor = (v_s / v_t) ** ((1 - eta**2) / 2) * (a_t / a_s * v_s / v_t) ** eta**2
+    mean = model.means[0, 0]
+    return float(a_t * mean) + 1, float(v_t), float(a_s * mean + factor), float(v_s)
 
 
 @dataclass(frozen=True)
@@ -378,46 +392,61 @@ class ImprovedEuler(Sampler):
         return adaptive.improved_euler(model, x, t.expand(len(x)), s.expand(len(x)), dw)[1]
 
 
-WEAK: dict[Sampler, int] = {
-    EulerMaruyama(): 1,
-    Ancestral(): 1,
-    DDIM(0.5): 1,
-    Multistep(1, eta=1): 1,
-    Multistep(2, eta=1): 2,
-    Multistep(2, eta=0.5): 2,
-    Multistep(2, eta=1, rule="published"): 2,
-    Multistep(3, eta=1): 2,
-    Churn(2): 2,
-    ImprovedEuler(): 2,
+# sampler: its weak order and its eta as a solver of the reverse SDE
+WEAK: dict[Sampler, tuple[int, float]] = {
+    EulerMaruyama(): (1, 1.0),
+    Ancestral(): (1, 1.0),
+    Multistep(1, eta=1): (1, 1.0),
+    Multistep(1, eta=0.5): (1, 0.5),
+    Multistep(2, eta=1): (2, 1.0),
+    Multistep(2, eta=0.5): (2, 0.5),
+    Multistep(2, eta=1, rule="published"): (2, 1.0),
+    Multistep(3, eta=1): (2, 1.0),
+    ImprovedEuler(): (2, 1.0),
 }
 
 
 @pytest.mark.parametrize("sampler", WEAK, ids=str)
 @pytest.mark.parametrize("sde", SDES[:4], ids=name)
 def test_weak_orders_by_the_exact_recursion_of_mean_and_variance(sde: SDE, sampler: Sampler) -> None:
-    model = Gaussian(sde, MEAN[:1], 0.25)
+    model, (order, eta) = Gaussian(sde, MEAN[:1], 0.25), WEAK[sampler]
     ends = sde.time(torch.tensor([-2.0, 2.0], dtype=torch.float64))
+    mean, var, *exact = truth(model, ends[0], ends[1], eta)
     errors = []
-    for n in (100, 200, 400):
-        grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, n + 1, dtype=torch.float64)
-        found = moments_after(sampler, model, grid, *truth(model, grid[0]))
-        errors.append([a - b for a, b in zip(found, truth(model, grid[-1]), strict=True)])
-    for e in zip(*errors, strict=True):
-        if abs(e[0]) > 1e-9:  # the mean is exact for some: then its error is rounding
-            # differences of three grids: an error's next term is 1/n smaller and must not hide the first
-            assert math.log2((e[0] - e[1]) / (e[1] - e[2])) == pytest.approx(WEAK[sampler], abs=0.15)
-            assert abs(e[2]) < abs(e[0]) / 2 ** (2 * WEAK[sampler] - 0.5)
+    n = 600 if sampler == Multistep(3, eta=1) or isinstance(sampler, ImprovedEuler) else 200  # these take more to show
+    for steps in (n, 2 * n):
+        grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+        found = moments_after(sampler, model, grid, mean, var)
+        errors.append([a - b for a, b in zip(found, exact, strict=True)])
+    for coarse, fine in zip(*errors, strict=True):
+        assert math.log2(abs(coarse / fine)) == pytest.approx(order, abs=0.15)
+
+
+def test_churn_keeps_the_marginals_to_second_order() -> None:
+    """Noise is put back exactly, and the flow back down is Heun's; how much of it there is depends on the grid."""
+    for sde in SDES[:4]:
+        model = Gaussian(sde, MEAN[:1], 0.25)
+        ends = sde.time(torch.tensor([-2.0, 2.0], dtype=torch.float64))
+        mean, var, _, exact = truth(model, ends[0], ends[1], 0.0)
+        errors = []
+        for steps in (100, 200):
+            grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, steps + 1, dtype=torch.float64)
+            found = moments_after(Churn(2), model, grid, mean - 1, var)
+            assert found[0] == pytest.approx(float(sde.alpha(ends[1])) * 0.3, abs=1e-9)
+            errors.append(found[1] - exact)
+        assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
 
 
 @pytest.mark.parametrize("eta", [0.0, 0.3, 1.0, 1.7])
 @pytest.mark.parametrize("sde", [*SDES[:4], DDPM.linear(1000).as_sde()], ids=name)
 def test_every_eta_of_the_reverse_sde_keeps_the_marginals(sde: SDE, eta: float) -> None:
     model = Gaussian(sde, MEAN[:1], 0.25)
-    for sampler, tolerance in ((Multistep(2, eta=eta), 2e-4), (Multistep(1, eta=eta), 0.03)):
-        grid = sde.time(torch.linspace(-6, 6, 301, dtype=torch.float64))
-        mean, var = moments_after(sampler, model, grid, *truth(model, grid[0]))
-        exact = truth(model, grid[-1])
-        assert mean == pytest.approx(exact[0], abs=tolerance) and var == pytest.approx(exact[1], abs=tolerance)
+    grid = sde.time(torch.linspace(-6, 6, 301, dtype=torch.float64))
+    mean, var, _, exact = truth(model, grid[0], grid[-1], eta)
+    for sampler, tolerance in ((Multistep(2, eta=eta), 5e-4), (Multistep(1, eta=eta), 0.03), (DDIM(eta), 0.03)):
+        found = moments_after(sampler, model, grid, mean - 1, var)
+        assert found[0] == pytest.approx(float(sde.alpha(grid[-1])) * 0.3, abs=1e-9)
+        assert found[1] == pytest.approx(exact, abs=tolerance)
 
 
 # --- step sizes per example
@@ -451,7 +480,7 @@ def test_an_adaptive_examples_path_and_cost_are_its_own(sampler: Sampler) -> Non
 
 def test_the_adaptive_sde_solver_keeps_the_noise_of_rejected_steps() -> None:
     """In two dimensions many steps are rejected: drawing anew each time, variances come out almost twice too large."""
-    model, n = Gaussian(VPSDE(), MEAN, COV), 1000
+    model, n = Gaussian(VPSDE(), MEAN, COV), 500
     x = sample(model, AdaptiveSDE(), (n, 2), torch.tensor([1.0, 1e-3]), seed=1)
     spread = COV.diagonal().sqrt()
     assert bool(((x.mean(0) - MEAN).abs() < 4 * spread / math.sqrt(n)).all())
@@ -489,7 +518,7 @@ def test_a_brownian_path_adds_up_however_it_is_cut() -> None:
 @pytest.mark.parametrize("sampler", [EmbeddedODE(), AdaptiveSDE()], ids=name)
 def test_adaptive_solvers_stop_where_there_is_no_going_on(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     model = from_score(VPSDE(), lambda x, t: torch.where(like(t, x) > 0.5, -x, torch.nan))
-    with pytest.raises(RuntimeError, match=rf"{name(sampler)} gave up on 4 of 4 examples, at t = 0\..* not finite"):
+    with pytest.raises(RuntimeError, match=rf"{name(sampler)} gave up on . of 4 examples, at t = 0\..* not finite"):
         sample(model, sampler, (4, 2), times.uniform(VPSDE(), 1))
     monkeypatch.setattr(adaptive, "MAX_STEPS", 5)
     monkeypatch.setattr(embedded, "MAX_STEPS", 1)
@@ -503,12 +532,12 @@ def test_adaptive_solvers_stop_where_there_is_no_going_on(sampler: Sampler, monk
 # --- every SDE, chain and prediction
 
 
-@pytest.mark.parametrize("sampler", ALL, ids=str)
-@EVERY
+@pytest.mark.parametrize("sampler", [s for s in ALL if s != AdaptiveSDE()] + [AdaptiveSDE(0.05, 0.05)], ids=str)
+@pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in FINE_CHAINS)], ids=name)
 def test_samples_have_the_datas_mean_and_spread(sde: SDE, sampler: Sampler) -> None:
     model = Gaussian(sde, MEAN, COV)
     if isinstance(sampler, (EmbeddedODE, AdaptiveSDE)):
-        grid = torch.tensor([1.0, max(sde.t_min, 1 / 24)], dtype=torch.float64)
+        grid = torch.tensor([1.0, max(sde.t_min, 0.01)], dtype=torch.float64)
     elif sde.t_min == 0 and not isinstance(sde, EDMSDE):
         grid = torch.linspace(1, 0, sde.steps + 1, dtype=torch.float64)  # type: ignore[attr-defined]
     else:
@@ -516,9 +545,9 @@ def test_samples_have_the_datas_mean_and_spread(sde: SDE, sampler: Sampler) -> N
     n = 300
     x = sample(model, sampler, (n, 2), grid, seed=2, denoise=True)
     spread = COV.diagonal().sqrt()
-    # four standard errors, and what 24 steps or a denoising step from t = 1/24 leave of a deviation
-    assert bool(((x.mean(0) - MEAN).abs() < 4 * spread / math.sqrt(n) + 0.06).all())
-    assert bool(((x.std(0) - spread).abs() < 4 * spread / math.sqrt(2 * n) + 0.12).all())
+    # four standard errors, and what 40 steps of order 1 leave of a deviation
+    assert bool(((x.mean(0) - MEAN).abs() < 4 * spread / math.sqrt(n) + 0.04).all())
+    assert bool(((x.std(0) - spread).abs() < 4 * spread / math.sqrt(2 * n) + 0.08).all())
 
 
 @pytest.mark.parametrize("sampler", ALL, ids=str)
@@ -663,7 +692,8 @@ def test_dynamic_thresholding() -> None:
 
 # --- diffusers, step by step: the same betas, grid, network and noise. Their schedulers compute in float32.
 
-CHAIN = DDPM.linear(1000)
+BETAS = {"beta_start": 1e-4, "beta_end": 0.008}  # at the usual 0.02 float32 has lost 3 digits where alpha is small
+CHAIN = DDPM.linear(1000, 1e-4, 0.008)
 
 
 @cache
@@ -711,7 +741,7 @@ def follow(scheduler: Any, sampler: Sampler, steps: int, tolerance: float = 2e-5
 def test_multistep_steps_are_diffusers(algorithm: str, order: int, solver: str, sampler: Sampler, steps: int) -> None:
     final = "sigma_min" if algorithm == "dpmsolver" else "zero"
     scheduler = DPMSolverMultistepScheduler(
-        beta_start=1e-4, beta_end=0.02, solver_order=order, algorithm_type=algorithm, solver_type=solver,
+        **BETAS, solver_order=order, algorithm_type=algorithm, solver_type=solver,
         final_sigmas_type=final, timestep_spacing="linspace",
     )  # fmt: skip
     follow(scheduler, sampler, steps)
@@ -725,7 +755,7 @@ def test_unipc_steps_are_diffusers(order: int, variant: Any, predict: Any) -> No
         if final == "zero" and (variant == "b1" or predict == "noise"):
             continue  # theirs is NaN there
         scheduler = UniPCMultistepScheduler(
-            beta_start=1e-4, beta_end=0.02, solver_order=order, solver_type=f"bh{variant[1]}",
+            **BETAS, solver_order=order, solver_type=f"bh{variant[1]}",
             predict_x0=predict == "data", final_sigmas_type=final, timestep_spacing="trailing",
             lower_order_final=steps < SHORT,
         )  # fmt: skip
@@ -734,7 +764,7 @@ def test_unipc_steps_are_diffusers(order: int, variant: Any, predict: Any) -> No
 
 @pytest.mark.parametrize("order", [2, 3])
 def test_deis_is_multistep_with_noise_prediction(order: int) -> None:
-    scheduler = DEISMultistepScheduler(beta_start=1e-4, beta_end=0.02, solver_order=order)
+    scheduler = DEISMultistepScheduler(**BETAS, solver_order=order)
     scheduler.set_timesteps(12)
     scheduler.sigmas[-1] = 0.01  # at their default 0 its logarithm is not finite
     follow(scheduler, Multistep(order, "noise", start="lower"), 12)
@@ -744,7 +774,7 @@ def test_deis_is_multistep_with_noise_prediction(order: int) -> None:
 @pytest.mark.parametrize("steps", [1, 6, 20])
 def test_heuns_steps_are_diffusers(steps: int, karras: bool) -> None:
     """Theirs walks x/alpha, and yields also the middle of each step."""
-    scheduler = HeunDiscreteScheduler(beta_start=1e-4, beta_end=0.02, beta_schedule="linear", use_karras_sigmas=karras)
+    scheduler = HeunDiscreteScheduler(**BETAS, beta_schedule="linear", use_karras_sigmas=karras)
     scheduler.set_timesteps(steps)
     sde, model = CHAIN.as_sde(), network()
     sigmas = torch.cat([scheduler.sigmas[:1], scheduler.sigmas[1:-1:2], scheduler.sigmas[-1:]])
@@ -766,8 +796,8 @@ def test_heuns_steps_are_diffusers(steps: int, karras: bool) -> None:
 def test_ddim_and_ddpm_steps_are_diffusers(eta: float) -> None:
     steps = 20
     sde, model = CHAIN.as_sde(), network()
-    ddim = DDIMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading")
-    ddpm = DDPMScheduler(beta_start=1e-4, beta_end=0.02, clip_sample=False, timestep_spacing="leading")
+    ddim = DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="leading")
+    ddpm = DDPMScheduler(**BETAS, clip_sample=False, timestep_spacing="leading")
     for scheduler, sampler in ((ddim, DDIM(eta)), (ddpm, Ancestral()), (ddpm, Multistep(1, eta=1))):
         scheduler.set_timesteps(steps)
         grid = torch.cat([(scheduler.timesteps + 1) / 1000, torch.zeros(1)]).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ class AdaptiveSDE(Sampler):
         safety, exponent: its theta and r.
 
     The grid's points are where the state is reported. Raises ValueError where the grid ends at clean data (sigma = 0),
-    and RuntimeError where it gives up: at an error that is not finite, or after 100 000 steps between two times.
+    and RuntimeError where it gives up: at an error that is not finite, or after 100 000 steps.
     """
 
     rtol: float = 0.02
@@ -45,35 +45,22 @@ class AdaptiveSDE(Sampler):
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)
-        h, past = torch.full((len(x),), self.first, dtype=torch.float64), x
-        path = Path(len(x))
-        for t, s in pairwise(times):
-            x, past, h = self._solve(model, x, t, s, noise, path, past, h)
-            yield x
-
-    def _solve(
-        self,
-        model: ScoreModel,
-        x: Tensor,
-        start: Tensor,
-        end: Tensor,
-        noise: Noise,
-        path: Path,
-        past: Tensor,
-        h: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The state at `end` from x at `start`, with the last x' and the step size of each example."""
-        t, x, past, h = start.expand(len(x)).clone(), x.clone(), past.clone(), h.clone()
+        # Nobody waits at a time of the grid, so that an example's numbers do not depend on when others arrive.
+        reached = [x.clone() for _ in times[1:]]
+        x, past, path, goal = x.clone(), x.clone(), Path(len(x)), torch.ones(len(x), dtype=torch.long)
+        t, h, told = times[0].expand(len(x)).clone(), torch.full((len(x),), self.first, dtype=torch.float64), 0
         for _ in range(MAX_STEPS):
-            left = (t > end).nonzero()[:, 0]
+            while told < len(reached) and bool((goal > told + 1).all()):
+                yield reached[told]
+                told += 1
+            left = (goal < len(times)).nonzero()[:, 0]
             if len(left) == 0:
-                return x, past, h
-            here = left.to(x.device)
+                return
+            here, end = left.to(x.device), times[goal[left]]
             step = torch.minimum(h[left], t[left] - end)
             arrived = step == t[left] - end
             s = torch.where(arrived, end, t[left] - step)
-            # drawn for all, so that an example's numbers do not depend on its batch
-            dw = path.increments(left, step, noise(x)[here])
+            dw = path.increments(left, step, noise(x)[here])  # drawn for all, for the same reason
             euler, improved = improved_euler(model, x[here], t[left], s, dw)
             size = (self.rtol * torch.maximum(euler.abs(), past[here].abs())).clamp_min(self.atol)
             e = ((improved - euler) / size).flatten(1).square().mean(1).sqrt().double().cpu()
@@ -81,14 +68,17 @@ class AdaptiveSDE(Sampler):
                 self._give_up(t, left[~e.isfinite()], "an error that is not finite")
             good = e <= 1
             path.settle(left, step, dw, good)
-            on_device = good.to(x.device)
-            x[here[on_device]], past[here[on_device]] = improved[on_device], euler[on_device]
+            there = good.to(x.device)
+            x[here[there]], past[here[there]] = improved[there], euler[there]
             t[left[good]] = s[good]
+            for i in left[good & arrived].tolist():
+                reached[goal[i] - 1][i] = x[i]
+            goal[left[good & arrived]] += 1
             grown = self.safety * step * e.clamp_min(1e-12) ** -self.exponent
             h[left] = torch.where(good & arrived, torch.maximum(h[left], grown), grown)
-        return self._give_up(t, left, f"{MAX_STEPS} steps")
+        self._give_up(t, left, f"{MAX_STEPS} steps")
 
-    def _give_up(self, t: Tensor, which: Tensor, reason: str) -> tuple[Tensor, Tensor, Tensor]:
+    def _give_up(self, t: Tensor, which: Tensor, reason: str) -> NoReturn:
         raise RuntimeError(
             f"AdaptiveSDE gave up on {len(which)} of {len(t)} examples, at t = {t[which].max().item():.3g} ({reason}); "
             f"check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"

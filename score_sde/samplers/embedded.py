@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NoReturn
 
 import torch
 from scipy.integrate import RK45
@@ -74,9 +75,9 @@ class EmbeddedODE(Sampler):
             a[left[good]] = torch.where(arrived, end, a[left] - step)[good]
             grown = step * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 10)
             h[left] = torch.where(good & arrived, torch.maximum(h[left], grown), grown)
-        return self._give_up(model, a, left, f"{MAX_STEPS} steps")
+        self._give_up(model, a, left, f"{MAX_STEPS} steps")
 
-    def _give_up(self, model: ScoreModel, a: Tensor, which: Tensor, reason: str) -> tuple[Tensor, Tensor]:
+    def _give_up(self, model: ScoreModel, a: Tensor, which: Tensor, reason: str) -> NoReturn:
         t = angle_time(model, a[which]).max().item()
         raise RuntimeError(
             f"EmbeddedODE gave up on {len(which)} of {len(a)} examples, at t = {t:.3g} ({reason}); check the model "
