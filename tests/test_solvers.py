@@ -58,6 +58,9 @@ from score_sde.samplers.exponential import SHORT, moments, orders, weights
 from score_sde.sdes import like
 from tests.oracles import SDES, name, numbers
 
+# of NumPy's and of their own options
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
+
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)  # float64, a few operations
 
 MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
@@ -190,7 +193,7 @@ def measured_order(sampler: Sampler, sde: SDE, kind: str, n: int) -> float:
 @pytest.mark.parametrize("sde", SDES[:4], ids=name)
 def test_solvers_converge_to_the_flow_at_their_order(sde: SDE, sampler: Sampler, kind: str) -> None:
     # the cosine's log SNR is steepest where it begins: orders above 3 show on finer grids
-    n = 200 if isinstance(sde, CosineSDE) and ORDERS[sampler] >= 3 else 80
+    n = 160 if isinstance(sde, CosineSDE) and ORDERS[sampler] >= 3 else 80 if ORDERS[sampler] >= 3 else 50
     assert measured_order(sampler, sde, kind, n) == pytest.approx(ORDERS[sampler], abs=0.15)
 
 
@@ -419,7 +422,9 @@ def test_weak_orders_by_the_exact_recursion_of_mean_and_variance(sde: SDE, sampl
         found = moments_after(sampler, model, grid, mean, var)
         errors.append([a - b for a, b in zip(found, exact, strict=True)])
     for coarse, fine in zip(*errors, strict=True):
-        assert math.log2(abs(coarse / fine)) == pytest.approx(order, abs=0.15)
+        if abs(coarse) > 1e-9:  # where the reverse SDE's estimate of the data is a martingale, the mean is exact
+            assert math.log2(abs(coarse / fine)) == pytest.approx(order, abs=0.15)
+    assert abs(errors[0][1]) > 1e-9 and (abs(errors[0][0]) > 1e-9 or eta == 1)
 
 
 def test_churn_keeps_the_marginals_to_second_order() -> None:
@@ -532,7 +537,10 @@ def test_adaptive_solvers_stop_where_there_is_no_going_on(sampler: Sampler, monk
 # --- every SDE, chain and prediction
 
 
-@pytest.mark.parametrize("sampler", [s for s in ALL if s != AdaptiveSDE()] + [AdaptiveSDE(0.05, 0.05)], ids=str)
+SOME = [DPMSolver(2), DPMSolver(3, "data"), Multistep(2), Multistep(3), Multistep(3, "noise"), UniPC(2), UniPC(3, "b1")]
+
+
+@pytest.mark.parametrize("sampler", [*SOME, *NOISY, EmbeddedODE(), AdaptiveSDE(0.05, 0.05)], ids=str)
 @pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in FINE_CHAINS)], ids=name)
 def test_samples_have_the_datas_mean_and_spread(sde: SDE, sampler: Sampler) -> None:
     model = Gaussian(sde, MEAN, COV)
@@ -596,8 +604,8 @@ def test_times_may_differ_within_a_batch(sampler: Sampler) -> None:
 def test_evaluations_per_walk() -> None:
     sde, n = VPSDE(), 20
     for sampler, wanted in {
-        DPMSolver(3): 3 * n, Multistep(2): n, Multistep(3): n + 1, Multistep(3, start="lower"): n, Multistep(3, eta=1): n,
-        UniPC(2): n, UniPC(3): n + 2, UniPC(3, start="lower"): n,
+        DPMSolver(3): 3 * n, Multistep(2): n, Multistep(3): n + 1, Multistep(3, start="lower"): n,
+        Multistep(3, eta=1): n, UniPC(2): n, UniPC(3): n + 2, UniPC(3, start="lower"): n,
     }.items():  # fmt: skip
         model = Rows(problem(sde, "gaussian"))
         last(sampler.walk(model, numbers(1, 2), times.log_snr(sde, n), draws()))
@@ -795,7 +803,7 @@ def test_heuns_steps_are_diffusers(steps: int, karras: bool) -> None:
 @pytest.mark.parametrize("eta", [0.0, 0.6, 1.0])
 def test_ddim_and_ddpm_steps_are_diffusers(eta: float) -> None:
     steps = 20
-    sde, model = CHAIN.as_sde(), network()
+    model = network()
     ddim = DDIMScheduler(**BETAS, clip_sample=False, timestep_spacing="leading")
     ddpm = DDPMScheduler(**BETAS, clip_sample=False, timestep_spacing="leading")
     for scheduler, sampler in ((ddim, DDIM(eta)), (ddpm, Ancestral()), (ddpm, Multistep(1, eta=1))):
