@@ -620,6 +620,8 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (lambda: Multistep(2, "noise", eta=1.0), 'eta must be 0, or above with predict="data"'),
         (lambda: Multistep(eta=-1), "eta must be 0, or above"),
         (lambda: UniPC(2, "b3"), 'variant must be "b1" or "b2"'),  # type: ignore[arg-type]
+        (lambda: Multistep(rule="b1"), 'rule must be "exact" or "published"'),  # type: ignore[arg-type]
+        (lambda: UniPC(start="high"), 'start must be "singlestep" or "lower"'),  # type: ignore[arg-type]
         (lambda: Churn(low=2, high=1), "0 <= low <= high"),
         (lambda: Churn(-1), "churn and inflate must be at least 0"),
     ]:

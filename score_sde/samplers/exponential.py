@@ -173,11 +173,13 @@ def plan(
     return [found[i] for i in range(len(orders))]
 
 
-def _check(order: int, predict: str) -> None:
+def _check(order: int, predict: str, start: str = "lower") -> None:
     if order not in _STAGES:
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
     if predict not in ("data", "noise"):
         raise ValueError(f'predict must be "data" or "noise", got {predict!r}')
+    if start not in ("singlestep", "lower"):
+        raise ValueError(f'start must be "singlestep" or "lower", got {start!r}')
 
 
 @dataclass(frozen=True)
@@ -219,17 +221,19 @@ class Multistep(Sampler):
             takes it at order 1, as the published code does, with which order 3 is 2 on ever finer grids.
 
     On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
-    Raises ValueError for another order or prediction, or noise with noise prediction.
+    Raises ValueError for other settings, or noise with noise prediction.
     """
 
     order: int = 2
     predict: Prediction = "data"
     eta: float = 0.0
-    rule: Rule = "exact"
+    rule: Literal["exact", "published"] = "exact"
     start: Start = "singlestep"
 
     def __post_init__(self) -> None:
-        _check(self.order, self.predict)
+        _check(self.order, self.predict, self.start)
+        if self.rule not in ("exact", "published"):
+            raise ValueError(f'rule must be "exact" or "published", got {self.rule!r}')
         if self.eta < 0 or (self.eta > 0 and self.predict == "noise"):
             raise ValueError(f'eta must be 0, or above with predict="data", got {self.eta} with {self.predict!r}')
 
@@ -265,7 +269,7 @@ class UniPC(Sampler):
             code does, with which the order is 3 on ever finer grids.
 
     On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
-    Raises ValueError for another order, variant or prediction.
+    Raises ValueError for other settings.
     """
 
     order: int = 3
@@ -274,7 +278,7 @@ class UniPC(Sampler):
     start: Start = "singlestep"
 
     def __post_init__(self) -> None:
-        _check(self.order, self.predict)
+        _check(self.order, self.predict, self.start)
         if self.variant not in ("b1", "b2"):
             raise ValueError(f'variant must be "b1" or "b2", got {self.variant!r}')
 
