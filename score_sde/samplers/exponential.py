@@ -37,12 +37,28 @@ Start = Literal["singlestep", "lower"]
 SHORT = 15  # steps: shorter grids are finished at lower order, as in the papers' code
 
 
-class Step(NamedTuple):
-    """x_s = keep x_t + sum_j weights_j F_j + fresh z; each of the times' shape."""
+class Point(NamedTuple):
+    """The curves at some times, and lambda = log(alpha/sigma) there."""
 
-    keep: Tensor
-    weights: tuple[Tensor, ...]
-    fresh: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    half_log_snr: Tensor
+
+    def at(self, i: Tensor) -> Point:
+        """Those at the indices i."""
+        return Point(self.alpha[i], self.sigma[i], self.half_log_snr[i])
+
+
+class Step(NamedTuple):
+    """x_s = keep x_t + sum_j weights_j F_j + fresh z; tensors of the times' shape, or numbers."""
+
+    keep: Tensor | float
+    weights: Sequence[Tensor | float]
+    fresh: Tensor | float
+
+
+def point(sde: SDE, t: Tensor) -> Point:
+    return Point(sde.alpha(t), sde.sigma(t), sde.log_snr(t) / 2)
 
 
 def moments(z: Tensor, n: int, predict: Prediction) -> list[Tensor]:
@@ -81,34 +97,34 @@ def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule)
 
 
 def coefficients(
-    sde: SDE, s: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
-) -> Step:
-    """The step from nodes[0], where x stands, to s with values of F at the times `nodes`; all of one shape.
+    s: Point, nodes: Sequence[Point], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """What a `Step` from nodes[0], where x stands, to s holds, with values of F at the `nodes`; all of one shape.
 
     Where s is clean data (sigma = 0) there may be one node only, and the step lands on its estimate of the data.
     """
     t = nodes[0]
-    half_log_snr = [sde.log_snr(u) / 2 for u in (s, *nodes)]
-    lambda_s, lambda_t = half_log_snr[:2]
-    h = lambda_s - lambda_t
-    places = [torch.zeros_like(h), *((u - lambda_t) / h for u in half_log_snr[2:])]
+    h = s.half_log_snr - t.half_log_snr
+    places = [torch.zeros_like(h), *((u.half_log_snr - t.half_log_snr) / h for u in nodes[1:])]
     if predict == "noise":
-        scale = -sde.alpha(s) / sde.alpha(t) * sde.sigma(t)
-        w = weights(h, places, predict, rule)
-        return Step(sde.alpha(s) / sde.alpha(t), tuple(scale * v for v in w), torch.zeros_like(h))
-    keep, fresh = sde.sigma(s) / sde.sigma(t), torch.zeros_like(h)
+        keep = s.alpha / t.alpha
+        scale = -keep * t.sigma
+        return keep, tuple(scale * w for w in weights(h, places, predict, rule)), torch.zeros_like(h)
+    keep, fresh = s.sigma / t.sigma, torch.zeros_like(h)
     if eta > 0:
         keep = keep * torch.exp(-(eta**2) * h)
-        fresh = sde.sigma(s) * torch.sqrt(-torch.expm1(-2 * eta**2 * h))
-    w = weights((1 + eta**2) * h, places, predict, rule)
-    return Step(keep, tuple(sde.alpha(s) * v for v in w), fresh)
+        fresh = s.sigma * torch.sqrt(-torch.expm1(-2 * eta**2 * h))
+    return keep, tuple(s.alpha * w for w in weights((1 + eta**2) * h, places, predict, rule)), fresh
 
 
 def advance(x: Tensor, values: Sequence[Tensor], step: Step) -> Tensor:
     """keep x + sum_j weights_j values_j; values beyond the weights do not count."""
-    y = like(step.keep, x) * x
+    y = x * (like(step.keep, x) if isinstance(step.keep, Tensor) else step.keep)
     for weight, value in zip(step.weights, values, strict=False):
-        add_(y, weight, value)
+        if isinstance(weight, Tensor):
+            add_(y, weight, value)
+        else:
+            y.add_(value, alpha=weight)
     return y
 
 
@@ -127,16 +143,17 @@ def singlestep(
 ) -> Tensor:
     """DPM-Solver's step of the given order from t to s, where `first` is the estimate at (x, t)."""
     sde = model.sde
-    nodes, values = [t], [first]
-    if bool((sde.sigma(s) == 0).any()):
+    start, end = point(sde, t), point(sde, s)
+    nodes, values = [start], [first]
+    if bool((end.sigma == 0).any()):
         order = 1
-    start, end = sde.log_snr(t), sde.log_snr(s)
     for c in _STAGES[order]:
-        u = sde.time(start + c * (end - start))
-        y = advance(x, values, coefficients(sde, u, nodes, predict))
-        nodes, values = [t, u], [first, estimate(model, y, u, predict)]
+        u = sde.time(2 * (start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)))
+        middle = point(sde, u)
+        y = advance(x, values, Step(*coefficients(middle, nodes, predict)))
+        nodes, values = [start, middle], [first, estimate(model, y, u, predict)]
     rule: Rule = "b2" if order == 2 else "exact"
-    return advance(x, values, coefficients(sde, s, nodes, predict, rule))
+    return advance(x, values, Step(*coefficients(end, nodes, predict, rule)))
 
 
 def orders(sde: SDE, times: Tensor, order: int) -> list[int]:
@@ -164,12 +181,13 @@ def plan(
     A corrector's step takes the value at times[i + 1] besides, as its last. Steps of one order are computed at once.
     """
     found: dict[int, Step] = {}
+    grid = point(sde, times)
     for q in set(orders):
         i = torch.tensor([k for k, order in enumerate(orders) if order == q])
-        nodes = [times[i - j] for j in range(q)] + ([times[i + 1]] if corrector else [])
-        many = coefficients(sde, times[i + 1], nodes, predict, rule, eta)
-        rows = zip(many.keep, zip(*many.weights, strict=True), many.fresh, strict=True)
-        found |= {int(k): Step(*row) for k, row in zip(i, rows, strict=True)}
+        nodes = [grid.at(i - j) for j in range(q)] + ([grid.at(i + 1)] if corrector else [])
+        keep, many, fresh = coefficients(grid.at(i + 1), nodes, predict, rule, eta)
+        rows = zip(keep.tolist(), zip(*(w.tolist() for w in many), strict=True), fresh.tolist(), strict=True)
+        found |= {k: Step(*row) for k, row in zip(i.tolist(), rows, strict=True)}
     return [found[i] for i in range(len(orders))]
 
 
@@ -249,8 +267,8 @@ class Multistep(Sampler):
                 x = singlestep(model, x, t, s, 2, self.predict, past[0])
             else:
                 x = advance(x, past, steps[i])
-            if self.eta > 0 and bool(steps[i].fresh > 0):
-                add_(x, steps[i].fresh, noise(x))
+            if fresh := float(steps[i].fresh):
+                x.add_(noise(x), alpha=fresh)
             yield x
 
 
