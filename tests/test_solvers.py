@@ -439,7 +439,8 @@ def test_weak_orders_by_the_exact_recursion_of_mean_and_variance(sde: SDE, sampl
     ends = sde.time(torch.tensor([-2.0, 2.0], dtype=torch.float64))
     mean, var, *exact = truth(model, ends[0], ends[1], eta)
     errors = []
-    n = 600 if sampler == Multistep(3, eta=1) or isinstance(sampler, ImprovedEuler) else 200  # these take more to show
+    late = sampler == Multistep(3, eta=1) or (isinstance(sampler, ImprovedEuler) and isinstance(sde, VESDE))
+    n = 600 if late else 200  # there the second term is large
     for steps in (n, 2 * n):
         grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         found = moments_after(sampler, model, grid, mean, var)
@@ -469,9 +470,9 @@ def test_churn_keeps_the_marginals_to_second_order() -> None:
 @pytest.mark.parametrize("sde", [*SDES[:4], DDPM.linear(1000).as_sde()], ids=name)
 def test_every_eta_of_the_reverse_sde_keeps_the_marginals(sde: SDE, eta: float) -> None:
     model = Gaussian(sde, MEAN[:1], 0.25)
-    grid = sde.time(torch.linspace(-6, 6, 301, dtype=torch.float64))
+    grid = sde.time(torch.linspace(-6, 6, 151, dtype=torch.float64))
     mean, var, _, exact = truth(model, grid[0], grid[-1], eta)
-    for sampler, tolerance in ((Multistep(2, eta=eta), 5e-4), (Multistep(1, eta=eta), 0.03), (DDIM(eta), 0.03)):
+    for sampler, tolerance in ((Multistep(2, eta=eta), 1e-3), (Multistep(1, eta=eta), 0.05), (DDIM(eta), 0.05)):
         found = moments_after(sampler, model, grid, mean - 1, var)
         assert found[0] == pytest.approx(float(sde.alpha(grid[-1])) * 0.3, abs=1e-9)
         assert found[1] == pytest.approx(exact, abs=tolerance)
