@@ -13,7 +13,7 @@ from .continuous_bound import ContinuousBound, variational_bound
 from .dequantisation import fit_dequantiser, log_probability
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
-from .guidance import clip, guide
+from .guidance import clip, guide, threshold
 from .heat_maps import HeatMap, heat_map
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
@@ -25,15 +25,22 @@ from .ode import Solver
 from .samplers import (
     DDIM,
     AdaptiveODE,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Churn,
+    DPMSolver,
+    EmbeddedODE,
     EulerMaruyama,
     FixedODE,
     Heun,
     Langevin,
+    Multistep,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    UniPC,
+    fit_times,
     langevin_dynamics,
     sample,
     times,
@@ -61,13 +68,17 @@ __all__ = [
     "VESDE",
     "VPSDE",
     "AdaptiveODE",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
     "Bound",
+    "Churn",
     "Classification",
     "ContinuousBound",
     "CosineSDE",
+    "DPMSolver",
     "Diffusion",
+    "EmbeddedODE",
     "Energy",
     "Estimate",
     "EulerMaruyama",
@@ -79,6 +90,7 @@ __all__ = [
     "LearnedVPSDE",
     "Likelihood",
     "MonotoneSchedule",
+    "Multistep",
     "NetworkVelocity",
     "NoiseLevels",
     "Preconditioned",
@@ -88,6 +100,7 @@ __all__ = [
     "ScoreModel",
     "Solver",
     "SubVPSDE",
+    "UniPC",
     "backward",
     "chain_bound",
     "classify",
@@ -100,6 +113,7 @@ __all__ = [
     "finite_difference",
     "fisher_divergence",
     "fit_dequantiser",
+    "fit_times",
     "from_score",
     "guide",
     "heat_map",
@@ -117,6 +131,7 @@ __all__ = [
     "score_matching",
     "sliced",
     "sliced_wasserstein",
+    "threshold",
     "time_laws",
     "times",
     "variational_bound",

@@ -15,21 +15,28 @@ from torch import Tensor, nn
 from . import model as models
 from .chains import DDPM, SMLD
 from .learned import LearnedVPSDE, MonotoneSchedule
-from .model import Preconditioned, TimeMap
+from .model import Preconditioned, ScoreModel, TimeMap
 from .networks import MLP, NCSN, NCSNv2, UNet
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
     DDIM,
     AdaptiveODE,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Churn,
+    DPMSolver,
+    EmbeddedODE,
     EulerMaruyama,
     FixedODE,
     Heun,
     Langevin,
+    Multistep,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    UniPC,
+    fit_times,
     times,
 )
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
@@ -76,6 +83,13 @@ METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
     "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
     "ddim": lambda s: DDIM(eta=s.eta),
     "heun": lambda s: Heun(),
+    "edm": lambda s: Churn(s.churn, s.churn_low, s.churn_high, s.churn_inflate),
+    "dpm_solver": lambda s: DPMSolver(s.order, s.predict),
+    "dpm_solver++": lambda s: Multistep(s.order, eta=s.eta),
+    "deis": lambda s: Multistep(s.order, "noise"),
+    "unipc": lambda s: UniPC(s.order, s.unipc_variant, s.predict),
+    "embedded": lambda s: EmbeddedODE(s.rtol, s.atol),
+    "adaptive_sde": lambda s: AdaptiveSDE(s.sde_rtol, s.sde_atol),
 }
 GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "uniform": times.uniform,
@@ -83,6 +97,8 @@ GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "log_snr": times.log_snr,
     "karras": times.karras,
 }
+FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
+FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
 
 
 def build_sde(config: ConfigDict) -> SDE:
@@ -228,16 +244,22 @@ def build_sampler(config: ConfigDict) -> Sampler:
     return METHODS[s.method](s)
 
 
-def build_times(config: ConfigDict, sde: SDE) -> Tensor:
+def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, shape: tuple[int, ...] = ()) -> Tensor:
     """The times to sample on, decreasing from 1; for `sample(..., denoise=config.sampling.noise_removal)`.
 
     A continuous model stops at sampling.t_min. A discrete one visits sampling.steps of its chain's steps and stops at
     the first, from where the estimate of the clean data is the chain's own last step. Adaptive solvers get both ends.
+    For sampling.grid=fitted 32 trajectories of the `model` are solved, of examples of `shape`.
     """
     s = config.sampling
-    adaptive = s.method == "ode" and s.ode_method in ADAPTIVE
+    adaptive = s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE)
+    if s.grid == FITTED and not adaptive:
+        if model is None:
+            raise ValueError("sampling.grid=fitted is fitted to a model: pass it to build_times, with the data's shape")
+        until = replace(sde, t_min=s.t_min)
+        return fit_times(model, build_sampler(config), s.steps, (32, *shape), sde=until, seed=s.seed)
     if config.training.continuous:
-        return GRIDS[s.grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
+        return GRIDS["uniform" if adaptive else s.grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
     return times.spaced(config.model.num_scales, 2 if adaptive else s.steps)
 
 

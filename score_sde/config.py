@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 import torch
 from ml_collections import ConfigDict
 
-from .build import CHAINS, CORRECTORS, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
+from .build import CHAINS, CORRECTORS, FITTABLE, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
 from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, FIXED
 from .toys import TOYS
@@ -64,25 +64,39 @@ def default_config() -> ConfigDict:
                 "keep_every": 5,  # every n-th checkpoint stays for good; 0: none
             },
             "sampling": {
-                "method": "pc",  # pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun
+                # pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun, edm (Heun with
+                # churn), dpm_solver (singlestep), dpm_solver++ (multistep; with eta its SDE form), deis, unipc; or with
+                # step sizes per example embedded (Runge-Kutta) and adaptive_sde (Jolicoeur-Martineau et al. 2021)
+                "method": "pc",
                 "predictor": "euler_maruyama",
                 "corrector": "none",
                 # of ancestral sampling, and of the bound on the likelihood: the posterior's variance (small), the
                 # forward step's (large), or between them (learned)
                 "variance": "small",
                 "clip_denoised": False,  # hold the estimate of the clean data to the data's range
+                "threshold": 0.0,  # dynamic thresholding: by this quantile of its size, such as 0.995; 0: none
                 "snr": 0.16,  # signal-to-noise ratio of the corrector's step
                 "step_lr": 0.0,  # NCSN's eps in its place, for ald: the step is eps (sigma/sigma_min)²; 0: snr
                 "n_steps_each": 1,  # corrector steps per predictor step, or per level of ald
                 "probability_flow": False,  # predict along the probability flow, without noise
                 "noise_removal": True,  # end with the estimate of the clean data
-                "eta": 0.0,  # ddim: 0 draws no noise, 1 is ancestral sampling
+                "eta": 0.0,  # ddim, dpm_solver++: 0 draws no noise, 1 is ancestral sampling, the reverse SDE
+                "order": 2,  # of dpm_solver, dpm_solver++, deis and unipc: 1, 2 or 3
+                "predict": "data",  # what dpm_solver and unipc interpolate: data or noise
+                "unipc_variant": "b2",  # its B(h): b1 is h, b2 is exp(h) - 1
+                "churn": 40.0,  # edm: how much noise is put back over the walk (S_churn)
+                "churn_low": 0.05,  # where sigma/alpha lies between this (S_tmin)
+                "churn_high": 50.0,  # and this (S_tmax)
+                "churn_inflate": 1.003,  # deviation of that noise (S_noise)
                 "steps": 1000,  # predictor steps; adaptive solvers choose their own
-                "grid": "uniform",  # where the steps lie: evenly in t, sqrt(t), log-SNR or (sigma/alpha)^(1/7)
+                # where the steps lie: evenly in t, sqrt(t), log-SNR or (sigma/alpha)^(1/7); or fitted to the model
+                "grid": "uniform",
                 "t_min": 1e-3,  # time at which sampling stops (a discrete model stops at its first step)
                 "ode_method": "RK45",  # adaptive or fixed-step solver of method "ode"
                 "rtol": 1e-5,  # relative tolerance of adaptive solvers
                 "atol": 1e-5,  # absolute tolerance of adaptive solvers
+                "sde_rtol": 0.02,  # adaptive_sde: its relative tolerance
+                "sde_atol": 2 / 256,  # adaptive_sde: its absolute tolerance, a pixel level
                 "batch_size": 64,  # examples sampled together; does not change the samples
                 "num_samples": 64,
                 "seed": 0,  # sample i depends on (seed, i) alone
@@ -201,7 +215,9 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sampling.predictor": tuple(PREDICTORS),
     "sampling.corrector": tuple(CORRECTORS),
     "sampling.variance": ("small", "large", "learned"),
-    "sampling.grid": tuple(GRIDS),
+    "sampling.grid": (*GRIDS, FITTED),
+    "sampling.predict": ("data", "noise"),
+    "sampling.unipc_variant": ("b1", "b2"),
     "sampling.ode_method": ADAPTIVE + FIXED,
     "sampling.weights": ("ema", "raw"),
     "eval.split": ("test", "train"),
@@ -235,21 +251,23 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "at least 0": (
         lambda v: v >= 0,
-        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr eval.num_images eval.terms
-        eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
-        optim.weight_decay optim.warmup training.soft_truncation""",
+        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr sampling.churn
+        sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms eval.check_images
+        eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay
+        optim.warmup training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
-        """sampling.snr sampling.rtol sampling.atol eval.rtol eval.atol model.sigma_data model.sigma_min model.sigma_max
-        model.beta_min model.beta_max model.fourier_scale optim.lr optim.eps training.difference_step
-        dequantizer.lr""",
+        """sampling.snr sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol eval.rtol eval.atol
+        model.sigma_data model.sigma_min model.sigma_max model.beta_min model.beta_max model.fourier_scale
+        optim.lr optim.eps training.difference_step dequantizer.lr""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,
         "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
     ),
-    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay"),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay sampling.threshold"),
+    "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
     "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps"),
 }
 
@@ -378,6 +396,20 @@ def validate(config: ConfigDict) -> None:
             f"{name}.clip_denoised holds pixels to their range; for the vectors of data.dataset={d.dataset} set it to "
             "False",
         )
+    refuse(
+        s.threshold > 0 and (s.clip_denoised or d.dataset in TOYS),
+        f"sampling.threshold={s.threshold:g} draws pixels into their range: set it to 0 for vectors, and "
+        "sampling.clip_denoised=False, which would hold them there first",
+    )
+    refuse(
+        s.churn_low > s.churn_high,
+        f"sampling.churn_low={s.churn_low:g} must not exceed sampling.churn_high={s.churn_high:g}",
+    )
+    refuse(
+        s.grid == FITTED and (s.method not in FITTABLE or s.eta > 0),
+        f"sampling.grid=fitted places the steps of a solver without noise: set sampling.method to one of "
+        f"{', '.join(FITTABLE)}, and sampling.eta=0",
+    )
     refuse(
         t.time == "importance" and not t.likelihood_weighting,
         "training.time=importance samples t by the likelihood weight: set training.likelihood_weighting=True",

@@ -40,7 +40,7 @@ from .dequantisation import (
     truncation_time,
     uniform_numbers,
 )
-from .guidance import clip
+from .guidance import clip, threshold
 from .heat_maps import heat_map
 from .images import heat, histogram, write_grid, write_png
 from .likelihood import Likelihood, log_likelihood
@@ -164,7 +164,11 @@ def run_sampling(
     Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D).
     """
     s = config.sampling
-    sampler, times = build_sampler(config), build_times(config, model.sde)
+    if isinstance(codec, PixelCodec):
+        model = clip(model, *codec.range) if s.clip_denoised else model
+        model = threshold(model, s.threshold, *codec.range) if s.threshold > 0 else model
+    counted = Counted(model)
+    sampler, times = build_sampler(config), build_times(config, model.sde, counted, shape)
     made_from = stamp(
         checkpoint,
         s.weights,
@@ -174,6 +178,7 @@ def run_sampling(
             "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
+            "threshold": s.threshold,
             "seed": s.seed,
             "num_samples": s.num_samples,
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
@@ -183,7 +188,6 @@ def run_sampling(
     finished = read_arrays(folder / "samples.npz")
     if finished is not None:
         return folder, finished
-    counted = Counted(clip(model, *codec.range) if s.clip_denoised and isinstance(codec, PixelCodec) else model)
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0

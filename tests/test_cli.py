@@ -151,6 +151,21 @@ def test_the_stamp_says_what_was_done(trained: Path, images: Path) -> None:
     assert np.array_equal(np.asarray(Image.open(singles[2])), np.round(x[2, :, :, 0] * (255 / 16)).astype(np.uint8))
 
 
+def test_samples_by_a_fast_solver_on_a_fitted_grid_with_thresholding(trained: Path, images: Path) -> None:
+    change = {"sampling__method": "unipc", "sampling__steps": 4, "sampling__num_samples": 3}
+    found = []
+    for more in ({"sampling__grid": "fitted"}, {"sampling__grid": "fitted", "sampling__threshold": 0.9}):
+        clear(trained, "samples")
+        assert run(words("vp_digits", "sample", trained, images, **change, **more)) == 0
+        (folder,) = (trained / "samples").iterdir()
+        stamp = json.loads((folder / "stamp.json").read_text())
+        assert stamp["sampler"].startswith("UniPC(order=2") and stamp["grid"]["name"] == "fitted"
+        assert stamp["grid"]["steps"] == 4 and stamp["nfe"] == 5  # the last is the estimate of the clean data
+        assert stamp["threshold"] == more.get("sampling__threshold", 0.0)
+        found.append(np.load(folder / "samples.npz")["arr_0"])
+    assert not np.array_equal(*found)
+
+
 def test_likelihood_covers_every_image_and_goes_on(
     trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

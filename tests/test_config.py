@@ -15,16 +15,23 @@ from score_sde import (
     VESDE,
     VPSDE,
     AdaptiveODE,
+    AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Churn,
     CosineSDE,
+    DPMSolver,
+    EmbeddedODE,
     EulerMaruyama,
     FixedODE,
     Heun,
     Langevin,
+    Multistep,
     PredictorCorrector,
     ReverseDiffusion,
+    UniPC,
     build,
+    fit_times,
     sample,
     times,
 )
@@ -37,6 +44,7 @@ from score_sde.build import (
     build_sde,
     build_times,
 )
+from score_sde.closed_form import Gaussian
 from score_sde.config import (
     CHOICES,
     LIMITS,
@@ -359,6 +367,16 @@ def test_sde_is_what_the_config_says(settings: str, sde: object) -> None:
         ("method=ode ode_method=rk4", FixedODE("rk4")),
         ("method=ddim eta=0.5", DDIM(eta=0.5)),
         ("method=heun", Heun()),
+        ("method=edm", Churn(40.0, 0.05, 50.0, 1.003)),
+        ("method=edm churn=10 churn_low=0.1 churn_high=2 churn_inflate=1.01", Churn(10.0, 0.1, 2.0, 1.01)),
+        ("method=dpm_solver order=3", DPMSolver(3, "data")),
+        ("method=dpm_solver predict=noise", DPMSolver(2, "noise")),
+        ("method=dpm_solver++ order=3", Multistep(3)),
+        ("method=dpm_solver++ eta=1", Multistep(2, eta=1.0)),
+        ("method=deis order=3", Multistep(3, "noise")),
+        ("method=unipc order=3 unipc_variant=b1 predict=noise", UniPC(3, "b1", "noise")),
+        ("method=embedded rtol=1e-3", EmbeddedODE(1e-3, 1e-5)),
+        ("method=adaptive_sde sde_rtol=0.05 sde_atol=0.01", AdaptiveSDE(0.05, 0.01)),
     ],
 )  # fmt: skip
 def test_sampler_is_what_the_config_says(settings: str, sampler: object) -> None:
@@ -373,6 +391,43 @@ def test_times_end_at_sampling_t_min_and_adaptive_solvers_get_both_ends() -> Non
         torch.testing.assert_close(build_times(config, build_sde(config)), wanted, rtol=0, atol=0)
     config = load(VP, {"sampling.method": "ode"})
     torch.testing.assert_close(build_times(config, build_sde(config)).tolist(), [1.0, 1e-3], rtol=0, atol=1e-15)
+
+
+def test_methods_with_step_sizes_of_their_own_get_both_ends_also_of_other_grids() -> None:
+    for method in ("embedded", "adaptive_sde"):
+        for grid in ("karras", "uniform"):
+            config = load(VP, {"sampling.method": method, "sampling.grid": grid})
+            assert build_times(config, build_sde(config)).tolist() == pytest.approx([1.0, 1e-3], abs=1e-15)
+
+
+def test_a_fitted_grid_is_made_from_the_model_for_its_sampler() -> None:
+    config = load(VP, {"sampling.method": "unipc", "sampling.grid": "fitted", "sampling.steps": "4"})
+    model = Gaussian(build_sde(config), torch.zeros(2), 0.3)
+    wanted = fit_times(model, UniPC(2), 4, (32, 2), sde=VPSDE(t_min=1e-3), seed=0)
+    assert torch.equal(build_times(config, model.sde, model, (2,)), wanted)
+    assert not torch.equal(wanted, times.uniform(VPSDE(t_min=1e-3), 4))
+    with pytest.raises(ValueError, match="sampling.grid=fitted is fitted to a model: pass it to build_times"):
+        build_times(config, model.sde)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        ({"sampling.order": "4"}, "sampling.order must be 1, 2 or 3"),
+        ({"sampling.threshold": "1.5"}, "sampling.threshold must be between 0 and 1"),
+        (
+            {"sampling.threshold": "0.99", "sampling.clip_denoised": "true"},
+            "set it to 0 for vectors, and sampling.clip",
+        ),
+        ({"sampling.churn_low": "3", "sampling.churn_high": "2"}, "churn_low=3 must not exceed sampling.churn_high=2"),
+        ({"sampling.grid": "fitted"}, "grid=fitted places the steps of a solver without noise: set sampling.method"),
+        ({"sampling.grid": "fitted", "sampling.method": "ddim", "sampling.eta": "1"}, "and sampling.eta=0"),
+        ({"sampling.method": "unipcc"}, "unipc"),
+    ],
+)
+def test_impossible_settings_of_the_solvers_are_refused(overrides: dict[str, str], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        load(VP, overrides)
 
 
 def test_a_discrete_model_is_labelled_by_the_chain_and_sampled_as_the_chain() -> None:

@@ -21,9 +21,11 @@ from score_sde import (
     VPSDE,
     AdaptiveODE,
     Ancestral,
+    DPMSolver,
     Estimate,
     EulerMaruyama,
     Langevin,
+    Multistep,
     Preconditioned,
     ReverseDiffusion,
     Sampler,
@@ -280,15 +282,17 @@ def test_steps_of_diffusers_schedulers(case: str) -> None:
     get = {key: array("ddim_ddpm", case, key) for key in ("timesteps", "x", "model_out", "alphas_cumprod", "pred_x0")}
     chain = DDPM.linear(1000)
     torch.testing.assert_close(chain.alpha_bar, get["alphas_cumprod"].double(), rtol=1e-5, atol=0)
-    sampler: Sampler = DDIM() if case.startswith("ddim") else Ancestral()
+    ddim = case.startswith("ddim")
+    samplers: list[Sampler] = [DDIM(), Multistep(1), DPMSolver(1)] if ddim else [Ancestral(), Multistep(1, eta=1)]
     draws = array("ddim_ddpm", case, "noise") if case.startswith("ddpm") else torch.empty(0)
     stride = 1000 // settings["num_inference_steps"]
     for i, index in enumerate(get["timesteps"].tolist()):
         model = Recorded(chain.as_sde(), get["model_out"][i])
         t, s = (torch.tensor(max(j + 1, 0) / 1000, dtype=torch.float64) for j in (index, index - stride))
         noise = draws[i] if i < len(draws) else torch.zeros_like(get["x"][i])
-        found = sampler.step(model, get["x"][i], t, s, lambda like, z=noise: z)
-        close(found, get["x"][i + 1], 1e-5)
+        for sampler in samplers:
+            found = next(iter(sampler.walk(model, get["x"][i], torch.stack([t, s]), lambda like, z=noise: z)))
+            close(found, get["x"][i + 1], 1e-5)
         alpha, largest = chain.as_sde().alpha(t), get["x"][i].abs().max().item()
         data = model(get["x"][i], t).data  # both divide by alpha, which is 0.006 at first
         difference = alpha * (data - get["pred_x0"][i])
@@ -299,5 +303,6 @@ def test_steps_of_diffusers_schedulers(case: str) -> None:
         times = torch.tensor([*((j + 1) / 1000 for j in whole), (whole[-1] - stride + 1) / 1000], dtype=torch.float64)
         times = times.clamp_min(0)
         assert len(list(pairwise(times))) == len(whole)
-        *_, end = sampler.walk(model, get["x"][0], times, torch.zeros_like)
-        close(end, get["x"][-1], 1e-4)
+        for sampler in samplers:
+            *_, end = sampler.walk(model, get["x"][0], times, torch.zeros_like)
+            close(end, get["x"][-1], 1e-4)

@@ -1,8 +1,13 @@
 """Samplers: values that walk a model from noise to data."""
 
 from . import times
+from .adaptive import AdaptiveSDE
 from .base import Sampler, sample
 from .deterministic import AdaptiveODE, FixedODE, Heun
+from .embedded import EmbeddedODE
+from .exponential import DPMSolver, Multistep, UniPC
+from .fitted import fit_times
+from .karras import Churn
 from .langevin import Draws, langevin_dynamics, langevin_walk
 from .stochastic import (
     DDIM,
@@ -17,16 +22,23 @@ from .stochastic import (
 __all__ = [
     "DDIM",
     "AdaptiveODE",
+    "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "Churn",
+    "DPMSolver",
     "Draws",
+    "EmbeddedODE",
     "EulerMaruyama",
     "FixedODE",
     "Heun",
     "Langevin",
+    "Multistep",
     "PredictorCorrector",
     "ReverseDiffusion",
     "Sampler",
+    "UniPC",
+    "fit_times",
     "langevin_dynamics",
     "langevin_walk",
     "sample",

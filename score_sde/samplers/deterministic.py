@@ -20,7 +20,7 @@ def velocity(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
     return model.sde.velocity(x, t, model.score(x, t))
 
 
-def _check_noisy(model: ScoreModel, s: Tensor) -> None:
+def check_noisy(model: ScoreModel, s: Tensor) -> None:
     if not bool((model.sde.sigma(s) > 0).all()):
         raise ValueError(
             f"the probability flow has no slope at t = {s.min().item():g}, where sigma = 0: end the grid above it "
@@ -61,7 +61,7 @@ class FixedODE(Sampler):
             raise ValueError(f"unknown fixed-step ODE method {self.method!r}; use one of {', '.join(FIXED)}")
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        _check_noisy(model, s)
+        check_noisy(model, s)
 
         def field(u: Tensor, y: Tensor) -> Tensor:
             # torchdiffeq rounds its times to the state's dtype: it sees the fraction u of the step, and t stays exact
@@ -84,7 +84,7 @@ class AdaptiveODE(Sampler):
     method: str = "dopri5"
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        _check_noisy(model, times)
+        check_noisy(model, times)
 
         def field(t: Tensor, y: Tensor) -> Tensor:
             return velocity(model, y, t)

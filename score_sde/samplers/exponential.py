@@ -1,0 +1,319 @@
+"""Exponential integrators of the probability flow and of the reverse SDE: one core for a family of fast solvers.
+
+With lambda = log(alpha/sigma), half the log SNR, the flow has a linear part that is solved exactly, and what is left is
+an integral over the model's estimates along the path, of the data D or of the noise E (Lu et al. 2022,
+arXiv:2206.00927, eq. 3.4; 2211.01095, eq. 9):
+
+    x_s/sigma_s = x_t/sigma_t + ∫ exp(lambda) D dlambda,    x_s/alpha_s = x_t/alpha_t - ∫ exp(-lambda) E dlambda,
+
+from lambda_t up to lambda_s = lambda_t + h. Putting a polynomial through some values F_j in the place of D or E gives
+
+    x_s = keep x_t + sum_j weight_j F_j,    with weights exact for F = 1, u, u², ..., where u = (lambda - lambda_t)/h.
+
+Which values are taken makes the method: those of intermediate points (`DPMSolver`), of steps before (`Multistep`), of
+these and the new point (`UniPC`). Of the reverse SDE with eta times its noise,
+``dx = [f x - (1 + eta²)/2 g² score] dt + eta g dw``, the same holds with exp((1 + eta²) lambda) for exp(lambda).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model import ScoreModel
+from ..sdes import SDE, Noise, add_, like
+from .base import Sampler
+
+Prediction = Literal["data", "noise"]
+Rule = Literal["exact", "b1", "b2", "published"]
+Start = Literal["singlestep", "lower"]
+
+SHORT = 15  # steps: shorter grids are finished at lower order, as in the papers' code
+
+
+class Point(NamedTuple):
+    """The curves at some times, and lambda = log(alpha/sigma) there."""
+
+    alpha: Tensor
+    sigma: Tensor
+    half_log_snr: Tensor
+
+    def at(self, i: Tensor) -> Point:
+        """Those at the indices i."""
+        return Point(self.alpha[i], self.sigma[i], self.half_log_snr[i])
+
+
+class Step(NamedTuple):
+    """x_s = keep x_t + sum_j weights_j F_j + fresh z; tensors of the times' shape, or numbers."""
+
+    keep: Tensor | float
+    weights: Sequence[Tensor | float]
+    fresh: Tensor | float
+
+
+def point(sde: SDE, t: Tensor) -> Point:
+    return Point(sde.alpha(t), sde.sigma(t), sde.log_snr(t) / 2)
+
+
+def moments(z: Tensor, n: int, predict: Prediction) -> list[Tensor]:
+    """z ∫ w(u) u^k du over [0, 1], k = 0..n-1, with w = exp(-z (1 - u)) for data and exp(-z u) for noise.
+
+    For noise it is z exp(-z) k! phi_{k+1}(z), and with the incomplete gamma function k! P(k + 1, z)/z^k, which keeps
+    its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k.
+    """
+    falling = [
+        math.factorial(k) * torch.special.gammainc(torch.full_like(z, k + 1), z) / (z**k if k else 1) for k in range(n)
+    ]
+    if predict == "noise":
+        return falling
+    return [sum(((-1) ** j * math.comb(k, j) * falling[j] for j in range(1, k + 1)), falling[0]) for k in range(n)]
+
+
+def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule) -> tuple[Tensor, ...]:
+    """Weights of the values at `nodes`, nodes[0] = 0, of the polynomial's z ∫ w(u) F(u) du (see `moments`).
+
+    "exact" integrates the polynomial. The others are what papers and their code take instead of the moment of u or u²,
+    where it does not change the order but the numbers: "b1" and "b2", with two nodes, B(h)/2 with B = h and exp(h) - 1
+    (Zhao et al. 2023, arXiv:2302.04867, section 3.1: with more nodes B cancels); "published", DPM-Solver++'s: "b2" with
+    two nodes, and with three half of the moment of u², by which its third order is lost.
+    """
+    n = len(nodes)
+    m = moments(z, n, predict)
+    if n == 2 and rule != "exact":
+        b1 = z if predict == "data" else z * torch.exp(-z)
+        m[1] = (b1 if rule == "b1" else m[0]) / 2
+    if n == 3 and rule == "published":
+        m[2] = m[2] / 2
+    if n == 1:
+        return (m[0],)
+    powers = torch.stack([torch.stack([c**k for c in nodes], -1) for k in range(n)], -2)
+    return torch.linalg.solve(powers, torch.stack(m, -1)).unbind(-1)
+
+
+def coefficients(
+    s: Point, nodes: Sequence[Point], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
+    """What a `Step` from nodes[0], where x stands, to s holds, with values of F at the `nodes`; all of one shape.
+
+    Where s is clean data (sigma = 0) there may be one node only, and the step lands on its estimate of the data.
+    """
+    t = nodes[0]
+    h = s.half_log_snr - t.half_log_snr
+    places = [torch.zeros_like(h), *((u.half_log_snr - t.half_log_snr) / h for u in nodes[1:])]
+    if predict == "noise":
+        keep = s.alpha / t.alpha
+        scale = -keep * t.sigma
+        return keep, tuple(scale * w for w in weights(h, places, predict, rule)), torch.zeros_like(h)
+    keep, fresh = s.sigma / t.sigma, torch.zeros_like(h)
+    if eta > 0:
+        keep = keep * torch.exp(-(eta**2) * h)
+        fresh = s.sigma * torch.sqrt(-torch.expm1(-2 * eta**2 * h))
+    return keep, tuple(s.alpha * w for w in weights((1 + eta**2) * h, places, predict, rule)), fresh
+
+
+def advance(x: Tensor, values: Sequence[Tensor], step: Step) -> Tensor:
+    """keep x + sum_j weights_j values_j; values beyond the weights do not count."""
+    y = x * (like(step.keep, x) if isinstance(step.keep, Tensor) else step.keep)
+    for weight, value in zip(step.weights, values, strict=False):
+        if isinstance(weight, Tensor):
+            add_(y, weight, value)
+        else:
+            y.add_(value, alpha=weight)
+    return y
+
+
+def estimate(model: ScoreModel, x: Tensor, t: Tensor, predict: Prediction) -> Tensor:
+    e = model(x, t)
+    return e.data if predict == "data" else e.noise
+
+
+# Intermediate points in units of h. The last step interpolates the values at its two ends 0 and the last of them; for
+# order 3 that is enough at 2/3, as Radau's quadrature of two nodes is of order 3.
+_STAGES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
+
+
+def singlestep(
+    model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, order: int, predict: Prediction, first: Tensor
+) -> Tensor:
+    """DPM-Solver's step of the given order from t to s, where `first` is the estimate at (x, t)."""
+    sde = model.sde
+    start, end = point(sde, t), point(sde, s)
+    nodes, values = [start], [first]
+    if bool((end.sigma == 0).any()):
+        order = 1
+    for c in _STAGES[order]:
+        u = sde.time(2 * (start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)))
+        middle = point(sde, u)
+        y = advance(x, values, Step(*coefficients(middle, nodes, predict)))
+        nodes, values = [start, middle], [first, estimate(model, y, u, predict)]
+    rule: Rule = "b2" if order == 2 else "exact"
+    return advance(x, values, Step(*coefficients(end, nodes, predict, rule)))
+
+
+def orders(sde: SDE, times: Tensor, order: int) -> list[int]:
+    """The order of each step: no more than there are values, and lower at the end where that is short or clean.
+
+    The papers' code lowers it on grids shorter than 15 steps; at sigma = 0 lambda is infinite, and no polynomial in it
+    gets there.
+    """
+    n = len(times) - 1
+    clean = bool(sde.sigma(times[-1]) == 0)
+    return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < SHORT else order) for i in range(n)]
+
+
+def plan(
+    sde: SDE,
+    times: Tensor,
+    orders: Sequence[int],
+    predict: Prediction,
+    rule: Rule,
+    eta: float = 0.0,
+    corrector: bool = False,
+) -> list[Step]:
+    """All steps of a grid, of which step i takes the values at the orders[i] times up to times[i].
+
+    A corrector's step takes the value at times[i + 1] besides, as its last. Steps of one order are computed at once.
+    """
+    found: dict[int, Step] = {}
+    grid = point(sde, times)
+    for q in set(orders):
+        i = torch.tensor([k for k, order in enumerate(orders) if order == q])
+        nodes = [grid.at(i - j) for j in range(q)] + ([grid.at(i + 1)] if corrector else [])
+        keep, many, fresh = coefficients(grid.at(i + 1), nodes, predict, rule, eta)
+        rows = zip(keep.tolist(), zip(*(w.tolist() for w in many), strict=True), fresh.tolist(), strict=True)
+        found |= {k: Step(*row) for k, row in zip(i.tolist(), rows, strict=True)}
+    return [found[i] for i in range(len(orders))]
+
+
+def _check(order: int, predict: str, start: str = "lower") -> None:
+    if order not in _STAGES:
+        raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
+    if predict not in ("data", "noise"):
+        raise ValueError(f'predict must be "data" or "noise", got {predict!r}')
+    if start not in ("singlestep", "lower"):
+        raise ValueError(f'start must be "singlestep" or "lower", got {start!r}')
+
+
+@dataclass(frozen=True)
+class DPMSolver(Sampler):
+    """DPM-Solver-1, 2 and 3: singlestep exponential integrators, of as many evaluations per step as their order.
+
+    Lu et al. 2022 (arXiv:2206.00927), algorithms 1-2 and section 3.1, with r1 = 1/2, or r1 = 1/3 and r2 = 2/3; with
+    ``predict="data"`` DPM-Solver++'s (arXiv:2211.01095, appendix A). A step to clean data is of order 1 (DDIM's).
+
+    Raises ValueError for another order or prediction.
+    """
+
+    order: int = 2
+    predict: Prediction = "noise"
+
+    def __post_init__(self) -> None:
+        _check(self.order, self.predict)
+
+    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        first = estimate(model, x, t, self.predict)
+        return singlestep(model, x, t, s, self.order, self.predict, first)
+
+
+@dataclass(frozen=True)
+class Multistep(Sampler):
+    """DPM-Solver++(2M) and (3M), their SDE forms, and DEIS: one evaluation per step, interpolated with those before.
+
+    Lu et al. 2022b (arXiv:2211.01095), algorithm 2 and appendix B; ``eta=1`` is SDE-DPM-Solver++ (section 4), other
+    values have that much of the reverse SDE's noise, all with the same marginals; ``predict="noise"`` is DEIS with
+    polynomials in log(sigma/alpha) (Zhang & Chen 2022, arXiv:2204.13902, tAB in that variable). Order 1 is `DDIM`, with
+    eta = 1 `Ancestral`. With noise two orders are the most, weakly: one normal number per step says no more of a path.
+
+    Args:
+        order: 1, 2 or 3.
+        predict: what is interpolated.
+        eta: 0 draws no noise.
+        rule: "exact" weights, or DPM-Solver++'s "published" ones (see `weights`), with which order 3 is 2.
+        start: of order 3 without noise: "singlestep" takes the first step by an intermediate evaluation more; "lower"
+            takes it at order 1, as the published code does, with which order 3 is 2 on ever finer grids.
+
+    On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
+    Raises ValueError for other settings, or noise with noise prediction.
+    """
+
+    order: int = 2
+    predict: Prediction = "data"
+    eta: float = 0.0
+    rule: Literal["exact", "published"] = "exact"
+    start: Start = "singlestep"
+
+    def __post_init__(self) -> None:
+        _check(self.order, self.predict, self.start)
+        if self.rule not in ("exact", "published"):
+            raise ValueError(f'rule must be "exact" or "published", got {self.rule!r}')
+        if self.eta < 0 or (self.eta > 0 and self.predict == "noise"):
+            raise ValueError(f'eta must be 0, or above with predict="data", got {self.eta} with {self.predict!r}')
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        allowed = orders(model.sde, times, self.order)
+        steps = plan(model.sde, times, allowed, self.predict, self.rule, self.eta)
+        # A first step of local error h² is all right for order 2; order 3 needs h³.
+        single = self.start == "singlestep" and self.eta == 0 and max(allowed) == 3
+        past: list[Tensor] = []  # newest first
+        for i, (t, s) in enumerate(pairwise(times)):
+            past = [estimate(model, x, t, self.predict), *past[: self.order - 1]]
+            if i == 0 and single:
+                x = singlestep(model, x, t, s, 2, self.predict, past[0])
+            else:
+                x = advance(x, past, steps[i])
+            if fresh := float(steps[i].fresh):
+                x.add_(noise(x), alpha=fresh)
+            yield x
+
+
+@dataclass(frozen=True)
+class UniPC(Sampler):
+    """UniPC-p: a multistep predictor of order p, then corrected with the next evaluation to order p + 1.
+
+    Zhao et al. 2023 (arXiv:2302.04867), algorithms 5-8. One evaluation per step: the one at the predicted point serves
+    the correction of that point and the next step. The last point is not corrected.
+
+    Args:
+        order: p, 1, 2 or 3.
+        variant: "b1" or "b2", their B(h) = h or exp(h) - 1.
+        predict: what is interpolated.
+        start: of p = 3: "singlestep" takes the first step by two evaluations more; "lower" at order 1, as the published
+            code does, with which the order is 3 on ever finer grids.
+
+    On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
+    Raises ValueError for other settings.
+    """
+
+    order: int = 3
+    variant: Literal["b1", "b2"] = "b2"
+    predict: Prediction = "data"
+    start: Start = "singlestep"
+
+    def __post_init__(self) -> None:
+        _check(self.order, self.predict, self.start)
+        if self.variant not in ("b1", "b2"):
+            raise ValueError(f'variant must be "b1" or "b2", got {self.variant!r}')
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        allowed = orders(model.sde, times, self.order)
+        steps = plan(model.sde, times, allowed, self.predict, self.variant)
+        corrections = plan(model.sde, times[:-1], allowed[:-1], self.predict, self.variant, corrector=True)
+        single = self.start == "singlestep" and max(allowed) == 3
+        past: list[Tensor] = []  # newest first
+        before = x
+        for i, (t, s) in enumerate(pairwise(times)):
+            new = estimate(model, x, t, self.predict)
+            if i > 0 and not (i == 1 and single):
+                x = advance(before, [*past[: allowed[i - 1]], new], corrections[i - 1])
+            before, past = x, [new, *past[: self.order - 1]]
+            if i == 0 and single:
+                x = singlestep(model, x, t, s, 3, self.predict, new)
+            else:
+                x = advance(x, past, steps[i])
+            yield x

@@ -1,0 +1,70 @@
+"""Time grids fitted to a model and a solver, on a few trajectories."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..model import ScoreModel
+from ..sdes import SDE
+from .base import Sampler, default_state, noise_source
+from .exponential import Multistep
+from .times import karras, log_snr, quadratic, uniform
+
+_MOVES = (1 / 2, 1 / 4, 1 / 8)  # of the way to the next node, in log SNR
+
+
+@torch.no_grad()
+def fit_times(
+    model: ScoreModel,
+    sampler: Sampler,
+    n: int,
+    shape: tuple[int, ...],
+    *,
+    sde: SDE | None = None,
+    fine: int = 256,
+    seed: int = 0,
+) -> Tensor:
+    """n + 1 decreasing times from 1 to t_min, on which this solver leads this model's trajectories best to their ends.
+
+    The ends are those of a third-order solver on a fine grid. The best of the grids of `times` is taken to begin with;
+    then each node in turn is moved in log SNR, by a half, a quarter and an eighth of the way to its neighbours,
+    wherever that brings the mean distance from the ends down: 6 n² evaluations of the batch for a solver of one per
+    step, after 256 for the ends. On the trajectories of the fit the result is at least as good as every grid of
+    `times`. The aim is that of Sabour et al. 2024 (arXiv:2404.14507), who minimise a bound on the distance of laws.
+
+    Args:
+        model: any score model.
+        sampler: a deterministic one, which will walk the grid.
+        n: number of steps.
+        shape: (B, *shape) of the trajectories; a few tens are enough, more in few dimensions.
+        sde: the model's, with the t_min at which to stop; by default the model's own.
+        fine: steps of the fine grid.
+        seed: of the trajectories.
+
+    Raises ValueError for a sampler that draws noise, for n below 1, and for an SDE with sigma(t_min) = 0.
+    """
+    sde = sde or model.sde
+    dtype, device = default_state(model, None, None)
+    x = model.sde.prior(tuple(shape), noise_source(tuple(shape), seed, 0, dtype, device))
+    *_, ends = Multistep(3).walk(model, x, log_snr(sde, fine), _refuse)
+
+    def distance(grid: Tensor) -> float:
+        *_, y = sampler.walk(model, x, grid, _refuse)
+        return float((y - ends).flatten(1).square().mean(1).sqrt().mean().nan_to_num(torch.inf))
+
+    grids = [uniform(sde, n), quadratic(sde, n), log_snr(sde, n), *(karras(sde, n, rho) for rho in (3.0, 7.0, 15.0))]
+    least, grid = min(((distance(grid), grid) for grid in grids), key=lambda pair: pair[0])
+    for move in _MOVES:
+        for i in range(1, n):
+            for neighbour in (i - 1, i + 1):
+                trial = grid.clone()
+                trial[i] = sde.time(torch.lerp(sde.log_snr(grid[i]), sde.log_snr(grid[neighbour]), move))
+                found = distance(trial)
+                if found < least:
+                    least, grid = found, trial
+    return grid
+
+
+def _refuse(like: Tensor) -> Tensor:
+    raise ValueError("fit_times needs a sampler that draws no noise: its trajectories would not have one end each")

@@ -1,0 +1,55 @@
+"""EDM's stochastic sampler: Heun's steps, before each of which some noise is put back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from ..model import ScoreModel
+from ..sdes import Noise, add_, like
+from .base import Sampler
+from .deterministic import Heun
+
+
+@dataclass(frozen=True)
+class Churn(Sampler):
+    """Karras et al. 2022 (arXiv:2206.00364), algorithm 2, on any SDE: its sigma is sigma/alpha here, its x is x/alpha.
+
+    At noise levels r = sigma/alpha in [low, high] noise of deviation `inflate` sqrt(r'² - r²) takes x up to
+    r' = r (1 + gamma), gamma = min(churn/n, sqrt(2) - 1) for n steps; from there `Heun` steps to the next time. Noise
+    is never raised above that at t = 1, which no model has seen. With churn = 0 nothing is drawn and it is `Heun`.
+
+    Args:
+        churn: S_churn, how much noise is put back over a whole walk.
+        low, high: S_tmin and S_tmax, between which it is.
+        inflate: S_noise, slightly above 1 against the loss of detail that networks cause.
+
+    Raises ValueError for values below 0, or low above high.
+    """
+
+    churn: float = 40.0
+    low: float = 0.0
+    high: float = math.inf
+    inflate: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.churn >= 0 and 0 <= self.low <= self.high and self.inflate >= 0):
+            raise ValueError(f"churn and inflate must be at least 0, and 0 <= low <= high, got {self}")
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        sde, gamma = model.sde, min(self.churn / (len(times) - 1), math.sqrt(2) - 1)
+        most = sde.log_snr(torch.ones((), dtype=torch.float64))
+        for t, s in pairwise(times):
+            r = sde.sigma(t) / sde.alpha(t)
+            if gamma > 0 and self.low <= float(r) <= self.high:
+                u = sde.time(torch.maximum(sde.log_snr(t) - 2 * math.log1p(gamma), most))
+                if u > t:
+                    scale, std = sde.transition(t, u)
+                    x, t = add_(like(scale, x) * x, self.inflate * std, noise(x)), u
+            x = Heun().step(model, x, t, s, noise)
+            yield x
