@@ -232,7 +232,7 @@ def run_likelihood(
     eval.estimate says by which road: the probability-flow ODE or the SDE's variational bound, here, or a chain's
     variational bound, `run_bound`. `likelihood.npz` has `bits_per_dim` (images, dequantisations), `log_prob`, the same
     in nats, and `std_error`, in nats over probes or draws; the stamp has their mean, and its errors apart (see
-    `_errors`). Row j of the work is image j % n in dequantisation j // n, so that a run that was stopped early has gone
+    `reported`). Row j of the work is image j % n in dequantisation j // n, so that a run that was stopped early has gone
     once over as many images as it could.
     """
     e = config.eval
