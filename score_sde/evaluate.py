@@ -236,8 +236,8 @@ def run_likelihood(
     eval.estimate says by which road: the probability-flow ODE or the SDE's variational bound, here, or a chain's
     variational bound, `run_bound`. `likelihood.npz` has `bits_per_dim` (images, dequantisations), `log_prob`, the same
     in nats, and `std_error`, in nats over probes or draws; the stamp has their mean, and its errors apart (see
-    `_errors`). Row j of the work is image j % n in dequantisation j // n, so that a run that was stopped early has gone
-    once over as many images as it could.
+    `reported`). Row j of the work is image j % n in dequantisation j // n, so that a run that was stopped early has
+    gone once over as many images as it could.
     """
     e = config.eval
     if e.estimate == "bound" or (e.estimate == "auto" and not config.training.continuous):
@@ -381,9 +381,7 @@ def _dequantiser(
         path = dequantiser_path(workdir, checkpoint, e.weights)
         law, header = load_dequantiser(path)
         if header.get("checkpoint_sha256") != file_hash(checkpoint) or law.t_min != e.t_min or law.codec != codec:
-            raise ValueError(
-                f"{path} was fitted to another checkpoint or t_min; run --mode dequantize again"
-            )
+            raise ValueError(f"{path} was fitted to another checkpoint or t_min; run --mode dequantize again")
         law, about["dequantizer_sha256"] = law.to(next(model.parameters()).device), file_hash(path)
     sentence = f", {e.dequantization.replace('_', ' ')} dequantisation"
     if e.importance_samples > 1:

@@ -5,9 +5,9 @@ trained on (Nalisnick et al. 2019, arXiv:1810.09136). Two corrections, both of n
 
 - typicality, how far the bits are from their mean over the data, on either side (Nalisnick et al. 2019b,
   arXiv:1906.02994, with one example at a time);
-- bits less those of a baseline that knows only how complex the example is: of a background model, such as the Gaussian
-  with the training images' covariance (Ren et al. 2019, arXiv:1906.02845), or of a lossless compressor (Serrà et al.
-  2020, arXiv:1909.11480). It is a difference, and needs no function here.
+- bits less those of something that knows only how complex an example is: a lossless compressor (Serrà et al. 2020,
+  arXiv:1909.11480), or a background model that was trained on what is foreign too (Ren et al. 2019, arXiv:1906.02845).
+  It is a difference, and needs no function here.
 """
 
 from __future__ import annotations
