@@ -22,7 +22,6 @@ from .flows import ProbabilityFlow
 from .model import ScoreModel
 from .ode import Solver, integrate
 from .samplers.base import example_generators
-from .sdes import like
 
 
 class HeatMap(NamedTuple):
@@ -76,14 +75,12 @@ def heat_map(
     def field(t: Tensor, state: Tensor) -> Tensor:
         with torch.enable_grad():
             y = state[:, 0].to(x.dtype).reshape(x.shape).requires_grad_(True)
-            h, linear, gain = flow.parts(t, y)
+            velocity = flow(t, y)
             terms = torch.zeros_like(x)
             for direction in e:
-                (product,) = torch.autograd.grad(h, y, direction, retain_graph=True, materialize_grads=True)
+                (product,) = torch.autograd.grad(velocity, y, direction, retain_graph=True, materialize_grads=True)
                 terms = terms + share * direction * product
-        velocity = like(linear, y) * y.detach() + like(gain, y) * h.detach()
-        terms = like(linear, y) + like(gain, y) * terms
-        return torch.stack([velocity.flatten(1), terms.flatten(1)], 1).to(wide)
+        return torch.stack([velocity.detach().flatten(1), terms.flatten(1)], 1).to(wide)
 
     start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)
     end, nfe = integrate(field, start, t_min, 1.0, solver=solver or Solver(), sde=sde)
