@@ -27,7 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     p.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps: what it looks like, not what is true")
     p.add_argument("--steps", type=int, help="of every experiment, instead of the data set's own number")
-    p.add_argument("--seeds", type=int, default=None, help="repetitions of every experiment, instead of the data's own")
+    p.add_argument("--seeds", type=int, default=1, help="repetitions of every experiment (1)")
     p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes of one thread each (2)")
     p.add_argument("--workdir", type=Path, default=Path("runs/laboratory"), help="where experiments are kept")
     p.add_argument("--page", type=Path, help="default docs/laboratory.md for all in full, else WORKDIR/laboratory.md")
@@ -40,8 +40,8 @@ def plan(options: argparse.Namespace) -> list[Job]:
     for name in options.data:
         data = DATA[name]
         steps = options.steps or max(data.steps // (QUICK if options.quick else 1), 2)
-        seeds = options.seeds or (1 if options.quick else data.seeds)
-        jobs += [Job(name, o, seed, steps) for seed in range(seeds) for o in options.objectives if affordable(name, o)]
+        mine = [o for o in options.objectives if affordable(name, o)]
+        jobs += [Job(name, o, seed, steps) for seed in range(options.seeds) for o in mine]
     return sorted(jobs, key=lambda job: (job.seed, -weight(job)))
 
 

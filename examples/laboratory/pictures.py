@@ -37,7 +37,7 @@ def fields(results: Sequence[Result], base: Path, path: Path) -> None:
     names = list(shown)
     run = list(dict.fromkeys(o for row in shown.values() for o in row))
     objectives = [o for o in FIELDS_OF if o in run] or run[:5]
-    figure, axes = _grid(len(names), 1 + len(objectives), 1.9)
+    figure, axes = _grid(len(names), 1 + len(objectives), 1.75)
     grid = torch.linspace(-REACH, REACH, 121, dtype=torch.float64)
     plane = torch.cartesian_prod(grid, grid)
     for row, name in zip(axes, names):
@@ -246,9 +246,9 @@ def _wrapped(title: str) -> str:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    """In 256 colours, which is a third of the file."""
+    """In 48 colours, which is a fifth of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=100)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(48, dither=Image.Dither.NONE).save(path, optimize=True)
