@@ -26,12 +26,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     p.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     p.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps: what it looks like, not what is true")
-    p.add_argument("--steps", type=int, help="of every experiment, instead of the data set's own number")
-    p.add_argument("--seeds", type=int, default=1, help="repetitions of every experiment (1)")
-    p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes of one thread each (2)")
+    p.add_argument("--steps", type=_at_least_1, help="of every experiment, instead of the data set's own number")
+    p.add_argument("--seeds", type=_at_least_1, default=1, help="repetitions of every experiment (1)")
+    p.add_argument(
+        "--workers", type=_at_least_1, default=min(2, os.cpu_count() or 1), help="processes of one thread each (2)"
+    )
     p.add_argument("--workdir", type=Path, default=Path("runs/laboratory"), help="where experiments are kept")
     p.add_argument("--page", type=Path, help="default docs/laboratory.md for all in full, else WORKDIR/laboratory.md")
     return p
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
@@ -42,6 +50,11 @@ def plan(options: argparse.Namespace) -> list[Job]:
         steps = options.steps or max(data.steps // (QUICK if options.quick else 1), 2)
         mine = [o for o in options.objectives if affordable(name, o)]
         jobs += [Job(name, o, seed, steps) for seed in range(options.seeds) for o in mine]
+    if not jobs:
+        raise ValueError(
+            "implicit on digits takes 64 products in every step and is left out, so nothing is to be run: take sliced, "
+            "or data in the plane"
+        )
     return sorted(jobs, key=lambda job: (job.seed, -weight(job)))
 
 
