@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from .experiment import Job, read
 from .page import write_page
 from .subjects import DATA, OBJECTIVES, affordable
@@ -78,6 +80,7 @@ def main(arguments: list[str]) -> Path:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the pictures' tensors are small
     try:
         main(sys.argv[1:])
     except (ValueError, FileNotFoundError, FloatingPointError) as error:
