@@ -8,6 +8,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from .experiment import Job, read
 from .page import write_page
 from .subjects import DATA, OBJECTIVES, affordable
@@ -26,12 +28,20 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--data", nargs="+", choices=list(DATA), default=list(DATA))
     p.add_argument("--objectives", nargs="+", choices=list(OBJECTIVES), default=list(OBJECTIVES))
     p.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps: what it looks like, not what is true")
-    p.add_argument("--steps", type=int, help="of every experiment, instead of the data set's own number")
-    p.add_argument("--seeds", type=int, default=None, help="repetitions of every experiment, instead of the data's own")
-    p.add_argument("--workers", type=int, default=min(2, os.cpu_count() or 1), help="processes of one thread each (2)")
+    p.add_argument("--steps", type=_at_least_1, help="of every experiment, instead of the data set's own number")
+    p.add_argument("--seeds", type=_at_least_1, default=1, help="repetitions of every experiment (1)")
+    p.add_argument(
+        "--workers", type=_at_least_1, default=min(2, os.cpu_count() or 1), help="processes of one thread each (2)"
+    )
     p.add_argument("--workdir", type=Path, default=Path("runs/laboratory"), help="where experiments are kept")
     p.add_argument("--page", type=Path, help="default docs/laboratory.md for all in full, else WORKDIR/laboratory.md")
     return p
+
+
+def _at_least_1(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be an integer of at least 1, got {text!r}")
+    return int(text)
 
 
 def plan(options: argparse.Namespace) -> list[Job]:
@@ -40,8 +50,13 @@ def plan(options: argparse.Namespace) -> list[Job]:
     for name in options.data:
         data = DATA[name]
         steps = options.steps or max(data.steps // (QUICK if options.quick else 1), 2)
-        seeds = options.seeds or (1 if options.quick else data.seeds)
-        jobs += [Job(name, o, seed, steps) for seed in range(seeds) for o in options.objectives if affordable(name, o)]
+        mine = [o for o in options.objectives if affordable(name, o)]
+        jobs += [Job(name, o, seed, steps) for seed in range(options.seeds) for o in mine]
+    if not jobs:
+        raise ValueError(
+            "implicit on digits takes 64 products in every step and is left out, so nothing is to be run: take sliced, "
+            "or data in the plane"
+        )
     return sorted(jobs, key=lambda job: (job.seed, -weight(job)))
 
 
@@ -65,6 +80,7 @@ def main(arguments: list[str]) -> Path:
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # the pictures' tensors are small
     try:
         main(sys.argv[1:])
     except (ValueError, FileNotFoundError, FloatingPointError) as error:

@@ -55,7 +55,7 @@ LEVELS = torch.logspace(math.log10(SMALLEST), math.log10(LARGEST), 25, dtype=tor
 POINTS, DRAWN = 1000, 2000  # held-out points of each measure, and samples drawn
 IMAGES, DIGITS_DRAWN = 200, 300
 PROJECTIONS = 64
-TERMS = 20  # of a chain's bound, drawn for each image
+TERMS = 100  # of a chain's bound, drawn for each image
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Job:
 
     def folder(self, base: Path) -> Path:
         """Its own for every change of settings, version and measures."""
-        measures = [LEVELS.tolist(), POINTS, DRAWN, IMAGES, DIGITS_DRAWN]
+        measures = [LEVELS.tolist(), POINTS, DRAWN, IMAGES, DIGITS_DRAWN, PROJECTIONS, TERMS]
         made_from = {"config": configs.to_json(self.config()), "version": score_sde.__version__, "measures": measures}
         return folder_for(base, f"{self.data}-{self.objective}-{self.seed}", {**asdict(self), **made_from})
 
@@ -206,20 +206,20 @@ def _measure_digits(model: ScoreModel, config: ConfigDict) -> tuple[dict[str, fl
     data = load_data("digits")
     codec = PixelCodec(17)
     sde, k = model.sde, data.test.x[torch.arange(len(data.test.x))]
-    x0 = codec.encode(k, torch.rand(k.shape, generator=torch.Generator().manual_seed(0)))
+    levels = not config.data.uniform_dequantization  # trained on the levels themselves, to decode them
+    x0 = codec.encode(k, None if levels else torch.rand(k.shape, generator=torch.Generator().manual_seed(0)))
     z = torch.randn(k.shape, generator=torch.Generator().manual_seed(1))
     at = [time_of(sde, r) for r in LEVELS.tolist()]
     with torch.no_grad():
         loss = torch.stack([losses.denoising(model, x0, t.expand(len(x0)), z, losses.simple).mean() for t in at])
-    if config.data.uniform_dequantization:
+    if levels:  # they have no density, and the model's likelihood is that of its chain, by the bound
+        chain, variance = build_bound_times(config, sde), config.sampling.variance
+        each = chain_bound(
+            model, x0[:IMAGES], chain, variance=variance, levels=codec.levels, terms=TERMS
+        ).bits_per_dim()
+    else:
         likelihood = log_likelihood(model, x0[:IMAGES], t_min=at[0].item(), rtol=1e-3, atol=1e-3)
         each = likelihood.bits_per_dim(codec.levels)
-    else:  # trained on the levels themselves, to decode them: its likelihood is that of its chain, by the bound
-        chain = build_bound_times(config, sde)
-        variance = config.sampling.variance
-        each = chain_bound(
-            model, codec.encode(k[:IMAGES]), chain, variance=variance, levels=codec.levels, terms=TERMS
-        ).bits_per_dim()
     bits, error = mean_and_error(each.double().numpy())
     x = codec.decode(draw(model, Heun(), 20, (DIGITS_DRAWN, *data.shape)))
     sure, _, classes = confidence(data, x.permute(0, 2, 3, 1).numpy())

@@ -90,16 +90,16 @@ def _table(name: str, results: Sequence[Result]) -> str:
     steps, seeds = own[0].job.steps, {r.job.seed for r in own}
     config = own[0].job.config()
     said = f"`configs/{DATA[name].config}.py`; {steps} steps of {config.training.batch_size} examples; " + (
-        f"{len(seeds)} seeds: mean ± their standard deviation." if len(seeds) > 1 else "one seed."
+        f"{len(seeds)} seeds: mean ± their standard deviation."
+        if len(seeds) > 1
+        else "one seed, and ± the standard error over held-out examples."
     )
     columns = _COLUMNS["digits" if name == "digits" else "plane"]
     rows = [("the truth" if name != "digits" else "held-out digits", *_reference(name))]
     for objective, o in OBJECTIVES.items():
         numbers = [r.numbers for r in own if r.job.objective == objective]
         if numbers:
-            rows.append(
-                (o.label, *(_cell([n[key] for n in numbers if key in n], digits) for _, key, digits in columns))
-            )
+            rows.append((o.label, *(_cell(numbers, key, digits) for _, key, digits in columns)))
     return f"{said}\n\n{_markdown(('objective', *(head for head, *_ in columns)), rows)}"
 
 
@@ -140,11 +140,13 @@ def _sure_of_real() -> float:
     return confidence(data, data.test.x[torch.arange(len(data.test.x))].permute(0, 2, 3, 1).numpy())[1]
 
 
-def _cell(values: Sequence[float], digits: int) -> str:
-    if not values:
-        return "—"
-    mean = f"{statistics.fmean(values):.{digits}f}"
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
+def _cell(numbers: Sequence[dict[str, float]], key: str, digits: int) -> str:
+    """The mean over seeds ± their standard deviation; of one seed the value, ± its standard error where it has one."""
+    values = [n[key] for n in numbers]
+    mean, error = f"{statistics.fmean(values):.{digits}f}", numbers[0].get(f"{key}_error")
+    if len(values) > 1:
+        error = statistics.stdev(values)
+    return mean if error is None else f"{mean} ± {error:.{digits}f}"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

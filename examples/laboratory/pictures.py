@@ -24,6 +24,7 @@ from .subjects import DATA, OBJECTIVES
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 REACH = 1.5  # pictures of the plane show [-REACH, REACH]²
@@ -37,14 +38,14 @@ def fields(results: Sequence[Result], base: Path, path: Path) -> None:
     names = list(shown)
     run = list(dict.fromkeys(o for row in shown.values() for o in row))
     objectives = [o for o in FIELDS_OF if o in run] or run[:5]
-    figure, axes = _grid(len(names), 1 + len(objectives), 1.9)
+    figure, axes = _grid(len(names), 1 + len(objectives), 1.65)
     grid = torch.linspace(-REACH, REACH, 121, dtype=torch.float64)
     plane = torch.cartesian_prod(grid, grid)
     for row, name in zip(axes, names):
         exact = EXACT[name](VP)
         truth = noise_at(exact, plane, FIELD)
         density = exact.log_prob(*_state(exact, plane, FIELD)).exp().reshape(121, 121).T
-        row[0].imshow(density, origin="lower", extent=_EXTENT, cmap="Blues")
+        row[0].imshow(density, origin="lower", extent=_EXTENT, cmap=_steps("Blues"))
         _arrows(row[0], truth)
         row[0].set_ylabel(DATA[name].label)
         for axis, objective in zip(row[1:], objectives):
@@ -54,7 +55,7 @@ def fields(results: Sequence[Result], base: Path, path: Path) -> None:
             learned = noise_at(checkpoint.load(shown[name][objective].job.folder(base)), plane, FIELD)
             error = (learned - truth).norm(dim=1).reshape(121, 121).T
             error[density < 0.02 * density.max()] = math.nan  # where no data come: nothing is learned there
-            picture = axis.imshow(error, origin="lower", extent=_EXTENT, cmap="Reds", vmin=0, vmax=1)
+            picture = axis.imshow(error, origin="lower", extent=_EXTENT, cmap=_steps("Reds"), vmin=0, vmax=1)
             _arrows(axis, learned)
     for axis, title in zip(axes[0], ["exact", *(OBJECTIVES[o].label for o in objectives)]):
         axis.set_title(_wrapped(title), fontsize=8)
@@ -76,11 +77,11 @@ def _state(model: ScoreModel, y: Tensor, level: float) -> tuple[Tensor, Tensor]:
 
 
 def _arrows(axis: Axes, noise: Tensor) -> None:
-    """Arrows along the score, to where the data lie, at every sixth point of the grid; long ones are cut to 2."""
+    """Arrows along the score, to where the data lie, at every eighth point of the grid; long ones are cut to 2."""
     field = -noise * (2 / noise.norm(dim=1, keepdim=True)).clamp(max=1)
-    field = field.reshape(121, 121, 2)[::6, ::6]
-    at = np.linspace(-REACH, REACH, 121)[::6]
-    axis.quiver(*np.meshgrid(at, at), field[..., 0].T, field[..., 1].T, angles="xy", scale=35, width=0.005)
+    field = field.reshape(121, 121, 2)[::8, ::8]
+    at = np.linspace(-REACH, REACH, 121)[::8]
+    axis.quiver(*np.meshgrid(at, at), field[..., 0].T, field[..., 1].T, angles="xy", scale=28, width=0.006)
 
 
 def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> None:
@@ -90,13 +91,13 @@ def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> 
     """
     shown = {name: row[objective] for name, row in _first_of_each(results, "excess").items() if objective in row}
     figure, axes = plt.subplots(
-        len(shown), 4, figsize=(11.5, 2.0 * len(shown) + 0.4), layout="constrained", squeeze=False, sharey=True
+        len(shown), 4, figsize=(11.5, 1.8 * len(shown) + 0.4), layout="constrained", squeeze=False, sharey=True
     )
     for row, (name, result) in zip(axes, shown.items()):
         learned = checkpoint.load(result.job.folder(base))
         density = _marginals(name)
         for axis, sampler, model in zip(row, SAMPLERS, (EXACT[name](VP), learned) * 2):
-            axis.imshow(density, extent=(1, 0, -_TALL, _TALL), aspect="auto", cmap="Greys", vmax=1.2)
+            axis.imshow(density, extent=(1, 0, -_TALL, _TALL), aspect="auto", cmap=_steps("Greys"), vmin=0, vmax=1.2)
             t, walked = _paths(model, sampler, 500, _WALKERS)
             for j, colour in enumerate(plt.colormaps["turbo"](np.linspace(0.05, 0.95, _WALKERS))):
                 axis.plot(t.sqrt(), walked[:, j, 0], color=colour, linewidth=0.7)
@@ -245,10 +246,15 @@ def _wrapped(title: str) -> str:
     return title.replace(", ", ",\n").replace("likelihood weighting", "likelihood\nweighting")
 
 
+def _steps(name: str) -> Colormap:
+    """A colour map in ten steps: their edges are contours, and the file is small."""
+    return plt.get_cmap(name, 10)
+
+
 def _save(figure: Figure, path: Path) -> None:
-    """In 256 colours, which is a third of the file."""
+    """In 128 colours, which is a third of the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = BytesIO()
     figure.savefig(drawn, dpi=100)
     plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)

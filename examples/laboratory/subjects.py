@@ -13,13 +13,12 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 class Data(NamedTuple):
-    """A data set: its base config in configs/, what the laboratory sets there, a full run's steps and its seeds."""
+    """A data set: its base config in configs/, what the laboratory sets there, and a full run's steps."""
 
     label: str
     config: str
     settings: Mapping[str, str]
     steps: int
-    seeds: int = 1
 
 
 class Objective(NamedTuple):
@@ -54,14 +53,12 @@ DIGITS = {
 }
 
 DATA: dict[str, Data] = {
-    "ring": Data("eight Gaussians", "vp_toy", PLANE | {"data.dataset": "ring", "model.sigma_data": "0.71"}, 600, 2),
-    "moons": Data("two moons", "vp_toy", PLANE | {"data.dataset": "moons", "model.sigma_data": "0.57"}, 600, 2),
+    "ring": Data("eight Gaussians", "vp_toy", PLANE | {"data.dataset": "ring", "model.sigma_data": "0.71"}, 600),
+    "moons": Data("two moons", "vp_toy", PLANE | {"data.dataset": "moons", "model.sigma_data": "0.57"}, 600),
     "checkerboard": Data(
-        "checkerboard", "vp_toy", PLANE | {"data.dataset": "checkerboard", "model.sigma_data": "0.58"}, 600, 2
+        "checkerboard", "vp_toy", PLANE | {"data.dataset": "checkerboard", "model.sigma_data": "0.58"}, 600
     ),
-    "swiss_roll": Data(
-        "swiss roll", "vp_toy", PLANE | {"data.dataset": "swiss_roll", "model.sigma_data": "0.49"}, 600, 2
-    ),
+    "swiss_roll": Data("swiss roll", "vp_toy", PLANE | {"data.dataset": "swiss_roll", "model.sigma_data": "0.49"}, 600),
     "digits": Data("digits", "vp_digits", DIGITS, 400),
 }
 
