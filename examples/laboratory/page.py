@@ -1,35 +1,31 @@
-"""The page: a hand-written text in docs/laboratory.md whose marked blocks are the results of a run.
-
-A block begins with ``<!-- laboratory: NAME -->`` and ends with ``<!-- /laboratory -->``; what is between is replaced.
-"""
+"""The page: a hand-written text in docs/laboratory.md whose marked blocks are the results of a run."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import machine
 from score_sde.data import load_data
 from score_sde.metrics import sliced_wasserstein
 
+from ..pages import fill, table
 from . import pictures
 from .experiment import DIGITS_DRAWN, PROJECTIONS, Result, truth
 from .subjects import DATA, OBJECTIVES
 
 TEXT = Path(__file__).parents[2] / "docs" / "laboratory.md"
-_BLOCK = re.compile(r"(<!-- laboratory: (\w+) -->\n).*?(<!-- /laboratory -->)", re.DOTALL)
 PATHS = "log_snr"  # the objective whose model is walked in the picture of paths, if it was run, else the first
 
 
 def write_page(page: Path, results: Sequence[Result], base: Path, command: str) -> None:
     """Draw the pictures into `page`'s images/ and write the page with the results in its blocks."""
     blocks = {
-        "command": f"    {command}\n\n{_machine()}\n",
+        **dict.fromkeys(("samples", "levels", "fields", "paths"), _ABSENT),
+        "command": f"    {command}\n\n{machine(torch.device('cpu'))}; one thread a process.\n",
         "objectives": _objectives(results),
         **{name: _table(name, results) for name in DATA},
     }
@@ -37,9 +33,10 @@ def write_page(page: Path, results: Sequence[Result], base: Path, command: str) 
         file = page.parent / "images" / f"lab_{name}.png"
         draw(file)
         blocks[name] = f"![{caption}](images/{file.name})\n"
-    text = _BLOCK.sub(lambda m: f"{m[1]}{blocks.get(m[2], _ABSENT)}{m[3]}", TEXT.read_text())
-    page.parent.mkdir(parents=True, exist_ok=True)
-    page.write_text(text)
+    if page != TEXT:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(TEXT.read_text(encoding="utf-8"), encoding="utf-8")
+    fill(page, blocks)
 
 
 _ABSENT = "Not part of this run.\n"
@@ -60,17 +57,6 @@ def _pictures(results: Sequence[Result], base: Path) -> dict[str, tuple[Callable
     return found
 
 
-def _machine() -> str:
-    """Where the numbers are from."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.is_file() else ""
-    names = [line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return (
-        f"{names[0] if names else platform.processor()}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} "
-        f"cores; torch {torch.__version__}, Python {platform.python_version()}; one thread a process."
-    )
-
-
 def _objectives(results: Sequence[Result]) -> str:
     """What each objective sets beside the configs, as the command line has it."""
     used = {r.job.objective for r in results}
@@ -79,7 +65,7 @@ def _objectives(results: Sequence[Result]) -> str:
         if name in used:
             flags = " ".join(f"--config.{key}={value}" for key, value in o.settings.items())
             rows.append((f"`{name}`", o.label, f"`{flags}`" if flags else "nothing"))
-    return _markdown(("objective", "what", "sets"), rows)
+    return table(("objective", "what", "sets"), rows)
 
 
 def _table(name: str, results: Sequence[Result]) -> str:
@@ -100,7 +86,7 @@ def _table(name: str, results: Sequence[Result]) -> str:
         numbers = [r.numbers for r in own if r.job.objective == objective]
         if numbers:
             rows.append((o.label, *(_cell(numbers, key, digits) for _, key, digits in columns)))
-    return f"{said}\n\n{_markdown(('objective', *(head for head, *_ in columns)), rows)}"
+    return f"{said}\n\n{table(('objective', *(head for head, *_ in columns)), rows)}"
 
 
 _COLUMNS = {
@@ -147,8 +133,3 @@ def _cell(numbers: Sequence[dict[str, float]], key: str, digits: int) -> str:
     if len(values) > 1:
         error = statistics.stdev(values)
     return mean if error is None else f"{mean} ± {error:.{digits}f}"
-
-
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)

@@ -5,19 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from score_sde import Ancestral, Heun, Sampler, ScoreModel, checkpoint, times
 from score_sde.toys import EXACT, TOYS
 
+from ..pages import save
 from .experiment import LEVELS, VP, Result, exact_samples, time_of
 from .subjects import DATA, OBJECTIVES
 
@@ -60,7 +59,7 @@ def fields(results: Sequence[Result], base: Path, path: Path) -> None:
     for axis, title in zip(axes[0], ["exact", *(OBJECTIVES[o].label for o in objectives)]):
         axis.set_title(_wrapped(title), fontsize=8)
     figure.colorbar(picture, ax=axes[:, -1], label="length of the error, in units of the noise", shrink=0.5)
-    _save(figure, path)
+    save(figure, path)
 
 
 def noise_at(model: ScoreModel, y: Tensor, level: float) -> Tensor:
@@ -109,7 +108,7 @@ def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> 
     for axis in axes[-1]:
         at = (1, 0.25, 0.04, 0)
         axis.set(xticks=[math.sqrt(t) for t in at], xticklabels=at, xlabel="t")
-    _save(figure, path)
+    save(figure, path)
 
 
 SAMPLERS: tuple[Sampler, ...] = (Ancestral(), Ancestral(), Heun(), Heun())
@@ -164,7 +163,7 @@ def samples(results: Sequence[Result], path: Path) -> None:
                 axis.set_ylabel(_wrapped(label), fontsize=7)
             if i % half == 0:
                 axis.set_title(DATA[name].label, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 def _show_points(axis: Axes, x: Tensor) -> None:
@@ -207,7 +206,7 @@ def levels(results: Sequence[Result], path: Path) -> None:
     axes[0, 0].set_ylabel("mean squared error of the noise")
     axes[1, 0].set_ylabel("over the floor: σ² |s − s*|² / D")
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, fontsize=8)
-    _save(figure, path)
+    save(figure, path)
 
 
 _EXTENT = (-REACH, REACH, -REACH, REACH)
@@ -249,12 +248,3 @@ def _wrapped(title: str) -> str:
 def _steps(name: str) -> Colormap:
     """A colour map in ten steps: their edges are contours, and the file is small."""
     return plt.get_cmap(name, 10)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    """In 128 colours, which is a third of the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    drawn = BytesIO()
-    figure.savefig(drawn, dpi=100)
-    plt.close(figure)
-    Image.open(drawn).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
