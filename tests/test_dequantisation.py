@@ -138,7 +138,7 @@ def test_truncation_is_at_three_standard_deviations_where_there_is_a_time_for_it
             assert t > 1e-6 and TruncatedNormal(codec, sde, t).reach == pytest.approx(3, rel=1e-6)
     eight_bits = truncation_time(PixelCodec(256), VPSDE(), 3.02 * 256 / 255)
     log_snr = VPSDE().log_snr(at(eight_bits)).item()
-    assert log_snr == pytest.approx(13.3, abs=0.01)  # Zheng et al. 2023, whose bins are 2/256
+    assert log_snr == pytest.approx(13.3, abs=0.01)  # where Kingma et al. 2021 begin, with bins of 2/256
     assert truncation_time(PixelCodec(256), VESDE()) == 1e-5  # sigma_min is more than a third of half a bin
     assert truncation_time(PixelCodec(17), VPSDE(), least=0.2) == 0.2
 
