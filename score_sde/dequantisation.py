@@ -4,18 +4,19 @@ A model gives a density p of real numbers, and an image consists of levels k. Wi
 
     log P(k) = log integral of p over the bin >= E_q [log p(x) - log q(x | k)]
 
-(Theis et al. 2016, eq. 7, for a uniform q; Ho et al. 2019, arXiv:1902.00275, eq. 12, for any), and with K draws
+(Theis et al. 2016, eq. 7, for a uniform q; Ho et al. 2019, arXiv:1902.00275, for any), and with K draws
 
     log P(k) >= E log 1/K sum over i of p(x_i)/q(x_i | k),
 
-which never falls with K and has log P(k) itself as its limit (Burda et al. 2016, arXiv:1509.00519, theorem 1).
+which never falls with K and has log P(k) itself as its limit (Burda et al. 2016, arXiv:1509.00519,
+theorem 1; for dequantisation Hoogeboom et al. 2020, arXiv:2001.11235).
 
 A dequantiser is a callable ``(k, u) -> Dequantised``, a map from uniform numbers u in [0, 1) of k's shape into the bin
 of k, with an attribute `t_min`: the time whose state the result is.
 
 - `Uniform`: the bin itself, of the codec's (k + u)/levels.
 - `TruncatedNormal`: the noise that the data have at t_min, cut off at the bin, around the k/(levels - 1) of training.
-  A model that was trained without dequantisation has seen just that (Zheng et al. 2023, arXiv:2305.03935, section 4.2).
+  A model that was trained without dequantisation has seen just that (Zheng et al. 2023, arXiv:2305.03935).
 - `VariationalDequantiser`: a small flow, fitted to the model by `fit_dequantiser`.
 """
 
@@ -120,8 +121,8 @@ class TruncatedNormal:
 def truncation_time(codec: PixelCodec, sde: SDE, reach: float = 3.0, least: float = 1e-5) -> float:
     """The t_min at which half a bin is `reach` standard deviations of the noise, or `least` where that is later.
 
-    Zheng et al. 2023 take 3.02 for 8 bits, a log SNR of 13.3: more keeps on asking the model for noise that it can
-    hardly see, less cuts off much of what it was trained on.
+    For 8 bits that is at a log SNR of 13.3, where the schedule of Kingma et al. 2021 begins. A longer reach asks the
+    model for noise that it can hardly see, a shorter one cuts off much of what it was trained on.
     """
     target = torch.tensor(2 * math.log(reach / _half_bin(codec)), dtype=torch.float64)
     first = sde.log_snr(torch.tensor(least, dtype=torch.float64))
@@ -274,7 +275,7 @@ def dequantisation_loss(
 ) -> Tensor:
     """One draw of a bound on -log P(k), (B,) nats.
 
-    The variational bound of the SDE in the place of -log p(x), as in Song et al. 2021b, appendix F: differentiable in
+    The variational bound of the SDE in the place of -log p(x), as Song et al. 2021b train theirs: differentiable in
     the dequantiser, and in the model, where both are to be trained together.
 
     Args:

@@ -334,7 +334,7 @@ def test_pixels_are_dequantised_in_three_ways_and_by_several_draws(
 
 def test_a_heat_map_has_the_bits_of_its_images(trained: Path, images: Path) -> None:
     clear(trained, "likelihood")
-    tight = {"eval__rtol": 1e-4, "eval__atol": 1e-4, "eval__probes": 3, "eval__heat_map": 4, "eval__num_images": 5}
+    tight = {"eval__rtol": 1e-3, "eval__atol": 1e-3, "eval__probes": 2, "eval__heat_map": 4, "eval__num_images": 5}
     assert run(words("vp_digits", "likelihood", trained, images, **tight)) == 0
     _, arrays = result_of(trained)
     (folder,) = (trained / "likelihood").iterdir()

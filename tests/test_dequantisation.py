@@ -138,7 +138,7 @@ def test_truncation_is_at_three_standard_deviations_where_there_is_a_time_for_it
             assert t > 1e-6 and TruncatedNormal(codec, sde, t).reach == pytest.approx(3, rel=1e-6)
     eight_bits = truncation_time(PixelCodec(256), VPSDE(), 3.02 * 256 / 255)
     log_snr = VPSDE().log_snr(at(eight_bits)).item()
-    assert log_snr == pytest.approx(13.3, abs=0.01)  # Zheng et al. 2023, whose bins are 2/256
+    assert log_snr == pytest.approx(13.3, abs=0.01)  # where Kingma et al. 2021 begin, with bins of 2/256
     assert truncation_time(PixelCodec(256), VESDE()) == 1e-5  # sigma_min is more than a third of half a bin
     assert truncation_time(PixelCodec(17), VPSDE(), least=0.2) == 0.2
 
@@ -239,16 +239,20 @@ def test_the_bound_of_the_sde_is_on_the_same_scale_and_not_below_the_exact_numbe
     """
     sde = VPSDE(beta_max=60.0)
     model = Mixture(sde, [0.3, 0.7], torch.tensor([[-0.4, 0.1], [0.5, -0.6]], dtype=torch.float64), 0.1)
-    codec, n = PixelCodec(17), 400
+    codec, n = PixelCodec(17), 200
     k = codec.decode(model.sample(n, torch.Generator().manual_seed(0))[0].clamp(-1, 1))
-    for t_min, low, high in ((1e-4, -1e-3, 1e-3), (0.05, 0.01, 0.3)):
+    for t_min, low, high in ((1e-4, -1e-3, 1e-3), (0.1, 0.4, 0.8)):
         x, log_q = Uniform(codec, t_min)(k, uniform_numbers((n, 2), 1, 0)[0].double())
         exact = log_likelihood(model, x, probe="exact", t_min=t_min).bits_per_dim(17, codec.width)
-        bound = variational_bound(model, x, t_min=t_min, draws=200)
+        bound = variational_bound(model, x, t_min=t_min, draws=600)
         bits = bound.bits_per_dim(17, codec.width)
         torch.testing.assert_close(bits, (bound.total + log_q.sum(1)) / (2 * math.log(2)))
         error = bound.std_error.square().sum().sqrt() / n / (2 * math.log(2))
-        assert low - 4 * error < (bits - exact).mean() < high + 4 * error and error < 0.02
+        assert low - 4 * error < (bits - exact).mean() < high + 4 * error and error < 0.05, (
+            t_min,
+            (bits - exact).mean(),
+            error,
+        )
 
 
 # --- the flow, fitted
