@@ -36,7 +36,7 @@ def get_config() -> ConfigDict:
     model.ema_halflife = 10_000
 
     optim = config.optim
-    optim.lr = 2e-3
+    optim.lr = 6e-3
     optim.warmup = 50
     optim.decay = 0.5
     return config

@@ -16,10 +16,8 @@ def get_config() -> ConfigDict:
 
     training = config.training
     training.sde = "subvpsde"
-    training.n_iters = 1250
     training.likelihood_weighting = True
     training.time = "importance"
-    training.snapshot_freq = 250
 
     config.model.t_min = 1e-2
     config.sampling.t_min = 1e-2

@@ -12,16 +12,20 @@ def get_config() -> ConfigDict:
 
     training = config.training
     training.sde = "learned"
-    training.n_iters = 1250
     training.likelihood_weighting = True
     training.time = "uniform"
-    training.snapshot_freq = 250
 
-    config.model.t_min = 0.0
-    config.model.gamma_min = -13.3
-    config.model.fourier_features = (3, 4)
     config.sampling.t_min = 0.0
+    config.eval.estimate = "bound"
+    config.eval.terms = 100
     config.eval.t_min = 0.0
+    config.data.uniform_dequantization = False
+
+    model = config.model
+    model.t_min = 0.0
+    model.gamma_min = -8.0
+    model.learn_ends = True
+    model.fourier_features = (3, 4)
 
     config.optim.grad_clip = 20.0
     return config
