@@ -37,11 +37,12 @@ def get_config() -> ConfigDict:
     model = config.model
     model.sigma_max = 4.81
     model.num_scales = 22
-    model.nf = 16
+    model.nf = 32
     model.ema_halflife = 10_000
 
     optim = config.optim
-    optim.lr = 6e-3
-    optim.warmup = 50
+    optim.lr = 2e-3
+    optim.warmup = 100
+    optim.grad_clip = 10.0
     optim.decay = 0.5
     return config
