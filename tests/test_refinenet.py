@@ -358,6 +358,26 @@ def test_the_loss_is_half_sigma_squared_times_the_score_s_error(name):
     torch.testing.assert_close(loss, sigma**2 / 2 * error, rtol=1e-10, atol=0)
 
 
+@pytest.mark.parametrize("name", ["ncsn_cifar", "ncsnv2_cifar"])
+def test_sliced_score_matching_is_weighted_alike_on_every_level(name):
+    """sigma² (v·∂(v·s) + |s|²/2) at x0 + sigma z, up to half the dimension (Song & Ermon 2019, section 4.2)."""
+    config = config_of(name, training__objective="sliced_vr", training__projections=2)
+    model, n = build_model(config, (3, 8, 8)).double(), config.model.num_scales
+    x0, z = numbers(2, 3, 3, 8, 8)
+    v = numbers(3, 2, 3, 8, 8, seed=1)
+    index = torch.tensor([0, n // 2, n - 1])
+    t, sigma = (index + 1).double() / n, build_chain(config).sigmas[index]
+    x = (x0 + sigma[:, None, None, None] * z).requires_grad_()
+    s = model.score(x, t)
+    slopes = []
+    for direction in v.sign().unbind(1):
+        (product,) = torch.autograd.grad((s * direction).sum(), x, retain_graph=True)
+        slopes.append((product * direction).flatten(1).sum(1))
+    expected = sigma**2 * (torch.stack(slopes).mean(0) + s.square().flatten(1).sum(1) / 2) + x0[0].numel() / 2
+    loss, _ = Objective(model, config)(x0, t, z, v)
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
