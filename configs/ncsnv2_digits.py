@@ -44,5 +44,5 @@ def get_config() -> ConfigDict:
     optim.lr = 2e-3
     optim.warmup = 100
     optim.grad_clip = 10.0
-    optim.decay = 0.5
+    optim.decay = 0.8
     return config
