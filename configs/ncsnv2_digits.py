@@ -1,4 +1,14 @@
-"""NCSNv2 on handwritten digits, 8x8."""
+"""NCSNv2 on handwritten digits, 8x8: 22 noise levels and the Langevin step by the paper's rules; six minutes.
+
+Song & Ermon 2020 (arXiv:2006.09011) as in ncsnv2_cifar, its RefineNet with 32 channels instead of 128. Levels and step
+are what --mode scan suggests: from 4.81, the largest distance of two digits, to 0.01, neighbours overlap by half;
+five Langevin steps on each. Departures: 1,500 steps of 64 images, learning rate 2e-3 that rises over 100 steps
+and falls to 0 over the last four fifths, gradients clipped at 10 (with 6e-3 and no clipping training diverged).
+
+It reaches 2.259 bits/dim by the ODE, but only 11 % of samples that look like digits by a classifier that is more than
+90 % sure (a Gaussian's: 10 %); by eye about half can be read. The network is told no noise level, and what it learns
+in these minutes is less than what ncsn_digits does.
+"""
 
 from pathlib import Path
 
@@ -17,7 +27,7 @@ def get_config() -> ConfigDict:
     training.snapshot_sampling = False
 
     sampling = config.sampling
-    sampling.step_lr = 2.35e-5
+    sampling.step_lr = 2.35e-5  # technique 4, for five steps on a level
     sampling.steps = 22
     sampling.num_samples = 100
     sampling.batch_size = 100
