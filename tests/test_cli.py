@@ -173,7 +173,7 @@ def test_likelihood_covers_every_image_and_goes_on(
     import score_sde.evaluate as evaluate
 
     change = {"eval__num_images": 0, "eval__batch_size": 128, "eval__dequantizations": 2, "eval__rtol": 0.1}
-    command = words("vp_digits", "likelihood", trained, images, **change, eval__atol=0.1)
+    command = words("vp_digits", "likelihood", trained, images, **change, eval__atol=0.1, eval__check_images=16)
     clear(trained, "likelihood")
     real, firsts = evaluate.log_probability, []
 
