@@ -47,7 +47,8 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 
 def add_(y: Tensor, weight: Tensor, z: Tensor) -> Tensor:
     """y += weight · z in place and in one pass over memory, for a weight of shape () on the CPU, or (B,)."""
-    return y.add_(z, alpha=weight.item()) if weight.ndim == 0 else y.addcmul_(like(weight, y), z)
+    plain = weight.ndim == 0 and not weight.requires_grad  # a learned schedule's weights have a gradient
+    return y.add_(z, alpha=weight.item()) if plain else y.addcmul_(like(weight, y), z)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -151,6 +151,18 @@ def second_moment(schedule: MonotoneSchedule, error: Callable[[Tensor], Tensor])
     return (weights / 2 * (rate * error(low + (high - low) * value)) ** 2).sum()
 
 
+def test_a_scalar_time_has_the_gradients_of_equal_times() -> None:
+    model = Preconditioned(MLP(2, width=8).double(), LearnedVPSDE(schedule=bent(learn_ends=True)))
+    x, grads = numbers(4, 2), []
+    for t in (torch.tensor(0.4, dtype=torch.float64), torch.full((4,), 0.4, dtype=torch.float64)):
+        e = model(x, t)
+        model.zero_grad()
+        (e.data.square() + e.noise.square()).sum().backward()
+        grads.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+    assert model.sde.module.ends.grad.abs().min() > 0
+    torch.testing.assert_close(grads[0], grads[1], rtol=1e-6, atol=1e-9)
+
+
 def test_the_variance_losss_gradient_is_that_of_the_second_moment() -> None:
     """With the error a known function of gamma, the derivative goes through gamma(t): another route, the same end."""
     schedule = bent()
