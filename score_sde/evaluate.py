@@ -97,17 +97,16 @@ def in_batches(
     starts = list(range(0, total, batch_size))
     mine = starts[processes.rank :: processes.world]
     done: list[Arrays] = []
-    bar = tqdm(total=len(mine), desc=description, unit="batch", disable=not processes.main)
-    for first in mine:
-        path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
-        arrays = read_arrays(path)
-        if arrays is None:
-            arrays = compute(first, min(batch_size, total - first))
-            write_arrays(path, arrays)
-        done.append(arrays)
-        bar.update()
-        progress(bar, done)
-    bar.close()
+    with tqdm(total=len(mine), desc=description, unit="batch", disable=not processes.main) as bar:
+        for first in mine:
+            path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
+            arrays = read_arrays(path)
+            if arrays is None:
+                arrays = compute(first, min(batch_size, total - first))
+                write_arrays(path, arrays)
+            done.append(arrays)
+            bar.update()
+            progress(bar, done)
     processes.barrier()
     whole = [read_arrays(parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz") for first in starts]
     processes.barrier()

@@ -2,19 +2,29 @@
 
 import copy
 import math
+import re
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, sample, samplers, times
+from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, ode, sample, samplers, times
 from score_sde.bounds import chain_bound
 from score_sde.classification import classify
 from score_sde.continuous_bound import variational_bound
+from score_sde.evaluate import in_batches
 from score_sde.heat_maps import heat_map
 from score_sde.model import Estimate, Preconditioned, ScoreModel, label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP, NCSN, UNet
+from score_sde.ode import GaveUp
+from score_sde.parallel import Processes
 from score_sde.samplers import (
     DDIM,
     AdaptiveODE,
@@ -375,3 +385,60 @@ class ThenBreaks(ScoreModel):
 
     def forward(self, x: Tensor, t: Tensor, **condition: object) -> Estimate:
         return Estimate(0 * x, x * (math.nan if t > self.above else 1), torch.ones(()))
+
+
+# --- stiff problems
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45"])
+def test_a_stiff_problem_stops_at_a_limit_with_what_was_reached_and_advice(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score of slope 1e7, for which an explicit solver needs steps of 1e-7: none ends in 2,000 evaluations."""
+    monkeypatch.setattr(ode, "MAX_EVALUATIONS", 2000)
+    stiff = from_score(SDE_, lambda x, t: -1e7 * x)
+    with pytest.raises(GaveUp) as caught:
+        log_likelihood(stiff, numbers(2, 3), t_min=0.01, method=method)
+    answer = r"gave up after 2001 evaluations between t = 0\.01 and 1 \(too many; t = (0\.\d+) was reached\); check the"
+    found = re.search(answer, str(caught.value))
+    assert found is not None and 0.01 <= float(found[1]) < 0.02
+    assert "raise rtol and atol (now 1e-05 and 1e-05) or t_min" in str(caught.value)
+
+
+@pytest.mark.parametrize("sampler", [EmbeddedODE(), AdaptiveSDE()], ids=str)
+def test_a_stiff_walk_stops_at_a_limit_too(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[type(sampler).__module__], "MAX_STEPS", 300)
+    stiff = from_score(SDE_, lambda x, t: -1e4 * x)
+    answer = r"gave up on 2 of 2 examples, at t = \S+ \(300 steps\).*raise rtol and atol"
+    with pytest.raises(RuntimeError, match=answer):
+        sample(stiff, sampler, (2, 3), GRID)
+
+
+# --- several processes
+
+
+def test_processes_do_not_wait_for_one_another_until_all_is_done(tmp_path: Path) -> None:
+    """The first batch of process 0 ends when process 1 has ended all of its own: a meeting on the way would never."""
+    meeting, others_done = threading.Barrier(2), threading.Event()
+    order: list[tuple[int, int]] = []
+
+    @dataclass(frozen=True)
+    class Threads(Processes):
+        def barrier(self) -> None:
+            if self.rank == 1:
+                others_done.set()
+            meeting.wait(timeout=60)
+
+    def work(rank: int) -> dict[str, np.ndarray]:
+        def compute(first: int, count: int) -> dict[str, np.ndarray]:
+            if rank == 0:
+                assert others_done.wait(timeout=60), "process 1 waits for process 0"
+            order.append((rank, first))
+            return {"x": np.arange(first, first + count)}
+
+        return in_batches(tmp_path, 10, 2, Threads(rank, 2, torch.device("cpu")), compute, lambda bar, done: None, "")
+
+    with ThreadPoolExecutor(2) as pool:
+        joined = list(pool.map(work, range(2)))
+    assert order == [(1, 2), (1, 6), (0, 0), (0, 4), (0, 8)]
+    assert all(np.array_equal(whole["x"], np.arange(10)) for whole in joined)

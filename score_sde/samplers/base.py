@@ -137,15 +137,17 @@ def sample(
         return (x, noise) if temperature == 1 else (temperature * x, _refuse(sampler, temperature))
 
     (x, noise), n = begin(), len(times) - 1
-    states = tqdm(sampler.walk(model, x, times, noise), total=n, desc="sampling", leave=False, disable=not progress)
     done = 0
     try:
-        for done, x in enumerate(states, 1):
-            if done % _LOOK == 0 and not _finite(x):
-                break
-        else:
-            if denoise and bool(model.sde.sigma(times[-1]) > 0):
-                x = model(x, times[-1]).data
+        with tqdm(
+            sampler.walk(model, x, times, noise), total=n, desc="sampling", leave=False, disable=not progress
+        ) as states:
+            for done, x in enumerate(states, 1):
+                if done % _LOOK == 0 and not _finite(x):
+                    break
+            else:
+                if denoise and bool(model.sde.sigma(times[-1]) > 0):
+                    x = model(x, times[-1]).data
     except WrongShape as error:
         raise WrongShape(f"{error}, in step {min(done + 1, n)} of {n}") from None
     if not _finite(x):
