@@ -27,7 +27,9 @@ from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import dequantiser_path, reported, run_likelihood, run_sampling
 from .images import grid, histogram, write_png
+from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
+from .ode import GaveUp
 from .parallel import Processes
 from .samplers import Heun, sample, times
 from .scan import disagreements, scan
@@ -45,14 +47,21 @@ modes
   sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp
   likelihood   bits/dim of held-out data under it, with its errors: exact by the probability-flow ODE, or a
                variational bound (eval.estimate; by default the bound for models of a chain's steps)
+  encode       latents of held-out data, or of your own (--input FILE_OR_FOLDER), by the probability-flow ODE, and how
+               far decoding them comes back to the data
+  decode       the images of latents, --input FILE such as the latents.npz of encode
+  interpolate  rows of images between held-out ones, your own (--input FILE_OR_FOLDER) or draws
+               (--config.interpolation.between=seeds)
   dequantize   fit a flow to it that dequantises pixels, for likelihood with eval.dequantization=variational
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
-where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, tensorboard/,
-                  log.txt
+where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, latents/,
+                  decoded/, interpolations/, tensorboard/, log.txt
 what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
 several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
+
+MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", "dequantize", "demo")
 
 log = logging.getLogger("score_sde")
 
@@ -88,7 +97,7 @@ def run(arguments: list[str] | None = None) -> int:
         rest, overrides = configs.split_arguments(arguments)
         options = _parser().parse_args(rest)
         return main(options, overrides)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, GaveUp) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except torch.OutOfMemoryError as error:
@@ -124,16 +133,16 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config", required=True)
-    parser.add_argument(
-        "--mode", required=True, choices=["scan", "train", "sample", "likelihood", "dequantize", "demo"]
-    )
+    parser.add_argument("--mode", required=True, choices=MODES)
     parser.add_argument("--workdir", default=None)
     parser.add_argument("--checkpoint", default=None)
+    parser.add_argument("--input", default=None, type=Path)
     return parser
 
 
 def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = configs.load(options.config, overrides)
+    _check_input(options, config)
     workdir = Path(options.workdir or Path("runs") / Path(options.config).stem)
     processes = parallel.start(config.device)
     if processes.main:
@@ -156,6 +165,8 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     elif options.mode == "dequantize":
         if processes.main:
             log.info("dequantizer: %s", run_dequantizing(model, config, data.train, codec, path, workdir, processes))
+    elif options.mode in ("encode", "decode", "interpolate"):
+        _latents(options, model, config, data, codec, path, workdir, processes)
     else:
         split = {"test": data.test, "train": data.train}[config.eval.split]
         folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes)
@@ -165,6 +176,49 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
             parts = [result[key] for key in ("prior", "diffusion", "reconstruction")]
             log.info("of it prior %.4f + diffusion %.4f (the rate), reconstruction %.4f (the distortion)", *parts)
     return 0
+
+
+def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
+    """Refuse an --input that nobody would read, and a decode without one."""
+    if options.mode == "decode" and options.input is None:
+        raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
+    seeds = options.mode == "interpolate" and config.interpolation.between == "seeds"
+    if options.input is not None and (seeds or options.mode not in ("encode", "decode", "interpolate")):
+        what = "interpolation.between=seeds" if seeds else f"--mode {options.mode}"
+        raise ValueError(f"{what} reads no --input, got {options.input}; leave it out")
+
+
+def _latents(
+    options: argparse.Namespace,
+    model: ScoreModel,
+    config: ConfigDict,
+    data: Data,
+    codec: Codec,
+    path: Path,
+    workdir: Path,
+    processes: Processes,
+) -> None:
+    """The modes encode, decode and interpolate."""
+    if options.mode == "decode":
+        given = (options.input, data.shape, codec, path, workdir / "decoded", processes)
+        folder, result = run_decoding(model, config, *given)
+        log.info("%d latents decoded, NFE %.0f: %s", result["number"], result["nfe"], folder)
+        return
+    split, source = {"test": data.test, "train": data.train}[config.eval.split], None
+    if options.input is not None:
+        split = read_examples(options.input, data.shape, codec)
+        source = f"sha256 {fingerprint(split)}"
+    if options.mode == "encode":
+        folder, result = run_encoding(model, config, split, codec, path, workdir / "latents", processes, source)
+        log.info("%s: %s", round_trip(result), folder)
+        return
+    between = None if config.interpolation.between == "seeds" else split
+    folder, result = run_interpolation(
+        model, config, between, data.shape, codec, path, workdir / "interpolations", processes, source
+    )
+    unit = " levels of a pixel" if codec.levels else ""
+    off = f"; the ends are off by {result['ends_rms_error']:.3g}{unit} (RMS)" if between is not None else ""
+    log.info("%d rows of %d, NFE %.0f%s: %s", result["pairs"], result["steps"], result["nfe"], off, folder)
 
 
 def _log_to(workdir: Path) -> None:

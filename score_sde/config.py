@@ -80,6 +80,8 @@ def default_config() -> ConfigDict:
                 "n_steps_each": 1,  # corrector steps per predictor step, or per level of ald
                 "probability_flow": False,  # predict along the probability flow, without noise
                 "noise_removal": True,  # end with the estimate of the clean data
+                # of the start, for methods without noise: below 1 samples are more alike; also of decode, interpolate
+                "temperature": 1.0,
                 "eta": 0.0,  # ddim, dpm_solver++: 0 draws no noise, 1 is ancestral sampling, the reverse SDE
                 "order": 2,  # of dpm_solver, dpm_solver++, deis and unipc: 1, 2 or 3
                 "predict": "data",  # what dpm_solver and unipc interpolate: data or noise
@@ -138,6 +140,11 @@ def default_config() -> ConfigDict:
                 "lr": 2e-3,
                 "layers": 4,  # affine couplings
                 "hidden": 32,  # width of their networks
+            },
+            "interpolation": {  # --mode interpolate, along the flow of the section eval
+                "between": "images",  # of eval.split, or of --input: the 1st and 2nd, the 3rd and 4th, ...; or seeds
+                "pairs": 8,
+                "steps": 9,  # images in a row, with both ends
             },
             "data": {
                 "dataset": "cifar10",  # files: a folder or zip of images, a .npy or .npz at data.path
@@ -226,6 +233,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.probe": ("rademacher", "gaussian", "exact"),
     "eval.ode_method": ADAPTIVE,
     "eval.weights": ("ema", "raw"),
+    "interpolation.between": ("images", "seeds"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),
     "model.name": ("ddpm", "ncsnpp", "ncsn", "ncsnv2", "mlp"),
     "model.rule": RULES,
@@ -246,15 +254,17 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """training.n_iters training.batch_size training.projections training.accumulate training.log_freq
         training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps
         sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes
-        eval.importance_samples eval.draws dequantizer.n_iters dequantizer.batch_size dequantizer.layers
-        dequantizer.hidden model.num_scales model.nf model.num_res_blocks model.num_heads model.hidden model.depth""",
+        eval.importance_samples eval.draws interpolation.pairs dequantizer.n_iters dequantizer.batch_size
+        dequantizer.layers dequantizer.hidden model.num_scales model.nf model.num_res_blocks model.num_heads
+        model.hidden model.depth""",
     ),
+    "at least 2": (lambda v: v >= 2, "interpolation.steps"),
     "at least 0": (
         lambda v: v >= 0,
-        """seed sampling.seed eval.seed training.keep_every sampling.eta sampling.step_lr sampling.churn
-        sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms eval.check_images
-        eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife optim.weight_decay
-        optim.warmup training.soft_truncation""",
+        """seed sampling.seed eval.seed training.keep_every sampling.temperature sampling.eta sampling.step_lr
+        sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
+        eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
+        optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,

@@ -97,17 +97,16 @@ def in_batches(
     starts = list(range(0, total, batch_size))
     mine = starts[processes.rank :: processes.world]
     done: list[Arrays] = []
-    bar = tqdm(total=len(mine), desc=description, unit="batch", disable=not processes.main)
-    for first in mine:
-        path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
-        arrays = read_arrays(path)
-        if arrays is None:
-            arrays = compute(first, min(batch_size, total - first))
-            write_arrays(path, arrays)
-        done.append(arrays)
-        bar.update()
-        progress(bar, done)
-    bar.close()
+    with tqdm(total=len(mine), desc=description, unit="batch", disable=not processes.main) as bar:
+        for first in mine:
+            path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
+            arrays = read_arrays(path)
+            if arrays is None:
+                arrays = compute(first, min(batch_size, total - first))
+                write_arrays(path, arrays)
+            done.append(arrays)
+            bar.update()
+            progress(bar, done)
     processes.barrier()
     whole = [read_arrays(parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz") for first in starts]
     processes.barrier()
@@ -136,7 +135,25 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def write_stamp(folder: Path, content: dict[str, Any]) -> None:
-    (folder / "stamp.json").write_text(json.dumps(content, indent=1) + "\n")
+    """The last file of a result, whole or absent: where it is, nothing is left to do but to remove the batches."""
+    partial = folder / f".stamp.json.{os.getpid()}.partial"
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(folder / "stamp.json")
+
+
+def write_pictures(values: np.ndarray, codec: Codec, folder: Path, columns: int | None = None) -> None:
+    """`grid.png` of the first 256 images (N, H, W, C), or `histogram.png` of points of the plane (N, 2)."""
+    if isinstance(codec, PixelCodec):
+        images = codec.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
+        write_grid(images, folder / "grid.png", columns, zoom=max(1, 32 // images.shape[-1]))
+    elif values.shape[1:] == (2,):
+        write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
+
+
+def channels_last(y: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) as (N, H, W, C), as files have them; vectors as they are."""
+    array = y.cpu().numpy()
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
 def remove_parts(folder: Path) -> None:
@@ -179,6 +196,7 @@ def run_sampling(
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
             "threshold": s.threshold,
+            "temperature": s.temperature,
             "seed": s.seed,
             "num_samples": s.num_samples,
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
@@ -186,7 +204,7 @@ def run_sampling(
     )
     folder = folder_for(base, f"{checkpoint.stem}-{s.weights}-{s.method}", made_from)
     finished = read_arrays(folder / "samples.npz")
-    if finished is not None:
+    if finished is not None and (folder / "stamp.json").is_file():
         return folder, finished
 
     def compute(first: int, count: int) -> Arrays:
@@ -200,24 +218,20 @@ def run_sampling(
             first=first,
             device=processes.device,
             denoise=s.noise_removal,
+            temperature=s.temperature,
             progress=processes.main,
         )
-        y = codec.decode(x).cpu().numpy()
-        return {"arr_0": y.transpose(0, 2, 3, 1) if y.ndim == 4 else y, "nfe": np.array([counted.nfe])}
+        return {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
 
     joined = in_batches(folder, s.num_samples, s.batch_size, processes, compute, lambda bar, done: None, "batches")
     if processes.main:
         write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
+        write_pictures(joined["arr_0"], codec, folder)
+        if s.single_png and isinstance(codec, PixelCodec):
+            for i, image in enumerate(codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
+                write_png(image, folder / f"{i:06d}.png")
         write_stamp(folder, {**made_from, "nfe": float(joined["nfe"].mean())})
         remove_parts(folder)
-        if isinstance(codec, PixelCodec):
-            images = codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))
-            write_grid(images[:256], folder / "grid.png", zoom=max(1, 32 // images.shape[-1]))
-            if s.single_png:
-                for i, image in enumerate(images):
-                    write_png(image, folder / f"{i:06d}.png")
-        elif joined["arr_0"].shape[1:] == (2,):
-            write_png(histogram(torch.from_numpy(joined["arr_0"])), folder / "histogram.png")
     processes.barrier()
     return folder, {"arr_0": joined["arr_0"]}
 

@@ -1,4 +1,4 @@
-"""Your own data: a folder or a zip of images, a .npy or a .npz.
+"""Your own data: a folder or a zip of images, a single one, a .npy or a .npz.
 
 Images may lie at any depth. What lies under `train/` is for training, and under `test/` held out; where there is no
 `train/`, all are one set. Where all images lie in sub-folders, and these are two or more, the sub-folders are the
@@ -25,7 +25,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-_ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _EXAMPLES, _LABELS = ("arr_0", "x", "images", "data"), ("arr_1", "y", "labels")
 _PARTS = ("x_train", "y_train", "x_test", "y_test")
 
@@ -64,6 +64,9 @@ def read(
         found = (Path(folder, name) for folder, _, inside in os.walk(root, followlinks=True) for name in inside)
         names = [file.relative_to(root).as_posix() for file in found]
         return _images(_Images(path, lambda name: (root / name).read_bytes(), image_size, num_channels), names, memory)
+    if path.suffix.lower() in IMAGES:
+        one = _Images(path.parent, lambda name: path.read_bytes(), image_size, num_channels)
+        return _images(one, [path.name], memory)
     if path.suffix == ".zip":
         try:
             archive = zipfile.ZipFile(path)
@@ -77,7 +80,7 @@ def read(
         return (_examples(array, num_channels, path), None), None
     if path.suffix == ".npz":
         return _npz(path, num_channels)
-    raise ValueError(f"{path} is neither a folder nor a .zip, .npy or .npz file")
+    raise ValueError(f"{path} is neither a folder nor an image, nor a .zip, .npy or .npz file")
 
 
 @dataclass(frozen=True)
@@ -132,12 +135,12 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
     if source.channels not in (None, 1, 3):
         raise ValueError(f"images have 1 channel or 3, got {source.channels}: set --config.data.num_channels to 1 or 3")
     names = sorted(n for n in names if not any(p.startswith((".", "__MACOSX")) for p in n.split("/")))
-    images = [n for n in names if n.lower().endswith(_ENDINGS)]
+    images = [n for n in names if n.lower().endswith(IMAGES)]
     train, test = ([n for n in images if n.startswith(part)] for part in ("train/", "test/"))
     if not train:
         train, test = images, []
     if not train:
-        raise ValueError(f"there are no images ({', '.join(_ENDINGS)}) in {source.path}")
+        raise ValueError(f"there are no images ({', '.join(IMAGES)}) in {source.path}")
     if source.channels is None:
         grey = source.open(train[0]).mode in ("1", "L", "LA")
         source = _Images(source.path, source.contents, source.size, 1 if grey else 3)

@@ -23,7 +23,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .model import ScoreModel
+from .model import ScoreModel, in_precision_of
 from .ode import Solver, integrate
 from .samplers.base import default_state, example_generators, noise_source
 from .sdes import SDE, Noise, like
@@ -78,7 +78,7 @@ class NetworkVelocity(nn.Module):
         self.network, self.scale = network, scale
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        return self.network(x, self.scale * t[None])
+        return self.network(in_precision_of(self.network, x), self.scale * t[None])
 
 
 def normal_log_prob(z: Tensor) -> Tensor:

@@ -38,6 +38,10 @@ class Estimate(NamedTuple):
         return self.noise / -self.sigma
 
 
+class WrongShape(ValueError):
+    """A model's estimate does not have the shape of its state."""
+
+
 Variance = Literal["small", "large", "learned"]
 
 
@@ -61,7 +65,10 @@ def reverse_log_variance(estimate: Estimate, small: Tensor, large: Tensor, varia
 
 
 class ScoreModel(nn.Module, ABC):
-    """A map ``(x, t, **condition) -> Estimate`` for the marginals of `sde`; x is (B, *shape), t is () or (B,)."""
+    """A map ``(x, t, **condition) -> Estimate`` for the marginals of `sde`; x is (B, *shape), t is () or (B,).
+
+    Raises WrongShape, a ValueError, for an estimate that is not of x's shape: it would be broadcast without a word.
+    """
 
     def __init__(self, sde: SDE) -> None:
         super().__init__()
@@ -82,7 +89,29 @@ class ScoreModel(nn.Module, ABC):
         return self(x, t).score
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
-        return super().__call__(x, t, **condition)
+        estimate: Estimate = super().__call__(x, t, **condition)
+        for name, value in (("data", estimate.data), ("noise", estimate.noise)):
+            if value.shape != x.shape:
+                raise WrongShape(
+                    f"{type(self).__name__} returned {name} of shape {tuple(value.shape)} for a state of shape "
+                    f"{tuple(x.shape)} at {at(t)}"
+                )
+        return estimate
+
+
+def at(t: Tensor) -> str:
+    """Times in words: "t = 0.5", or the first and last of several."""
+    low, high = (f"{edge.item():.4g}" for edge in (t.min(), t.max())) if t.numel() else ("none", "none")
+    return f"t = {low}" if low == high else f"t = {low} to {high}"
+
+
+def in_precision_of(part: Any, x: Tensor) -> Tensor:
+    """x in the floating-point type of a module's first parameter; x itself for other callables and without parameters.
+
+    States are kept in float32 or float64; a network may compute in bfloat16.
+    """
+    p = next(part.parameters(), None) if isinstance(part, nn.Module) else None
+    return x if p is None or not p.is_floating_point() else x.to(p.dtype)
 
 
 class Given(ScoreModel):
@@ -104,13 +133,21 @@ class FromScore(ScoreModel):
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
-        score = self.fn(x, t, **condition).to(x.dtype)
+        score = self._score(x, t, **condition)
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         data = add_(x / like(alpha, x), sigma**2 / alpha, score)
         return Estimate(data, score * -like(sigma, x), like(sigma, x))
 
     def score(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.fn(x, t).to(x.dtype)
+        return self._score(x, t)
+
+    def _score(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+        score = self.fn(in_precision_of(self.fn, x), t, **condition)
+        if score.shape != x.shape:
+            raise WrongShape(
+                f"the score has shape {tuple(score.shape)} for a state of shape {tuple(x.shape)} at {at(t)}"
+            )
+        return score.to(x.dtype)
 
 
 def from_score(sde: SDE, fn: Callable[..., Tensor]) -> ScoreModel:
@@ -256,12 +293,12 @@ class Preconditioned(ScoreModel):
         label = label.to(x.dtype) if label.is_floating_point() else label
         label = label.to(x.device, non_blocking=label.device.type == "cpu").expand(x.shape[0])
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
-        y = self.network(scaled, label, **condition)
+        y = self.network(in_precision_of(self.network, scaled), label, **condition)
         channels = (1 + self.learned_variance) * x.shape[1]
         if y.shape != (x.shape[0], channels, *x.shape[2:]):
             wanted = ", which needs twice its channels for learned variances" if self.learned_variance else ""
-            raise ValueError(
-                f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)}{wanted}"
+            raise WrongShape(
+                f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)} at {at(t)}{wanted}"
             )
         y, fraction = y.to(x.dtype), None
         if self.learned_variance:

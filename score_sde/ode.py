@@ -21,6 +21,10 @@ FIXED = ("euler", "midpoint", "heun2", "rk4")
 MAX_EVALUATIONS = 100_000
 
 
+class GaveUp(RuntimeError):
+    """A solver stopped short of the end: at a limit, or where a slope is not finite."""
+
+
 @dataclass(frozen=True)
 class Solver:
     """How an ODE is solved, and how its solution is differentiated where gradients are wanted.
@@ -78,7 +82,7 @@ def integrate(
     The error of an adaptive step is the root mean square of err/(atol + rtol |y|) over the whole tensor: all that is in
     `y` shares one step size. "RK45" is scipy's, the reference of Song et al. 2021; all others are torchdiffeq's.
     In grad mode the result is differentiable as `solver` says; the adjoint must be told the `parameters` of `field`.
-    Raises RuntimeError where the solver gives up.
+    Raises GaveUp, a RuntimeError, where the solver does.
     """
     if y.numel() == 0:
         return y, 0
@@ -87,19 +91,20 @@ def integrate(
         u0, u1 = sde.log_snr(torch.tensor([t0, t1], dtype=torch.float64)).tolist()
     else:
         u0, u1 = t0, t1
-    count = 0
+    count, reached = 0, t0
 
     def counted(u: Any, y: Tensor) -> Tensor:
-        nonlocal count
+        nonlocal count, reached
         count += 1
         if count > MAX_EVALUATIONS:
-            raise RuntimeError(gave_up("too many evaluations"))
+            raise GaveUp(gave_up(f"too many; t = {reached:.3g} was reached"))
         # Steps end at u1 exactly; only the trial step that chooses the first step size may lie beyond it.
         u = torch.as_tensor(u, dtype=torch.float64, device="cpu").clamp(min(u0, u1), max(u0, u1))
         t = sde.time(u) if sde is not None and jumps else u
+        reached = t.item()
         slope = field(t, y)
         if not bool(slope.isfinite().all()):  # no solver ends on its own then
-            raise RuntimeError(gave_up(f"a slope that is not finite at t = {t.item():.3g}"))
+            raise GaveUp(gave_up(f"a slope that is not finite at t = {reached:.3g}"))
         return slope * -((sde.sigma(t) / sde.g(t)) ** 2).item() if sde is not None and jumps else slope
 
     def gave_up(reason: object) -> str:
@@ -117,7 +122,7 @@ def integrate(
         start = y.flatten().double().cpu().numpy()
         solution = solve_ivp(flat, (u0, u1), start, rtol=solver.rtol, atol=solver.atol, method="RK45")
         if not solution.success:
-            raise RuntimeError(gave_up(solution.message))
+            raise GaveUp(gave_up(f"{solution.message} t = {reached:.3g} was reached"))
         return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), count
 
     times = torch.tensor([u0, u1], dtype=y.dtype, device=y.device)
@@ -137,5 +142,5 @@ def integrate(
         else:
             end = odeint(counted, y, times, options=forward, **settings)[-1]
     except AssertionError as error:
-        raise RuntimeError(gave_up(error)) from error
+        raise GaveUp(gave_up(f"{error}; t = {reached:.3g} was reached")) from error
     return end, count

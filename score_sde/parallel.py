@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -70,7 +71,9 @@ def start(device: str = "auto") -> Processes:
         return Processes(0, 1, where)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    return Processes(dist.get_rank(), world, where, dist.new_group(backend="gloo"))
+    # One may have much harder examples than another: at the end it is waited for longer than torch's half an hour.
+    control = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+    return Processes(dist.get_rank(), world, where, control)
 
 
 def finish() -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from PIL import Image
 
 from score_sde.checkpoint import find
 from score_sde.cli import run
+from score_sde.data import load_data
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
@@ -376,6 +379,192 @@ def test_two_processes_share_an_evaluation(trained: Path, images: Path) -> None:
         results.append((samples(trained), np.load(folder / "likelihood.npz")["bits_per_dim"]))
     assert np.array_equal(results[0][0], results[1][0])
     assert np.array_equal(results[0][1], results[1][1])
+
+
+# -- latents
+
+
+def folder_of(workdir: Path, name: str) -> tuple[Path, dict[str, Any]]:
+    (folder,) = (workdir / name).iterdir()
+    return folder, json.loads((folder / "stamp.json").read_text())
+
+
+def test_images_are_encoded_and_decoded_to_themselves(
+    trained: Path, images: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tight = {"eval__rtol": 1e-5, "eval__atol": 1e-5, "eval__num_images": 5}
+    for name in ("latents", "decoded"):
+        clear(trained, name)
+    assert run(words("vp_digits", "encode", trained, images, **tight)) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "5 latents" in line and "levels of a pixel (RMS)" in line and "NFE" in line
+    folder, stamp = folder_of(trained, "latents")
+    arrays = dict(np.load(folder / "latents.npz"))
+    assert arrays["latents"].shape == (5, 1, 8, 8) and arrays["latents"].dtype == np.float32
+    assert stamp["largest_error"] == arrays["largest_error"].max() < 0.05
+    assert stamp["rms_error"] == pytest.approx(np.sqrt((arrays["rms_error"] ** 2).mean())) and stamp["rms_error"] > 0
+    assert min(stamp["nfe"]) > 20 and stamp["same_level"] > 0.98
+    assert np.asarray(Image.open(folder / "grid.png")).shape == (2 + 2 * 34, 2 + 8 * 34)
+
+    line = words("vp_digits", "decode", trained, images, **tight)
+    assert run([*line, "--input", str(folder / "latents.npz")]) == 0
+    folder, _ = folder_of(trained, "decoded")
+    x = np.load(folder / "samples.npz")["arr_0"]
+    k = load_data("digits").test.x[:5].permute(0, 2, 3, 1).numpy()  # type: ignore[index]
+    assert x.dtype == np.uint8 and (x == k).mean() == pytest.approx(stamp["same_level"], abs=0.02)
+    assert (folder / "grid.png").is_file()
+    np.save(trained / "shuffled.npy", arrays["latents"][::-1])
+    clear(trained, "decoded")
+    assert run([*line, "--input", str(trained / "shuffled.npy"), "--config.sampling.temperature=0.0"]) == 0
+    cold = np.load(folder_of(trained, "decoded")[0] / "samples.npz")["arr_0"]
+    assert (cold == cold[0]).all(), "at temperature 0 there is one image"
+
+
+def test_your_own_images_are_encoded(trained: Path, images: Path, tmp_path: Path) -> None:
+    """A folder of images, one of them alone, and an array of levels: the same latents. One of another size: any."""
+    k = load_data("digits").test.x[:2, 0].numpy()  # type: ignore[index]
+    (tmp_path / "mine").mkdir()
+    for i, image in enumerate(k):
+        Image.fromarray(np.round(image * (255 / 16)).astype(np.uint8)).save(tmp_path / "mine" / f"{i}.png")
+    np.save(tmp_path / "levels.npy", k)
+    Image.new("RGB", (30, 20), (250, 20, 30)).save(tmp_path / "red.jpg")
+    found = []
+    for source in ("mine", "mine/0.png", "levels.npy", "red.jpg"):
+        clear(trained, "latents")
+        assert run([*words("vp_digits", "encode", trained, images), "--input", str(tmp_path / source)]) == 0
+        found.append(np.load(folder_of(trained, "latents")[0] / "latents.npz")["latents"])
+    assert [len(latents) for latents in found] == [2, 1, 2, 1]
+    np.testing.assert_allclose(found[1], found[0][:1], atol=0.3)  # to the solver's tolerance
+    np.testing.assert_array_equal(found[2], found[0])
+    clear(trained, "latents")
+
+
+@pytest.mark.parametrize("between", ["images", "seeds"])
+def test_rows_go_from_one_image_to_another(between: str, trained: Path, images: Path) -> None:
+    clear(trained, "interpolations")
+    change = {"interpolation__between": between, "interpolation__pairs": 3, "interpolation__steps": 4}
+    tight = {"eval__rtol": 1e-4, "eval__atol": 1e-4, "eval__batch_size": 8}
+    assert run(words("vp_digits", "interpolate", trained, images, **change, **tight)) == 0
+    folder, stamp = folder_of(trained, "interpolations")
+    rows = np.load(folder / "interpolations.npz")["arr_0"]
+    assert rows.shape == (3, 4, 8, 8, 1) and np.asarray(Image.open(folder / "grid.png")).shape == (104, 138)
+    assert (rows[:, 1] != rows[:, 0]).any() and (rows[:, 1] != rows[:, 3]).any()
+    if between == "images":
+        k = load_data("digits").test.x[:6].permute(0, 2, 3, 1).numpy().reshape(3, 2, 8, 8, 1)  # type: ignore[index]
+        assert 0 < stamp["ends_rms_error"] < 0.1
+        assert (rows[:, [0, -1]] == k).mean() > 0.95
+    else:
+        clear(trained, "samples")
+        drawn = {"sampling__method": "ode", "sampling__noise_removal": "false", "sampling__t_min": 1e-5}
+        assert run(words("vp_digits", "sample", trained, images, sampling__num_samples=6, **drawn)) == 0
+        assert (rows[:, [0, -1]] == samples(trained).reshape(3, 2, 8, 8, 1)).mean() > 0.95, "ends are not the samples"
+
+
+@pytest.mark.parametrize("name", ["ve_toy", "ddpm_cifar"])
+def test_points_of_the_plane_and_chains_have_latents_too(name: str, tmp_path: Path, images: Path) -> None:
+    for mode in ("train", "encode", "interpolate"):
+        assert run(words(name, mode, tmp_path, images, interpolation__pairs=1, interpolation__steps=3)) == 0
+    folder, stamp = folder_of(tmp_path, "latents")
+    assert run([*words(name, "decode", tmp_path, images), "--input", str(folder / "latents.npz")]) == 0
+    assert np.isfinite(np.load(folder_of(tmp_path, "decoded")[0] / "samples.npz")["arr_0"]).all()
+    assert stamp["unit"] == ("data" if name == "ve_toy" else "levels") and np.isfinite(stamp["rms_error"])
+    picture = "histogram.png" if name == "ve_toy" else "grid.png"
+    assert (folder_of(tmp_path, "interpolations")[0] / picture).is_file()
+
+
+def test_slips_with_latents_are_answered(
+    trained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.savez(tmp_path / "other.npz", latents=np.zeros((2, 3), np.float32))
+    np.save(tmp_path / "deep.npy", np.full((2, 8, 8), 17, np.uint8))
+    for mode, rest, answer in (
+        ("decode", [], "--mode decode needs latents: --input FILE"),
+        ("decode", ["--input", str(tmp_path / "none.npz")], "there is no file"),
+        ("decode", ["--input", str(images)], "holds no array latents"),
+        (
+            "decode",
+            ["--input", str(tmp_path / "other.npz")],
+            "float32 of shape (2, 3), and latents are floats",
+        ),
+        ("encode", ["--input", str(tmp_path / "deep.npy")], "holds the value 17, and the data have levels 0..16"),
+        ("sample", ["--input", str(images)], "--mode sample reads no --input"),
+        ("interpolate", ["--input", str(images), "--config.interpolation.between=seeds"], "reads no --input"),
+        ("sample", ["--config.sampling.temperature=0.5"], "temperature=0.5 scales the draw"),
+        ("sample", ["--config.sampling.temperature=-1"], "sampling.temperature must be at least 0"),
+        ("interpolate", ["--config.interpolation.steps=1"], "interpolation.steps must be at least 2"),
+    ):
+        assert run([*words("vp_digits", mode, trained, images), *rest]) == 2
+        assert answer in capsys.readouterr().err.splitlines()[-1], answer
+
+
+def test_a_solver_that_gives_up_says_so_in_a_sentence(
+    trained: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("score_sde.ode.MAX_EVALUATIONS", 20)
+    clear(trained, "likelihood")
+    assert run(words("vp_digits", "likelihood", trained, images)) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: dopri5 gave up after 21 evaluations") and "raise rtol and atol" in error
+
+
+# -- Ctrl-C
+
+
+@pytest.mark.parametrize("mode", ["sample", "likelihood", "encode"])
+def test_an_interrupted_evaluation_loses_nothing(
+    mode: str, trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGINT to a real process: one sentence, code 130, and the same command computes only what is missing."""
+    name = "latents" if mode == "encode" else mode + "s" * (mode == "sample")
+    clear(trained, name)
+    change = {"sampling__num_samples": 20, "sampling__batch_size": 1, "sampling__steps": 30}
+    change |= {"eval__num_images": 20, "eval__batch_size": 1, "eval__check_images": 0, "eval__rtol": 1e-4}
+    command = words("vp_digits", mode, trained, images, **change)
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while len(list((trained / name).glob("*/parts/0*.npz"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in errors
+    assert errors.splitlines()[-1] == "interrupted; what was finished is on disk, and the same command goes on"
+    kept = len(list((trained / name).glob("*/parts/0*.npz")))
+    assert 3 <= kept < 20
+
+    def finish() -> tuple[int, dict[str, np.ndarray]]:
+        """(batches computed, result) of the same command."""
+        import score_sde.evaluate as evaluate
+
+        written, real = [], evaluate.write_arrays
+        with monkeypatch.context() as patch:
+            patch.setattr(evaluate, "write_arrays", lambda path, arrays: (written.append(path), real(path, arrays)))
+            assert run(command) == 0
+        (folder,) = (trained / name).iterdir()
+        assert (folder / "stamp.json").is_file() and not (folder / "parts").exists()
+        return sum(path.parent.name == "parts" for path in written), dict(np.load(next(folder.glob("*.npz"))))
+
+    computed, resumed = finish()
+    assert computed == 20 - kept
+    clear(trained, name)
+    computed, whole = finish()
+    assert computed == 20
+    for key, value in whole.items():
+        np.testing.assert_array_equal(resumed[key], value, err_msg=key)
+
+
+def test_a_result_without_its_stamp_is_finished(trained: Path, images: Path) -> None:
+    """Stopped after the samples were joined but before their pictures: the same command makes these."""
+    clear(trained, "samples")
+    command = words("vp_digits", "sample", trained, images)
+    assert run(command) == 0
+    (folder,) = (trained / "samples").glob("0*")
+    for name in ("stamp.json", "grid.png"):
+        (folder / name).unlink()
+    assert run(command) == 0
+    assert (folder / "stamp.json").is_file() and (folder / "grid.png").is_file()
 
 
 # -- slips

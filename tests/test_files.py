@@ -263,7 +263,7 @@ def test_arrays_that_do_not_fit_say_why(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"there is no file or folder .*none: .*--config\.data\.path=PATH"):
         load(tmp_path / "none")
     (tmp_path / "a.csv").write_text("1,2")
-    with pytest.raises(ValueError, match=r"a\.csv is neither a folder nor a \.zip, \.npy or \.npz file"):
+    with pytest.raises(ValueError, match=r"a\.csv is neither a folder nor an image, nor a \.zip, \.npy or \.npz file"):
         load(tmp_path / "a.csv")
 
 

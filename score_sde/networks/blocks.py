@@ -74,6 +74,14 @@ class Fourier(nn.Module):
         self.register_buffer("frequencies", scale * torch.randn(width))
         self.outputs = 2 * width
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fourier:
+        """Half precision is not for the frequencies: 2π w log(label) would be off by a radian."""
+        before = self.frequencies
+        super()._apply(fn, recurse)
+        if self.frequencies.dtype in (torch.float16, torch.bfloat16):
+            self.frequencies = before.to(self.frequencies.device)
+        return self
+
     def forward(self, label: Tensor) -> Tensor:
         angles = label.log()[:, None] * self.frequencies * (2 * math.pi)
         return torch.cat([angles.sin(), angles.cos()], dim=1)
@@ -104,7 +112,10 @@ class LabelEmbedding(nn.Module):
         self.activation = activation
 
     def forward(self, label: Tensor) -> Tensor:
-        return self.activation(self.out(self.activation(self.hidden(self.features(label)))))
+        kind = self.hidden.weight.dtype
+        # A network in half precision has labels in float32: 999 t would be rounded to whole numbers, and worse.
+        features = self.features(label.to(torch.promote_types(kind, torch.float32))).to(kind)
+        return self.activation(self.out(self.activation(self.hidden(features))))
 
 
 class ResidualBlock(nn.Module):

@@ -42,7 +42,7 @@ class MLP(nn.Module):
         self.last = linear(width, out_features or features, scale=0.0)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        embedded = self.embed(label.to(x.dtype))
+        embedded = self.embed(label)
         h = self.first(x)
         for layer in self.layers:
             h = layer(h, embedded)

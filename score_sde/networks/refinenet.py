@@ -143,8 +143,9 @@ class NCSN(RefineNet):
 
     def level(self, label: Tensor, x: Tensor) -> Tensor:
         """(B, levels): 1 at an index, and between two of them weights that fall linearly from one to the other."""
-        index = torch.arange(self.levels, dtype=x.dtype, device=x.device)
-        return (1 - (label.to(x.dtype).clamp(0, self.levels - 1)[:, None] - index).abs()).clamp_min(0)
+        wide = torch.promote_types(x.dtype, torch.float32)  # bfloat16 counts to 256
+        index = torch.arange(self.levels, dtype=wide, device=x.device)
+        return (1 - (label.to(wide).clamp(0, self.levels - 1)[:, None] - index).abs()).clamp_min(0).to(x.dtype)
 
 
 class NCSNv2(RefineNet):

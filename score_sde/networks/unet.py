@@ -159,7 +159,7 @@ class UNet(nn.Module):
             x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
         if not self.centered:
             x = 2 * x - 1
-        embedded = None if self.embed is None else self.embed(label.to(x.dtype))
+        embedded = None if self.embed is None else self.embed(label)
 
         h, shrunk = self.first(x if self.waves is None else self.waves(x)), x
         skips = [h]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import ScoreModel
+from ..ode import GaveUp
 from ..sdes import Noise, add_, like
 from .base import Sampler
 from .deterministic import check_noisy
@@ -79,7 +80,7 @@ class AdaptiveSDE(Sampler):
         self._give_up(t, left, f"{MAX_STEPS} steps")
 
     def _give_up(self, t: Tensor, which: Tensor, reason: str) -> NoReturn:
-        raise RuntimeError(
+        raise GaveUp(
             f"AdaptiveSDE gave up on {len(which)} of {len(t)} examples, at t = {t[which].max().item():.3g} ({reason}); "
             f"check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
         )

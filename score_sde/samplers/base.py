@@ -10,14 +10,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model import ScoreModel
+from ..model import Estimate, ScoreModel, WrongShape, at
 from ..sdes import Noise
+
+_LOOK = 50  # steps between looks for values that are not finite
 
 
 @dataclass(frozen=True)
@@ -72,9 +75,12 @@ def noise_source(
 def default_state(
     model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[torch.dtype, torch.device]:
-    """Those given; else those of the model's first parameter or buffer; else float32 on the CPU."""
+    """Those given; else those of the model's first parameter or buffer; else float32 on the CPU.
+
+    A state is float32 for a model in half precision: the increments of many steps would be lost in its rounding.
+    """
     like = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
-    dtype = dtype or (torch.float32 if like is None else like.dtype)
+    dtype = dtype or (torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32))
     return dtype, torch.device(device if device is not None else "cpu" if like is None else like.device)
 
 
@@ -90,6 +96,7 @@ def sample(
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
     denoise: bool = False,
+    temperature: float = 1.0,
     progress: bool = False,
 ) -> Tensor:
     """Draw from the prior and walk the sampler over `times`.
@@ -104,22 +111,103 @@ def sample(
         first: index of the batch's first example.
         dtype, device: of the state; by default those of the model's first parameter or buffer, else float32 on the CPU.
         denoise: return E[x_0 | x] at the last time instead of x; where that is clean data (sigma = 0), x itself.
+        temperature: factor of the draw from the prior. Below 1 samples are nearer to what the flow carries the prior's
+            middle to: more alike, and of another law than the model's. For samplers that draw no noise.
         progress: show a bar.
 
-    Returns x of shape `shape`. Raises ValueError for a grid that is not 1-D and decreasing within [0, 1], or for a
-    shape that is not a batch of states.
+    Returns x of shape `shape`. Raises ValueError for a grid that is not 1-D and decreasing within [0, 1], for a shape
+    that is not a batch of states, for an estimate of another shape than its state, and for a sampler that draws noise
+    at another temperature than 1; FloatingPointError, with step and time, where the model or the state is not finite.
     """
     shape = tuple(shape)
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be (B, *shape), a batch of states, got {shape}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
     times = times.to("cpu", torch.float64)
     falling = times.ndim == 1 and len(times) >= 2 and bool((times.diff() < 0).all())
     if not falling or times[0] > 1 or times[-1] < 0:
         raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
     dtype, device = default_state(model, dtype, device)
-    noise = noise_source(shape, seed, first, dtype, device)
-    x = model.sde.prior(shape, noise)
-    states = sampler.walk(model, x, times, noise)
-    for state in tqdm(states, total=len(times) - 1, desc="sampling", leave=False, disable=not progress):
-        x = state
-    return model(x, times[-1]).data if denoise and bool(model.sde.sigma(times[-1]) > 0) else x
+    before = seed.get_state() if isinstance(seed, torch.Generator) else None
+
+    def begin() -> tuple[Tensor, Noise]:
+        noise = noise_source(shape, seed, first, dtype, device)
+        x = model.sde.prior(shape, noise)
+        return (x, noise) if temperature == 1 else (temperature * x, _refuse(sampler, temperature))
+
+    (x, noise), n = begin(), len(times) - 1
+    done = 0
+    try:
+        with tqdm(
+            sampler.walk(model, x, times, noise), total=n, desc="sampling", leave=False, disable=not progress
+        ) as states:
+            for done, x in enumerate(states, 1):
+                if done % _LOOK == 0 and not _finite(x):
+                    break
+            else:
+                if denoise and bool(model.sde.sigma(times[-1]) > 0):
+                    x = model(x, times[-1]).data
+    except WrongShape as error:
+        raise WrongShape(f"{error}, in step {min(done + 1, n)} of {n}") from None
+    if not _finite(x):
+        if isinstance(seed, torch.Generator) and before is not None:
+            seed.set_state(before)
+        raise FloatingPointError(_why(model, sampler, times, *begin()))
+    return x
+
+
+class Watched(ScoreModel):
+    """`model`, which raises FloatingPointError for a state or an estimate that is not finite."""
+
+    def __init__(self, model: ScoreModel) -> None:
+        super().__init__(model.sde)
+        self.model = model
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        if not _finite(x):
+            raise FloatingPointError(f"the sampler's state is not finite at {at(t)}: {_DIVERGED}")
+        e = self.model(x, t, **condition)
+        bad = ~(e.data.isfinite() & e.noise.isfinite()).flatten(1).all(1)
+        if bool(bad.any()):
+            raise FloatingPointError(
+                f"the model returned values that are not finite for {int(bad.sum())} of {len(x)} finite states at "
+                f"{at(t)}: check the model there"
+            )
+        return e
+
+
+_DIVERGED = "it has diverged, as the model's estimates were finite; take more steps, or another sampler"
+
+
+def _finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
+def _why(model: ScoreModel, sampler: Sampler, times: Tensor, x: Tensor, noise: Noise) -> str:
+    """Walk again, looking at every evaluation: where a walk that ended badly went wrong first.
+
+    So a walk that ends well is not slowed down by looking.
+    """
+    watched, n = Watched(model), len(times) - 1
+    states = sampler.walk(watched, x, times, noise)
+    step = 0
+    try:
+        for step, x in enumerate(states, 1):
+            if not _finite(x):
+                return f"the sampler's state is not finite after step {step} of {n}, at {at(times[step])}: {_DIVERGED}"
+        watched(x, times[-1])
+    except FloatingPointError as error:
+        where = f"step {step + 1} of {n}" if step < n else "the last estimate of the data"
+        return f"{error} (in {where} of {type(sampler).__name__})"
+    return "samples are not finite, but were so when drawn again: does the model draw numbers, as dropout does?"
+
+
+def _refuse(sampler: Sampler, temperature: float) -> Noise:
+    def noise(like: Tensor) -> Tensor:
+        raise ValueError(
+            f"temperature={temperature:g} scales the draw from which a sampler without noise starts, and {sampler} "
+            "draws noise: take one that does not, such as Heun() (sampling.method=heun), or temperature 1"
+        )
+
+    return noise

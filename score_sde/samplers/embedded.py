@@ -12,6 +12,7 @@ from scipy.integrate import RK45
 from torch import Tensor
 
 from ..model import ScoreModel
+from ..ode import GaveUp
 from ..sdes import Noise, add_, like
 from .base import Sampler
 from .deterministic import check_noisy
@@ -79,7 +80,7 @@ class EmbeddedODE(Sampler):
 
     def _give_up(self, model: ScoreModel, a: Tensor, which: Tensor, reason: str) -> NoReturn:
         t = angle_time(model, a[which]).max().item()
-        raise RuntimeError(
+        raise GaveUp(
             f"EmbeddedODE gave up on {len(which)} of {len(a)} examples, at t = {t:.3g} ({reason}); check the model "
             f"there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
         )

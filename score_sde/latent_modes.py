@@ -1,0 +1,298 @@
+"""The modes encode, decode and interpolate: the probability flow both ways, with the solver of the section eval.
+
+Results are folders as those of `evaluate`: batches are on disk as they are done, and the stamp comes last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from .checkpoint import file_hash
+from .codecs import Codec, PixelCodec
+from .data import Split
+from .dequantisation import uniform_numbers
+from .evaluate import (
+    Arrays,
+    Counted,
+    channels_last,
+    folder_for,
+    in_batches,
+    read_arrays,
+    remove_parts,
+    stamp,
+    write_arrays,
+    write_pictures,
+    write_stamp,
+)
+from .files import read
+from .latents import decode, encode, slerp
+from .model import ScoreModel
+from .ode import Solver
+from .parallel import Processes
+from .samplers.base import noise_source
+
+_SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
+
+
+def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
+    """The user's examples for a model of examples of `shape`, as a data set stores them; of a folder its train/ if any.
+
+    An image, or a folder or zip of them, is cropped, resized and made grey or RGB, and its 256 levels become those of
+    the data. Arrays of a .npy or .npz hold levels, or for vectors floats, as they are.
+
+    Raises FileNotFoundError, and ValueError for what cannot be read or is of another kind or shape.
+    """
+    square = len(shape) == 3 and shape[-1] == shape[-2]
+    channels = shape[0] if len(shape) == 3 else None
+    (x, _), _ = read(path, shape[-1] if square else None, channels, memory=2**62)
+    assert isinstance(x, Tensor)
+    if tuple(x.shape[1:]) != shape or (x.dtype == torch.uint8) != isinstance(codec, PixelCodec):
+        kind = "uint8 images" if isinstance(codec, PixelCodec) else "floats"
+        raise ValueError(f"{path} holds {x.dtype} of shape {tuple(x.shape)}, and the model is of {kind} {shape}")
+    if isinstance(codec, PixelCodec):
+        if path.suffix.lower() not in (".npy", ".npz"):
+            x = (x.to(torch.float32) * ((codec.levels - 1) / 255)).round().to(torch.uint8)
+        elif int(x.max()) >= codec.levels:
+            raise ValueError(f"{path} holds the value {int(x.max())}, and the data have levels 0..{codec.levels - 1}")
+    return Split(x)
+
+
+def read_latents(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Latents (N, *shape) from the `latents.npz` of --mode encode, or another .npz of `latents`, or a .npy.
+
+    Raises FileNotFoundError, and ValueError for what holds none, or such of another shape.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}: give --input the latents.npz that --mode encode wrote")
+    found = np.load(path, allow_pickle=False) if path.suffix == ".npy" else (read_arrays(path) or {}).get("latents")
+    if found is None:
+        raise ValueError(f"{path} holds no array latents, such as --mode encode writes into its latents.npz")
+    if found.shape[1:] != shape or not np.issubdtype(found.dtype, np.floating) or len(found) == 0:
+        raise ValueError(f"{path} holds {found.dtype} of shape {found.shape}, and latents are floats (N, {shape})")
+    if not np.isfinite(found).all():
+        raise ValueError(f"{path} holds latents that are not finite")
+    return torch.from_numpy(found.astype(np.float32))
+
+
+def run_encoding(
+    model: ScoreModel,
+    config: ConfigDict,
+    split: Split,
+    codec: Codec,
+    checkpoint: Path,
+    base: Path,
+    processes: Processes,
+    source: str | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Latents of a split's first eval.num_images examples, into a folder below `base`.
+
+    `latents.npz` has `latents` (N, *shape) and, each example's, `largest_error` and `rms_error` of decode(encode(x)),
+    in levels of pixels; the stamp has them of all, and the fraction of pixels that come back to their level. A grid
+    shows the first images, each beside what its latent decodes to. `source` says where the split is from.
+    """
+    e = config.eval
+    n = min(e.num_images, len(split)) if e.num_images else len(split)
+    source = source or e.split
+    label = e.split if source == e.split else "input"
+    about = {"mode": "encode", "examples": source, "number": n, "seed": e.seed}
+    made_from = stamp(checkpoint, e.weights, {**about, **_road(model, config)})
+    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}-{label}", made_from)
+    if (folder / "stamp.json").is_file():
+        return folder, json.loads((folder / "stamp.json").read_text())
+    counted, split = Counted(model), split.to(processes.device)
+
+    def compute(first: int, count: int) -> Arrays:
+        k, _ = split[torch.arange(first, first + count)]
+        x = _as_trained(k, codec, config, first)
+        counted.nfe = 0
+        z = encode(counted, x, **_options(config))
+        there, counted.nfe = counted.nfe, 0
+        back = decode(counted, z, **_options(config))
+        error = _in_levels(back - x, codec).flatten(1).double()
+        shown = max(0, min(count, _SHOWN - first))
+        found = {
+            "latents": z.to(torch.float32).cpu().numpy(),
+            "largest_error": error.abs().amax(1).cpu().numpy(),
+            "rms_error": error.square().mean(1).sqrt().cpu().numpy(),
+            "nfe": np.array([[there, counted.nfe]]),
+        }
+        if isinstance(codec, PixelCodec):
+            found["same"] = (codec.decode(back) == k).double().flatten(1).mean(1).cpu().numpy()
+            found["pairs"] = channels_last(torch.stack([k, codec.decode(back)], 1)[:shown].flatten(0, 1))
+        return found
+
+    joined = in_batches(folder, n, e.batch_size, processes, compute, lambda bar, done: None, "encoding")
+    result = {
+        **made_from,
+        "unit": "levels" if codec.levels else "data",
+        "largest_error": float(joined["largest_error"].max()),
+        "rms_error": math.sqrt(float((joined["rms_error"] ** 2).mean())),
+        "same_level": float(joined["same"].mean()) if "same" in joined else None,
+        "latent_deviation": float(np.sqrt((joined["latents"].astype(np.float64) ** 2).mean())) / model.sde.prior_std,
+        "nfe": joined["nfe"].mean(0).tolist(),
+    }
+    if processes.main:
+        write_arrays(folder / "latents.npz", {name: joined[name] for name in ("latents", "largest_error", "rms_error")})
+        if "pairs" in joined:
+            write_pictures(joined["pairs"], codec, folder, columns=min(8, len(joined["pairs"])))
+        write_stamp(folder, result)
+        remove_parts(folder)
+    processes.barrier()
+    return folder, result
+
+
+def round_trip(result: dict[str, Any]) -> str:
+    """What an encoding's stamp says of the way there and back, in a line."""
+    same = result["same_level"]
+    unit = " levels of a pixel" if result["unit"] == "levels" else ""
+    return (
+        f"{result['number']} latents, of {result['latent_deviation']:.3f} times the prior's deviation; decoded again "
+        f"they are off by {result['rms_error']:.3g}{unit} (RMS) and {result['largest_error']:.3g} at most"
+        + (f", {100 * same:.4g} % of the pixels have their level" if same is not None else "")
+        + f"; NFE {result['nfe'][0]:.0f} there and {result['nfe'][1]:.0f} back"
+    )
+
+
+def run_decoding(
+    model: ScoreModel,
+    config: ConfigDict,
+    path: Path,
+    shape: tuple[int, ...],
+    codec: Codec,
+    checkpoint: Path,
+    base: Path,
+    processes: Processes,
+) -> tuple[Path, dict[str, Any]]:
+    """What the latents of a file decode to, times sampling.temperature: `samples.npz` as of --mode sample, a grid."""
+    e, latents = config.eval, read_latents(path, shape)
+    about = {"latents_sha256": file_hash(path), "temperature": config.sampling.temperature, "number": len(latents)}
+    made_from = stamp(checkpoint, e.weights, {"mode": "decode", **about, **_road(model, config)})
+    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}", made_from)
+    if (folder / "stamp.json").is_file():
+        return folder, json.loads((folder / "stamp.json").read_text())
+    counted = Counted(model)
+
+    def compute(first: int, count: int) -> Arrays:
+        counted.nfe = 0
+        z = config.sampling.temperature * latents[first : first + count].to(processes.device)
+        x = decode(counted, z, **_options(config))
+        return {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
+
+    joined = in_batches(folder, len(latents), e.batch_size, processes, compute, lambda bar, done: None, "decoding")
+    result = {**made_from, "nfe": float(joined["nfe"].mean())}
+    if processes.main:
+        write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
+        write_pictures(joined["arr_0"], codec, folder)
+        write_stamp(folder, result)
+        remove_parts(folder)
+    processes.barrier()
+    return folder, result
+
+
+def run_interpolation(
+    model: ScoreModel,
+    config: ConfigDict,
+    split: Split | None,
+    shape: tuple[int, ...],
+    codec: Codec,
+    checkpoint: Path,
+    base: Path,
+    processes: Processes,
+    source: str | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """From one latent to another on the sphere, decoded: `interpolations.npz` (`arr_0`, a row for each pair), a grid.
+
+    The latents are those of a split's examples, the first and second, the third and fourth, and so on; for a split of
+    None draws from the prior, latent i from (sampling.seed, i) as in --mode sample. All are multiplied by
+    sampling.temperature. Of examples the stamp has how far the decoded ends are from them.
+    """
+    e, i, temperature = config.eval, config.interpolation, config.sampling.temperature
+    pairs = i.pairs if split is None else min(i.pairs, len(split) // 2)
+    if pairs < 1:
+        raise ValueError("an interpolation is between two images, and there is one: add another to --input")
+    ends = (
+        {"seed": config.sampling.seed}
+        if split is None
+        else {"examples": source or e.split, "dequantization_seed": e.seed}
+    )
+    about = {"mode": "interpolate", **ends, "pairs": pairs, "steps": i.steps, "temperature": temperature}
+    made_from = stamp(checkpoint, e.weights, {**about, **_road(model, config)})
+    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}-{i.between}", made_from)
+    if (folder / "stamp.json").is_file():
+        return folder, json.loads((folder / "stamp.json").read_text())
+    counted, weights = Counted(model), torch.linspace(0, 1, i.steps, dtype=torch.float64, device=processes.device)
+    split = None if split is None else split.to(processes.device)
+
+    def compute(first: int, count: int) -> Arrays:
+        counted.nfe = 0
+        if split is None:
+            noise = noise_source((2 * count, *shape), config.sampling.seed, 2 * first, torch.float32, processes.device)
+            z = model.sde.prior((2 * count, *shape), noise)
+        else:
+            x = _as_trained(split[torch.arange(2 * first, 2 * (first + count))][0], codec, config, 2 * first)
+            z = encode(counted, x, **_options(config))
+        between = temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
+        y = decode(counted, between.reshape(-1, *shape), **_options(config)).reshape(between.shape)
+        rows = channels_last(codec.decode(y.flatten(0, 1)))
+        found = {"arr_0": rows.reshape(count, i.steps, *rows.shape[1:])}
+        if split is not None:
+            error = _in_levels(torch.stack([y[:, 0] - x[0::2], y[:, -1] - x[1::2]], 1), codec).flatten(1)
+            found["error"] = error.double().square().mean(1).cpu().numpy()
+        return {**found, "nfe": np.array([counted.nfe])}
+
+    batch = max(1, e.batch_size // i.steps)
+    joined = in_batches(folder, pairs, batch, processes, compute, lambda bar, done: None, "interpolating")
+    result: dict[str, Any] = {**made_from, "nfe": float(joined["nfe"].mean())}
+    if split is not None:
+        result |= {"unit": "levels" if codec.levels else "data", "ends_rms_error": math.sqrt(joined["error"].mean())}
+    if processes.main:
+        rows = joined["arr_0"]
+        write_arrays(folder / "interpolations.npz", {"arr_0": rows})
+        write_pictures(rows.reshape(-1, *rows.shape[2:]), codec, folder, columns=i.steps)
+        write_stamp(folder, result)
+        remove_parts(folder)
+    processes.barrier()
+    return folder, result
+
+
+def fingerprint(split: Split) -> str:
+    """sha256 of a split's examples, so that the same command on other files is another result."""
+    x = split.x
+    assert isinstance(x, Tensor)
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+
+
+def _road(model: ScoreModel, config: ConfigDict) -> dict[str, Any]:
+    """What the stamp says of the ODE."""
+    return {"sde": repr(model.sde), **{key: config.eval[key] for key in ("ode_method", "rtol", "atol", "t_min")}}
+
+
+def _options(config: ConfigDict) -> dict[str, Any]:
+    e = config.eval
+    return {"t_min": e.t_min, "solver": Solver(e.ode_method, e.rtol, e.atol)}
+
+
+def _as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
+    """Stored values as the model saw them, which if it was trained so is with uniform noise within a level.
+
+    The noise is that of the likelihood, of (eval.seed, first + i). Without it an even surface would be encoded far from
+    where the prior is.
+    """
+    u = None
+    if isinstance(codec, PixelCodec) and config.data.uniform_dequantization:
+        u = uniform_numbers(tuple(k.shape), 1, config.eval.seed, first)[0].to(k.device)
+    return codec.encode(k, u).to(torch.float32)
+
+
+def _in_levels(difference: Tensor, codec: Codec) -> Tensor:
+    """A difference of the model's values in levels of pixels; of vectors as it is."""
+    return difference * (codec.levels / codec.width) if codec.levels else difference

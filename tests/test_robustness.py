@@ -1,0 +1,444 @@
+"""Samplers and likelihoods on states of every kind: rank, batch size, precision, memory layout; and what goes wrong."""
+
+import copy
+import math
+import re
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, ode, sample, samplers, times
+from score_sde.bounds import chain_bound
+from score_sde.classification import classify
+from score_sde.continuous_bound import variational_bound
+from score_sde.evaluate import in_batches
+from score_sde.heat_maps import heat_map
+from score_sde.model import Estimate, Preconditioned, ScoreModel, label_log_sigma, predict_edm, unit_variance
+from score_sde.networks import MLP, NCSN, UNet
+from score_sde.ode import GaveUp
+from score_sde.parallel import Processes
+from score_sde.samplers import (
+    DDIM,
+    AdaptiveODE,
+    AdaptiveSDE,
+    Ancestral,
+    AnnealedLangevin,
+    Churn,
+    DPMSolver,
+    EmbeddedODE,
+    EulerMaruyama,
+    FixedODE,
+    Heun,
+    Langevin,
+    Multistep,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    UniPC,
+    langevin_dynamics,
+)
+from score_sde.samplers.base import noise_source
+from score_sde.sdes import SDE
+
+from .oracles import numbers
+
+SDE_ = VPSDE(t_min=0.01)
+GRID = times.log_snr(SDE_, 4)
+SAMPLERS: list[Sampler] = [
+    AdaptiveODE(1e-3, 1e-3),
+    AdaptiveODE(1e-3, 1e-3, method="RK45"),
+    AdaptiveSDE(0.1, 0.1),
+    Ancestral(),
+    Ancestral("large"),
+    AnnealedLangevin(),
+    Churn(1.0),
+    DDIM(),
+    DDIM(eta=0.5),
+    DPMSolver(3),
+    EmbeddedODE(1e-3, 1e-3),
+    EulerMaruyama(),
+    FixedODE(),
+    Heun(),
+    Langevin(),
+    Multistep(3),
+    Multistep(2, eta=1.0),
+    PredictorCorrector(),
+    ReverseDiffusion(),
+    UniPC(3),
+]
+SHAPES = {"vectors": (3,), "sequences": (2, 5), "images": (2, 4, 3), "volumes": (1, 2, 3, 2)}
+
+
+class Tiny(nn.Module):
+    """A smooth network of states of any rank, all of whose outputs hang on all inputs and on the label."""
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        d = math.prod(shape)
+        self.first, self.last, self.label = nn.Linear(d, 8), nn.Linear(8, d), nn.Linear(1, 8)
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        told = torch.sin(label / 100)[:, None].to(self.label.weight.dtype)
+        return self.last(torch.tanh(self.first(x.flatten(1)) + self.label(told))).reshape(x.shape)
+
+
+def model_of(network: nn.Module, sde: SDE = SDE_) -> Preconditioned:
+    return Preconditioned(network, sde, predict_edm, label=label_log_sigma, scale=unit_variance).eval()
+
+
+@pytest.fixture(scope="module")
+def models() -> dict[str, Preconditioned]:
+    torch.manual_seed(0)
+    return {name: model_of(Tiny(shape)).double() for name, shape in SHAPES.items()}
+
+
+def test_every_sampler_of_the_package_is_here() -> None:
+    there = {value for value in vars(samplers).values() if isinstance(value, type) and issubclass(value, Sampler)}
+    assert {type(sampler) for sampler in SAMPLERS} == there - {Sampler}
+
+
+# --- samplers
+
+
+def tolerance(sampler: Sampler) -> float:
+    """One step size for a whole batch: there an example hangs on its neighbours to the solver's tolerance."""
+    return 3e-3 if isinstance(sampler, AdaptiveODE) else 1e-7
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_samples_of_any_rank_alone_and_in_a_batch_and_of_none(
+    sampler: Sampler, kind: str, models: dict[str, Preconditioned]
+) -> None:
+    model, shape = models[kind], SHAPES[kind]
+    draw = partial(sample, model, sampler, times=GRID, seed=1, denoise=True)
+    three = draw(shape=(3, *shape))
+    assert three.dtype == torch.float64 and three.shape == (3, *shape) and three.std() > 0.1
+    torch.testing.assert_close(draw(shape=(1, *shape), first=1), three[1:2], rtol=0, atol=tolerance(sampler))
+    assert draw(shape=(0, *shape)).shape == (0, *shape)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_samples_in_float32_and_of_a_network_in_bfloat16(sampler: Sampler, models: dict[str, Preconditioned]) -> None:
+    model, z = models["images"], numbers(2, *SHAPES["images"])
+    results = {}
+    for name, dtype in (("float64", torch.float64), ("float32", torch.float32), ("bfloat16", torch.bfloat16)):
+        own = copy.deepcopy(model).to(dtype)
+        state = torch.float64 if dtype == torch.float64 else torch.float32
+        assert sample(own, sampler, (1, 2, 4, 3), GRID).dtype == state, "bfloat16 is no type for a state"
+        source = iter(numbers(50_000, 2, *SHAPES["images"]).to(state))
+        with torch.no_grad():
+            *_, results[name] = sampler.walk(own, z.to(state), GRID, lambda like: next(source))  # noqa: B023
+    accepts = isinstance(sampler, AdaptiveSDE)  # another decision to accept is another path
+    torch.testing.assert_close(results["float32"].double(), results["float64"], rtol=0, atol=1 if accepts else 3e-3)
+    torch.testing.assert_close(results["bfloat16"].double(), results["float64"], rtol=0, atol=1 if accepts else 0.1)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_walks_from_states_in_any_layout_and_leaves_them_alone(
+    sampler: Sampler, models: dict[str, Preconditioned]
+) -> None:
+    x = numbers(3, *SHAPES["images"])
+    layouts = [
+        x.clone(memory_format=torch.channels_last),
+        x.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.stack([x, x], 1)[:, 1],
+        x[:1].expand(3, -1, -1, -1),
+    ]
+    assert not any(layout.is_contiguous() for layout in layouts)
+    for layout in layouts:
+        before = layout.clone(memory_format=torch.contiguous_format)
+        ends = []
+        for start in (before, layout):
+            noise = noise_source((3, *SHAPES["images"]), 0, 0, torch.float64, torch.device("cpu"))
+            with torch.no_grad():
+                *_, end = sampler.walk(models["images"], start, GRID, noise)
+            ends.append(end)
+        torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=1e-11)
+        assert torch.equal(layout, before), "the walk wrote into its start"
+
+
+def test_langevin_dynamics_of_one_and_none(models: dict[str, Preconditioned]) -> None:
+    model, x = models["images"], numbers(3, *SHAPES["images"])
+    for metropolis in (False, True):
+        walk = partial(langevin_dynamics, model, step=1e-3, n=3, t=0.5, metropolis=metropolis)
+        three = walk(x=x.transpose(2, 3).contiguous().transpose(2, 3))
+        torch.testing.assert_close(walk(x=x[1:2], first=1), (three.x[1:2], three.acceptance[1:2]))
+        assert walk(x=x[:0]).x.shape == x[:0].shape
+
+
+# --- networks in bfloat16
+
+
+NETWORKS = {
+    "unet, sinusoidal": (lambda: UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8), 100.0),
+    "unet, fourier": (lambda: UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(), embedding="fourier"), 0.1),
+    "ncsn": (lambda: NCSN(1, levels=999, width=8, multipliers=(1, 1, 1)), 700.6),
+    "mlp": (lambda: MLP(4, width=32), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_networks_in_bfloat16_keep_their_labels(name: str) -> None:
+    """Output and label's influence are those of float32 to bfloat16's 2^-8, in units of their size."""
+    make, scale = NETWORKS[name]
+    torch.manual_seed(0)
+    network = make().eval()  # type: ignore[operator]
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(
+                torch.randn(p.shape) / math.sqrt(max(p[0].numel(), 1)) if p.ndim > 1 else 0.1 * torch.randn(p.shape)
+            )
+        x = numbers(4, 4, dtype=torch.float32) if name == "mlp" else numbers(4, 1, 8, 8, dtype=torch.float32)
+        label = scale * torch.tensor([0.9993, 0.7012, 0.3341, 0.0117])
+        exact = network(x, label)
+        half = copy.deepcopy(network).bfloat16()(x.bfloat16(), label)
+    assert half.dtype == torch.bfloat16
+    assert (half.float() - exact).square().mean().sqrt() < 0.03 * exact.std()
+
+
+def test_a_network_may_compute_under_autocast() -> None:
+    torch.manual_seed(0)
+    model = model_of(UNet(1, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8))
+    shape, grid = (2, 1, 8, 8), times.log_snr(SDE_, 5)
+    exact = sample(model, Heun(), shape, grid)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sample(model, Heun(), shape, grid)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, exact, rtol=0, atol=0.05)
+
+
+# --- likelihoods
+
+CHAIN = DDPM.linear(50).as_sde()
+
+
+def densities(model: ScoreModel, x: Tensor, first: int = 0) -> dict[str, Tensor]:
+    """(B,) each, of every road to a likelihood."""
+    chain = model_of(model.network, CHAIN) if isinstance(model, Preconditioned) else model
+    tight = Solver("dopri5", 1e-6, 1e-6)
+    options = {"t_min": 0.01, "first": first}
+    return {
+        "exact": log_likelihood(model, x, probe="exact", **options).log_prob,
+        "probes": log_likelihood(model, x, probes=2, **options).log_prob,
+        "RK45": log_likelihood(model, x, method="RK45", **options).log_prob,
+        "heat map": heat_map(model, x, probes=None, solver=tight, **options).log_prob.flatten(1).sum(1),
+        "sde bound": variational_bound(model, x, draws=4, **options).total,
+        "chain bound": chain_bound(chain, x, terms=3, first=first).total,
+        "classifier": classify([model, model], x, **options).log_posterior[:, 0],
+    }
+
+
+@pytest.mark.parametrize("kind", SHAPES)
+def test_likelihoods_of_any_rank_alone_and_in_a_batch_and_of_none(kind: str, models: dict[str, Preconditioned]) -> None:
+    x = numbers(3, *SHAPES[kind])
+    three, one, none = (
+        densities(models[kind], x),
+        densities(models[kind], x[1:2], first=1),
+        densities(models[kind], x[:0]),
+    )
+    for name, value in three.items():
+        torch.testing.assert_close(one[name], value[1:2], rtol=1e-4, atol=1e-4)  # to the solver's tolerance
+        assert none[name].shape == (0,), name
+    torch.testing.assert_close(three["heat map"], three["exact"], rtol=1e-4, atol=1e-4)
+
+
+def test_likelihoods_in_any_layout_and_precision(models: dict[str, Preconditioned]) -> None:
+    model, x = models["images"], numbers(3, *SHAPES["images"])
+    expected = densities(model, x)
+    for layout in (x.clone(memory_format=torch.channels_last), torch.stack([x, x], 1)[:, 1]):
+        for name, value in densities(model, layout).items():
+            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+    exact = densities(model, x.float())  # the state in float32, whose random numbers are others, the network in float64
+    for name, value in densities(copy.deepcopy(model).float(), x.float()).items():
+        torch.testing.assert_close(value.double(), exact[name].double(), rtol=2e-4, atol=2e-3, msg=name)
+        if "bound" not in name:
+            torch.testing.assert_close(value.double(), expected[name], rtol=2e-4, atol=2e-3, msg=name)
+
+
+def test_the_likelihood_of_a_network_in_bfloat16(models: dict[str, Preconditioned]) -> None:
+    """A solver cannot be told to be more exact than the network."""
+    model, x = models["images"], numbers(3, *SHAPES["images"], dtype=torch.float32)
+    options = {"t_min": 0.01, "probe": "exact", "rtol": 1e-2, "atol": 1e-2}
+    expected = log_likelihood(copy.deepcopy(model).float(), x, **options).log_prob
+    half = copy.deepcopy(model).bfloat16()
+    for state in (x, x.bfloat16()):
+        found = log_likelihood(half, state, **options)
+        torch.testing.assert_close(found.log_prob.float(), expected.float(), rtol=0, atol=0.5)
+        assert found.nfe < 500
+
+
+# --- models that go wrong
+
+
+class Breaks(ScoreModel):
+    """A Gaussian's model whose answer for example `which` is `value` from time t on."""
+
+    def __init__(self, value: float, below: float, which: int = 1) -> None:
+        super().__init__(SDE_)
+        self.value, self.below, self.which = value, below, which
+
+    def forward(self, x: Tensor, t: Tensor, **condition: object) -> Estimate:
+        broken = torch.zeros_like(x)
+        if bool((t < self.below).any()):
+            broken[self.which % max(len(x), 1) :][:1] = self.value
+        return Estimate(0 * x + broken, x, torch.ones(()))
+
+
+@pytest.mark.parametrize("seed", [0, "generator"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_is_not_finite_is_reported_with_step_and_time(value: float, seed: object) -> None:
+    grid = torch.linspace(1, 0.01, 100, dtype=torch.float64)
+    source = torch.Generator().manual_seed(3) if seed == "generator" else 3
+    with pytest.raises(FloatingPointError) as caught:
+        sample(Breaks(value, 0.5), Ancestral(), (3, 2), grid, seed=source)
+    at = next(i for i, t in enumerate(grid) if t < 0.5)
+    assert f"not finite for 1 of 3 finite states at t = {grid[at]:.4g}" in str(caught.value)
+    assert f"step {at + 1} of 99 of Ancestral" in str(caught.value)
+
+
+def test_a_walk_that_breaks_early_is_not_walked_to_its_end() -> None:
+    calls = []
+
+    class Counts(Breaks):
+        def forward(self, x: Tensor, t: Tensor, **condition: object) -> Estimate:
+            calls.append(t)
+            return super().forward(x, t)
+
+    with pytest.raises(FloatingPointError, match="step 12 of 10000 "):
+        sample(Counts(math.nan, 0.9991), DDIM(), (2, 2), torch.linspace(1, 0.1, 10_001, dtype=torch.float64))
+    assert len(calls) < 100
+
+
+def test_the_last_estimate_of_the_data_is_looked_at_too() -> None:
+    grid = times.uniform(SDE_, 5)
+    with pytest.raises(FloatingPointError, match=r"t = 0.01: check .* \(in the last estimate of the data"):
+        sample(Breaks(math.nan, 0.011), DDIM(), (2, 2), grid, denoise=True)
+    assert sample(Breaks(math.nan, 0.011), DDIM(), (2, 2), grid).isfinite().all()
+
+
+def test_a_sampler_that_diverges_is_told_from_a_model_that_breaks() -> None:
+    class Huge(Breaks):
+        """Its noise is finite in float32, but no longer times g²."""
+
+        def forward(self, x: Tensor, t: Tensor, **condition: object) -> Estimate:
+            return Estimate(0 * x, torch.full_like(x, 3e38), torch.ones(()))
+
+    words = "has diverged, as the model's estimates were finite"
+    with pytest.raises(FloatingPointError, match=rf"is not finite after step 1 of 4, at t = 0.75.*{words}"):
+        sample(Huge(0.0, 0.0), EulerMaruyama(), (2, 2), times.uniform(SDE_, 4))
+    with pytest.raises(FloatingPointError, match=rf"is not finite at t = .*{words}.* \(in step 1 of 4 of FixedODE"):
+        sample(Huge(0.0, 0.0), FixedODE(), (2, 2), times.uniform(SDE_, 4))
+
+
+class Misshapen(Breaks):
+    """Its answer lacks channels below a time, and would be broadcast."""
+
+    def forward(self, x: Tensor, t: Tensor, **condition: object) -> Estimate:
+        e = super().forward(x, t)
+        return e._replace(data=e.data[:, :1], noise=e.noise[:, :1]) if bool((t < self.below).any()) else e
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_an_estimate_of_another_shape_is_reported_with_step_and_time(sampler: Sampler) -> None:
+    answer = (
+        r"Misshapen returned data of shape \(2, 1\) for a state of shape \(2, 3\) at t = 0\.\d+.* in step [1-4] of 4"
+    )
+    with pytest.raises(ValueError, match=answer):
+        sample(Misshapen(0.0, float(GRID[1]) + 1e-6), sampler, (2, 3), GRID)
+
+
+def test_a_score_of_another_shape_is_reported() -> None:
+    model = from_score(SDE_, lambda x, t: -x[:, :1])
+    for attempt in (
+        lambda: sample(model, EulerMaruyama(), (2, 3), GRID),
+        lambda: log_likelihood(model, numbers(2, 3)),
+    ):
+        with pytest.raises(ValueError, match=r"score has shape \(2, 1\) for a state of shape \(2, 3\) at t = "):
+            attempt()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45"])
+def test_a_likelihood_reports_the_evaluation_and_time_at_which_the_model_breaks(method: str) -> None:
+    x = numbers(2, 3)
+    run = partial(log_likelihood, x=x, t_min=0.01, method=method)
+    with pytest.raises(RuntimeError, match=r"after \d+ evaluations .*a slope that is not finite at t = 0\.[0-9]+"):
+        run(ThenBreaks(0.4))
+    with pytest.raises(ValueError, match=r"data of shape \(2, 1\) for a state of shape \(2, 3\) at t = 0.01"):
+        run(Misshapen(0.0, 0.4))
+
+
+class ThenBreaks(ScoreModel):
+    """A Gaussian's model that is NaN above a time."""
+
+    def __init__(self, above: float) -> None:
+        super().__init__(SDE_)
+        self.above = above
+
+    def forward(self, x: Tensor, t: Tensor, **condition: object) -> Estimate:
+        return Estimate(0 * x, x * (math.nan if t > self.above else 1), torch.ones(()))
+
+
+# --- stiff problems
+
+
+@pytest.mark.parametrize("method", ["dopri5", "RK45"])
+def test_a_stiff_problem_stops_at_a_limit_with_what_was_reached_and_advice(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A score of slope 1e7, for which an explicit solver needs steps of 1e-7: none ends in 2,000 evaluations."""
+    monkeypatch.setattr(ode, "MAX_EVALUATIONS", 2000)
+    stiff = from_score(SDE_, lambda x, t: -1e7 * x)
+    with pytest.raises(GaveUp) as caught:
+        log_likelihood(stiff, numbers(2, 3), t_min=0.01, method=method)
+    answer = r"gave up after 2001 evaluations between t = 0\.01 and 1 \(too many; t = (0\.\d+) was reached\); check the"
+    found = re.search(answer, str(caught.value))
+    assert found is not None and 0.01 <= float(found[1]) < 0.02
+    assert "raise rtol and atol (now 1e-05 and 1e-05) or t_min" in str(caught.value)
+
+
+@pytest.mark.parametrize("sampler", [EmbeddedODE(), AdaptiveSDE()], ids=str)
+def test_a_stiff_walk_stops_at_a_limit_too(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules[type(sampler).__module__], "MAX_STEPS", 300)
+    stiff = from_score(SDE_, lambda x, t: -1e4 * x)
+    answer = r"gave up on 2 of 2 examples, at t = \S+ \(300 steps\).*raise rtol and atol"
+    with pytest.raises(RuntimeError, match=answer):
+        sample(stiff, sampler, (2, 3), GRID)
+
+
+# --- several processes
+
+
+def test_processes_do_not_wait_for_one_another_until_all_is_done(tmp_path: Path) -> None:
+    """The first batch of process 0 ends when process 1 has ended all of its own: a meeting on the way would never."""
+    meeting, others_done = threading.Barrier(2), threading.Event()
+    order: list[tuple[int, int]] = []
+
+    @dataclass(frozen=True)
+    class Threads(Processes):
+        def barrier(self) -> None:
+            if self.rank == 1:
+                others_done.set()
+            meeting.wait(timeout=60)
+
+    def work(rank: int) -> dict[str, np.ndarray]:
+        def compute(first: int, count: int) -> dict[str, np.ndarray]:
+            if rank == 0:
+                assert others_done.wait(timeout=60), "process 1 waits for process 0"
+            order.append((rank, first))
+            return {"x": np.arange(first, first + count)}
+
+        return in_batches(tmp_path, 10, 2, Threads(rank, 2, torch.device("cpu")), compute, lambda bar, done: None, "")
+
+    with ThreadPoolExecutor(2) as pool:
+        joined = list(pool.map(work, range(2)))
+    assert order == [(1, 2), (1, 6), (0, 0), (0, 4), (0, 8)]
+    assert all(np.array_equal(whole["x"], np.arange(10)) for whole in joined)
