@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from score_sde import SDE, VESDE, Sampler, ScoreModel, SubVPSDE, VPSDE
+from score_sde import SDE, VESDE, VPSDE, Sampler, ScoreModel, SubVPSDE
 from score_sde.sdes import Noise
 
 from .peer import Peer

@@ -156,15 +156,15 @@ def singlestep(
     return advance(x, values, Step(*coefficients(end, nodes, predict, rule)))
 
 
-def orders(sde: SDE, times: Tensor, order: int) -> list[int]:
+def orders(sde: SDE, times: Tensor, order: int, short: int = SHORT) -> list[int]:
     """The order of each step: no more than there are values, and lower at the end where that is short or clean.
 
-    The papers' code lowers it on grids shorter than 15 steps; at sigma = 0 lambda is infinite, and no polynomial in it
-    gets there.
+    The papers' code lowers it on grids of fewer than `short` = 15 steps; at sigma = 0 lambda is infinite, and no
+    polynomial in it gets there.
     """
     n = len(times) - 1
     clean = bool(sde.sigma(times[-1]) == 0)
-    return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < SHORT else order) for i in range(n)]
+    return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
 
 
 def plan(
@@ -285,15 +285,16 @@ class UniPC(Sampler):
         predict: what is interpolated.
         start: of p = 3: "singlestep" takes the first step by two evaluations more; "lower" at order 1, as the published
             code does, with which the order is 3 on ever finer grids.
+        short: on grids of fewer steps the last ones are of lower order.
 
-    On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
-    Raises ValueError for other settings.
+    A step to clean data is always of order 1. Raises ValueError for other settings.
     """
 
     order: int = 3
     variant: Literal["b1", "b2"] = "b2"
     predict: Prediction = "data"
     start: Start = "singlestep"
+    short: int = SHORT
 
     def __post_init__(self) -> None:
         _check(self.order, self.predict, self.start)
@@ -301,7 +302,7 @@ class UniPC(Sampler):
             raise ValueError(f'variant must be "b1" or "b2", got {self.variant!r}')
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        allowed = orders(model.sde, times, self.order)
+        allowed = orders(model.sde, times, self.order, self.short)
         steps = plan(model.sde, times, allowed, self.predict, self.variant)
         corrections = plan(model.sde, times[:-1], allowed[:-1], self.predict, self.variant, corrector=True)
         single = self.start == "singlestep" and max(allowed) == 3
