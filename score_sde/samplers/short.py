@@ -14,8 +14,8 @@ def recommended(sde: SDE, nfe: int) -> tuple[Sampler, Tensor]:
     """(sampler, times) of the least error found for `nfe` evaluations of a network, one per step; it draws no noise.
 
     On the grid `times.arcsinh`, with noise prediction: `Multistep` of order 3 below 10 steps, from there `UniPC`, of
-    order 2 below 15 and then of order 3. The choice is measured: ``python -m benchmarks.solvers`` compares it with every other
-    sampler here and with those of diffusers and score_sde_pytorch (docs/performance.md, where it loses too).
+    order 2 below 15 and then of order 3. The choice is measured: ``python -m benchmarks.solvers`` compares it with
+    the other samplers here and those of diffusers and score_sde_pytorch (docs/performance.md, also where it loses).
 
         sampler, grid = recommended(model.sde, 20)
         x = sample(model, sampler, (16, 1, 8, 8), grid)
