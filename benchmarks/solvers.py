@@ -1,6 +1,6 @@
 """Error against network evaluations: our samplers, diffusers' and score_sde_pytorch's, on the same models and noise.
 
-``python -m benchmarks.solvers [--model WORKDIR] [--peer PATH] [--plot FILE]``
+``python -m benchmarks.solvers [--model WORKDIR] [--peer PATH] [--laws] [--plot FILE]``
 
 A deterministic sampler is judged by how far it ends from where the probability flow goes from the same noise, any by
 how far its law is from the data's. Evaluations are counted on the model. diffusers' schedulers walk the grids that ours
@@ -10,6 +10,7 @@ do; score_sde_pytorch's make their own.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import statistics
 import sys
@@ -249,13 +250,34 @@ def measure(problem: Problem, sampler: Sampler, grid: Tensor, row: Run) -> Run:
     return row._replace(problem=problem.name, nfe=nfe, median=median, tail=tail)
 
 
+class Kept:
+    """`measure`, with each row kept in a file of JSON lines, so that a stopped command goes on where it was."""
+
+    def __init__(self, file: Path | None) -> None:
+        self.file = file
+        lines = file.read_text().splitlines() if file is not None and file.exists() else []
+        self.found = {run[:4]: run for run in (Run(*json.loads(line)) for line in lines)}
+
+    def __call__(self, problem: Problem, sampler: Sampler, grid: Tensor, row: Run) -> Run:
+        key = row._replace(problem=problem.name)[:4]
+        if key not in self.found:
+            self.found[key] = measure(problem, sampler, grid, row)
+            if self.file is not None:
+                with self.file.open("a") as file:
+                    file.write(json.dumps(self.found[key]) + "\n")
+        return self.found[key]
+
+
 def grids_of(subject: Subject) -> Sequence[str]:
     """Those that it is measured on."""
     return [subject.grid] if subject.grid else list(GRIDS)
 
 
 def compare(
-    problem: Problem, subjects: Sequence[tuple[Subject, Sequence[str]]], budgets: Sequence[int] = BUDGETS
+    problem: Problem,
+    subjects: Sequence[tuple[Subject, Sequence[str]]],
+    budgets: Sequence[int] = BUDGETS,
+    measure: Callable[[Problem, Sampler, Tensor, Run], Run] = measure,
 ) -> list[Run]:
     """The default, and every subject on the grids beside it."""
     sde, found = problem.sde, []
@@ -503,6 +525,8 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m benchmarks.solvers", description="Error against network evaluations.")
     p.add_argument("--model", type=Path, help="workdir of a trained configs/vp_digits.py, to be measured too")
     p.add_argument("--peer", type=Path, help="a clone of score_sde_pytorch, whose samplers are measured too")
+    p.add_argument("--keep", type=Path, help="a file to keep distances in, from which a stopped command goes on")
+    p.add_argument("--laws", action="store_true", help="measure distances of laws too, also of the stochastic samplers")
     p.add_argument("--plot", type=Path, help="draw the errors into this PNG")
     return p
 
@@ -524,12 +548,12 @@ def run(arguments: Sequence[str]) -> list[Table]:
         problems.append(trained_problem(options.model))
     for problem in problems:
         print(f"{problem.name}: {problem.sde}; references {problem.doubt:.1g} apart", flush=True)
-    subjects = deterministic(peer)
+    subjects, kept = deterministic(peer), Kept(options.keep)
     everywhere = [(subject, grids_of(subject)) for subject in subjects]
-    runs = [run for problem in problems for run in compare(problem, everywhere, JUDGED)]
+    runs = [run for problem in problems for run in compare(problem, everywhere, JUDGED, kept)]
     best = best_grids(runs)
     on_best = [(subject, [best[str(subject)]]) for subject in subjects if str(subject) in best]
-    runs += [run for problem in problems for run in compare(problem, on_best, REST)]
+    runs += [run for problem in problems for run in compare(problem, on_best, REST, kept)]
     if peer is not None:
         runs += [run for problem in problems for run in adaptive(problem, peer)]
     for problem in problems:
@@ -537,8 +561,9 @@ def run(arguments: Sequence[str]) -> list[Table]:
     show(summary(runs, f"All {len(problems)} problems: geometric means", best))
     show(summary(runs, "On every grid", None))
     show(losses(runs))
-    show(laws(stochastic(peer), OF_LAWS))
-    if options.model:
+    if options.laws:
+        show(laws(stochastic(peer), OF_LAWS))
+    if options.laws and options.model:
         show(drawn(trained_problem(options.model, IMAGES), [*LISTED, *stochastic(peer)], JUDGED))
     if options.plot:
         draw(runs, options.plot)
