@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -17,16 +18,21 @@ from score_sde.model import Estimate, ScoreModel
 from score_sde.samplers import (
     DDIM,
     Ancestral,
+    DPMSolver,
     EulerMaruyama,
+    Heun,
     Langevin,
+    Multistep,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    UniPC,
 )
 from score_sde.samplers.base import noise_source
 from score_sde.sdes import SDE
 
 from .peer import Peer, config_for
+from .schedulers import DETERMINISTIC, STOCHASTIC, Scheduled
 from .timing import Clock, Table, milliseconds, ratio
 
 SHAPE = (64, 3, 32, 32)
@@ -35,22 +41,37 @@ STEPS = 20  # of the 1000 of a grid
 
 @dataclass(frozen=True)
 class Subject:
-    """A sampler, its names in the peer, and how many updates a step makes, each with noise or without."""
+    """A sampler, its names in the peer and its like in diffusers, and the operations that a step cannot do without.
+
+    That is `sums`, how many tensors are added to a multiple of x for each new state of a step; or where it is empty,
+    the score and a multiply-add of it and noise, for each of `updates`.
+    """
 
     sampler: Sampler
     predictor: str | None = None
     corrector: str | None = None
+    scheduler: Scheduled | None = None
     updates: int = 1
-    noisy: bool = True
+    sums: tuple[int, ...] = ()
 
 
 SUBJECTS = {
     "Euler-Maruyama": Subject(EulerMaruyama(), "euler_maruyama"),
     "reverse diffusion": Subject(ReverseDiffusion(), "reverse_diffusion"),
-    "ancestral": Subject(Ancestral(), "ancestral_sampling"),
+    "ancestral": Subject(Ancestral(), "ancestral_sampling", scheduler=STOCHASTIC["DDPM"]),
     "DDIM, eta 1": Subject(DDIM(eta=1.0)),
-    "DDIM, eta 0": Subject(DDIM(), noisy=False),
-    "PC, Langevin": Subject(PredictorCorrector(ReverseDiffusion(), Langevin()), "reverse_diffusion", "langevin", 2),
+    "DDIM, eta 0": Subject(DDIM(), scheduler=DETERMINISTIC["DDIM"], sums=(1,)),
+    "PC, Langevin": Subject(
+        PredictorCorrector(ReverseDiffusion(), Langevin()), "reverse_diffusion", "langevin", updates=2
+    ),
+    "Heun": Subject(Heun(), scheduler=DETERMINISTIC["Heun"], sums=(1, 2)),
+    "DPM-Solver 2": Subject(DPMSolver(2), sums=(1, 2)),
+    "DPM-Solver 3": Subject(DPMSolver(3), sums=(1, 2, 2)),
+    "Multistep 2": Subject(Multistep(2), scheduler=DETERMINISTIC["DPM-Solver++ 2M"], sums=(2,)),
+    "Multistep 3": Subject(Multistep(3), scheduler=DETERMINISTIC["DPM-Solver++ 3M"], sums=(3,)),
+    "Multistep 3, noise": Subject(Multistep(3, "noise"), scheduler=DETERMINISTIC["DEIS 3"], sums=(3,)),
+    "UniPC 3": Subject(UniPC(3), scheduler=DETERMINISTIC["UniPC 3"], sums=(3, 4)),
+    "UniPC 3, noise": Subject(UniPC(3, predict="noise"), scheduler=DETERMINISTIC["UniPC 3, noise"], sums=(3, 4)),
 }
 
 
@@ -76,15 +97,19 @@ def sampling(config: ConfigDict, clock: Clock, peer: Peer | None) -> Table:
         works["bare"] = _bare(subject, model, x)
         if peer is not None and _known(subject, config):
             works["peer"] = _theirs(subject, peer, config, model, x)
+        if subject.scheduler is not None:
+            works["diffusers"] = _scheduled(subject.scheduler, x)
         with torch.no_grad():
             taken = clock.compare(works)
-        theirs = taken.get("peer")
+        theirs, scheduled = taken.get("peer"), taken.get("diffusers")
         rows.append(
             (
                 name,
                 milliseconds(taken["example"], STEPS),
                 milliseconds(theirs, STEPS) if theirs else "",
                 str(ratio(theirs, taken["example"])) if theirs else "",
+                milliseconds(scheduled, STEPS) if scheduled else "",
+                str(ratio(scheduled, taken["example"])) if scheduled else "",
                 milliseconds(taken["bare"], STEPS),
                 str(ratio(taken["example"], taken["bare"])),
                 str(ratio(taken["batch"], taken["bare"])),
@@ -93,12 +118,16 @@ def sampling(config: ConfigDict, clock: Clock, peer: Peer | None) -> Table:
         )
     notes = [
         f"batch {SHAPE[0]} of {'x'.join(map(str, SHAPE[1:]))}, {model.sde}; the score costs one pass over memory",
-        "bare: the score, randn (not for eta 0) and one multiply-add of the two, for each update of x (PC makes two)",
+        "bare: the score, randn and one multiply-add of the two, for each update of x (PC makes two); without noise, "
+        "each new state as a multiple of x with the estimates added that the method puts into it",
         "ours: noise by a seed, each example's from its own generator; stream: by one torch.Generator",
     ]
     if peer is not None:
         notes.append("the peer has no DDIM, and for sub-VP no ancestral sampler or Langevin corrector that works")
-    head = ("", "ours", "peer", "peer/ours", "bare", "ours/bare", "stream/bare", "peer/bare")
+    notes.append("diffusers: set_timesteps for these steps and then step, given the answer; not its scale_model_input")
+    head = (
+        "", "ours", "peer", "peer/ours", "diffusers", "diffusers/ours", "bare", "ours/bare", "stream/bare", "peer/bare",
+    )  # fmt: skip
     return Table("Sampler step with a free score", head, rows, notes)
 
 
@@ -124,11 +153,36 @@ def _ours(subject: Subject, model: ScoreModel, x: Tensor, seed: str) -> Callable
 def _bare(subject: Subject, model: ScoreModel, x: Tensor) -> Callable[[], object]:
     t = torch.ones(())
 
-    def walk() -> Tensor:
+    def noisy() -> Tensor:
         state = x
         for _ in range(STEPS * subject.updates):
             score = model.score(state, t)
-            state = torch.add(score, torch.randn_like(state) if subject.noisy else state, alpha=0.1)
+            state = torch.add(score, torch.randn_like(state), alpha=0.1)
+        return state
+
+    def still() -> Tensor:
+        state = x
+        for _ in range(STEPS):
+            for count in subject.sums:
+                new = state * 0.9
+                for _ in range(count):
+                    new.add_(x, alpha=0.1)
+            state = new
+        return state
+
+    return still if subject.sums else noisy
+
+
+def _scheduled(like: Scheduled, x: Tensor) -> Callable[[], object]:
+    """diffusers' own loop, without the network."""
+    scheduler = like.made()
+    random = {"generator": torch.Generator(x.device)} if "generator" in signature(scheduler.step).parameters else {}
+
+    def walk() -> Tensor:
+        state = x
+        scheduler.set_timesteps(STEPS, device=x.device)
+        for t in scheduler.timesteps:
+            state = scheduler.step(x, t, state, **random).prev_sample
         return state
 
     return walk

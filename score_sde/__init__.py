@@ -42,6 +42,7 @@ from .samplers import (
     UniPC,
     fit_times,
     langevin_dynamics,
+    recommended,
     sample,
     times,
 )
@@ -126,6 +127,7 @@ __all__ = [
     "outliers",
     "paths",
     "projections",
+    "recommended",
     "sample",
     "score_flow",
     "score_matching",

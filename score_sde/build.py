@@ -39,6 +39,7 @@ from .samplers import (
     fit_times,
     times,
 )
+from .samplers.short import fast
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 
 SDES: dict[str, Callable[[ConfigDict], SDE]] = {
@@ -88,6 +89,7 @@ METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
     "dpm_solver++": lambda s: Multistep(s.order, eta=s.eta),
     "deis": lambda s: Multistep(s.order, "noise"),
     "unipc": lambda s: UniPC(s.order, s.unipc_variant, s.predict),
+    "fast": lambda s: fast(s.steps),
     "embedded": lambda s: EmbeddedODE(s.rtol, s.atol),
     "adaptive_sde": lambda s: AdaptiveSDE(s.sde_rtol, s.sde_atol),
 }
@@ -96,6 +98,7 @@ GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "quadratic": times.quadratic,
     "log_snr": times.log_snr,
     "karras": times.karras,
+    "arcsinh": times.arcsinh,
 }
 FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
 FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
@@ -253,13 +256,14 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
     """
     s = config.sampling
     adaptive = s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE)
-    if s.grid == FITTED and not adaptive:
+    grid = "arcsinh" if s.method == "fast" else s.grid
+    if grid == FITTED and not adaptive:
         if model is None:
             raise ValueError("sampling.grid=fitted is fitted to a model: pass it to build_times, with the data's shape")
         until = replace(sde, t_min=s.t_min)
         return fit_times(model, build_sampler(config), s.steps, (32, *shape), sde=until, seed=s.seed)
     if config.training.continuous:
-        return GRIDS["uniform" if adaptive else s.grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
+        return GRIDS["uniform" if adaptive else grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
     return times.spaced(config.model.num_scales, 2 if adaptive else s.steps)
 
 

@@ -65,7 +65,8 @@ def default_config() -> ConfigDict:
             },
             "sampling": {
                 # pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun, edm (Heun with
-                # churn), dpm_solver (singlestep), dpm_solver++ (multistep; with eta its SDE form), deis, unipc; or with
+                # churn), dpm_solver (singlestep), dpm_solver++ (multistep; with eta its SDE form), deis, unipc;
+                # fast (what samplers.recommended takes for as many evaluations as steps, on its own grid); or with
                 # step sizes per example embedded (Runge-Kutta) and adaptive_sde (Jolicoeur-Martineau et al. 2021)
                 "method": "pc",
                 "predictor": "euler_maruyama",
@@ -91,7 +92,8 @@ def default_config() -> ConfigDict:
                 "churn_high": 50.0,  # and this (S_tmax)
                 "churn_inflate": 1.003,  # deviation of that noise (S_noise)
                 "steps": 1000,  # predictor steps; adaptive solvers choose their own
-                # where the steps lie: evenly in t, sqrt(t), log-SNR or (sigma/alpha)^(1/7); or fitted to the model
+                # where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7) or arcsinh(log-SNR/6); or
+                # fitted to the model
                 "grid": "uniform",
                 "t_min": 1e-3,  # time at which sampling stops (a discrete model stops at its first step)
                 "ode_method": "RK45",  # adaptive or fixed-step solver of method "ode"

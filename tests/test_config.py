@@ -385,6 +385,9 @@ def test_sde_is_what_the_config_says(settings: str, sde: object) -> None:
         ("method=dpm_solver++ eta=1", Multistep(2, eta=1.0)),
         ("method=deis order=3", Multistep(3, "noise")),
         ("method=unipc order=3 unipc_variant=b1 predict=noise", UniPC(3, "b1", "noise")),
+        ("method=fast steps=8", Multistep(3, "noise", start="lower")),
+        ("method=fast steps=14", UniPC(2, predict="noise", start="lower", short=25)),
+        ("method=fast steps=15", UniPC(3, predict="noise", start="lower", short=25)),
         ("method=embedded rtol=1e-3", EmbeddedODE(1e-3, 1e-5)),
         ("method=adaptive_sde sde_rtol=0.05 sde_atol=0.01", AdaptiveSDE(0.05, 0.01)),
     ],
@@ -395,10 +398,12 @@ def test_sampler_is_what_the_config_says(settings: str, sampler: object) -> None
 
 
 def test_times_end_at_sampling_t_min_and_adaptive_solvers_get_both_ends() -> None:
-    for name in ("uniform", "quadratic", "log_snr", "karras"):
+    for name in ("uniform", "quadratic", "log_snr", "karras", "arcsinh"):
         config = load(VP, {"sampling.grid": name, "sampling.steps": "7"})
         wanted = getattr(times, name)(VPSDE(t_min=1e-3), 7)
         torch.testing.assert_close(build_times(config, build_sde(config)), wanted, rtol=0, atol=0)
+    config = load(VP, {"sampling.method": "fast", "sampling.steps": "7"})
+    assert torch.equal(build_times(config, build_sde(config)), times.arcsinh(VPSDE(t_min=1e-3), 7))
     config = load(VP, {"sampling.method": "ode"})
     torch.testing.assert_close(build_times(config, build_sde(config)).tolist(), [1.0, 1e-3], rtol=0, atol=1e-15)
 

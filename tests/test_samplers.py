@@ -578,7 +578,7 @@ def test_a_model_that_is_not_smooth_ends_the_solve(method: str, monkeypatch: pyt
 # --- grids
 
 
-@pytest.mark.parametrize("grid", [times.uniform, times.quadratic, times.log_snr, times.karras])
+@pytest.mark.parametrize("grid", [times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh])
 @pytest.mark.parametrize("sde", SDES, ids=name)
 def test_grids_fall_from_one_to_t_min_and_are_even_in_what_they_say(sde: SDE, grid: Callable) -> None:
     t = grid(sde, 20)
@@ -589,6 +589,7 @@ def test_grids_fall_from_one_to_t_min_and_are_even_in_what_they_say(sde: SDE, gr
         times.quadratic: t.sqrt(),
         times.log_snr: sde.log_snr(t),
         times.karras: torch.exp(-sde.log_snr(t) / 14),
+        times.arcsinh: torch.asinh(sde.log_snr(t) / 6),
     }[grid].diff()
     torch.testing.assert_close(evenly, evenly.mean().expand(20), rtol=1e-6, atol=1e-9)
     assert grid(sde, 1).tolist() == [1.0, sde.t_min]
@@ -605,6 +606,6 @@ def test_a_uniform_grid_of_edms_sde_is_its_papers() -> None:
 
 
 def test_log_snr_grids_need_noise_at_their_end() -> None:
-    for grid in (times.log_snr, times.karras):
+    for grid in (times.log_snr, times.karras, times.arcsinh):
         with pytest.raises(ValueError, match=r"has no finite log SNR at t_min = 0; give it a t_min > 0"):
             grid(CHAINS[0].as_sde(), 10)

@@ -9,6 +9,7 @@ from .exponential import DPMSolver, Multistep, UniPC
 from .fitted import fit_times
 from .karras import Churn
 from .langevin import Draws, langevin_dynamics, langevin_walk
+from .short import recommended
 from .stochastic import (
     DDIM,
     Ancestral,
@@ -41,6 +42,7 @@ __all__ = [
     "fit_times",
     "langevin_dynamics",
     "langevin_walk",
+    "recommended",
     "sample",
     "times",
 ]

@@ -103,7 +103,8 @@ def sample(
 
     Args:
         model: any score model.
-        sampler: e.g. ``Heun()`` or ``PredictorCorrector(ReverseDiffusion(), Langevin())``.
+        sampler: e.g. ``Heun()`` or ``PredictorCorrector(ReverseDiffusion(), Langevin())``; `recommended` gives one with
+            its grid for a number of evaluations.
         shape: (B, *shape) of the result.
         times: decreasing 1-D grid from 1 to where sampling stops, e.g. ``times.uniform(model.sde, 1000)``.
         seed: of the draws; example i's depend on (seed, first + i) alone, so results do not depend on the batch's size.

@@ -21,7 +21,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,9 +52,9 @@ class Point(NamedTuple):
 class Step(NamedTuple):
     """x_s = keep x_t + sum_j weights_j F_j + fresh z; tensors of the times' shape, or numbers."""
 
-    keep: Tensor | float
-    weights: Sequence[Tensor | float]
-    fresh: Tensor | float
+    keep: Any
+    weights: Sequence[Any]
+    fresh: Any
 
 
 def point(sde: SDE, t: Tensor) -> Point:
@@ -92,6 +92,13 @@ def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule)
         m[2] = m[2] / 2
     if n == 1:
         return (m[0],)
+    if n == 2:  # solved by hand: a plan's cost is that of small tensors
+        w = m[1] / nodes[1]
+        return m[0] - w, w
+    if n == 3:
+        _, a, b = nodes
+        v, w = (m[2] - b * m[1]) / (a * (a - b)), (m[2] - a * m[1]) / (b * (b - a))
+        return m[0] - v - w, v, w
     powers = torch.stack([torch.stack([c**k for c in nodes], -1) for k in range(n)], -2)
     return torch.linalg.solve(powers, torch.stack(m, -1)).unbind(-1)
 
@@ -142,29 +149,49 @@ def singlestep(
     model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, order: int, predict: Prediction, first: Tensor
 ) -> Tensor:
     """DPM-Solver's step of the given order from t to s, where `first` is the estimate at (x, t)."""
-    sde = model.sde
+    return climb(model, x, stages(model.sde, t, s, order, predict), predict, first)
+
+
+def stages(sde: SDE, t: Tensor, s: Tensor, order: int, predict: Prediction) -> list[tuple[Tensor, Step]]:
+    """The times of the intermediate points and s, with the steps to them from t; of order 1 where s is clean data."""
     start, end = point(sde, t), point(sde, s)
-    nodes, values = [start], [first]
+    nodes, found = [start], []
     if bool((end.sigma == 0).any()):
         order = 1
     for c in _STAGES[order]:
         u = sde.time(2 * (start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)))
         middle = point(sde, u)
-        y = advance(x, values, Step(*coefficients(middle, nodes, predict)))
-        nodes, values = [start, middle], [first, estimate(model, y, u, predict)]
+        found.append((u, Step(*coefficients(middle, nodes, predict))))
+        nodes = [start, middle]
     rule: Rule = "b2" if order == 2 else "exact"
-    return advance(x, values, Step(*coefficients(end, nodes, predict, rule)))
+    return [*found, (s, Step(*coefficients(end, nodes, predict, rule)))]
 
 
-def orders(sde: SDE, times: Tensor, order: int) -> list[int]:
+def climb(
+    model: ScoreModel, x: Tensor, parts: Sequence[tuple[Tensor, Step]], predict: Prediction, first: Tensor
+) -> Tensor:
+    """Through the `stages`, each of which takes the first estimate and that of the stage before."""
+    values = [first]
+    for u, step in parts[:-1]:
+        values = [first, estimate(model, advance(x, values, step), u, predict)]
+    return advance(x, values, parts[-1][1])
+
+
+def orders(sde: SDE, times: Tensor, order: int, short: int = SHORT) -> list[int]:
     """The order of each step: no more than there are values, and lower at the end where that is short or clean.
 
-    The papers' code lowers it on grids shorter than 15 steps; at sigma = 0 lambda is infinite, and no polynomial in it
-    gets there.
+    The papers' code lowers it on grids of fewer than `short` = 15 steps; at sigma = 0 lambda is infinite, and no
+    polynomial in it gets there.
     """
     n = len(times) - 1
     clean = bool(sde.sigma(times[-1]) == 0)
-    return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < SHORT else order) for i in range(n)]
+    return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
+
+
+def rows(keep: Tensor, weights: Sequence[Tensor], fresh: Tensor) -> list[Step]:
+    """The steps of tensors (n,), as numbers."""
+    each = zip(keep.tolist(), zip(*(w.tolist() for w in weights), strict=True), fresh.tolist(), strict=True)
+    return [Step(*row) for row in each]
 
 
 def plan(
@@ -186,8 +213,7 @@ def plan(
         i = torch.tensor([k for k, order in enumerate(orders) if order == q])
         nodes = [grid.at(i - j) for j in range(q)] + ([grid.at(i + 1)] if corrector else [])
         keep, many, fresh = coefficients(grid.at(i + 1), nodes, predict, rule, eta)
-        rows = zip(keep.tolist(), zip(*(w.tolist() for w in many), strict=True), fresh.tolist(), strict=True)
-        found |= {k: Step(*row) for k, row in zip(i.tolist(), rows, strict=True)}
+        found |= dict(zip(i.tolist(), rows(keep, many, fresh), strict=True))
     return [found[i] for i in range(len(orders))]
 
 
@@ -219,6 +245,20 @@ class DPMSolver(Sampler):
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         first = estimate(model, x, t, self.predict)
         return singlestep(model, x, t, s, self.order, self.predict, first)
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        """These steps, with the coefficients of all of them computed at once."""
+        sde = model.sde
+        n = int((sde.sigma(times[1:]) > 0).sum())  # all, or all but the last
+        found = stages(sde, times[:n], times[1 : n + 1], self.order, self.predict) if n else []
+        planned = [(u, rows(*step)) for u, step in found]
+        for i, t in enumerate(times[:-1]):
+            if i < n:
+                first = estimate(model, x, t, self.predict)
+                x = climb(model, x, [(u[i], steps[i]) for u, steps in planned], self.predict, first)
+            else:
+                x = self.step(model, x, t, times[i + 1], noise)
+            yield x
 
 
 @dataclass(frozen=True)
@@ -285,15 +325,16 @@ class UniPC(Sampler):
         predict: what is interpolated.
         start: of p = 3: "singlestep" takes the first step by two evaluations more; "lower" at order 1, as the published
             code does, with which the order is 3 on ever finer grids.
+        short: on grids of fewer steps the last ones are of lower order.
 
-    On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
-    Raises ValueError for other settings.
+    A step to clean data is always of order 1. Raises ValueError for other settings.
     """
 
     order: int = 3
     variant: Literal["b1", "b2"] = "b2"
     predict: Prediction = "data"
     start: Start = "singlestep"
+    short: int = SHORT
 
     def __post_init__(self) -> None:
         _check(self.order, self.predict, self.start)
@@ -301,7 +342,7 @@ class UniPC(Sampler):
             raise ValueError(f'variant must be "b1" or "b2", got {self.variant!r}')
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        allowed = orders(model.sde, times, self.order)
+        allowed = orders(model.sde, times, self.order, self.short)
         steps = plan(model.sde, times, allowed, self.predict, self.variant)
         corrections = plan(model.sde, times[:-1], allowed[:-1], self.predict, self.variant, corrector=True)
         single = self.start == "singlestep" and max(allowed) == 3

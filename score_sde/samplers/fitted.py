@@ -9,7 +9,7 @@ from ..model import ScoreModel
 from ..sdes import SDE
 from .base import Sampler, default_state, noise_source
 from .exponential import Multistep
-from .times import karras, log_snr, quadratic, uniform
+from .times import arcsinh, karras, log_snr, quadratic, uniform
 
 _MOVES = (1 / 2, 1 / 4, 1 / 8)  # of the way to the next node, in log SNR
 
@@ -53,7 +53,13 @@ def fit_times(
         *_, y = sampler.walk(model, x, grid, _refuse)
         return float((y - ends).flatten(1).square().mean(1).sqrt().mean().nan_to_num(torch.inf))
 
-    grids = [uniform(sde, n), quadratic(sde, n), log_snr(sde, n), *(karras(sde, n, rho) for rho in (3.0, 7.0, 15.0))]
+    grids = [
+        uniform(sde, n),
+        quadratic(sde, n),
+        log_snr(sde, n),
+        arcsinh(sde, n),
+        *(karras(sde, n, rho) for rho in (3.0, 7.0, 15.0)),
+    ]
     least, grid = min(((distance(grid), grid) for grid in grids), key=lambda pair: pair[0])
     for move in _MOVES:
         for i in range(1, n):

@@ -38,6 +38,16 @@ def karras(sde: SDE, n: int, rho: float = 7.0) -> Tensor:
     return _with_ends(sde, sde.time(-2 * rho * torch.log(first + (last - first) * _unit(n))))
 
 
+def arcsinh(sde: SDE, n: int, scale: float = 3.0) -> Tensor:
+    """Evenly spaced in arcsinh(log(alpha/sigma)/scale): `log_snr` where data and noise are alike, longer steps outside.
+
+    For data of about unit size, whose structure comes and goes around sigma = alpha. Grids fitted to models
+    (`fit_times`) look like it; docs/performance.md has what it gains.
+    """
+    first, last = torch.asinh(sde.log_snr(_ends(sde)) / (2 * scale))
+    return _with_ends(sde, sde.time(2 * scale * torch.sinh(first + (last - first) * _unit(n))))
+
+
 def spaced(n: int, count: int) -> Tensor:
     """`count` of a chain's n steps, evenly spaced, from 1 to 1/n: the first, the last, and what lies between.
 
