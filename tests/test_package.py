@@ -38,6 +38,7 @@ ROWS = [
         "continuous_bound",
         "classification",
         "heat_maps",
+        "latents",
     },
     {"train"},
     {"cli"},

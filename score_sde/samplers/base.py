@@ -110,7 +110,8 @@ def sample(
         seed: of the draws; example i's depend on (seed, first + i) alone, so results do not depend on the batch's size.
             A torch.Generator gives one stream for the batch instead.
         first: index of the batch's first example.
-        dtype, device: of the state; by default those of the model's first parameter or buffer, else float32 on the CPU.
+        dtype, device: of the state; by default those of the model's first parameter or buffer, else float32 on the CPU;
+            float32 for a model in half precision.
         denoise: return E[x_0 | x] at the last time instead of x; where that is clean data (sigma = 0), x itself.
         temperature: factor of the draw from the prior. Below 1 samples are nearer to what the flow carries the prior's
             middle to: more alike, and of another law than the model's. For samplers that draw no noise.
