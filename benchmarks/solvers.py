@@ -367,7 +367,7 @@ def losses(runs: Sequence[Run]) -> Table:
     """Every problem and budget at which someone ends nearer than the default, in the median."""
     rows = []
     for problem in dict.fromkeys(run.problem for run in runs):
-        for budget in BUDGETS:
+        for budget in sorted({run.budget for run in runs}):
             here = [run for run in runs if run.problem == problem and run.budget == budget]
             (mine,) = [run for run in here if run.subject == DEFAULT]
             better = sorted((run for run in here if run.median < mine.median), key=lambda run: run.median)

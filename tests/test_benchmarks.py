@@ -16,6 +16,9 @@ from benchmarks.training import training
 from score_sde import DDIM, DPMSolver, Heun, Multistep, Sampler, UniPC, recommended, times
 from score_sde.config import load
 
+# of NumPy's and of their own options
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
+
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLOCK = Clock(torch.device("cpu"), threads=1, seconds=0.0, turns=2)
 TINY = {"training.batch_size": "2", "model.nf": "8", "eval.rtol": "1e-3", "eval.atol": "1e-3"}
