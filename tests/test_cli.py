@@ -392,7 +392,7 @@ def folder_of(workdir: Path, name: str) -> tuple[Path, dict[str, Any]]:
 def test_images_are_encoded_and_decoded_to_themselves(
     trained: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tight = {"eval__rtol": 1e-5, "eval__atol": 1e-5, "eval__num_images": 5}
+    tight = {"eval__rtol": 1e-5, "eval__atol": 1e-5, "eval__num_images": 5, "eval__batch_size": 5}
     for name in ("latents", "decoded"):
         clear(trained, name)
     assert run(words("vp_digits", "encode", trained, images, **tight)) == 0
