@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from .build import CHAINS, CORRECTORS, FITTABLE, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
 from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
-from .ode import ADAPTIVE, FIXED
+from .ode import ADAPTIVE, EACH, FIXED
 from .toys import TOYS
 
 
@@ -126,7 +126,7 @@ def default_config() -> ConfigDict:
                 # time at which the image stands (truncated_normal: the earliest that it may choose); of a continuous
                 # model's bound, the last
                 "t_min": 1e-5,
-                "ode_method": "dopri5",
+                "ode_method": "embedded",  # step sizes per example; or dopri5, dopri8, bosh3, RK45: one for the batch
                 "rtol": 1e-5,
                 "atol": 1e-5,
                 "seed": 0,  # of dequantisation and probes, or of the bound's noise
@@ -224,7 +224,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.estimate": ("auto", "ode", "sde_bound", "bound"),
     "eval.dequantization": ("uniform", "truncated_normal", "variational"),
     "eval.probe": ("rademacher", "gaussian", "exact"),
-    "eval.ode_method": ADAPTIVE,
+    "eval.ode_method": (EACH, *ADAPTIVE),
     "eval.weights": ("ema", "raw"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),
     "model.name": ("ddpm", "ncsnpp", "ncsn", "ncsnv2", "mlp"),
