@@ -119,7 +119,7 @@ def default_config() -> ConfigDict:
                 "dequantizations": 1,  # estimates per image, each with noise and probes of its own, averaged
                 "importance_samples": 1,  # ode: draws of noise in each estimate, which tighten its bound
                 "draws": 64,  # sde_bound: of time and noise, per image
-                "probe": "rademacher",  # of the divergence: rademacher, gaussian, or exact (one pass per dimension)
+                "probe": "rademacher",  # of the divergence: rademacher, gaussian, sphere, exact (a pass per dimension)
                 "probes": 1,  # per example, averaged
                 "check_images": 16,  # ode: computed again for the errors of solver and single probes; 0: unknown
                 "heat_map": 0,  # ode: draw where the bits are in the first n images
@@ -223,7 +223,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("test", "train"),
     "eval.estimate": ("auto", "ode", "sde_bound", "bound"),
     "eval.dequantization": ("uniform", "truncated_normal", "variational"),
-    "eval.probe": ("rademacher", "gaussian", "exact"),
+    "eval.probe": ("rademacher", "gaussian", "sphere", "exact"),
     "eval.ode_method": (EACH, *ADAPTIVE),
     "eval.weights": ("ema", "raw"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),

@@ -31,7 +31,7 @@ from .samplers.base import default_state, example_generators, noise_source
 from .sdes import SDE, Noise, like
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
-Probe = Literal["rademacher", "gaussian", "exact"]
+Probe = Literal["rademacher", "gaussian", "sphere", "exact"]
 DEFAULT = Solver()
 EXACT_BATCH = 1024  # products at a time for the exact trace: bounds its memory in many dimensions
 
@@ -161,7 +161,8 @@ class Flow(nn.Module):
 
         Args:
             x: (B, *shape).
-            probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", or a tensor (K, B, *shape).
+            probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", "sphere" (a Gaussian's direction, of
+                length sqrt(D)), or a tensor (K, B, *shape).
             probes: number K of random probes per example; all go through one batched product.
             seed: of the probes; example i's depend on (seed, first + i) alone. In training give a torch.Generator,
                 which serves the whole batch and goes on from step to step.
@@ -317,8 +318,9 @@ def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.
     if probe == "exact":
         d = math.prod(x.shape[1:])
         return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
-    if probe not in ("rademacher", "gaussian"):
-        raise ValueError(f'unknown probe {probe!r}; use "rademacher", "gaussian", "exact" or a tensor (K, B, *shape)')
+    if probe not in ("rademacher", "gaussian", "sphere"):
+        names = '"rademacher", "gaussian", "sphere", "exact"'
+        raise ValueError(f"unknown probe {probe!r}; use {names} or a tensor (K, B, *shape)")
     if count < 1:
         raise ValueError(f"probes must be at least 1, got {count}")
     if isinstance(seed, torch.Generator):
@@ -327,6 +329,10 @@ def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.
         generators = example_generators(seed, first, len(x), torch.device("cpu"))
         rows = [torch.randn(count, *x.shape[1:], generator=g) for g in generators]
         z = torch.stack(rows, dim=1).to(x) if rows else x.new_zeros(count, *x.shape)
+    if probe == "sphere":
+        return z * (
+            math.prod(x.shape[1:]) ** 0.5 / z.flatten(2).norm(dim=2).reshape(*z.shape[:2], *(1,) * (x.ndim - 1))
+        )
     return z if probe == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(x)
 
 

@@ -163,6 +163,7 @@ def total_jacobian(model: Gaussian) -> Tensor:
 VARIANCES = {
     "gaussian": lambda s: 2 * s.square().sum(),
     "rademacher": lambda s: 2 * (s.square().sum() - s.diagonal().square().sum()),
+    "sphere": lambda s: 2 * len(s) / (len(s) + 2) * (s.square().sum() - s.trace() ** 2 / len(s)),
 }
 
 
@@ -219,11 +220,13 @@ def test_given_probes_are_used_as_they_are() -> None:
 
 def test_probes_have_unit_covariance_and_come_from_seed_and_index_alone() -> None:
     x = torch.zeros(6, 2, 2)
-    for kind in ("gaussian", "rademacher"):
+    for kind in ("gaussian", "rademacher", "sphere"):
         e = draw_probes(kind, 5000, x, 3, 10)  # type: ignore[arg-type]
         assert e.shape == (5000, *x.shape)
         if kind == "rademacher":
             assert bool((e.abs() == 1).all())
+        if kind == "sphere":
+            torch.testing.assert_close(e.flatten(2).norm(dim=2), torch.full((5000, 6), 2.0))
         flat = e.flatten(2)
         assert (flat.mT @ flat / 6 - torch.eye(4)).mean(0).abs().max() < 4 / math.sqrt(30_000) * math.sqrt(2)
         assert torch.equal(draw_probes(kind, 5000, x[:2], 3, 12), e[:, 2:4])  # type: ignore[arg-type]
@@ -371,8 +374,8 @@ def test_the_gaussian_fitted_to_cifar10_has_4644_bits() -> None:
 
 def test_errors_name_the_thing_and_the_remedy() -> None:
     model, x = Gaussian(VPSDE(), MEAN, COV), numbers(2, 3)
-    with pytest.raises(ValueError, match="unknown probe 'sphere'; use \"rademacher\""):
-        log_likelihood(model, x, probe="sphere")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown probe 'cube'; use \"rademacher\""):
+        log_likelihood(model, x, probe="cube")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be \(K, \*x.shape\), got \(2, 3\)"):
         log_likelihood(model, x, probe=x)
     with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
