@@ -42,7 +42,7 @@ BATCH = 128
 class Case(NamedTuple):
     """One pass: evaluations forwards, bytes kept alive, growth of resident memory in bytes, seconds, the gradient."""
 
-    nfe: int
+    nfe: float
     saved: int
     resident: int
     seconds: float

@@ -58,7 +58,7 @@ def likelihood(config: ConfigDict, shape: tuple[int, ...], clock: Clock, peer: P
 
     label = label_sigma if ve else label_time
     model = Preconditioned(Known(network, noise), sde, label=label)
-    found: dict[str, tuple[Tensor, int]] = {}
+    found: dict[str, tuple[Tensor, float]] = {}
 
     def ours() -> None:
         result = log_likelihood(model, x, rtol=e.rtol, atol=e.atol, t_min=e.t_min, method=e.ode_method)
@@ -91,7 +91,7 @@ def likelihood(config: ConfigDict, shape: tuple[int, ...], clock: Clock, peer: P
     sides = list(works)
     rows: list[list[str]] = [
         ["time an image", *(milliseconds(taken[s], batch) for s in sides)],
-        ["evaluations", *(str(found[s][1]) for s in sides)],
+        ["evaluations", *(f"{found[s][1]:g}" for s in sides)],
         ["time an image and evaluation", *(milliseconds(taken[s], batch * found[s][1]) for s in sides)],
         ["mean abs. error, bits/dim", *(f"{(found[s][0].cpu() - truth).abs().mean():.1e}" for s in sides)],
     ]

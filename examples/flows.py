@@ -140,7 +140,7 @@ class HeldOut(NamedTuple):
     log_prob: float
     gap: float
     error: float
-    nfe: int
+    nfe: float
     kinetic: float
 
 

@@ -26,7 +26,7 @@ class Classification(NamedTuple):
 
     log_posterior: Tensor
     log_likelihood: Tensor
-    nfe: int
+    nfe: float
 
     @property
     def label(self) -> Tensor:
@@ -64,7 +64,7 @@ def classify(
         raise ValueError(f"log_prior must have shape ({len(models)},), got {tuple(log_prior.shape)}")
     if estimate not in ("ode", "bound"):
         raise ValueError(f'unknown estimate {estimate!r}; use "ode" or "bound"')
-    columns, nfe = [], 0
+    columns, nfe = [], 0.0
     for model in models:
         if estimate == "ode":
             found = log_likelihood(model, x, seed=seed, first=first, **options)

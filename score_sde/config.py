@@ -25,7 +25,7 @@ from ml_collections import ConfigDict
 
 from .build import CHAINS, CORRECTORS, FITTABLE, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
 from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
-from .ode import ADAPTIVE, FIXED
+from .ode import ADAPTIVE, EACH, FIXED
 from .toys import TOYS
 
 
@@ -123,14 +123,14 @@ def default_config() -> ConfigDict:
                 "dequantizations": 1,  # estimates per image, each with noise and probes of its own, averaged
                 "importance_samples": 1,  # ode: draws of noise in each estimate, which tighten its bound
                 "draws": 64,  # sde_bound: of time and noise, per image
-                "probe": "rademacher",  # of the divergence: rademacher, gaussian, or exact (one pass per dimension)
+                "probe": "rademacher",  # of the divergence: rademacher, gaussian, sphere, exact (a pass per dimension)
                 "probes": 1,  # per example, averaged
                 "check_images": 16,  # ode: computed again for the errors of solver and single probes; 0: unknown
                 "heat_map": 0,  # ode: draw where the bits are in the first n images
                 # time at which the image stands (truncated_normal: the earliest that it may choose); of a continuous
                 # model's bound, the last
                 "t_min": 1e-5,
-                "ode_method": "dopri5",
+                "ode_method": "embedded",  # step sizes per example; or dopri5, dopri8, bosh3, RK45: one for the batch
                 "rtol": 1e-5,
                 "atol": 1e-5,
                 "seed": 0,  # of dequantisation and probes, or of the bound's noise
@@ -232,8 +232,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.split": ("test", "train"),
     "eval.estimate": ("auto", "ode", "sde_bound", "bound"),
     "eval.dequantization": ("uniform", "truncated_normal", "variational"),
-    "eval.probe": ("rademacher", "gaussian", "exact"),
-    "eval.ode_method": ADAPTIVE,
+    "eval.probe": ("rademacher", "gaussian", "sphere", "exact"),
+    "eval.ode_method": (EACH, *ADAPTIVE),
     "eval.weights": ("ema", "raw"),
     "interpolation.between": ("images", "seeds"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),

@@ -202,7 +202,7 @@ class LogProbability(NamedTuple):
     log_prob: Tensor
     std_error: Tensor
     draws: Tensor
-    nfe: int
+    nfe: float
     dimensions: int
 
     def bits_per_dim(self) -> Tensor:
@@ -254,7 +254,7 @@ def log_probability(
     if samples < 1:
         raise ValueError(f"samples must be at least 1, got {samples}")
     numbers = uniform_numbers(tuple(k.shape), samples, seed, first).to(k.device, dtype)
-    draws, errors, nfe = [], [], 0
+    draws, errors, nfe = [], [], 0.0
     with torch.no_grad():
         for u in numbers:
             x, log_q = dequantiser(k, u)

@@ -11,7 +11,8 @@ arXiv:1810.01367). Each evaluation is one forward pass and one batched vector-Ja
 an estimate of |J|² and regularises the flow at no further product (Finlay et al. 2020, arXiv:2002.02798).
 
 The probability flow of a score model is such a flow (Song et al. 2021, eq. 39): `score_flow` makes it one, with the
-model's parameters, and `likelihood.log_likelihood` is its `evaluate`.
+model's parameters, and `likelihood.log_likelihood` is its `evaluate`. Where no gradient is wanted, Solver("embedded")
+carries it on its circle, with steps of each example's own.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .circle import Slopes, carry
 from .model import ScoreModel, in_precision_of
-from .ode import Solver, integrate
+from .ode import EACH, Solver, integrate
 from .samplers.base import default_state, example_generators, noise_source
 from .sdes import SDE, Noise, like
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
-Probe = Literal["rademacher", "gaussian", "exact"]
+Probe = Literal["rademacher", "gaussian", "sphere", "exact"]
 DEFAULT = Solver()
 EXACT_BATCH = 1024  # products at a time for the exact trace: bounds its memory in many dimensions
 
@@ -43,7 +45,7 @@ class Evaluation(NamedTuple):
     log_prob: Tensor
     std_error: Tensor
     latent: Tensor
-    nfe: int
+    nfe: float
     kinetic: Tensor | None
     jacobian: Tensor | None
 
@@ -159,7 +161,8 @@ class Flow(nn.Module):
 
         Args:
             x: (B, *shape).
-            probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", or a tensor (K, B, *shape).
+            probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", "sphere" (a Gaussian's direction, of
+                length sqrt(D)), or a tensor (K, B, *shape).
             probes: number K of random probes per example; all go through one batched product.
             seed: of the probes; example i's depend on (seed, first + i) alone. In training give a torch.Generator,
                 which serves the whole batch and goes on from step to step.
@@ -174,22 +177,32 @@ class Flow(nn.Module):
         batch, d = x.shape[0], math.prod(x.shape[1:])
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
-        parts = e.split(max(EXACT_BATCH // max(batch, 1), 1)) if exact else (e,)
         k = 1 if exact else len(e)  # columns of traces
+        nfe: float
+        if self.solver.method == EACH:
+            if kinetic or jacobian:
+                raise ValueError(f'kinetic and jacobian are integrals over t: use dopri5 for them, not "{EACH}"')
 
-        def field(t: Tensor, state: Tensor) -> Tensor:
-            y = state[:, :d].to(x.dtype).reshape(x.shape)
-            velocity, traces, norm = self._velocity_and_traces(t, y, parts, exact, jacobian)
-            slopes = [velocity.flatten(1), traces]
-            if kinetic:
-                slopes.append(velocity.square().flatten(1).sum(1, keepdim=True))
-            if norm is not None:
-                slopes.append(norm)
-            return torch.cat([slope.to(wide) for slope in slopes], dim=1)
+            def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+                return _velocity_and_traces(velocity, y, e[:, rows.to(e.device)], exact, False)[:2]
 
-        start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, k + kinetic + jacobian, dtype=wide)], dim=1)
-        end, nfe = self._integrate(field, start, self.t0, self.t1)
-        latent, integrals, costs = end[:, :d].reshape(x.shape), end[:, d : d + k], end[:, d + k :]
+            latent, integrals, costs = self._carry(x, self.t0, self.t1, slopes, k, d)
+            nfe = costs.double().mean().item() if batch else 0
+        else:
+
+            def field(t: Tensor, state: Tensor) -> Tensor:
+                y = state[:, :d].to(x.dtype).reshape(x.shape)
+                velocity, traces, norm = _velocity_and_traces(lambda y: self(t, y), y, e, exact, jacobian)
+                slopes = [velocity.flatten(1), traces]
+                if kinetic:
+                    slopes.append(velocity.square().flatten(1).sum(1, keepdim=True))
+                if norm is not None:
+                    slopes.append(norm)
+                return torch.cat([slope.to(wide) for slope in slopes], dim=1)
+
+            start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, k + kinetic + jacobian, dtype=wide)], dim=1)
+            end, nfe = self._integrate(field, start, self.t0, self.t1)
+            latent, integrals, costs = end[:, :d].reshape(x.shape), end[:, d : d + k], end[:, d + k :]
         base = self.base(latent)
         if base.shape != (batch,):
             raise ValueError(f"the base log density must have shape ({batch},), one each, got {tuple(base.shape)}")
@@ -223,7 +236,9 @@ class Flow(nn.Module):
 
         states = [x.to(wide)]
         for t, s in zip(grid[:-1].tolist(), grid[1:].tolist()):
-            states.append(self._integrate(field, states[-1], t, s)[0])
+            each = self.solver.method == EACH
+            y, *_ = self._carry(states[-1].to(x.dtype), t, s) if each else self._integrate(field, states[-1], t, s)
+            states.append(y)
         return torch.stack(states).to(x.dtype)
 
     def encode(self, x: Tensor) -> Tensor:
@@ -253,31 +268,15 @@ class Flow(nn.Module):
         dtype, device = default_state(self, dtype, device)
         return self.decode(self.draw(shape, noise_source(tuple(shape), seed, first, dtype, device)))
 
-    def _velocity_and_traces(
-        self, t: Tensor, y: Tensor, parts: Sequence[Tensor], exact: bool, norm: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """The velocity at (t, y), e^T J e (B, K) for probes e in `parts`, and if `norm` their mean |e^T J|² (B, 1).
-
-        If `exact` the probes are the unit vectors: their sums take the places of both, (B, 1).
-        """
-        create = torch.is_grad_enabled()
-        with torch.enable_grad():
-            if not (create and y.requires_grad):
-                y = y.detach().requires_grad_(True)
-            velocity = self(t, y)
-            if not velocity.requires_grad:
-                raise ValueError("the velocity has no gradient in x, and a density needs its Jacobian")
-            traces, norms = [], []
-            for e in parts:  # sums of each apart: all products of an exact trace together are D² numbers an example
-                product = _products(velocity, y, e, create)
-                traces.append((product * e).flatten(2).sum(2))
-                if norm:
-                    norms.append(product.square().flatten(2).sum(2))
-            trace = torch.cat(traces).T
-            squares = torch.cat(norms).T if norm else None
-            if exact:
-                return velocity, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
-            return velocity, trace, None if squares is None else squares.mean(1, keepdim=True)
+    def _carry(
+        self, x: Tensor, t: float, s: float, slopes: Slopes | None = None, columns: int = 0, dimensions: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`circle.carry` of the model."""
+        if not isinstance(self.velocity, ProbabilityFlow):
+            raise ValueError(f'"{EACH}" solves the probability flow of a score model: use dopri5 for another velocity')
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.velocity.parameters())):
+            raise ValueError(f'"{EACH}" has no gradient: use dopri5, or evaluate under torch.no_grad()')
+        return carry(self.velocity.model, x, t, s, self.solver, slopes, columns, dimensions)
 
     def _integrate(self, field: Velocity, y: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
         parameters: tuple[Tensor, ...] = ()
@@ -319,8 +318,9 @@ def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.
     if probe == "exact":
         d = math.prod(x.shape[1:])
         return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
-    if probe not in ("rademacher", "gaussian"):
-        raise ValueError(f'unknown probe {probe!r}; use "rademacher", "gaussian", "exact" or a tensor (K, B, *shape)')
+    if probe not in ("rademacher", "gaussian", "sphere"):
+        names = '"rademacher", "gaussian", "sphere", "exact"'
+        raise ValueError(f"unknown probe {probe!r}; use {names} or a tensor (K, B, *shape)")
     if count < 1:
         raise ValueError(f"probes must be at least 1, got {count}")
     if isinstance(seed, torch.Generator):
@@ -329,7 +329,39 @@ def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.
         generators = example_generators(seed, first, len(x), torch.device("cpu"))
         rows = [torch.randn(count, *x.shape[1:], generator=g) for g in generators]
         z = torch.stack(rows, dim=1).to(x) if rows else x.new_zeros(count, *x.shape)
+    if probe == "sphere":
+        return z * (
+            math.prod(x.shape[1:]) ** 0.5 / z.flatten(2).norm(dim=2).reshape(*z.shape[:2], *(1,) * (x.ndim - 1))
+        )
     return z if probe == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(x)
+
+
+def _velocity_and_traces(
+    velocity: Callable[[Tensor], Tensor], y: Tensor, e: Tensor, exact: bool, norm: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The velocity at y, e^T J e (B, K) for the probes e (K, *y.shape), and if `norm` their mean |e^T J|² (B, 1).
+
+    If `exact` the probes are the unit vectors: their sums take the places of both, (B, 1).
+    """
+    create = torch.is_grad_enabled()
+    with torch.enable_grad():
+        if not (create and y.requires_grad):
+            y = y.detach().requires_grad_(True)
+        found = velocity(y)
+        if not found.requires_grad:
+            raise ValueError("the velocity has no gradient in x, and a density needs its Jacobian")
+        traces, norms = [], []
+        # sums of each part apart: all products of an exact trace together are D² numbers an example
+        for part in e.split(max(EXACT_BATCH // max(len(y), 1), 1)) if exact else (e,):
+            product = _products(found, y, part, create)
+            traces.append((product * part).flatten(2).sum(2))
+            if norm:
+                norms.append(product.square().flatten(2).sum(2))
+        trace = torch.cat(traces).T
+        squares = torch.cat(norms).T if norm else None
+        if exact:
+            return found, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
+        return found, trace, None if squares is None else squares.mean(1, keepdim=True)
 
 
 def _products(h: Tensor, y: Tensor, e: Tensor, create: bool) -> Tensor:

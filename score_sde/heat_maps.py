@@ -13,22 +13,24 @@ they too have its sum, and each its own mean.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from .circle import carry
 from .flows import ProbabilityFlow
 from .model import ScoreModel
-from .ode import Solver, integrate
+from .ode import EACH, Solver, integrate
 from .samplers.base import example_generators
 
 
 class HeatMap(NamedTuple):
-    """Each dimension's share of log p(x) in nats, of x's shape, and the evaluations used."""
+    """Each dimension's share of log p(x) in nats, of x's shape, and evaluations an example."""
 
     log_prob: Tensor
-    nfe: int
+    nfe: float
 
     def bits(self, levels: int = 256, width: float = 2.0) -> Tensor:
         """Bits of each dimension, of x's shape, where x was dequantised uniformly; their mean is the bits/dim."""
@@ -53,7 +55,7 @@ def heat_map(
         x: (B, *shape).
         probes: random signs per example and dimension, averaged; None: the exact J_ii, by one product per dimension.
         t_min: where the integral begins.
-        solver: of the ODE, in which all D terms of an example count as much as its state.
+        solver: of the ODE, in which all D terms of an example count as much as its state; by default "embedded".
         seed: of the probes; example i's depend on (seed, first + i) alone.
         first: index of the batch's first example.
 
@@ -70,20 +72,29 @@ def heat_map(
         signs = [torch.randint(2, (probes, *shape), generator=g) * 2 - 1 for g in generators]
         e = (torch.stack(signs, 1) if signs else torch.empty(probes, *x.shape)).to(x)
     share = 1.0 if probes is None else 1 / probes
-    flow, sde = ProbabilityFlow(model), model.sde
+    flow, sde, solver = ProbabilityFlow(model), model.sde, solver or Solver(EACH)
+
+    def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            y = y.detach().requires_grad_(True)
+            found, terms = velocity(y), torch.zeros_like(y)
+            for direction in e[:, rows.to(e.device)]:
+                (product,) = torch.autograd.grad(found, y, direction, retain_graph=True, materialize_grads=True)
+                terms = terms + share * direction * product
+        return found.detach(), terms.flatten(1)
 
     def field(t: Tensor, state: Tensor) -> Tensor:
-        with torch.enable_grad():
-            y = state[:, 0].to(x.dtype).reshape(x.shape).requires_grad_(True)
-            velocity = flow(t, y)
-            terms = torch.zeros_like(x)
-            for direction in e:
-                (product,) = torch.autograd.grad(velocity, y, direction, retain_graph=True, materialize_grads=True)
-                terms = terms + share * direction * product
-        return torch.stack([velocity.detach().flatten(1), terms.flatten(1)], 1).to(wide)
+        y = state[:, 0].to(x.dtype).reshape(x.shape)
+        velocity, terms = slopes(lambda y: flow(t, y), y, torch.arange(batch))
+        return torch.stack([velocity.flatten(1), terms], 1).to(wide)
 
-    start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)
-    end, nfe = integrate(field, start, t_min, 1.0, solver=solver or Solver(), sde=sde)
-    latent, terms = end.unbind(1)
+    nfe: float
+    if solver.method == EACH:
+        latent, terms, costs = carry(model, x, t_min, 1.0, solver, slopes, d)
+        latent, nfe = latent.flatten(1), costs.double().mean().item() if batch else 0
+    else:
+        start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)
+        end, nfe = integrate(field, start, t_min, 1.0, solver=solver, sde=sde)
+        latent, terms = end.unbind(1)
     base = sde.prior_log_prob(latent.reshape(-1, 1)).reshape(latent.shape)  # the prior is a product
     return HeatMap((base + terms).reshape(x.shape), nfe)

@@ -19,7 +19,7 @@ from .ode import Solver
 
 
 class Likelihood(NamedTuple):
-    """Log density in nats (B,), its standard error over probes (B,), the state at t = 1, and the evaluations used.
+    """Log density in nats (B,), its standard error over probes (B,), the state at t = 1, and evaluations an example.
 
     `std_error` is 0 for the exact trace and NaN for a single probe, which cannot tell its own error.
     """
@@ -27,7 +27,7 @@ class Likelihood(NamedTuple):
     log_prob: Tensor
     std_error: Tensor
     latent: Tensor
-    nfe: int
+    nfe: float
 
     def bits_per_dim(self, levels: int = 256, width: float = 2.0) -> Tensor:
         """Bits per dimension (B,) of discrete data whose `levels` values were dequantised into an interval of `width`.
@@ -48,21 +48,25 @@ def log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     t_min: float = 1e-5,
-    method: str = "dopri5",
+    method: str = "embedded",
     prior_log_prob: Callable[[Tensor], Tensor] | None = None,
     seed: int | torch.Generator = 0,
     first: int = 0,
 ) -> Likelihood:
     """Log density of x under the probability flow of `model`, with x taken as the state at t_min.
 
+    With the default method an example's result and cost do not depend on its batch.
+
     Args:
         model: any score model.
         x: (B, *shape).
-        probe: "rademacher", "gaussian", "exact" (D probes, the unit vectors), or a tensor (K, B, *shape).
+        probe: "rademacher", "gaussian", "sphere", "exact" (D probes, the unit vectors), or a tensor (K, B, *shape).
         probes: number K of random probes per example; all go through one batched product.
-        rtol, atol: tolerances of the solver, whose error norm is the root mean square over states and log densities.
+        rtol, atol: tolerances of the solver. "embedded" holds each example's root mean square of the state's error and
+            the error of its log density per dimension to them; the others that of the batch's states and log densities.
         t_min: where the integral begins.
-        method: "dopri5" or another adaptive method of torchdiffeq, or "RK45" for scipy's.
+        method: "embedded", by steps of each example's own on the flow's circle; "dopri5" or another adaptive method of
+            torchdiffeq in t, or "RK45" for scipy's.
         prior_log_prob: x -> (B,), the log density at t = 1; by default the SDE's prior, which is not quite the true
             p_1: pass that to compare with a closed form.
         seed: of the probes; example i's depend on (seed, first + i) alone. A torch.Generator serves the whole batch.

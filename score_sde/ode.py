@@ -1,24 +1,40 @@
-"""One ODE integrator for samplers, likelihoods and flows: torchdiffeq's, or scipy's RK45 as score_sde uses it."""
+"""ODE integrators for samplers, likelihoods and flows.
+
+`integrate` has one step size for all of a tensor: torchdiffeq's methods, or scipy's RK45 as score_sde uses it.
+`integrate_each` is Dormand and Prince's pair with a step size for each example.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
+from scipy.integrate import RK45, solve_ivp
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from .sdes import SDE
+from .sdes import SDE, add_
 
 Field = Callable[[Tensor, Tensor], Tensor]  # (t, y) -> dy/dt, with t () float64 on the CPU
 
-ADAPTIVE = ("dopri5", "dopri8", "bosh3", "RK45")
+ADAPTIVE = ("dopri5", "dopri8", "bosh3", "RK45")  # one step size for the batch
+EACH = "embedded"  # one for each example
 FIXED = ("euler", "midpoint", "heun2", "rk4")
 MAX_EVALUATIONS = 100_000
+
+# (u (n,) float64 on the CPU, y (n, ...), rows (n,) on the CPU, whole) -> dy/du of the examples `rows`, here at u and y.
+# Where not `whole`, the slope serves later stages alone: what the field itself does not depend on may be 0 in it.
+FieldOfEach = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
+MAX_STEPS = 10_000
+
+# Dormand and Prince's 5(4): rows of the stages and of the solution, its nodes, and the weights of its error.
+_ROWS = [*(row[:i] for i, row in enumerate(RK45.A.tolist())), RK45.B.tolist()]
+_NODES = [*RK45.C.tolist(), 1.0]
+_ERROR = RK45.E.tolist()
+_WHOLE = [*(bool(b or e) for b, e in zip(_ROWS[-1], _ERROR)), True]  # the last slope is the next step's first
 
 
 class GaveUp(RuntimeError):
@@ -30,8 +46,9 @@ class Solver:
     """How an ODE is solved, and how its solution is differentiated where gradients are wanted.
 
     Args:
-        method: "dopri5", "dopri8" or "bosh3", whose steps adapt; "RK45", scipy's, which has no gradient; or, with
-            `steps`, "euler", "midpoint", "heun2" or "rk4".
+        method: "dopri5", "dopri8" or "bosh3", whose steps adapt; "RK45", scipy's, which has no gradient; with `steps`,
+            "euler", "midpoint", "heun2" or "rk4"; or, for the probability flow of a score model, "embedded":
+            Dormand-Prince 5(4) on the flow's circle with steps of each example's own (`circle.carry`), no gradient.
         rtol, atol: tolerances of an adaptive method.
         steps: number of equal steps of a fixed-step method.
         gradient: "backprop" goes back through the solver's own operations: exact for what was computed, in memory that
@@ -48,9 +65,9 @@ class Solver:
     gradient: Literal["backprop", "adjoint"] = "backprop"
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.method not in ADAPTIVE:
+        if self.steps is None and self.method not in (*ADAPTIVE, EACH):
             raise ValueError(
-                f"unknown adaptive ODE method {self.method!r}; use one of {', '.join(ADAPTIVE)}, "
+                f"unknown adaptive ODE method {self.method!r}; use one of {', '.join((*ADAPTIVE, EACH))}, "
                 f"or set steps for one of {', '.join(FIXED)}"
             )
         if self.steps is not None and self.method not in FIXED:
@@ -82,8 +99,11 @@ def integrate(
     The error of an adaptive step is the root mean square of err/(atol + rtol |y|) over the whole tensor: all that is in
     `y` shares one step size. "RK45" is scipy's, the reference of Song et al. 2021; all others are torchdiffeq's.
     In grad mode the result is differentiable as `solver` says; the adjoint must be told the `parameters` of `field`.
-    Raises GaveUp, a RuntimeError, where the solver does.
+    Raises GaveUp, a RuntimeError, where the solver does, and ValueError for the method "embedded", which is not of this
+    kind.
     """
+    if solver.method == EACH:
+        raise ValueError(f'"{EACH}" steps the probability flow of a score model; use one of {", ".join(ADAPTIVE)} here')
     if y.numel() == 0:
         return y, 0
     jumps = getattr(sde, "steps", None) is not None
@@ -144,3 +164,104 @@ def integrate(
     except AssertionError as error:
         raise GaveUp(gave_up(f"{error}; t = {reached:.3g} was reached")) from error
     return end, count
+
+
+class Arrival(NamedTuple):
+    """The states at the end, the steps' sizes there (B,), and the evaluations that each example took (B,)."""
+
+    state: Tensor
+    step: Tensor
+    nfe: Tensor
+
+
+def root_mean_square(error: Tensor, old: Tensor, new: Tensor, rtol: float, atol: float) -> Tensor:
+    """Of error/(atol + rtol |y|) over each example, (B,), with the larger |y| of a step's two ends."""
+    return (error / (atol + rtol * torch.maximum(old.abs(), new.abs()))).flatten(1).square().mean(1).sqrt()
+
+
+def integrate_each(
+    field: FieldOfEach,
+    y: Tensor,
+    start: Tensor,
+    end: Tensor,
+    *,
+    rtol: float,
+    atol: float,
+    step: Tensor | None = None,
+    norm: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] = root_mean_square,
+    time: Callable[[Tensor, Tensor], Tensor] = lambda u, rows: u,
+    name: str = EACH,
+) -> Arrival:
+    """Solve dy/du = field from u = start to end by Dormand-Prince 5(4), each example with steps of its own.
+
+    None depends on its neighbours or waits for them: only the examples that have not arrived are evaluated, once and
+    then six times a step. A step is accepted where the norm of its error is at most 1. What is left is cut into equal
+    steps no longer than the error allows, so that the last is no stub.
+
+    Args:
+        field: the slope of some of the examples, see `FieldOfEach`.
+        y: (B, ...), the states at start.
+        start, end: () or (B,) in float64 on the CPU, end after start or before it.
+        rtol, atol: tolerances.
+        step: (B,), the first steps' sizes; by default a tenth of the way.
+        norm: (error, old state, new state, rtol, atol) -> (B,).
+        time: (u, rows) -> t, what an error calls the place.
+        name: what an error calls the solver.
+
+    Raises GaveUp, a RuntimeError, where the error is not finite, and after 10 000 steps.
+    """
+    batch = len(y)
+    u, goal = start.expand(batch).clone(), end.expand(batch)
+    sign = torch.sign(goal - u)
+    h = (goal - u).abs() / 10 if step is None else step.expand(batch).clone()
+    nfe = torch.zeros(batch, dtype=torch.long)
+    left = (u != goal).nonzero()[:, 0]
+    if len(left) == 0:
+        return Arrival(y, h, nfe)
+    y, slope = y.clone(), field(u, y, torch.arange(batch), True)
+    nfe += 1
+
+    def give_up(which: Tensor, reason: str) -> GaveUp:
+        return GaveUp(
+            f"{name} gave up on {len(which)} of {batch} examples, at t = {time(u[which], which).max().item():.3g} "
+            f"({reason}); check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+        )
+
+    for _ in range(MAX_STEPS):
+        here, distance = left.to(y.device), (goal[left] - u[left]).abs()
+        size = distance / torch.ceil(distance / h[left] * (1 - 1e-9)).clamp_min(1)
+        arriving = size == distance
+        new, error, last = trial(field, y[here], u[left], sign[left] * size, slope[here], left)
+        nfe[left] += len(_NODES) - 1
+        # in the state's dtype an error may vanish; a step grows tenfold at most
+        e = norm(error, y[here], new, rtol, atol).double().cpu()
+        if not bool(e.isfinite().all()):
+            raise give_up(left[~e.isfinite()], "a slope that is not finite")
+        good = e <= 1
+        kept = good.to(y.device)
+        y[here[kept]], slope[here[kept]] = new[kept], last[kept]
+        u[left[good]] = torch.where(arriving, goal[left], u[left] + sign[left] * size)[good]
+        grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 10)
+        h[left] = torch.where(good & arriving, torch.maximum(h[left], grown), grown)
+        left = (u != goal).nonzero()[:, 0]
+        if len(left) == 0:
+            return Arrival(y, h, nfe)
+    raise give_up(left, f"{MAX_STEPS} steps")
+
+
+def trial(
+    field: FieldOfEach, y: Tensor, u: Tensor, h: Tensor, slope: Tensor, rows: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(state at u + h, its error, slope there) from y and its slope at u; u and h of shape (n,)."""
+    slopes = [slope]
+    for row, node, whole in zip(_ROWS[1:], _NODES[1:], _WHOLE[1:], strict=True):
+        new = y.clone()
+        for weight, k in zip(row, slopes, strict=True):
+            if weight:
+                add_(new, weight * h, k)
+        slopes.append(field(u + node * h, new, rows, whole))
+    error = torch.zeros_like(y)
+    for weight, k in zip(_ERROR, slopes, strict=True):
+        if weight:
+            add_(error, weight * h, k)
+    return new, error, slopes[-1]

@@ -14,6 +14,7 @@ from score_sde import DDPM, SDE, VESDE, VPSDE, Flow, NetworkVelocity, Preconditi
 from score_sde.closed_form import Gaussian
 from score_sde.flows import Evaluation
 from score_sde.networks import MLP, UNet
+from score_sde.ode import integrate
 from tests.oracles import name, numbers
 
 A = torch.tensor([[0.6, -1.1, 0.2], [0.9, -0.4, 0.5], [-0.3, 0.1, 0.7]], dtype=torch.float64)
@@ -152,7 +153,7 @@ def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
     drawn = flow.sample((4000, 2), seed=torch.Generator().manual_seed(0))
     assert float((drawn.mean(0) - torch.tensor([0.3, -0.7])).abs().max()) < 0.1
     assert relative(torch.cov(drawn.T), torch.tensor([[0.5, 0.3], [0.3, 1.2]]).double()) < 0.1
-    same = log_likelihood(model, x, probe="gaussian", probes=2, seed=4, rtol=1e-5, atol=1e-5)
+    same = log_likelihood(model, x, probe="gaussian", probes=2, seed=4, method="dopri5")
     found = score_flow(model).evaluate(x, probe="gaussian", probes=2, seed=4)
     for key in ("log_prob", "std_error", "latent", "nfe"):
         torch.testing.assert_close(getattr(found, key), getattr(same, key), rtol=0, atol=0)
@@ -417,6 +418,16 @@ def test_errors_name_the_thing_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -
         Flow(lambda t, x: -x, solver=Solver(gradient="adjoint")).log_prob(x)
     with pytest.raises(ValueError, match="RK45 is scipy's and has no gradient"):
         Flow(Linear(), solver=Solver("RK45")).log_prob(x)
+    each = Solver("embedded")
+    with pytest.raises(ValueError, match="use dopri5 for another velocity"), torch.no_grad():
+        Flow(Linear(), solver=each).log_prob(x)
+    scored = score_flow(Gaussian(VPSDE(), torch.zeros(3), 0.3), solver=each)
+    with pytest.raises(ValueError, match='"embedded" has no gradient: use dopri5'):
+        scored.log_prob(x.clone().requires_grad_(True))
+    with pytest.raises(ValueError, match="kinetic and jacobian are integrals over t: use dopri5"):
+        scored.evaluate(x, kinetic=True)
+    with pytest.raises(ValueError, match='"embedded" steps the probability flow of a score model; use one of dopri5'):
+        integrate(lambda t, y: y, x, 0.0, 1.0, solver=each)
     for times in ([0.0, 0.5, 0.5], [0.0, 1.5], [[0.0, 1.0]]):
         with pytest.raises(ValueError, match=r"times must rise or fall within \[0, 1\], got"):
             Flow(Linear()).path(x, torch.tensor(times))

@@ -142,25 +142,28 @@ def test_evaluations_are_counted() -> None:
             self.calls += 1
             return Gaussian(VPSDE(), MEAN, COV)(x, t)
 
-    for method in ("dopri5", "RK45"):
+    for method, batch in (("dopri5", 2), ("RK45", 2), ("embedded", 1)):
         model = Counted(VPSDE())
-        assert log_likelihood(model, numbers(2, 3), probes=4, method=method).nfe == model.calls > 10
+        assert log_likelihood(model, numbers(batch, 3), probes=4, method=method).nfe == model.calls > 10
 
 
 # --- estimates of the trace
 
 
 def total_jacobian(model: Gaussian) -> Tensor:
-    """Integral of the velocity's Jacobian over time: half the log of V(1) V(0)⁻¹, for the covariances commute."""
+    """Integral of the Jacobian over the angle of the circle: half the log of V(1) V(0)⁻¹, for the covariances commute,
+    less the log of the radii's ratio, which is known without probes."""
     v0, v1 = model.sde.sigma(START) ** 2, model.sde.sigma(END) ** 2
     a0, a1 = model.sde.alpha(START) ** 2, model.sde.alpha(END) ** 2
     eigenvalues, basis = torch.linalg.eigh(COV)
-    return basis @ torch.diag(((a1 * eigenvalues + v1) / (a0 * eigenvalues + v0)).log() / 2) @ basis.T
+    known = (a1 / 4 + v1) / (a0 / 4 + v0)
+    return basis @ torch.diag(((a1 * eigenvalues + v1) / (a0 * eigenvalues + v0) / known).log() / 2) @ basis.T
 
 
 VARIANCES = {
     "gaussian": lambda s: 2 * s.square().sum(),
     "rademacher": lambda s: 2 * (s.square().sum() - s.diagonal().square().sum()),
+    "sphere": lambda s: 2 * len(s) / (len(s) + 2) * (s.square().sum() - s.trace() ** 2 / len(s)),
 }
 
 
@@ -187,7 +190,8 @@ def test_only_the_symmetric_part_of_a_jacobian_adds_variance(probe: str) -> None
     end = x @ torch.matrix_exp(integral).T
     torch.testing.assert_close(found.latent, end, rtol=1e-5, atol=1e-5)
     truth = VPSDE().prior_log_prob(end) + integral.trace()
-    variance = VARIANCES[probe]((integral + integral.T) / 2)
+    first, last = (torch.hypot(VPSDE().alpha(t) / 2, VPSDE().sigma(t)) for t in (START, END))
+    variance = VARIANCES[probe]((integral + integral.T) / 2 - torch.log(last / first) * torch.eye(3))
     assert bool(((found.log_prob - truth).abs() < 4 * (variance / k).sqrt()).all())
     assert bool((found.std_error.square() * k / variance - 1).abs().max() < 4 * math.sqrt(14 / k))
 
@@ -216,11 +220,13 @@ def test_given_probes_are_used_as_they_are() -> None:
 
 def test_probes_have_unit_covariance_and_come_from_seed_and_index_alone() -> None:
     x = torch.zeros(6, 2, 2)
-    for kind in ("gaussian", "rademacher"):
+    for kind in ("gaussian", "rademacher", "sphere"):
         e = draw_probes(kind, 5000, x, 3, 10)  # type: ignore[arg-type]
         assert e.shape == (5000, *x.shape)
         if kind == "rademacher":
             assert bool((e.abs() == 1).all())
+        if kind == "sphere":
+            torch.testing.assert_close(e.flatten(2).norm(dim=2), torch.full((5000, 6), 2.0))
         flat = e.flatten(2)
         assert (flat.mT @ flat / 6 - torch.eye(4)).mean(0).abs().max() < 4 / math.sqrt(30_000) * math.sqrt(2)
         assert torch.equal(draw_probes(kind, 5000, x[:2], 3, 12), e[:, 2:4])  # type: ignore[arg-type]
@@ -368,8 +374,8 @@ def test_the_gaussian_fitted_to_cifar10_has_4644_bits() -> None:
 
 def test_errors_name_the_thing_and_the_remedy() -> None:
     model, x = Gaussian(VPSDE(), MEAN, COV), numbers(2, 3)
-    with pytest.raises(ValueError, match="unknown probe 'sphere'; use \"rademacher\""):
-        log_likelihood(model, x, probe="sphere")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="unknown probe 'cube'; use \"rademacher\""):
+        log_likelihood(model, x, probe="cube")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"must be \(K, \*x.shape\), got \(2, 3\)"):
         log_likelihood(model, x, probe=x)
     with pytest.raises(ValueError, match="probes must be at least 1, got 0"):
@@ -378,5 +384,5 @@ def test_errors_name_the_thing_and_the_remedy() -> None:
         log_likelihood(model, x, method="rk4")
     with pytest.raises(ValueError, match="no gradient in x"):
         log_likelihood(from_score(VPSDE(), lambda x, t: -x.detach()), x)
-    with pytest.raises(RuntimeError, match="a slope that is not finite at t = 1e-05"):
+    with pytest.raises(RuntimeError, match=r"embedded gave up on 2 of 2 examples, at t = 1e-05 \(a slope .* finite\)"):
         log_likelihood(from_score(VPSDE(), lambda x, t: x / 0), x)

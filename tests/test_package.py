@@ -24,7 +24,7 @@ SETUP.read(ROOT / "setup.cfg")
 ROWS = [
     {"sdes", "chains", "learned", "noise_levels", "ode", "diffusions"},
     {"model"},
-    {"closed_form", "networks"},
+    {"closed_form", "networks", "circle"},
     {
         "losses",
         "score_matching",

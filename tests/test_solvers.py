@@ -48,14 +48,16 @@ from score_sde import (
     UniPC,
     fit_times,
     from_score,
+    ode,
     sample,
     threshold,
     times,
 )
+from score_sde.circle import Circle
 from score_sde.closed_form import Empirical, Gaussian, Mixture
 from score_sde.model import RULES
 from score_sde.ode import integrate
-from score_sde.samplers import adaptive, embedded
+from score_sde.samplers import adaptive
 from score_sde.samplers.exponential import SHORT, moments, orders, weights
 from score_sde.sdes import like
 from tests.oracles import SDES, name, numbers
@@ -234,15 +236,18 @@ def test_what_the_published_code_loses() -> None:
 
 def test_the_embedded_pair_is_of_orders_5_and_4() -> None:
     model, (t, s), x, y = journey(VPSDE(), "mixture")
-    sde = model.sde
-    a, b = torch.atan2(sde.sigma(t), sde.alpha(t)), torch.atan2(sde.sigma(s), sde.alpha(s))
-    start, end = embedded.radius(model, a), embedded.radius(model, b)
+    circle, rows = Circle(model), torch.arange(len(x))
+    a, b, start, end = circle.angle(t), circle.angle(s), circle.radius(t), circle.radius(s)
+
+    def field(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
+        return circle.velocity(u, y)
+
     errors, estimates = [], []
     for n in (8, 16):
-        state, h = x / start, ((a - b) / n).expand(len(x))
+        state, h = x / start, ((b - a) / n).expand(len(x))
         for i in range(n):
-            angle = a.expand(len(x)) - i * h
-            state, error, _ = embedded.trial(model, state, angle, h, embedded.field(model, state, angle))
+            angle = a.expand(len(x)) + i * h
+            state, error, _ = ode.trial(field, state, angle, h, circle.velocity(angle, state), rows)
             if i == 0:
                 estimates.append(float(error.abs().mean()))
         errors.append(float((end * state - y).abs().mean()))
@@ -550,7 +555,7 @@ def test_adaptive_solvers_stop_where_there_is_no_going_on(sampler: Sampler, monk
     with pytest.raises(RuntimeError, match=rf"{name(sampler)} gave up on . of 4 examples, at t = 0\..* not finite"):
         sample(model, sampler, (4, 2), times.uniform(VPSDE(), 1))
     monkeypatch.setattr(adaptive, "MAX_STEPS", 5)
-    monkeypatch.setattr(embedded, "MAX_STEPS", 1)
+    monkeypatch.setattr(ode, "MAX_STEPS", 1)
     with pytest.raises(RuntimeError, match=r"gave up on 4 of 4 examples, at t = .* steps\); check the model"):
         sample(problem(VPSDE(), "mixture"), sampler, (4, 2), times.uniform(VPSDE(), 1))
     with pytest.raises(ValueError, match="end the grid above it"):
