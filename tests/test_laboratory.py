@@ -17,6 +17,7 @@ from examples.laboratory.experiment import LEVELS, SMALLEST, VP, Job, Result, re
 from examples.laboratory.subjects import CONFIGS, DATA, OBJECTIVES, affordable
 from score_sde import Estimate, ScoreModel
 from score_sde import config as configs
+from score_sde.sdes import like
 from score_sde.toys import EXACT
 
 
@@ -42,7 +43,7 @@ class Shifted(ScoreModel):
 
     def forward(self, x: Tensor, t: Tensor) -> Estimate:  # type: ignore[override]
         e = self.exact(x, t)
-        ratio = (self.sde.sigma(t) / self.sde.alpha(t)).to(x)
+        ratio = like(self.sde.sigma(t) / self.sde.alpha(t), x)
         return Estimate(e.data - ratio * self.shift, e.noise + self.shift, e.sigma)
 
 
