@@ -364,7 +364,9 @@ def test_the_gaussian_fitted_to_cifar10_has_4644_bits() -> None:
         truth = bits(model.log_prob(x))
         total += float(truth.sum())
         if i == 0:
-            found = log_likelihood(model, x[:count], probe=signs_in_the_basis(model, x[:count], 0))
+            # at 1e-5 five of the images are up to 0.0045 off
+            probe = signs_in_the_basis(model, x[:count], 0)
+            found = log_likelihood(model, x[:count], probe=probe, rtol=3e-6, atol=3e-6)
             torch.testing.assert_close(found.bits_per_dim(), truth[:count], rtol=0, atol=0.002)
     assert total / len(data.test) == pytest.approx(4.644, abs=0.002)
 
