@@ -130,7 +130,7 @@ def default_config() -> ConfigDict:
                 # time at which the image stands (truncated_normal: the earliest that it may choose); of a continuous
                 # model's bound, the last
                 "t_min": 1e-5,
-                "ode_method": "dopri5",  # one step size for the batch, as dopri8, bosh3, RK45; embedded: one for each example
+                "ode_method": "dopri5",  # dopri8, bosh3, RK45 too; embedded: step sizes for each example
                 "rtol": 1e-5,
                 "atol": 1e-5,
                 "seed": 0,  # of dequantisation and probes, or of the bound's noise
