@@ -56,7 +56,7 @@ def test_errors_follow_the_tolerance_on_every_sde(sde: SDE) -> None:
     truth, errors, costs = model.log_prob(x, START), [], []
     for tolerance in (1e-3, 1e-5, 1e-8):
         found = log_likelihood(
-            model, x, probe="exact", rtol=tolerance, atol=tolerance, t_min=0.01,
+            model, x, probe="exact", rtol=tolerance, atol=tolerance, t_min=0.01, method="embedded",
             prior_log_prob=lambda z: model.log_prob(z, END),
         )  # fmt: skip
         errors.append(float((found.log_prob - truth).abs().max()) / 2)
@@ -69,9 +69,10 @@ def test_errors_follow_the_tolerance_on_every_sde(sde: SDE) -> None:
 def test_examples_carry_their_own_steps_and_cost() -> None:
     model = Rows(EASY_AND_HARD)
     x, _ = EASY_AND_HARD.sample(6, torch.Generator().manual_seed(0))
-    whole = log_likelihood(model, x, probe="gaussian", probes=2, seed=3)
+    settings = {"probe": "gaussian", "probes": 2, "method": "embedded", "seed": 3}
+    whole = log_likelihood(model, x, **settings)
     cost, model.rows = model.rows, 0
-    alone = [log_likelihood(model, x[i : i + 1], probe="gaussian", probes=2, seed=3, first=i) for i in range(6)]
+    alone = [log_likelihood(model, x[i : i + 1], first=i, **settings) for i in range(6)]
     for key in ("log_prob", "std_error", "latent"):
         torch.testing.assert_close(
             torch.cat([getattr(a, key) for a in alone]), getattr(whole, key), rtol=1e-9, atol=1e-9
@@ -82,8 +83,11 @@ def test_examples_carry_their_own_steps_and_cost() -> None:
 
 def test_conditions_go_with_their_examples() -> None:
     x, label = numbers(4, 2), torch.tensor([0, 1, 0, 1])
-    together = log_likelihood(EASY_AND_HARD.given(label=label), x)
-    alone = [log_likelihood(EASY_AND_HARD.given(label=int(y)), x[i : i + 1], first=i) for i, y in enumerate(label)]
+    together = log_likelihood(EASY_AND_HARD.given(label=label), x, method="embedded")
+    alone = [
+        log_likelihood(EASY_AND_HARD.given(label=y), x[i : i + 1], method="embedded", first=i)
+        for i, y in enumerate(label.tolist())
+    ]
     assert len({a.nfe for a in alone}) > 1
     torch.testing.assert_close(torch.cat([a.log_prob for a in alone]), together.log_prob, rtol=1e-9, atol=1e-9)
     model, ends = EASY_AND_HARD.given(label=label), torch.tensor([1.0, 0.01], dtype=torch.float64)
@@ -127,7 +131,7 @@ def test_a_solver_without_progress_stops(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("score_sde.ode.MAX_STEPS", 3)
     assert MAX_STEPS == 10_000
     with pytest.raises(RuntimeError, match=r"gave up on 6 of 6 examples, at t = .* \(3 steps\); check the model there"):
-        log_likelihood(EASY_AND_HARD, numbers(6, 2))
+        log_likelihood(EASY_AND_HARD, numbers(6, 2), method="embedded")
     one = torch.ones((), dtype=torch.float64)
     nothing = integrate_each(lambda u, y, rows, whole: y, numbers(2, 2), one, one, rtol=1e-5, atol=1e-5)
     assert torch.equal(nothing.state, numbers(2, 2)) and nothing.nfe.tolist() == [0, 0]
