@@ -9,7 +9,8 @@ ask what they hold.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -123,6 +124,25 @@ class Given(ScoreModel):
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
         return self.model(x, t, **{**self.condition, **condition})
+
+
+@contextmanager
+def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
+    """Within it, conditions that `model` was given for each of `batch` examples are those of the examples `rows`."""
+    bound = [m for m in model.modules() if isinstance(m, Given)] if len(rows) < batch else []
+    whole = [m.condition for m in bound]
+
+    def chosen(value: object) -> object:
+        each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+        return value[rows.to(value.device)] if each else value  # type: ignore[index,attr-defined]
+
+    try:
+        for m in bound:
+            m.condition = {name: chosen(value) for name, value in m.condition.items()}
+        yield
+    finally:
+        for m, condition in zip(bound, whole, strict=True):
+            m.condition = condition
 
 
 class FromScore(ScoreModel):
