@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .sdes import SDE, add_, like
+from .sdes import SDE, WrongShape, add_, like
 
 
 class Estimate(NamedTuple):
@@ -37,10 +37,6 @@ class Estimate(NamedTuple):
     def score(self) -> Tensor:
         """Gradient of log p_t(x): -noise / sigma."""
         return self.noise / -self.sigma
-
-
-class WrongShape(ValueError):
-    """A model's estimate does not have the shape of its state."""
 
 
 Variance = Literal["small", "large", "learned"]
@@ -104,6 +100,17 @@ def at(t: Tensor) -> str:
     """Times in words: "t = 0.5", or the first and last of several."""
     low, high = (f"{edge.item():.4g}" for edge in (t.min(), t.max())) if t.numel() else ("none", "none")
     return f"t = {low}" if low == high else f"t = {low} to {high}"
+
+
+def check_finite(terms: Tensor, t: Tensor, name: str) -> None:
+    """Raise FloatingPointError where terms (B, K), made of estimates at t, (K,) or (B, K), are not finite."""
+    bad = ~terms.isfinite().cpu()
+    if bool(bad.any()):
+        k = int(bad.any(0).nonzero()[0])
+        raise FloatingPointError(
+            f"term {k + 1} of {terms.shape[1]} of {name} is not finite for {int(bad[:, k].sum())} of {len(terms)} "
+            f"examples, at {at(t.expand(terms.shape)[bad[:, k], k])}: check the model there"
+        )
 
 
 def in_precision_of(part: Any, x: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,7 +18,7 @@ from scipy.integrate import RK45, solve_ivp
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from .sdes import SDE, add_
+from .sdes import SDE, WrongShape, add_
 
 Field = Callable[[Tensor, Tensor], Tensor]  # (t, y) -> dy/dt, with t () float64 on the CPU
 
@@ -37,6 +38,15 @@ _ROWS = [*(row[:i] for i, row in enumerate(RK45.A.tolist())), RK45.B.tolist()]
 _NODES = [*RK45.C.tolist(), 1.0]
 _ERROR = RK45.E.tolist()
 _WHOLE = [*(bool(b or e) for b, e in zip(_ROWS[-1], _ERROR)), True]  # the last slope is the next step's first
+
+
+@contextmanager
+def numbered(evaluation: int, name: str) -> Iterator[None]:
+    """Within it, an error about an estimate's shape says in which evaluation of which solver it was."""
+    try:
+        yield
+    except WrongShape as error:
+        raise WrongShape(f"{error}, in evaluation {evaluation} of {name}") from None
 
 
 class GaveUp(RuntimeError):
@@ -124,7 +134,8 @@ def integrate(
         u = torch.as_tensor(u, dtype=torch.float64, device="cpu").clamp(min(u0, u1), max(u0, u1))
         t = sde.time(u) if sde is not None and jumps else u
         reached = t.item()
-        slope = field(t, y)
+        with numbered(count, solver.method):
+            slope = field(t, y)
         if not bool(slope.isfinite().all()):  # no solver ends on its own then
             raise GaveUp(gave_up(f"a slope that is not finite at t = {reached:.3g}"))
         return slope * -((sde.sigma(t) / sde.g(t)) ** 2).item() if sde is not None and jumps else slope
@@ -137,7 +148,10 @@ def integrate(
         )
 
     if solver.method == "RK45":
+        if torch.is_grad_enabled() and y.requires_grad:
+            raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or solve under torch.no_grad()")
 
+        @torch.no_grad()
         def flat(t: float, state: np.ndarray) -> np.ndarray:
             return counted(t, torch.from_numpy(state).to(y).reshape(y.shape)).flatten().double().cpu().numpy()
 
@@ -226,12 +240,19 @@ def integrate_each(
     nfe, going, why = torch.zeros(batch, dtype=torch.long), u != goal, dict[int, str]()
     if not bool(going.any()):
         return Arrival(y, h, nfe, "")
+    asked = 0
+
+    def counted(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
+        nonlocal asked
+        asked += 1
+        with numbered(asked, name):
+            return field(u, y, rows, whole)
 
     def give_up(which: Tensor, reason: str) -> None:
         going[which] = False
         why.update(dict.fromkeys(which.tolist(), reason))
 
-    y, slope = y.clone(), field(u, y, torch.arange(batch), True)
+    y, slope = y.clone(), counted(u, y, torch.arange(batch), True)
     nfe += 1
     give_up((going & ~_finite(slope).cpu()).nonzero()[:, 0], "a slope that is not finite")
     for _ in range(MAX_STEPS):
@@ -241,7 +262,7 @@ def integrate_each(
         here, distance = left.to(y.device), (goal[left] - u[left]).abs()
         size = distance / torch.ceil(distance / h[left] * (1 - 1e-9)).clamp_min(1)
         arriving = size == distance
-        new, error, last = trial(field, y[here], u[left], sign[left] * size, slope[here], left)
+        new, error, last = trial(counted, y[here], u[left], sign[left] * size, slope[here], left)
         nfe[left] += len(_NODES) - 1
         # in the state's dtype an error may vanish; a step grows tenfold at most
         e = norm(error, y[here], new, rtol, atol)
@@ -264,8 +285,8 @@ def integrate_each(
     y[failed.to(y.device)] = math.nan
     place, reason = time(u[failed], failed)[0].item(), why[int(failed[0])]
     failure = (
-        f"{name} gave up on {told(failed, batch)}, at t = {place:.3g} ({reason}); check the model there, or "
-        f"raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+        f"{name} gave up on {told(failed, batch)}, at t = {place:.3g} ({reason}) after "
+        f"{nfe[failed[0]]} evaluations; check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
     )
     return Arrival(y, h, nfe, failure)
 
