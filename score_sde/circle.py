@@ -14,15 +14,15 @@ prediction (Zheng et al. 2023, arXiv:2305.03935, section 4), is integrated exact
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .model import Given, ScoreModel
-from .ode import Solver, integrate_each, root_mean_square
+from .model import ScoreModel, of_examples
+from .ode import GaveUp, Solver, integrate_each, root_mean_square
 from .sdes import add_, like
 
 SCALE = 0.5  # of data in [-1, 1], as EDM's sigma_data
@@ -121,25 +121,10 @@ def carry(
         norm=norm,
         time=lambda a, rows: circle.time(a),
     )
+    if found.failure:
+        if slopes is None or bool(found.state.isnan().any(1).all()):
+            raise GaveUp(found.failure)
+        warnings.warn(found.failure, RuntimeWarning, stacklevel=2)
     # x = radius · y: a dimension's divergence in t is that of the circle and the rate of log radius.
     integrals = found.state[:, d:] + dimensions * math.log(after / before)
     return (after * found.state[:, :d]).reshape(x.shape), integrals, found.nfe
-
-
-@contextmanager
-def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
-    """Within it, conditions that `model` was given for each of `batch` examples are those of the examples `rows`."""
-    bound = [m for m in model.modules() if isinstance(m, Given)] if len(rows) < batch else []
-    whole = [m.condition for m in bound]
-
-    def chosen(value: object) -> object:
-        each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-        return value[rows.to(value.device)] if each else value  # type: ignore[index,attr-defined]
-
-    try:
-        for m in bound:
-            m.condition = {name: chosen(value) for name, value in m.condition.items()}
-        yield
-    finally:
-        for m, condition in zip(bound, whole, strict=True):
-            m.condition = condition
