@@ -264,8 +264,12 @@ def label_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
 
 
 def label_log_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-    """100 log(sigma/alpha): even in log-SNR, and spread over the frequencies of a sinusoidal embedding."""
-    return 100 * torch.log(sigma / alpha)
+    """4 log(sigma/alpha): even in log-SNR, and slow enough for solvers.
+
+    The fastest wave of a sinusoidal embedding, sin(label), has a period of 1.6 in log(sigma/alpha). With much faster
+    ones a network's answer swings between an adaptive solver's steps.
+    """
+    return 4 * torch.log(sigma / alpha)
 
 
 def unscaled(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:

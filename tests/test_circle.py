@@ -40,13 +40,13 @@ def test_the_slope_is_the_derivative_along_the_exact_flow(sde: SDE, scale: float
     circle, x = Circle(model, scale), numbers(4, 2)
     for t in (0.01, 0.3, 0.9):
         now = torch.tensor(t, dtype=torch.float64)
-        a, h = circle.angle(now), 1e-4
-        assert float(circle.time(a)) == pytest.approx(t, rel=1e-6)
+        u, h = circle.place(now), 1e-4
+        assert float(circle.time(u)) == pytest.approx(t, rel=1e-6)
         ends = []
-        for b in (a - h, a + h):
-            s = circle.time(b)
+        for v in (u - h, u + h):
+            s = circle.time(v)
             ends.append(model.flow(x, now, s) / circle.radius(s))
-        slope = circle.velocity(a.expand(4), x / circle.radius(now))
+        slope = circle.velocity(u.expand(4), x / circle.radius(now))
         torch.testing.assert_close(slope, (ends[1] - ends[0]) / (2 * h), rtol=1e-4, atol=1e-5)
 
 
@@ -123,9 +123,9 @@ def test_only_slopes_that_enter_the_integral_are_asked_to_be_whole() -> None:
     steps = (int(nfe) - 1) // 6
     assert len(asked) == 1 + 5 * steps and steps > 1
     ends = torch.stack([START, END])
-    angles, radii = Circle(model, 0.5).angle(ends), Circle(model, 0.5).radius(ends)
-    # a rate of 1 integrates to the angle gone through
-    assert integral.item() == pytest.approx(float(angles.diff()) + 2 * math.log(radii[1] / radii[0]), rel=1e-9)
+    places, radii = Circle(model, 0.5).place(ends), Circle(model, 0.5).radius(ends)
+    # a rate of 1 integrates to the way gone
+    assert integral.item() == pytest.approx(float(places.diff()) + 2 * math.log(radii[1] / radii[0]), rel=1e-9)
 
 
 def test_a_trial_step_that_overflows_is_rejected_and_a_shorter_one_taken() -> None:

@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..circle import Circle
+from ..circle import FIRST_STEP, Circle
 from ..model import ScoreModel, of_examples
 from ..ode import GaveUp, integrate_each
 from ..sdes import Noise
@@ -35,22 +35,22 @@ class EmbeddedODE(Sampler):
         check_noisy(model, times)
         circle, batch = Circle(model), len(x)
 
-        def field(a: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
+        def field(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
             with of_examples(model, rows, batch):
-                return circle.velocity(a, y)
+                return circle.velocity(u, y)
 
-        angles, radii = circle.angle(times), circle.radius(times).tolist()
-        h = ((angles[0] - angles[-1]) / 10).expand(batch)
-        for i, (a, b) in enumerate(pairwise(angles)):
+        places, radii = circle.place(times), circle.radius(times).tolist()
+        h = FIRST_STEP * (places[0] - places[-1]).expand(batch)
+        for i, (start, end) in enumerate(pairwise(places)):
             x, h, _, failure = integrate_each(
                 field,
                 x / radii[i],
-                a,
-                b,
+                start,
+                end,
                 rtol=self.rtol,
                 atol=self.atol,
                 step=h,
-                time=lambda a, rows: circle.time(a),
+                time=lambda u, rows: circle.time(u),
                 name="EmbeddedODE",
             )
             if failure:
