@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .circle import carry
-from .flows import ProbabilityFlow
+from .flows import ProbabilityFlow, as_state, check_start
 from .model import ScoreModel
 from .ode import EACH, Solver, integrate
 from .samplers.base import example_generators
@@ -61,7 +61,8 @@ def heat_map(
 
     Raises ValueError for probes < 1, RuntimeError where the solver gives up.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = as_state(x)
+    check_start(model.sde, t_min)
     batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if probes is None:

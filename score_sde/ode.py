@@ -67,7 +67,7 @@ class Solver:
             grows with the evaluations. "adjoint" solves the adjoint ODE from the end (Chen et al. 2018,
             arXiv:1806.07366, algorithm 1): as accurate as the solver, in memory that does not.
 
-    Raises ValueError for an unknown method or gradient, or for steps that do not suit the method.
+    Raises ValueError for an unknown method or gradient, impossible tolerances, or steps that do not suit the method.
     """
 
     method: str = "dopri5"
@@ -89,8 +89,15 @@ class Solver:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_tolerances(self.rtol, self.atol)
         if self.gradient not in ("backprop", "adjoint"):
             raise ValueError(f'unknown gradient {self.gradient!r}; use "backprop" or "adjoint"')
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise ValueError where no step could be accepted, or any."""
+    if not (0 <= rtol < math.inf and 0 < atol < math.inf):
+        raise ValueError(f"rtol must be at least 0 and atol above 0, both finite, got {rtol:g} and {atol:g}")
 
 
 def integrate(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import ScoreModel, of_examples
-from ..ode import LEAST_STEP, GaveUp, told
+from ..ode import LEAST_STEP, GaveUp, check_tolerances, told
 from ..sdes import Noise, add_, like
 from .base import Sampler
 from .deterministic import check_noisy
@@ -34,9 +34,9 @@ class AdaptiveSDE(Sampler):
         first: size of the first step, in t.
         safety, exponent: its theta and r.
 
-    The grid's points are where the state is reported. Raises ValueError where the grid ends at clean data (sigma = 0),
-    and RuntimeError, with the examples at which it does, where it gives up: where no step that still moves t has a
-    finite error that is small enough, or after 100 000 steps.
+    The grid's points are where the state is reported. Raises ValueError for impossible settings, and where the grid
+    ends at clean data (sigma = 0); RuntimeError, with the examples at which it does, where it gives up: where no step
+    that still moves t has a finite error that is small enough, or after 100 000 steps.
     """
 
     rtol: float = 0.02
@@ -44,6 +44,11 @@ class AdaptiveSDE(Sampler):
     first: float = 0.01
     safety: float = 0.9
     exponent: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_tolerances(self.rtol, self.atol)
+        if not (self.first > 0 and 0 < self.safety < 1 and 0 < self.exponent <= 1):
+            raise ValueError(f"first must be above 0, safety below 1 and exponent at most 1, got {self}")
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)

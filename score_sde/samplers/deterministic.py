@@ -83,6 +83,9 @@ class AdaptiveODE(Sampler):
     atol: float = 1e-5
     method: str = "dopri5"
 
+    def __post_init__(self) -> None:
+        Solver(self.method, self.rtol, self.atol)  # which refuses what is no method or tolerance
+
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)
 
