@@ -15,7 +15,7 @@ from score_sde import parallel
 from score_sde.toys import TOYS
 
 from . import peer as peers
-from .likelihood import likelihood
+from .likelihood import likelihood, trained_likelihood
 from .sampling import sampling
 from .timing import Clock, Table, machine
 from .training import training
@@ -27,6 +27,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m benchmarks", description="Measure training, sampling and likelihood.")
     p.add_argument("--config", required=True, help="a file in configs/; --config.section.key=value sets a key of it")
     p.add_argument("--peer", type=Path, help="a clone of score_sde_pytorch, to be measured in the same run")
+    p.add_argument("--model", type=Path, help="a workdir trained with that config: the likelihood is then this model's")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--batch", type=int, help="images at a time in training and likelihood; default training.batch_size")
     p.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
@@ -70,6 +71,8 @@ def run(arguments: list[str]) -> list[Table]:
                 table = training(config, shape, clock, peer)
             elif part == "sampling":
                 table = sampling(config, clock, peer)
+            elif options.model:
+                table = trained_likelihood(config, options.model, clock, peer)
             else:
                 table = likelihood(config, shape, clock, peer)
             print(f"\n{table}", flush=True)

@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .circle import Slopes, carry
+from .circle import Circle, Slopes, carry
 from .model import ScoreModel, in_precision_of
 from .ode import EACH, Solver, integrate
 from .samplers.base import default_state, example_generators, noise_source
@@ -278,7 +278,7 @@ class Flow(nn.Module):
             raise ValueError(f'"{EACH}" solves the probability flow of a score model: use dopri5 for another velocity')
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.velocity.parameters())):
             raise ValueError(f'"{EACH}" has no gradient: use dopri5, or evaluate under torch.no_grad()')
-        return carry(self.velocity.model, x, t, s, self.solver, slopes, columns, dimensions)
+        return carry(Circle(self.velocity.model), x, t, s, self.solver, slopes, columns, dimensions)
 
     def _integrate(self, field: Velocity, y: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
         parameters: tuple[Tensor, ...] = ()

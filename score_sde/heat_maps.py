@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .circle import carry
+from .circle import Circle, carry
 from .flows import ProbabilityFlow, as_state, check_start
 from .model import ScoreModel
 from .ode import EACH, Solver, integrate
@@ -92,7 +92,7 @@ def heat_map(
 
     nfe: float
     if solver.method == EACH:
-        latent, terms, costs = carry(model, x, t_min, 1.0, solver, slopes, d)
+        latent, terms, costs = carry(Circle(model), x, t_min, 1.0, solver, slopes, d)
         latent, nfe = latent.flatten(1), costs.double().mean().item() if batch else 0
     else:
         start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)

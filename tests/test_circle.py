@@ -119,11 +119,11 @@ def test_only_slopes_that_enter_the_integral_are_asked_to_be_whole() -> None:
 
     model = Gaussian(VPSDE(), MEAN, COV)
     with torch.no_grad():
-        _, integral, nfe = carry(model, numbers(1, 2), 0.01, 1.0, Solver("embedded"), slopes, 1, 2)
+        _, integral, nfe = carry(Circle(model), numbers(1, 2), 0.01, 1.0, Solver("embedded"), slopes, 1, 2)
     steps = (int(nfe) - 1) // 6
     assert len(asked) == 1 + 5 * steps and steps > 1
     ends = torch.stack([START, END])
-    places, radii = Circle(model, 0.5).place(ends), Circle(model, 0.5).radius(ends)
+    places, radii = Circle(model).place(ends), Circle(model).radius(ends)
     # a rate of 1 integrates to the way gone
     assert integral.item() == pytest.approx(float(places.diff()) + 2 * math.log(radii[1] / radii[0]), rel=1e-9)
 
