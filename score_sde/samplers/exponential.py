@@ -27,8 +27,8 @@ import torch
 from torch import Tensor
 
 from ..model import ScoreModel
-from ..sdes import SDE, Noise, add_, like
-from .base import Sampler
+from ..sdes import SDE, Noise, add_, scaled
+from .base import Sampler, add_noise_, rows
 
 Prediction = Literal["data", "noise"]
 Rule = Literal["exact", "b1", "b2", "published"]
@@ -44,17 +44,22 @@ class Point(NamedTuple):
     sigma: Tensor
     half_log_snr: Tensor
 
-    def at(self, i: Tensor) -> Point:
-        """Those at the indices i."""
-        return Point(self.alpha[i], self.sigma[i], self.half_log_snr[i])
+    def part(self, first: int, count: int) -> Point:
+        """Those at `count` times from the first on."""
+        return Point(*(curve.narrow(0, first, count) for curve in self))
 
 
 class Step(NamedTuple):
-    """x_s = keep x_t + sum_j weights_j F_j + fresh z; tensors of the times' shape, or numbers."""
+    """x_s = keep x_t + sum_j weights_j F_j + fresh z; numbers, or tensors of the times' shape."""
 
     keep: Any
-    weights: Sequence[Any]
     fresh: Any
+    weights: Sequence[Any]
+
+    @classmethod
+    def of(cls, row: Sequence[Any]) -> Step:
+        """From (keep, fresh, *weights)."""
+        return cls(row[0], row[1], row[2:])
 
 
 def point(sde: SDE, t: Tensor) -> Point:
@@ -67,12 +72,14 @@ def moments(z: Tensor, n: int, predict: Prediction) -> list[Tensor]:
     For noise it is z exp(-z) k! phi_{k+1}(z), and with the incomplete gamma function k! P(k + 1, z)/z^k, which keeps
     its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k.
     """
-    falling = [
-        math.factorial(k) * torch.special.gammainc(torch.full_like(z, k + 1), z) / (z**k if k else 1) for k in range(n)
-    ]
-    if predict == "noise":
-        return falling
-    return [sum(((-1) ** j * math.comb(k, j) * falling[j] for j in range(1, k + 1)), falling[0]) for k in range(n)]
+    k = torch.arange(n, dtype=z.dtype, device=z.device).reshape(n, *(1,) * z.ndim)
+    falling = torch.special.gammainc(k + 1, z) / z**k * _FACTORIALS[:n].to(z).reshape(k.shape)
+    return list((falling if predict == "noise" else torch.tensordot(_EXPANSION[:n, :n].to(z), falling, 1)).unbind())
+
+
+# of the moments up to u³, which a corrector of order 3 takes
+_FACTORIALS = torch.tensor([math.factorial(k) for k in range(4)], dtype=torch.float64)
+_EXPANSION = torch.tensor([[(-1) ** j * math.comb(k, j) for j in range(4)] for k in range(4)], dtype=torch.float64)
 
 
 def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule) -> tuple[Tensor, ...]:
@@ -99,39 +106,42 @@ def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule)
         _, a, b = nodes
         v, w = (m[2] - b * m[1]) / (a * (a - b)), (m[2] - a * m[1]) / (b * (b - a))
         return m[0] - v - w, v, w
-    powers = torch.stack([torch.stack([c**k for c in nodes], -1) for k in range(n)], -2)
+    powers = torch.linalg.vander(torch.stack(list(nodes), -1)).mT
     return torch.linalg.solve(powers, torch.stack(m, -1)).unbind(-1)
 
 
 def coefficients(
-    s: Point, nodes: Sequence[Point], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """What a `Step` from nodes[0], where x stands, to s holds, with values of F at the `nodes`; all of one shape.
+    t: Point,
+    s: Point,
+    places: Sequence[Tensor],
+    predict: Prediction,
+    rule: Rule = "exact",
+    eta: float = 0.0,
+) -> tuple[Tensor, ...]:
+    """A `Step` from t to s, in one row: keep, fresh, and the weights of F at t and at the `places` u; of one shape.
 
-    Where s is clean data (sigma = 0) there may be one node only, and the step lands on its estimate of the data.
+    Where s is clean data (sigma = 0) there may be no places, and the step lands on the estimate of the data at t.
     """
-    t = nodes[0]
     h = s.half_log_snr - t.half_log_snr
-    places = [torch.zeros_like(h), *((u.half_log_snr - t.half_log_snr) / h for u in nodes[1:])]
+    zero = torch.zeros_like(h)
+    nodes = [zero, *places]
     if predict == "noise":
         keep = s.alpha / t.alpha
         scale = -keep * t.sigma
-        return keep, tuple(scale * w for w in weights(h, places, predict, rule)), torch.zeros_like(h)
-    keep, fresh = s.sigma / t.sigma, torch.zeros_like(h)
+        return keep, zero, *(scale * w for w in weights(h, nodes, predict, rule))
+    keep, fresh = s.sigma / t.sigma, zero
     if eta > 0:
         keep = keep * torch.exp(-(eta**2) * h)
         fresh = s.sigma * torch.sqrt(-torch.expm1(-2 * eta**2 * h))
-    return keep, tuple(s.alpha * w for w in weights((1 + eta**2) * h, places, predict, rule)), fresh
+    return keep, fresh, *(s.alpha * w for w in weights((1 + eta**2) * h, nodes, predict, rule))
 
 
 def advance(x: Tensor, values: Sequence[Tensor], step: Step) -> Tensor:
     """keep x + sum_j weights_j values_j; values beyond the weights do not count."""
-    y = x * (like(step.keep, x) if isinstance(step.keep, Tensor) else step.keep)
+    y = scaled(x, step.keep)
     for weight, value in zip(step.weights, values, strict=False):
-        if isinstance(weight, Tensor):
+        if isinstance(weight, Tensor) or weight != 0:  # it is for the first value of DPM-Solver-2
             add_(y, weight, value)
-        else:
-            y.add_(value, alpha=weight)
     return y
 
 
@@ -152,29 +162,37 @@ def singlestep(
     return climb(model, x, stages(model.sde, t, s, order, predict), predict, first)
 
 
-def stages(sde: SDE, t: Tensor, s: Tensor, order: int, predict: Prediction) -> list[tuple[Tensor, Step]]:
-    """The times of the intermediate points and s, with the steps to them from t; of order 1 where s is clean data."""
+def stages(sde: SDE, t: Tensor, s: Tensor, order: int, predict: Prediction) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
+    """The times of the intermediate points and s, with the `coefficients` of the steps to them from t.
+
+    Of order 1 where s is clean data.
+    """
     start, end = point(sde, t), point(sde, s)
-    nodes, found = [start], []
     if bool((end.sigma == 0).any()):
         order = 1
+    h = end.half_log_snr - start.half_log_snr
+    found: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+    before: list[float] = []  # the place of the point before
     for c in _STAGES[order]:
-        u = sde.time(2 * (start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)))
-        middle = point(sde, u)
-        found.append((u, Step(*coefficients(middle, nodes, predict))))
-        nodes = [start, middle]
+        lam = start.half_log_snr + c * h
+        u = sde.time(2 * lam)
+        middle = Point(sde.alpha(u), sde.sigma(u), lam)
+        places = [torch.full_like(h, b / c) for b in before]
+        found.append((u, coefficients(start, middle, places, predict)))
+        before = [c]
     rule: Rule = "b2" if order == 2 else "exact"
-    return [*found, (s, Step(*coefficients(end, nodes, predict, rule)))]
+    places = [torch.full_like(h, b) for b in before]
+    return [*found, (s, coefficients(start, end, places, predict, rule))]
 
 
 def climb(
-    model: ScoreModel, x: Tensor, parts: Sequence[tuple[Tensor, Step]], predict: Prediction, first: Tensor
+    model: ScoreModel, x: Tensor, parts: Sequence[tuple[Tensor, Sequence[Any]]], predict: Prediction, first: Tensor
 ) -> Tensor:
     """Through the `stages`, each of which takes the first estimate and that of the stage before."""
     values = [first]
-    for u, step in parts[:-1]:
-        values = [first, estimate(model, advance(x, values, step), u, predict)]
-    return advance(x, values, parts[-1][1])
+    for u, row in parts[:-1]:
+        values = [first, estimate(model, advance(x, values, Step.of(row)), u, predict)]
+    return advance(x, values, Step.of(parts[-1][1]))
 
 
 def orders(sde: SDE, times: Tensor, order: int, short: int = SHORT) -> list[int]:
@@ -188,33 +206,24 @@ def orders(sde: SDE, times: Tensor, order: int, short: int = SHORT) -> list[int]
     return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
 
 
-def rows(keep: Tensor, weights: Sequence[Tensor], fresh: Tensor) -> list[Step]:
-    """The steps of tensors (n,), as numbers."""
-    each = zip(keep.tolist(), zip(*(w.tolist() for w in weights), strict=True), fresh.tolist(), strict=True)
-    return [Step(*row) for row in each]
-
-
 def plan(
-    sde: SDE,
-    times: Tensor,
-    orders: Sequence[int],
-    predict: Prediction,
-    rule: Rule,
-    eta: float = 0.0,
-    corrector: bool = False,
+    grid: Point, orders: Sequence[int], predict: Prediction, rule: Rule, eta: float = 0.0, corrector: bool = False
 ) -> list[Step]:
-    """All steps of a grid, of which step i takes the values at the orders[i] times up to times[i].
+    """The steps of a grid, as numbers: step i takes the values at the orders[i] points up to the grid's point i.
 
-    A corrector's step takes the value at times[i + 1] besides, as its last. Steps of one order are computed at once.
+    A corrector's step takes the value at point i + 1 besides, as its last. For every order that occurs all steps are
+    computed at once.
     """
-    found: dict[int, Step] = {}
-    grid = point(sde, times)
+    n, lam = len(orders), grid.half_log_snr
+    found: dict[int, list[tuple[float, ...]]] = {}
     for q in set(orders):
-        i = torch.tensor([k for k, order in enumerate(orders) if order == q])
-        nodes = [grid.at(i - j) for j in range(q)] + ([grid.at(i + 1)] if corrector else [])
-        keep, many, fresh = coefficients(grid.at(i + 1), nodes, predict, rule, eta)
-        found |= dict(zip(i.tolist(), rows(keep, many, fresh), strict=True))
-    return [found[i] for i in range(len(orders))]
+        count = n - q + 1  # of steps that have so many points behind them
+        t, s = grid.part(q - 1, count), grid.part(q, count)
+        h = s.half_log_snr - t.half_log_snr
+        places = [(lam.narrow(0, q - 1 - j, count) - t.half_log_snr) / h for j in range(1, q)]
+        places += [torch.ones_like(h)] if corrector else []
+        found[q] = rows(coefficients(t, s, places, predict, rule, eta))
+    return [Step.of(found[q][i - q + 1]) for i, q in enumerate(orders)]
 
 
 def _check(order: int, predict: str, start: str = "lower") -> None:
@@ -251,7 +260,7 @@ class DPMSolver(Sampler):
         sde = model.sde
         n = int((sde.sigma(times[1:]) > 0).sum())  # all, or all but the last
         found = stages(sde, times[:n], times[1 : n + 1], self.order, self.predict) if n else []
-        planned = [(u, rows(*step)) for u, step in found]
+        planned = [(u, rows(columns)) for u, columns in found]
         for i, t in enumerate(times[:-1]):
             if i < n:
                 first = estimate(model, x, t, self.predict)
@@ -297,7 +306,7 @@ class Multistep(Sampler):
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         allowed = orders(model.sde, times, self.order)
-        steps = plan(model.sde, times, allowed, self.predict, self.rule, self.eta)
+        steps = plan(point(model.sde, times), allowed, self.predict, self.rule, self.eta)
         # A first step of local error h² is all right for order 2; order 3 needs h³.
         single = self.start == "singlestep" and self.eta == 0 and max(allowed) == 3
         past: list[Tensor] = []  # newest first
@@ -307,8 +316,7 @@ class Multistep(Sampler):
                 x = singlestep(model, x, t, s, 2, self.predict, past[0])
             else:
                 x = advance(x, past, steps[i])
-            if fresh := float(steps[i].fresh):
-                x.add_(noise(x), alpha=fresh)
+            x = add_noise_(x, steps[i].fresh, noise)
             yield x
 
 
@@ -343,8 +351,10 @@ class UniPC(Sampler):
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         allowed = orders(model.sde, times, self.order, self.short)
-        steps = plan(model.sde, times, allowed, self.predict, self.variant)
-        corrections = plan(model.sde, times[:-1], allowed[:-1], self.predict, self.variant, corrector=True)
+        grid = point(model.sde, times)
+        steps = plan(grid, allowed, self.predict, self.variant)
+        # the last point, which may be clean data, is not corrected
+        corrections = plan(grid.part(0, len(allowed)), allowed[:-1], self.predict, self.variant, corrector=True)
         single = self.start == "singlestep" and max(allowed) == 3
         past: list[Tensor] = []  # newest first
         before = x
