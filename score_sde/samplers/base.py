@@ -72,8 +72,8 @@ class Planned(Sampler, ABC):
             yield lambda x, noise, t=t, s=s, row=numbers: self.take(model, x, t, s, row, noise)  # type: ignore[misc]
 
 
-def rows(columns: Sequence[Tensor]) -> list[tuple[float, ...]]:
-    """Tensors of shape (n,) as n tuples of numbers."""
+def rows(columns: Sequence[Any]) -> list[tuple[float, ...]]:
+    """Tensors or arrays of shape (n,) as n tuples of numbers."""
     return list(zip(*(column.tolist() for column in columns), strict=True))
 
 

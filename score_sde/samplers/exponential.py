@@ -20,15 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import gammainc
 from torch import Tensor
 
 from ..model import ScoreModel
-from ..sdes import SDE, Noise, add_, scaled
+from ..sdes import SDE, Noise, add, add_, scaled
 from .base import Sampler, add_noise_, rows
+
+# Coefficients are NumPy's: on a few numbers its arithmetic costs a third of torch's, and a walk's plan counts.
+Array = NDArray[np.float64]
 
 Prediction = Literal["data", "noise"]
 Rule = Literal["exact", "b1", "b2", "published"]
@@ -40,13 +45,13 @@ SHORT = 15  # steps: shorter grids are finished at lower order, as in the papers
 class Point(NamedTuple):
     """The curves at some times, and lambda = log(alpha/sigma) there."""
 
-    alpha: Tensor
-    sigma: Tensor
-    half_log_snr: Tensor
+    alpha: Array
+    sigma: Array
+    half_log_snr: Array
 
     def part(self, first: int, count: int) -> Point:
         """Those at `count` times from the first on."""
-        return Point(*(curve.narrow(0, first, count) for curve in self))
+        return Point(*(curve[first : first + count] for curve in self))
 
 
 class Step(NamedTuple):
@@ -62,27 +67,28 @@ class Step(NamedTuple):
         return cls(row[0], row[1], row[2:])
 
 
+def array(curve: Tensor) -> Array:
+    return curve.detach().double().cpu().numpy()
+
+
 def point(sde: SDE, t: Tensor) -> Point:
-    return Point(sde.alpha(t), sde.sigma(t), sde.log_snr(t) / 2)
+    return Point(array(sde.alpha(t)), array(sde.sigma(t)), array(sde.log_snr(t)) / 2)
 
 
-def moments(z: Tensor, n: int, predict: Prediction) -> list[Tensor]:
+def moments(z: Any, n: int, predict: Prediction) -> list[Array]:
     """z ∫ w(u) u^k du over [0, 1], k = 0..n-1, with w = exp(-z (1 - u)) for data and exp(-z u) for noise.
 
     For noise it is z exp(-z) k! phi_{k+1}(z), and with the incomplete gamma function k! P(k + 1, z)/z^k, which keeps
     its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k.
     """
-    k = torch.arange(n, dtype=z.dtype, device=z.device).reshape(n, *(1,) * z.ndim)
-    falling = torch.special.gammainc(k + 1, z) / z**k * _FACTORIALS[:n].to(z).reshape(k.shape)
-    return list((falling if predict == "noise" else torch.tensordot(_EXPANSION[:n, :n].to(z), falling, 1)).unbind())
+    z = np.asarray(z)
+    falling = [math.factorial(k) * gammainc(k + 1, z) / (z**k if k else 1) for k in range(n)]
+    if predict == "noise":
+        return falling
+    return [sum(((-1) ** j * math.comb(k, j) * falling[j] for j in range(1, k + 1)), falling[0]) for k in range(n)]
 
 
-# of the moments up to u³, which a corrector of order 3 takes
-_FACTORIALS = torch.tensor([math.factorial(k) for k in range(4)], dtype=torch.float64)
-_EXPANSION = torch.tensor([[(-1) ** j * math.comb(k, j) for j in range(4)] for k in range(4)], dtype=torch.float64)
-
-
-def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule) -> tuple[Tensor, ...]:
+def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tuple[Array, ...]:
     """Weights of the values at `nodes`, nodes[0] = 0, of the polynomial's z ∫ w(u) F(u) du (see `moments`).
 
     "exact" integrates the polynomial. The others are what papers and their code take instead of the moment of u or u²,
@@ -90,58 +96,54 @@ def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule)
     (Zhao et al. 2023, arXiv:2302.04867, section 3.1: with more nodes B cancels); "published", DPM-Solver++'s: "b2" with
     two nodes, and with three half of the moment of u², by which its third order is lost.
     """
-    n = len(nodes)
+    z, places, n = np.asarray(z), [np.asarray(c) for c in nodes], len(nodes)
     m = moments(z, n, predict)
     if n == 2 and rule != "exact":
-        b1 = z if predict == "data" else z * torch.exp(-z)
+        b1 = z if predict == "data" else z * np.exp(-z)
         m[1] = (b1 if rule == "b1" else m[0]) / 2
     if n == 3 and rule == "published":
         m[2] = m[2] / 2
     if n == 1:
         return (m[0],)
-    if n == 2:  # solved by hand: a plan's cost is that of small tensors
-        w = m[1] / nodes[1]
+    if n == 2:
+        w = m[1] / places[1]
         return m[0] - w, w
     if n == 3:
-        _, a, b = nodes
+        _, a, b = places
         v, w = (m[2] - b * m[1]) / (a * (a - b)), (m[2] - a * m[1]) / (b * (b - a))
         return m[0] - v - w, v, w
-    powers = torch.linalg.vander(torch.stack(list(nodes), -1)).mT
-    return torch.linalg.solve(powers, torch.stack(m, -1)).unbind(-1)
+    powers = np.stack([np.broadcast_to(c, z.shape) for c in places], -1)[..., None, :] ** np.arange(n)[:, None]
+    solved = np.linalg.solve(powers, np.stack(m, -1)[..., None])[..., 0]
+    return tuple(np.moveaxis(solved, -1, 0))
 
 
 def coefficients(
-    t: Point,
-    s: Point,
-    places: Sequence[Tensor],
-    predict: Prediction,
-    rule: Rule = "exact",
-    eta: float = 0.0,
-) -> tuple[Tensor, ...]:
-    """A `Step` from t to s, in one row: keep, fresh, and the weights of F at t and at the `places` u; of one shape.
+    t: Point, s: Point, places: Sequence[Any], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
+) -> tuple[Array, ...]:
+    """A `Step` from t to s in one row: keep, fresh, and the weights of F at t and at the `places` u; of one shape.
 
     Where s is clean data (sigma = 0) there may be no places, and the step lands on the estimate of the data at t.
     """
     h = s.half_log_snr - t.half_log_snr
-    zero = torch.zeros_like(h)
-    nodes = [zero, *places]
+    zero = np.zeros_like(h)
     if predict == "noise":
         keep = s.alpha / t.alpha
         scale = -keep * t.sigma
-        return keep, zero, *(scale * w for w in weights(h, nodes, predict, rule))
+        return keep, zero, *(scale * w for w in weights(h, [0.0, *places], predict, rule))
     keep, fresh = s.sigma / t.sigma, zero
     if eta > 0:
-        keep = keep * torch.exp(-(eta**2) * h)
-        fresh = s.sigma * torch.sqrt(-torch.expm1(-2 * eta**2 * h))
-    return keep, fresh, *(s.alpha * w for w in weights((1 + eta**2) * h, nodes, predict, rule))
+        keep = keep * np.exp(-(eta**2) * h)
+        fresh = s.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))
+    return keep, fresh, *(s.alpha * w for w in weights((1 + eta**2) * h, [0.0, *places], predict, rule))
 
 
 def advance(x: Tensor, values: Sequence[Tensor], step: Step) -> Tensor:
-    """keep x + sum_j weights_j values_j; values beyond the weights do not count."""
-    y = scaled(x, step.keep)
+    """keep x + sum_j weights_j values_j, a new tensor; values beyond the weights do not count."""
+    # Where x is kept as it is (VE), its copy takes the first term along; DPM-Solver-2's first weight is 0.
+    y = x if isinstance(step.keep, float) and step.keep == 1 else scaled(x, step.keep)
     for weight, value in zip(step.weights, values, strict=False):
-        if isinstance(weight, Tensor) or weight != 0:  # it is for the first value of DPM-Solver-2
-            add_(y, weight, value)
+        if isinstance(weight, Tensor) or weight != 0:
+            y = add(y, weight, value) if y is x else add_(y, weight, value)
     return y
 
 
@@ -155,44 +157,45 @@ def estimate(model: ScoreModel, x: Tensor, t: Tensor, predict: Prediction) -> Te
 _STAGES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 
 
-def singlestep(
-    model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, order: int, predict: Prediction, first: Tensor
-) -> Tensor:
-    """DPM-Solver's step of the given order from t to s, where `first` is the estimate at (x, t)."""
-    return climb(model, x, stages(model.sde, t, s, order, predict), predict, first)
+# What a step of DPM-Solver takes: the times of its intermediate points, each with the `coefficients` of the step there
+# from where it starts; last those of the step to its end, where nothing is evaluated.
+Stages = Sequence[tuple[Tensor | None, Sequence[Any]]]
 
 
-def stages(sde: SDE, t: Tensor, s: Tensor, order: int, predict: Prediction) -> list[tuple[Tensor, tuple[Tensor, ...]]]:
-    """The times of the intermediate points and s, with the `coefficients` of the steps to them from t.
-
-    Of order 1 where s is clean data.
-    """
-    start, end = point(sde, t), point(sde, s)
-    if bool((end.sigma == 0).any()):
+def stages(sde: SDE, start: Point, end: Point, order: int, predict: Prediction) -> Stages:
+    """Those from some times to others, of order 1 where they end at clean data."""
+    if (end.sigma == 0).any():
         order = 1
-    h = end.half_log_snr - start.half_log_snr
-    found: list[tuple[Tensor, tuple[Tensor, ...]]] = []
-    before: list[float] = []  # the place of the point before
+    found: list[tuple[Tensor | None, Sequence[Any]]] = []
+    places: list[float] = []
     for c in _STAGES[order]:
-        lam = start.half_log_snr + c * h
-        u = sde.time(2 * lam)
-        middle = Point(sde.alpha(u), sde.sigma(u), lam)
-        places = [torch.full_like(h, b / c) for b in before]
-        found.append((u, coefficients(start, middle, places, predict)))
-        before = [c]
-    rule: Rule = "b2" if order == 2 else "exact"
-    places = [torch.full_like(h, b) for b in before]
-    return [*found, (s, coefficients(start, end, places, predict, rule))]
+        half_log_snr = start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)
+        u = sde.time(torch.as_tensor(2 * half_log_snr))
+        middle = Point(array(sde.alpha(u)), array(sde.sigma(u)), half_log_snr)
+        found.append((u, coefficients(start, middle, [p / c for p in places], predict)))
+        places = [c]
+    return [*found, (None, coefficients(start, end, places, predict, "b2" if order == 2 else "exact"))]
 
 
-def climb(
-    model: ScoreModel, x: Tensor, parts: Sequence[tuple[Tensor, Sequence[Any]]], predict: Prediction, first: Tensor
-) -> Tensor:
+def stages_of(sde: SDE, grid: Point, order: int, predict: Prediction) -> list[Stages]:
+    """Those of every step of a grid, as numbers; at its end there may be clean data."""
+
+    def numbers(first: int, count: int) -> list[Stages]:
+        found = stages(sde, grid.part(first, count), grid.part(first + 1, count), order, predict)
+        planned = [(count * [None] if u is None else u.unbind(), rows(columns)) for u, columns in found]
+        return [[(times[i], row[i]) for times, row in planned] for i in range(count)]
+
+    n, clean = len(grid.sigma) - 1, int(grid.sigma[-1] == 0)
+    return numbers(0, n - clean) + numbers(n - clean, clean)
+
+
+def climb(model: ScoreModel, x: Tensor, parts: Stages, predict: Prediction, first: Tensor) -> Tensor:
     """Through the `stages`, each of which takes the first estimate and that of the stage before."""
-    values = [first]
-    for u, row in parts[:-1]:
-        values = [first, estimate(model, advance(x, values, Step.of(row)), u, predict)]
-    return advance(x, values, Step.of(parts[-1][1]))
+    values, y = [first], x
+    for u, row in parts:
+        y = advance(x, values, Step.of(row))
+        values = values if u is None else [first, estimate(model, y, u, predict)]
+    return y
 
 
 def orders(sde: SDE, times: Tensor, order: int, short: int = SHORT) -> list[int]:
@@ -214,15 +217,15 @@ def plan(
     A corrector's step takes the value at point i + 1 besides, as its last. For every order that occurs all steps are
     computed at once.
     """
-    n, lam = len(orders), grid.half_log_snr
+    lam = grid.half_log_snr
     found: dict[int, list[tuple[float, ...]]] = {}
     for q in set(orders):
-        count = n - q + 1  # of steps that have so many points behind them
-        t, s = grid.part(q - 1, count), grid.part(q, count)
+        first = q - 1  # which has as many points behind it
+        count = max(i for i, order in enumerate(orders) if order == q) - first + 1
+        t, s = grid.part(first, count), grid.part(first + 1, count)
         h = s.half_log_snr - t.half_log_snr
-        places = [(lam.narrow(0, q - 1 - j, count) - t.half_log_snr) / h for j in range(1, q)]
-        places += [torch.ones_like(h)] if corrector else []
-        found[q] = rows(coefficients(t, s, places, predict, rule, eta))
+        places = [(lam[first - j :][:count] - t.half_log_snr) / h for j in range(1, q)]
+        found[q] = rows(coefficients(t, s, places + [1.0] * corrector, predict, rule, eta))
     return [Step.of(found[q][i - q + 1]) for i, q in enumerate(orders)]
 
 
@@ -252,21 +255,15 @@ class DPMSolver(Sampler):
         _check(self.order, self.predict)
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        first = estimate(model, x, t, self.predict)
-        return singlestep(model, x, t, s, self.order, self.predict, first)
+        found = stages(model.sde, point(model.sde, t), point(model.sde, s), self.order, self.predict)
+        parts = [(u, [torch.as_tensor(c) for c in row]) for u, row in found]
+        return climb(model, x, parts, self.predict, estimate(model, x, t, self.predict))
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         """These steps, with the coefficients of all of them computed at once."""
-        sde = model.sde
-        n = int((sde.sigma(times[1:]) > 0).sum())  # all, or all but the last
-        found = stages(sde, times[:n], times[1 : n + 1], self.order, self.predict) if n else []
-        planned = [(u, rows(columns)) for u, columns in found]
-        for i, t in enumerate(times[:-1]):
-            if i < n:
-                first = estimate(model, x, t, self.predict)
-                x = climb(model, x, [(u[i], steps[i]) for u, steps in planned], self.predict, first)
-            else:
-                x = self.step(model, x, t, times[i + 1], noise)
+        planned = stages_of(model.sde, point(model.sde, times), self.order, self.predict)
+        for t, parts in zip(times[:-1], planned, strict=True):
+            x = climb(model, x, parts, self.predict, estimate(model, x, t, self.predict))
             yield x
 
 
@@ -306,14 +303,15 @@ class Multistep(Sampler):
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         allowed = orders(model.sde, times, self.order)
-        steps = plan(point(model.sde, times), allowed, self.predict, self.rule, self.eta)
+        grid = point(model.sde, times)
+        steps = plan(grid, allowed, self.predict, self.rule, self.eta)
         # A first step of local error h² is all right for order 2; order 3 needs h³.
         single = self.start == "singlestep" and self.eta == 0 and max(allowed) == 3
         past: list[Tensor] = []  # newest first
-        for i, (t, s) in enumerate(pairwise(times)):
+        for i, t in enumerate(times[:-1]):
             past = [estimate(model, x, t, self.predict), *past[: self.order - 1]]
             if i == 0 and single:
-                x = singlestep(model, x, t, s, 2, self.predict, past[0])
+                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 2, self.predict)[0], self.predict, past[0])
             else:
                 x = advance(x, past, steps[i])
             x = add_noise_(x, steps[i].fresh, noise)
@@ -353,18 +351,22 @@ class UniPC(Sampler):
         allowed = orders(model.sde, times, self.order, self.short)
         grid = point(model.sde, times)
         steps = plan(grid, allowed, self.predict, self.variant)
-        # the last point, which may be clean data, is not corrected
-        corrections = plan(grid.part(0, len(allowed)), allowed[:-1], self.predict, self.variant, corrector=True)
+        # The corrected point is the predicted one, moved by what the weights differ in. The last one, which may be
+        # clean data, is not corrected.
+        corrected = plan(grid.part(0, len(allowed)), allowed[:-1], self.predict, self.variant, corrector=True)
+        moves = [
+            Step(1.0, 0.0, [new.weights[-1], *(a - b for a, b in zip(new.weights, old.weights, strict=False))])
+            for new, old in zip(corrected, steps, strict=False)
+        ]
         single = self.start == "singlestep" and max(allowed) == 3
         past: list[Tensor] = []  # newest first
-        before = x
-        for i, (t, s) in enumerate(pairwise(times)):
+        for i, t in enumerate(times[:-1]):
             new = estimate(model, x, t, self.predict)
             if i > 0 and not (i == 1 and single):
-                x = advance(before, [*past[: allowed[i - 1]], new], corrections[i - 1])
-            before, past = x, [new, *past[: self.order - 1]]
+                x = advance(x, [new, *past], moves[i - 1])
+            past = [new, *past[: self.order - 1]]
             if i == 0 and single:
-                x = singlestep(model, x, t, s, 3, self.predict, new)
+                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 3, self.predict)[0], self.predict, new)
             else:
                 x = advance(x, past, steps[i])
             yield x
