@@ -30,7 +30,7 @@ from score_sde.samplers import (
     UniPC,
 )
 from score_sde.samplers.base import noise_source
-from score_sde.samplers.exponential import SHORT, orders
+from score_sde.samplers.exponential import SHORT, orders, point
 from score_sde.samplers.short import fast
 from score_sde.sdes import SDE
 
@@ -249,7 +249,7 @@ def _ours(subject: Subject, model: ScoreModel, x: Tensor, seed: str) -> Callable
 def _bare(subject: Subject, model: ScoreModel, x: Tensor) -> Callable[[], object]:
     sampler, grid = subject.sampler, times.uniform(model.sde, 1000)[: STEPS + 1]
     short = sampler.short if isinstance(sampler, UniPC) else SHORT
-    lowered = orders(model.sde, grid, getattr(sampler, "order", 1), short)
+    lowered = orders(point(model.sde, grid), getattr(sampler, "order", 1), short)
     return lambda: subject.bare(model, x, grid[0], lowered)
 
 

@@ -58,7 +58,7 @@ from score_sde.closed_form import Empirical, Gaussian, Mixture
 from score_sde.model import RULES
 from score_sde.ode import integrate
 from score_sde.samplers import adaptive
-from score_sde.samplers.exponential import SHORT, moments, orders, weights
+from score_sde.samplers.exponential import SHORT, moments, orders, point, weights
 from score_sde.sdes import like
 from tests.oracles import SDES, name, numbers
 
@@ -160,11 +160,11 @@ def test_weights_integrate_polynomials_through_their_nodes_exactly(predict: str)
 def test_orders_are_lowered_at_the_start_and_at_the_end_of_short_grids_or_clean_ones_alone() -> None:
     sde, chain = VPSDE(), DDPM.linear(100, 1e-3, 0.2).as_sde()
     for n in (1, 2, 5, SHORT - 1):
-        assert orders(sde, times.uniform(sde, n), 3) == [min(3, i + 1, n - i) for i in range(n)]
-    assert orders(sde, times.uniform(sde, SHORT), 3) == [1, 2] + [3] * (SHORT - 2)
+        assert orders(point(sde, times.uniform(sde, n)), 3) == [min(3, i + 1, n - i) for i in range(n)]
+    assert orders(point(sde, times.uniform(sde, SHORT)), 3) == [1, 2] + [3] * (SHORT - 2)
     to_zero = torch.linspace(1, 0, SHORT + 1, dtype=torch.float64)
-    assert orders(chain, to_zero, 3) == [1, 2] + [3] * (SHORT - 3) + [1]
-    assert orders(chain, to_zero[:-1], 3) == [1, 2] + [3] * (SHORT - 5) + [2, 1]
+    assert orders(point(chain, to_zero), 3) == [1, 2] + [3] * (SHORT - 3) + [1]
+    assert orders(point(chain, to_zero[:-1]), 3) == [1, 2] + [3] * (SHORT - 5) + [2, 1]
 
 
 # --- orders

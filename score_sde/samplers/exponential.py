@@ -67,12 +67,10 @@ class Step(NamedTuple):
         return cls(row[0], row[1], row[2:])
 
 
-def array(curve: Tensor) -> Array:
-    return curve.detach().double().cpu().numpy()
-
-
 def point(sde: SDE, t: Tensor) -> Point:
-    return Point(array(sde.alpha(t)), array(sde.sigma(t)), array(sde.log_snr(t)) / 2)
+    alpha, sigma = (curve.detach().double().cpu().numpy() for curve in (sde.alpha(t), sde.sigma(t)))
+    with np.errstate(divide="ignore"):  # infinite at clean data
+        return Point(alpha, sigma, np.log(alpha / sigma))
 
 
 def moments(z: Any, n: int, predict: Prediction) -> list[Array]:
@@ -103,18 +101,16 @@ def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tu
         m[1] = (b1 if rule == "b1" else m[0]) / 2
     if n == 3 and rule == "published":
         m[2] = m[2] / 2
-    if n == 1:
-        return (m[0],)
-    if n == 2:
-        w = m[1] / places[1]
-        return m[0] - w, w
-    if n == 3:
-        _, a, b = places
-        v, w = (m[2] - b * m[1]) / (a * (a - b)), (m[2] - a * m[1]) / (b * (b - a))
-        return m[0] - v - w, v, w
-    powers = np.stack([np.broadcast_to(c, z.shape) for c in places], -1)[..., None, :] ** np.arange(n)[:, None]
-    solved = np.linalg.solve(powers, np.stack(m, -1)[..., None])[..., 0]
-    return tuple(np.moveaxis(solved, -1, 0))
+    # Björck & Pereyra 1970: sum_j w_j places_j^k = m_k, solved in place
+    for k in range(n - 1):
+        for i in range(n - 1, k, -1):
+            m[i] = m[i] - places[k] * m[i - 1]
+    for k in range(n - 2, -1, -1):
+        for i in range(k + 1, n):
+            m[i] = m[i] / (places[i] - places[i - k - 1])
+        for i in range(k, n - 1):
+            m[i] = m[i] - m[i + 1]
+    return tuple(m)
 
 
 def coefficients(
@@ -171,8 +167,7 @@ def stages(sde: SDE, start: Point, end: Point, order: int, predict: Prediction) 
     for c in _STAGES[order]:
         half_log_snr = start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)
         u = sde.time(torch.as_tensor(2 * half_log_snr))
-        middle = Point(array(sde.alpha(u)), array(sde.sigma(u)), half_log_snr)
-        found.append((u, coefficients(start, middle, [p / c for p in places], predict)))
+        found.append((u, coefficients(start, point(sde, u), [p / c for p in places], predict)))
         places = [c]
     return [*found, (None, coefficients(start, end, places, predict, "b2" if order == 2 else "exact"))]
 
@@ -186,7 +181,8 @@ def stages_of(sde: SDE, grid: Point, order: int, predict: Prediction) -> list[St
         return [[(times[i], row[i]) for times, row in planned] for i in range(count)]
 
     n, clean = len(grid.sigma) - 1, int(grid.sigma[-1] == 0)
-    return numbers(0, n - clean) + numbers(n - clean, clean)
+    steps = numbers(0, n - clean) if n > clean else []
+    return steps + numbers(n - 1, 1) if clean else steps
 
 
 def climb(model: ScoreModel, x: Tensor, parts: Stages, predict: Prediction, first: Tensor) -> Tensor:
@@ -198,14 +194,13 @@ def climb(model: ScoreModel, x: Tensor, parts: Stages, predict: Prediction, firs
     return y
 
 
-def orders(sde: SDE, times: Tensor, order: int, short: int = SHORT) -> list[int]:
+def orders(grid: Point, order: int, short: int = SHORT) -> list[int]:
     """The order of each step: no more than there are values, and lower at the end where that is short or clean.
 
     The papers' code lowers it on grids of fewer than `short` = 15 steps; at sigma = 0 lambda is infinite, and no
     polynomial in it gets there.
     """
-    n = len(times) - 1
-    clean = bool(sde.sigma(times[-1]) == 0)
+    n, clean = len(grid.sigma) - 1, grid.sigma[-1] == 0
     return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
 
 
@@ -302,8 +297,8 @@ class Multistep(Sampler):
             raise ValueError(f'eta must be 0, or above with predict="data", got {self.eta} with {self.predict!r}')
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        allowed = orders(model.sde, times, self.order)
         grid = point(model.sde, times)
+        allowed = orders(grid, self.order)
         steps = plan(grid, allowed, self.predict, self.rule, self.eta)
         # A first step of local error h² is all right for order 2; order 3 needs h³.
         single = self.start == "singlestep" and self.eta == 0 and max(allowed) == 3
@@ -348,8 +343,8 @@ class UniPC(Sampler):
             raise ValueError(f'variant must be "b1" or "b2", got {self.variant!r}')
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        allowed = orders(model.sde, times, self.order, self.short)
         grid = point(model.sde, times)
+        allowed = orders(grid, self.order, self.short)
         steps = plan(grid, allowed, self.predict, self.variant)
         # The corrected point is the predicted one, moved by what the weights differ in. The last one, which may be
         # clean data, is not corrected.

@@ -132,20 +132,23 @@ class Langevin(Corrector):
     norm: Literal["example", "batch"] = "example"
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        far = 2 * self.snr * sde.alpha(t) / sde.alpha(s) * sde.sigma(t)  # sqrt(2h) = far |z|/|noise|
-        return far**2 / (2 * sde.sigma(t)), far
+        return 2 * (self.snr * sde.alpha(t) / sde.alpha(s)) ** 2, sde.sigma(t)
 
     def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
-        slope, far = (like(n, x) if isinstance(n, Tensor) else n for n in numbers)
+        a, sigma = (n.to(x) if isinstance(n, Tensor) else n for n in numbers)
         for _ in range(self.steps):
             e, z = model(x, t), noise(x)
-            ratio = self._size(z) / self._size(e.noise)
-            x = torch.addcmul(x, -slope * ratio**2, e.noise).addcmul_(far * ratio, z)
+            h = a * (self._mean(size(z)) / self._mean(size(e.noise) / sigma)) ** 2
+            x = torch.addcmul(x, like(-h / sigma, x), e.noise).addcmul_(like(torch.sqrt(2 * h), x), z)
         return x
 
-    def _size(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        return like(norm.mean().expand_as(norm) if self.norm == "batch" else norm, x)
+    def _mean(self, sizes: Tensor) -> Tensor:
+        return sizes.mean().expand_as(sizes) if self.norm == "batch" else sizes
+
+
+def size(x: Tensor) -> Tensor:
+    """The norm of each example, (B,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 @dataclass(frozen=True)
