@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from score_sde.toys import TOYS
 
 from . import peer as peers
 from .likelihood import likelihood, trained_likelihood
-from .sampling import sampling
+from .sampling import SHAPES, sampling
 from .timing import Clock, Table, machine
 from .training import training
 
@@ -68,15 +69,16 @@ def run(arguments: list[str]) -> list[Table]:
     with threadpool_limits(options.threads):
         for part in options.parts:
             if part == "training":
-                table = training(config, shape, clock, peer)
+                works = [partial(training, config, shape)]
             elif part == "sampling":
-                table = sampling(config, clock, peer)
+                works = [partial(sampling, config, shape=size) for size in SHAPES]
             elif options.model:
-                table = trained_likelihood(config, options.model, clock, peer)
+                works = [partial(trained_likelihood, config, options.model)]
             else:
-                table = likelihood(config, shape, clock, peer)
-            print(f"\n{table}", flush=True)
-            tables.append(table)
+                works = [partial(likelihood, config, shape)]
+            for work in works:
+                tables.append(work(clock=clock, peer=peer))
+                print(f"\n{tables[-1]}", flush=True)
     return tables
 
 

@@ -271,7 +271,7 @@ def integrate_each(
         arriving = size == distance
         new, error, last = trial(counted, y[here], u[left], sign[left] * size, slope[here], left)
         nfe[left] += len(_NODES) - 1
-        # in the state's dtype an error may vanish; a step grows tenfold at most
+        # in the state's dtype an error may vanish; a step grows to four times its size at most
         e = norm(error, y[here], new, rtol, atol)
         sound = e.isfinite() & _finite(new) & _finite(last)
         e, sound = e.masked_fill(~sound, math.inf).cpu().double(), sound.cpu()
@@ -279,7 +279,7 @@ def integrate_each(
         kept = good.to(y.device)
         y[here[kept]], slope[here[kept]] = new[kept], last[kept]
         u[left[good]] = torch.where(arriving, goal[left], u[left] + sign[left] * size)[good]
-        grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 10)
+        grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 4)
         h[left] = torch.where(good & arriving, torch.maximum(h[left], grown), grown)
         going[left[good & arriving]] = False
         short = ~good & (grown < least[left])
