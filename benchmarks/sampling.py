@@ -118,19 +118,32 @@ def each(step: OneStep) -> Walk:
     return walk
 
 
-def multistep(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
-    for order in orders:
-        x = combined(x, *[model(x, t).noise] * order)
-    return x
+def multistep(first: OneStep | None = None) -> Walk:
+    """With the first step by another method."""
+
+    def walk(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
+        for i, order in enumerate(orders):
+            x = first(model, x, t) if first and i == 0 else combined(x, *[model(x, t).noise] * order)
+        return x
+
+    return walk
 
 
-def unipc(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
-    before = 0
-    for order in orders:
-        e = model(x, t).noise
-        x = moved(x, *[e] * (before + 1)) if before else x
-        x, before = combined(x, *[e] * order), order
-    return x
+def unipc(first: OneStep | None = None) -> Walk:
+    """With the first step by another method; then its end is not corrected."""
+
+    def walk(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
+        before = 0
+        for i, order in enumerate(orders):
+            if first and i == 0:
+                x = first(model, x, t)
+                continue
+            e = model(x, t).noise
+            x = moved(x, *[e] * (before + 1)) if before else x
+            x, before = combined(x, *[e] * order), order
+        return x
+
+    return walk
 
 
 @dataclass(frozen=True)
@@ -162,13 +175,13 @@ SUBJECTS = {
     "Heun": Subject(Heun(), each(heun), scheduler=DETERMINISTIC["Heun"]),
     "DPM-Solver 2": Subject(DPMSolver(2), each(singlestep), scheduler=DETERMINISTIC["DPM-Solver++ 2S"], calls=2),
     "DPM-Solver 3": Subject(DPMSolver(3), each(singlestep_3), scheduler=DETERMINISTIC["DPM-Solver++ 3S"], calls=3),
-    "Multistep 2": Subject(Multistep(2), multistep, scheduler=DETERMINISTIC["DPM-Solver++ 2M"]),
-    "Multistep 3": Subject(Multistep(3), multistep, scheduler=DETERMINISTIC["DPM-Solver++ 3M"]),
-    "Multistep 3, noise": Subject(Multistep(3, "noise"), multistep, scheduler=DETERMINISTIC["DEIS 3"]),
-    "UniPC 2": Subject(UniPC(2), unipc, scheduler=DETERMINISTIC["UniPC 2"]),
-    "UniPC 3": Subject(UniPC(3), unipc, scheduler=DETERMINISTIC["UniPC 3"]),
-    "default below 10": Subject(fast(9), multistep, scheduler=DETERMINISTIC["DEIS 3"]),
-    "default from 15": Subject(fast(STEPS), unipc, scheduler=DETERMINISTIC["UniPC 3, noise"]),
+    "Multistep 2": Subject(Multistep(2), multistep(), scheduler=DETERMINISTIC["DPM-Solver++ 2M"]),
+    "Multistep 3": Subject(Multistep(3), multistep(singlestep), scheduler=DETERMINISTIC["DPM-Solver++ 3M"]),
+    "Multistep 3, noise": Subject(Multistep(3, "noise"), multistep(singlestep), scheduler=DETERMINISTIC["DEIS 3"]),
+    "UniPC 2": Subject(UniPC(2), unipc(), scheduler=DETERMINISTIC["UniPC 2"]),
+    "UniPC 3": Subject(UniPC(3), unipc(singlestep_3), scheduler=DETERMINISTIC["UniPC 3"]),
+    "default below 10": Subject(fast(9), multistep(), scheduler=DETERMINISTIC["DEIS 3"]),
+    "default from 15": Subject(fast(STEPS), unipc(), scheduler=DETERMINISTIC["UniPC 3, noise"]),
 }
 
 

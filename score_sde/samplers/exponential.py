@@ -54,17 +54,9 @@ class Point(NamedTuple):
         return Point(*(curve[first : first + count] for curve in self))
 
 
-class Step(NamedTuple):
-    """x_s = keep x_t + sum_j weights_j F_j + fresh z; numbers, or tensors of the times' shape."""
-
-    keep: Any
-    fresh: Any
-    weights: Sequence[Any]
-
-    @classmethod
-    def of(cls, row: Sequence[Any]) -> Step:
-        """From (keep, fresh, *weights)."""
-        return cls(row[0], row[1], row[2:])
+# A step x_s = keep x_t + fresh z + sum_j weight_j F_j in one row: keep, fresh, and the weights; numbers, or of the
+# times' shape.
+Row = Sequence[Any]
 
 
 def point(sde: SDE, t: Tensor) -> Point:
@@ -116,7 +108,7 @@ def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tu
 def coefficients(
     t: Point, s: Point, places: Sequence[Any], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
 ) -> tuple[Array, ...]:
-    """A `Step` from t to s in one row: keep, fresh, and the weights of F at t and at the `places` u; of one shape.
+    """The `Row` of the step from t to s, with the weights of F at t and at the `places` u; all of one shape.
 
     Where s is clean data (sigma = 0) there may be no places, and the step lands on the estimate of the data at t.
     """
@@ -133,11 +125,12 @@ def coefficients(
     return keep, fresh, *(s.alpha * w for w in weights((1 + eta**2) * h, [0.0, *places], predict, rule))
 
 
-def advance(x: Tensor, values: Sequence[Tensor], step: Step) -> Tensor:
+def advance(x: Tensor, values: Sequence[Tensor], row: Row) -> Tensor:
     """keep x + sum_j weights_j values_j, a new tensor; values beyond the weights do not count."""
+    keep, _, *weights = row
     # Where x is kept as it is (VE), its copy takes the first term along; DPM-Solver-2's first weight is 0.
-    y = x if isinstance(step.keep, float) and step.keep == 1 else scaled(x, step.keep)
-    for weight, value in zip(step.weights, values, strict=False):
+    y = x if isinstance(keep, float) and keep == 1 else scaled(x, keep)
+    for weight, value in zip(weights, values, strict=False):
         if isinstance(weight, Tensor) or weight != 0:
             y = add(y, weight, value) if y is x else add_(y, weight, value)
     return y
@@ -155,14 +148,14 @@ _STAGES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 
 # What a step of DPM-Solver takes: the times of its intermediate points, each with the `coefficients` of the step there
 # from where it starts; last those of the step to its end, where nothing is evaluated.
-Stages = Sequence[tuple[Tensor | None, Sequence[Any]]]
+Stages = Sequence[tuple[Tensor | None, Row]]
 
 
 def stages(sde: SDE, start: Point, end: Point, order: int, predict: Prediction) -> Stages:
     """Those from some times to others, of order 1 where they end at clean data."""
     if (end.sigma == 0).any():
         order = 1
-    found: list[tuple[Tensor | None, Sequence[Any]]] = []
+    found: list[tuple[Tensor | None, Row]] = []
     places: list[float] = []
     for c in _STAGES[order]:
         half_log_snr = start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)
@@ -189,7 +182,7 @@ def climb(model: ScoreModel, x: Tensor, parts: Stages, predict: Prediction, firs
     """Through the `stages`, each of which takes the first estimate and that of the stage before."""
     values, y = [first], x
     for u, row in parts:
-        y = advance(x, values, Step.of(row))
+        y = advance(x, values, row)
         values = values if u is None else [first, estimate(model, y, u, predict)]
     return y
 
@@ -206,7 +199,7 @@ def orders(grid: Point, order: int, short: int = SHORT) -> list[int]:
 
 def plan(
     grid: Point, orders: Sequence[int], predict: Prediction, rule: Rule, eta: float = 0.0, corrector: bool = False
-) -> list[Step]:
+) -> list[Row]:
     """The steps of a grid, as numbers: step i takes the values at the orders[i] points up to the grid's point i.
 
     A corrector's step takes the value at point i + 1 besides, as its last. For every order that occurs all steps are
@@ -221,7 +214,7 @@ def plan(
         h = s.half_log_snr - t.half_log_snr
         places = [(lam[first - j :][:count] - t.half_log_snr) / h for j in range(1, q)]
         found[q] = rows(coefficients(t, s, places + [1.0] * corrector, predict, rule, eta))
-    return [Step.of(found[q][i - q + 1]) for i, q in enumerate(orders)]
+    return [found[q][i - q + 1] for i, q in enumerate(orders)]
 
 
 def _check(order: int, predict: str, start: str = "lower") -> None:
@@ -309,7 +302,7 @@ class Multistep(Sampler):
                 x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 2, self.predict)[0], self.predict, past[0])
             else:
                 x = advance(x, past, steps[i])
-            x = add_noise_(x, steps[i].fresh, noise)
+            x = add_noise_(x, steps[i][1], noise)
             yield x
 
 
@@ -350,7 +343,7 @@ class UniPC(Sampler):
         # clean data, is not corrected.
         corrected = plan(grid.part(0, len(allowed)), allowed[:-1], self.predict, self.variant, corrector=True)
         moves = [
-            Step(1.0, 0.0, [new.weights[-1], *(a - b for a, b in zip(new.weights, old.weights, strict=False))])
+            (1.0, 0.0, new[-1], *(a - b for a, b in zip(new[2:], old[2:], strict=False)))
             for new, old in zip(corrected, steps, strict=False)
         ]
         single = self.start == "singlestep" and max(allowed) == 3
