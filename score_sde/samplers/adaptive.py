@@ -56,7 +56,7 @@ class AdaptiveSDE(Sampler):
         reached = [x.clone() for _ in times[1:]]
         x, past, path, goal = x.clone(), x.clone(), Path(len(x)), torch.ones(len(x), dtype=torch.long)
         t, h, told = times[0].expand(len(x)).clone(), torch.full((len(x),), self.first, dtype=torch.float64), 0
-        for _ in range(MAX_STEPS):
+        for tries in range(1, MAX_STEPS + 1):
             while told < len(reached) and bool((goal > told + 1).all()):
                 yield reached[told]
                 told += 1
@@ -87,13 +87,14 @@ class AdaptiveSDE(Sampler):
             short = ~good & (grown < LEAST_STEP * t[left])
             if bool(short.any()):
                 finite = bool(sound[short].all())
-                self._give_up(t, left[short], "steps too short to advance" if finite else "an error that is not finite")
-        self._give_up(t, left, f"{MAX_STEPS} steps")
+                reason = "steps too short to advance" if finite else "an error that is not finite"
+                self._give_up(t, left[short], reason, 2 * tries)
+        self._give_up(t, left, f"{MAX_STEPS} steps", 2 * MAX_STEPS)
 
-    def _give_up(self, t: Tensor, which: Tensor, reason: str) -> NoReturn:
+    def _give_up(self, t: Tensor, which: Tensor, reason: str, nfe: int) -> NoReturn:
         raise GaveUp(
-            f"AdaptiveSDE gave up on {told(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}); "
-            f"check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
+            f"AdaptiveSDE gave up on {told(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}) after {nfe} "
+            f"evaluations; check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
         )
 
 
