@@ -1,14 +1,16 @@
 """The benchmarks of likelihoods: coordinates agree with each other, and a trained model is measured on its own data."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
+from benchmarks import probes
 from benchmarks.coordinates import CANDIDATES, T_MIN, Angle, LogSNR, gaussian, measure, needed
 from benchmarks.likelihood import AsPeer
-from score_sde import SDE, VESDE, VPSDE
+from score_sde import SDE, VESDE, VPSDE, log_likelihood
 from score_sde.circle import Circle
 from score_sde.cli import run
 from score_sde.closed_form import Gaussian
@@ -60,3 +62,28 @@ def test_a_trained_model_is_measured_on_its_own_data(tmp_path: Path) -> None:
     (table,) = command.run([*config, *words, "--config.eval.rtol=1e-4", "--config.eval.atol=1e-4"])
     rows = dict((row[0], row[1]) for row in table.rows)
     assert float(rows["mean abs. error, bits/dim"]) < 1e-3 and int(rows["evaluations"]) > 10
+
+
+def test_estimates_of_a_trace_have_their_variances() -> None:
+    """Of 12 products: 2/12 |J|² for Gaussian probes, without the diagonal for signs; all of them are unbiased."""
+    g = torch.Generator().manual_seed(0)
+    j = torch.randn(16, 16, generator=g, dtype=torch.float64)
+    j = j + j.T
+    found, unit = probes.measure(j, draws=800), 16 * math.log(2)
+    squares = float(j.square().sum())
+    off = squares - float(j.diagonal().square().sum())
+    assert found["gaussian"] * unit == pytest.approx(math.sqrt(2 * squares / 12), rel=0.1)
+    assert found["rademacher"] * unit == pytest.approx(math.sqrt(2 * off / 12), rel=0.1)
+    assert found["rows of a Hadamard matrix"] * unit == pytest.approx(math.sqrt(2 * off / 12 * 4 / 15), rel=0.1)
+    for name, estimate in probes.ESTIMATES.items():
+        mean = sum(estimate(j, g) for _ in range(800)) / 800
+        assert abs(mean - float(j.trace())) < 4 * found[name] * unit / math.sqrt(800), name
+
+
+def test_the_known_jacobian_is_that_of_the_flow() -> None:
+    model = Gaussian(VPSDE(), 0 * VARIANCES, VARIANCES)
+    whole, rest = probes.integrated_jacobian(VPSDE(), torch.diag(VARIANCES), t_min=0.01)
+    found = log_likelihood(model, numbers(1, 3), probe="exact", t_min=0.01, rtol=1e-8, atol=1e-8)
+    expected = found.log_prob - VPSDE().prior_log_prob(found.latent)
+    assert float(whole.trace()) == pytest.approx(float(expected), rel=1e-6)
+    assert float((whole - rest).trace()) == pytest.approx(3 * float(whole[0, 0] - rest[0, 0]))
