@@ -1,7 +1,7 @@
 """``python -m benchmarks.probes``: estimates of a trace at equal products with the Jacobian, where it is known.
 
 For a Gaussian fitted to the digits the Jacobian of the flow, integrated along the path, is half log V(1) V(0)⁻¹ with
-V(t) = alpha² C + sigma² I; on the flow's circle (`circle.Circle`) it is less by a multiple of I, which is solved exactly.
+V(t) = alpha² C + sigma² I; on the flow's circle (`circle.Circle`) less by a multiple of I, which is solved exactly.
 Standard deviations over draws are those that the estimates leave in bits/dim, which is all of their error: no network
 and no solver has a part in it.
 """
