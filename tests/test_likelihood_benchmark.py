@@ -60,8 +60,9 @@ def test_a_trained_model_is_measured_on_its_own_data(tmp_path: Path) -> None:
     assert run([*config, "--mode", "train", "--workdir", str(tmp_path), *settings]) == 0
     words = ["--parts", "likelihood", "--batch", "2", "--seconds", "0", "--model", str(tmp_path)]
     (table,) = command.run([*config, *words, "--config.eval.rtol=1e-4", "--config.eval.atol=1e-4"])
-    rows = dict((row[0], row[1]) for row in table.rows)
-    assert float(rows["mean abs. error, bits/dim"]) < 1e-3 and int(rows["evaluations"]) > 10
+    tight, loose = (dict(zip(table.head, row, strict=True)) for row in table.rows)
+    assert loose[""] == "ours, tolerance 0.0004" and int(loose["evaluations"]) < int(tight["evaluations"])
+    assert float(tight["error, bits/dim"]) < 1e-3 and float(loose["error, bits/dim"]) < 1e-2
 
 
 def test_estimates_of_a_trace_have_their_variances() -> None:
