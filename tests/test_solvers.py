@@ -579,13 +579,11 @@ def test_a_brownian_path_adds_up_however_it_is_cut() -> None:
 @pytest.mark.parametrize("sampler", [EmbeddedODE(), AdaptiveSDE()], ids=name)
 def test_adaptive_solvers_stop_where_there_is_no_going_on(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     model = from_score(VPSDE(), lambda x, t: torch.where(like(t, x) > 0.5, -x, torch.nan))
-    with pytest.raises(RuntimeError, match=rf"{name(sampler)} gave up on . of 4 examples, at t = 0\..* not finite"):
+    with pytest.raises(RuntimeError, match=rf"{name(sampler)} gave up on . of 4 examples.*, at t = 0\..* not finite"):
         sample(model, sampler, (4, 2), times.uniform(VPSDE(), 1))
     monkeypatch.setattr(adaptive, "MAX_STEPS", 5)
     monkeypatch.setattr(ode, "MAX_STEPS", 1)
-    with pytest.raises(
-        RuntimeError, match=r"gave up on 4 of 4 examples, at t = .* steps\) after \d+ evaluations; check the model"
-    ):
+    with pytest.raises(RuntimeError, match=r"gave up on 4 of 4 examples, at t = .* steps\).*; check the model"):
         sample(problem(VPSDE(), "mixture"), sampler, (4, 2), times.uniform(VPSDE(), 1))
     with pytest.raises(ValueError, match="end the grid above it"):
         chain = CHAINS[0]
