@@ -292,8 +292,8 @@ def integrate_each(
     y[failed.to(y.device)] = math.nan
     place, reason = time(u[failed], failed)[0].item(), why[int(failed[0])]
     failure = (
-        f"{name} gave up on {which_of(failed, batch)}, at t = {place:.3g} ({reason}) after {nfe[failed[0]]} evaluations; "
-        f"check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+        f"{name} gave up on {which_of(failed, batch)}, at t = {place:.3g} ({reason}) after {nfe[failed[0]]} evaluations"
+        f"; check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
     )
     return Arrival(y, h, nfe, failure)
 
