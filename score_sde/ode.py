@@ -292,13 +292,13 @@ def integrate_each(
     y[failed.to(y.device)] = math.nan
     place, reason = time(u[failed], failed)[0].item(), why[int(failed[0])]
     failure = (
-        f"{name} gave up on {told(failed, batch)}, at t = {place:.3g} ({reason}) after {nfe[failed[0]]} evaluations; "
-        f"check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+        f"{name} gave up on {which_of(failed, batch)}, at t = {place:.3g} ({reason}) after {nfe[failed[0]]} evaluations"
+        f"; check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
     )
     return Arrival(y, h, nfe, failure)
 
 
-def told(which: Tensor, batch: int) -> str:
+def which_of(which: Tensor, batch: int) -> str:
     """Examples in words: "2 of 4 examples (1, 3)"."""
     names = [str(i) for i in which[:9].tolist()] + ["..."] * (len(which) > 9)
     return f"{len(which)} of {batch} examples" + (f" ({', '.join(names)})" if len(which) < batch else "")

@@ -584,9 +584,7 @@ def test_adaptive_solvers_stop_where_there_is_no_going_on(sampler: Sampler, monk
         sample(model, sampler, (4, 2), times.uniform(VPSDE(), 1))
     monkeypatch.setattr(adaptive, "MAX_STEPS", 5)
     monkeypatch.setattr(ode, "MAX_STEPS", 1)
-    with pytest.raises(
-        RuntimeError, match=r"gave up on 4 of 4 examples, at t = .* steps\) after \d+ evaluations; check the model"
-    ):
+    with pytest.raises(RuntimeError, match=r"gave up on 4 of 4 examples, at t = .* steps\).*; check the model"):
         sample(problem(VPSDE(), "mixture"), sampler, (4, 2), times.uniform(VPSDE(), 1))
     with pytest.raises(ValueError, match="end the grid above it"):
         chain = CHAINS[0]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import ScoreModel, of_examples
-from ..ode import LEAST_STEP, GaveUp, check_tolerances, told
+from ..ode import LEAST_STEP, GaveUp, check_tolerances, which_of
 from ..sdes import Noise, add_, like
 from .base import Sampler
 from .deterministic import check_noisy
@@ -93,7 +93,7 @@ class AdaptiveSDE(Sampler):
 
     def _give_up(self, t: Tensor, which: Tensor, reason: str, nfe: int) -> NoReturn:
         raise GaveUp(
-            f"AdaptiveSDE gave up on {told(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}) after {nfe} "
+            f"AdaptiveSDE gave up on {which_of(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}) after {nfe} "
             f"evaluations; check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
         )
 
