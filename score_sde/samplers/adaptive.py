@@ -93,8 +93,9 @@ class AdaptiveSDE(Sampler):
 
     def _give_up(self, t: Tensor, which: Tensor, reason: str, nfe: int) -> NoReturn:
         raise GaveUp(
-            f"AdaptiveSDE gave up on {which_of(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}) after {nfe} "
-            f"evaluations; check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
+            f"AdaptiveSDE gave up on {which_of(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}) "
+            f"after {nfe} evaluations; check the model there, or raise rtol and atol (now {self.rtol:g} and "
+            f"{self.atol:g})"
         )
 
 
