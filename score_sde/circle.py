@@ -13,7 +13,7 @@ prediction (Zheng et al. 2023, arXiv:2305.03935, section 4), is integrated exact
 Data have structure on many scales: what varies by s in some direction turns at tan(a) = s/c. So the steps that an error
 allows shrink by factors towards both ends, and a solver with one unit for them would try many in vain. It is told
 
-    u = log(a + e) - log(pi/2 - a + e),    e = 0.1,
+    u = log(a + e) - log(pi/2 - a + e),    e = 0.02,
 
 in which steps of one size are of about the same use: like log(sigma/alpha), but with ends at a finite distance, for
 nothing turns at angles much smaller than e.
@@ -34,9 +34,9 @@ from .ode import GaveUp, Solver, integrate_each, root_mean_square
 from .sdes import add_, like
 
 SCALE = 0.5  # of data in [-1, 1], as EDM's sigma_data
-SOFT = 0.1  # the e above
+SOFT = 0.02  # the e above
 WHOLE = math.pi / 2 + 2 * SOFT
-FIRST_STEP = 0.015  # of the way: near the data a network may be rougher than the error of a long step shows
+FIRST_STEP = 0.02  # of the way: near the data a network may be rougher than the error of a long step shows
 
 
 @dataclass(frozen=True)
