@@ -25,9 +25,9 @@ class Reached:
 
 
 REACHED = {
-    "vp_digits": Reached("probability-flow ODE", 1.807, 76),
-    "vdm_digits": Reached("variational bound of 1000 steps", 1.846, 77),
-    "scoreflow_digits": Reached("probability-flow ODE", 1.794, 68),
+    "vp_digits": Reached("probability-flow ODE", 1.793, 76),
+    "vdm_digits": Reached("variational bound of 1000 steps", 1.846, 75),
+    "scoreflow_digits": Reached("probability-flow ODE", 1.790, 70),
     "iddpm_digits": Reached("variational bound of 50 steps", 1.855, 77),
     "ncsn_digits": Reached("probability-flow ODE", 2.174, 49),
     "ncsnv2_digits": Reached("probability-flow ODE", 2.259, 31),
