@@ -16,6 +16,7 @@ from score_sde import SMLD, VESDE, AnnealedLangevin, Estimate, Langevin, Sampler
 from score_sde.build import build_sampler, build_sde, build_times
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.config import load
+from score_sde.model import Estimate
 from score_sde.samplers.base import noise_source
 from score_sde.samplers.langevin import _line_integral, langevin_walk, log_acceptance
 from tests.oracles import numbers
@@ -82,9 +83,9 @@ def test_a_corrector_alone_visits_every_level_once(corrector: Sampler, grid_ends
     seen: list[float] = []
 
     class Told(Gaussian):
-        def forward(self, x: Tensor, t: Tensor) -> Estimate:  # type: ignore[override]
+        def forward(self, x: Tensor, t: Tensor, label: Any = None) -> Estimate:
             seen.append(self.sde.sigma(t).item())
-            return super().forward(x, t)
+            return super().forward(x, t, label)
 
     model = Told(chain.as_sde(), torch.zeros(2, dtype=torch.float64), 1.0)
     grid = chain.times if grid_ends_at == "clean data" else chain.times[:-1]

@@ -104,14 +104,13 @@ def noise_source(
         return lambda like: torch.randn(shape, generator=seed, dtype=dtype, device=seed.device).to(device)
     generators = example_generators(seed, first, shape[0], device)
     ahead = min(max(2**12 // max(math.prod(shape[1:]), 1), 1), 16)
-    block = torch.empty(shape[0], ahead, *shape[1:], dtype=dtype, device=device)
-    rows = block.unbind(0)
 
     def draws() -> Iterator[Tensor]:
         while True:
-            for row, generator in zip(rows, generators, strict=True):
+            block = torch.empty(shape[0], ahead, *shape[1:], dtype=dtype, device=device)
+            for row, generator in zip(block.unbind(0), generators, strict=True):
                 row.normal_(generator=generator)
-            yield from (block[:, i].clone() for i in range(ahead))
+            yield from (block[:, i].contiguous() for i in range(ahead))
 
     stream = draws()
     return lambda like: next(stream)
