@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Ancestral(Planned):
 
     variance: Variance = "small"
 
+    def __post_init__(self) -> None:
+        if self.variance not in get_args(Variance):
+            raise ValueError(f"variance must be one of {', '.join(get_args(Variance))}, got {self.variance!r}")
+
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         keep, weight, small = sde.posterior_weights(s, t)
         return keep, weight, small, torch.where(small > 0, sde.transition(s, t)[1], 0.0)
@@ -84,9 +88,15 @@ class DDIM(Planned):
 
     Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eta = 1 is `Ancestral`; eta = 0 draws nothing and is the
     first-order exponential integrator of the probability flow.
+
+    Raises ValueError for an eta outside [0, 1], above which the noise may exceed sigma_s.
     """
 
     eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eta <= 1:
+            raise ValueError(f"eta must be from 0, no noise, to 1, ancestral sampling, got {self.eta}")
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         alpha, sigma = sde.alpha(s), sde.sigma(s)
@@ -131,6 +141,11 @@ class Langevin(Corrector):
     steps: int = 1
     norm: Literal["example", "batch"] = "example"
 
+    def __post_init__(self) -> None:
+        check_steps(self.snr, self.steps)
+        if self.norm not in ("example", "batch"):
+            raise ValueError(f'norm must be "example" or "batch", got {self.norm!r}')
+
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         return 2 * (self.snr * sde.alpha(t) / sde.alpha(s)) ** 2, sde.sigma(t)
 
@@ -144,6 +159,12 @@ class Langevin(Corrector):
 
     def _mean(self, sizes: Tensor) -> Tensor:
         return sizes.mean().expand_as(sizes) if self.norm == "batch" else sizes
+
+
+def check_steps(snr: float, steps: int) -> None:
+    """Raise ValueError for a corrector that would not move, or backwards."""
+    if not snr > 0 or steps < 1:
+        raise ValueError(f"a corrector needs an snr above 0 and at least 1 step, got snr {snr} and steps {steps}")
 
 
 def size(x: Tensor) -> Tensor:
@@ -163,6 +184,9 @@ class AnnealedLangevin(Corrector):
 
     snr: float = 0.16
     steps: int = 1
+
+    def __post_init__(self) -> None:
+        check_steps(self.snr, self.steps)
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         h = 2 * (sde.alpha(t) / sde.alpha(s) * self.snr * sde.sigma(t)) ** 2
