@@ -73,7 +73,7 @@ def _range(low: float, high: float) -> str:
 def summary(runs: Sequence[Run], title: str, best: dict[str, str] | None) -> Table:
     """Everyone on the best of its grids, or on all; sorted by the geometric mean over problems, the least first."""
     found, tails, against = scores(runs), scores(runs, lambda run: run.tail), ratios(runs)
-    budgets = [b for b in BUDGETS if any(run.budget == b for run in runs)]
+    budgets = [b for b in BUDGETS if b in found[DEFAULT, ""]]
     rows = []
     for key in sorted(found, key=lambda key: judged(found[key])):
         if best is not None and best.get(key[0], key[1]) != key[1]:

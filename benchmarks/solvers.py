@@ -1,6 +1,6 @@
 """Error against network evaluations: our samplers, diffusers' and score_sde_pytorch's, on the same models and noise.
 
-``python -m benchmarks.solvers [--model WORKDIR ...] [--peer PATH] [--laws] [--plot FILE] [--keep FILE]``
+``python -m benchmarks.solvers [--model WORKDIR ...] [--peer PATH] [--laws] [--keep FILE] [--plot FILE] [--page FILE]``
 
 A deterministic sampler is judged by how far it ends from where the probability flow goes from the same noise, any by
 how far its law is from the data's. Evaluations are counted on the model. diffusers' schedulers walk the grids that ours
@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
+from examples.pages import fill
+
 from . import peer as peers
 from .errors import JUDGED, LONG, Kept, Measure, Run, adaptive, compare, fitted, measure
 from .laws import of_digits, of_mixtures
 from .peer import Peer
-from .problems import CHOSEN_ON, Problem, held_out, mixture_problem, mixtures, trained_problem
+from .problems import Problem, held_out, mixture_problem, mixtures, trained_problem
 from .reports import best_grids, draw, losses, of_fits, summary, verdict
 from .subjects import LISTED, adaptive_flows, deterministic, stochastic
 from .timing import Table, machine
@@ -37,6 +39,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--keep", type=Path, help="a file for finished rows, from which a stopped command goes on")
     p.add_argument("--laws", action="store_true", help="measure distances of laws instead, of stochastic samplers too")
     p.add_argument("--plot", type=Path, help="draw the errors into this PNG")
+    p.add_argument("--page", type=Path, help="fill the tables into the blocks of this Markdown page")
     return p
 
 
@@ -59,6 +62,13 @@ def measured(problems: Sequence[Problem], peer: Peer | None, measure: Measure) -
             runs += compare(problem, on_best, (LONG,), measure)
         runs += [r for s in adaptive_flows(peer) for r in adaptive(problem, s, (*JUDGED, *REST), measure)]
     return runs, best
+
+
+def listing(problems: Sequence[Problem]) -> Table:
+    """What is solved, and how well its ends are known."""
+    rows = [(p.name, str(p.sde), str(len(p.start)), f"{p.doubt:.1g}", "" if p.chosen else "held out") for p in problems]
+    note = "median distance of the ends by two methods"
+    return Table("Problems", ("", "SDE", "paths", "ends known to", "of the default's choice"), rows, [note])
 
 
 def groups(problems: Sequence[Problem]) -> dict[str, set[str]]:
@@ -84,39 +94,44 @@ def run(arguments: Sequence[str]) -> list[Table]:
     """Measure and print what the command line asks for."""
     options = parser().parse_args(arguments)
     peer = peers.load(options.peer) if options.peer else None
-    print(machine(torch.device("cpu")))
-    if peer is not None:
-        print(f"peer: score_sde_pytorch, {peer.version}")
-    tables: list[Table] = []
+    where = machine(torch.device("cpu")) + (f"; score_sde_pytorch, {peer.version}" if peer is not None else "")
+    print(where)
+    shown, blocks = list[Table](), dict[str, str]()
 
-    def show(table: Table) -> None:
+    def show(table: Table, block: str = "") -> None:
         print(f"\n{table}", flush=True)
-        tables.append(table)
+        shown.append(table)
+        if block:
+            blocks[block] = str(table)
 
     if options.laws:
-        show(of_mixtures(stochastic(peer)))
-        digits = [p for p in (trained_problem(w) for w in options.model) if p.name.endswith(CHOSEN_ON)]
-        for problem in digits:
-            show(of_digits(problem, stochastic(peer)))
-        return tables
-    problems = [mixture_problem(*named, chosen=True) for named in mixtures()]
-    problems += [mixture_problem(*named) for named in held_out()]
-    problems += [trained_problem(workdir) for workdir in options.model]
-    for problem in problems:
-        paths = f"{len(problem.start)} paths, references {problem.doubt:.1g} apart"
-        print(f"{problem.name}{'' if problem.chosen else ', held out'}: {problem.sde}; {paths}", flush=True)
-    keep: Measure = Kept(options.keep) if options.keep else measure
-    runs, best = measured(problems, peer, keep)
-    for problem in problems:
-        show(summary([run for run in runs if run.problem == problem.name], problem.name, best))
-    show(summary([run for run in runs if not run.problem.startswith("network")], "Exact scores", best))
-    show(summary(runs, f"All {len(problems)} problems", best))
-    show(verdict(runs, groups(problems)))
-    show(losses(runs))
-    show(of_fits(fits(problems, keep)))
-    if options.plot:
-        draw(runs, problems, options.plot)
-    return tables
+        blocks["laws_machine"] = where
+        show(of_mixtures(stochastic(peer)), "law_of_mixtures")
+        for problem in filter(lambda problem: problem.chosen, map(trained_problem, options.model)):
+            show(of_digits(problem, stochastic(peer)), "law_of_digits")
+    else:
+        problems = [mixture_problem(*named, chosen=True) for named in mixtures()]
+        problems += [mixture_problem(*named) for named in held_out()]
+        problems += [trained_problem(workdir) for workdir in options.model]
+        show(listing(problems), "problems")
+        blocks["machine"] = where
+        keep: Measure = Kept(options.keep) if options.keep else measure
+        runs, best = measured(problems, peer, keep)
+        for problem in problems:
+            show(summary([run for run in runs if run.problem == problem.name], problem.name, best))
+        show(
+            summary([r for p in problems if not p.network for r in runs if r.problem == p.name], "Exact scores", best),
+            "exact",
+        )
+        show(summary(runs, f"All {len(problems)} problems", best), "all")
+        show(verdict(runs, groups(problems)), "verdict")
+        show(losses(runs), "losses")
+        show(of_fits(fits(problems, keep)), "fits")
+        if options.plot:
+            draw(runs, problems, options.plot)
+    if options.page:
+        fill(options.page, blocks)
+    return shown
 
 
 if __name__ == "__main__":

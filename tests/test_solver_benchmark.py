@@ -157,17 +157,21 @@ def test_the_command_prints_every_table_and_goes_on_where_it_was(
     monkeypatch.setattr(solvers, "LONG", 60)
     monkeypatch.setattr(solvers, "adaptive_flows", lambda peer: [Adaptive("ours", "", [EmbeddedODE(0.1, 0.1)])])
     monkeypatch.setattr(solvers, "fits", lambda of, measure: {p.name: errors.fitted(p, (7,), 4, measure) for p in of})
-    arguments = ["--keep", str(tmp_path / "rows"), "--plot", str(tmp_path / "plot.png")]
+    blocks = ("machine", "problems", "exact", "all", "verdict", "losses", "fits")
+    page = tmp_path / "page.md"
+    page.write_text("".join(f"<!-- SOLVERS: {name} -->\n<!-- /SOLVERS -->\n" for name in blocks))
+    arguments = ["--keep", str(tmp_path / "rows"), "--plot", str(tmp_path / "plot.png"), "--page", str(page)]
     tables = solvers.run(arguments)
     out = capsys.readouterr().out
-    names = ["2-D, VP", "3-D, VP", "Exact scores", "All 2 problems", "The default and the nearest others"]
-    assert [table.title for table in tables[:5]] == names and all(str(table) in out for table in tables)
-    assert {row[0]: row[1] for row in tables[4].rows} == {
+    names = ["Problems", "2-D, VP", "3-D, VP", "Exact scores", "All 2 problems", "The default and the nearest others"]
+    assert [table.title for table in tables[:6]] == names and all(str(table) in out for table in tables)
+    assert {row[0]: row[1] for row in tables[5].rows} == {
         "all": "2",
         "chosen on": "1",
         "held out": "1",
         "exact scores": "2",
     }
+    assert all(str(table) in page.read_text() for table in (tables[0], *tables[3:]))
     assert (tmp_path / "plot.png").stat().st_size > 0
     monkeypatch.setattr(errors, "walk", None)  # nothing is left to run
     assert [table.rows for table in solvers.run(arguments)] == [table.rows for table in tables]
