@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .model import Estimate, ScoreModel, Variance, reverse_log_variance
+from .model import Estimate, ScoreModel, Variance, check_finite, reverse_log_variance
 from .samplers.base import noise_source
 from .sdes import SDE, like
 
@@ -91,7 +91,8 @@ def chain_bound(
         seed: of the draws; example i's depend on (seed, first + i) alone. A torch.Generator serves the whole batch.
         first: index of the batch's first example.
 
-    Raises ValueError for an impossible grid, `terms` that the chain does not have, or data off their levels.
+    Raises ValueError for an impossible grid, `terms` that the chain does not have, or data off their levels, and
+    FloatingPointError, with the time, where a term is not finite.
     """
     sde = model.sde
     knots, clean = _knots(sde, times)
@@ -116,6 +117,9 @@ def chain_bound(
     else:
         log_variance = _decoder_log_variance(sde, estimate, clean, t, knots[-2], variance)
     reconstruction = -decode(x0, estimate.data, log_variance, levels, width)
+    visited = knots[:-1] if terms is None else knots[which]
+    last = knots[-1:].expand(*visited.shape[:-1], 1)
+    check_finite(torch.cat([diffusion, reconstruction[:, None]], 1), torch.cat([visited, last], -1), "the bound")
     prior, weighted = prior_divergence(sde, x0, knots[0]), size.to(diffusion) * diffusion
     error = torch.zeros_like(prior) if terms is None else stratified_error(weighted)
     return Bound(
@@ -123,7 +127,7 @@ def chain_bound(
         prior,
         diffusion,
         reconstruction,
-        knots[:-1] if terms is None else knots[which],
+        visited,
         error,
         math.prod(x0.shape[1:]),
     )

@@ -9,55 +9,73 @@ The angle goes from about 0 to about pi/2 for every SDE. The slope is bounded at
 and g jump; for data N(0, c² I) it is 0, and it is the output that EDM's preconditioning asks of a network (Karras et
 al. 2022, table 1, with sigma_data = c): the linear part of the flow, which i-DODE integrates exactly in noise
 prediction (Zheng et al. 2023, arXiv:2305.03935, section 4), is integrated exactly here for data of any noise level.
+
+Data have structure on many scales: what varies by s in some direction turns at tan(a) = s/c. So the steps that an error
+allows shrink by factors towards both ends, and a solver with one unit for them would try many in vain. It is told
+
+    u = log(a + e) - log(pi/2 - a + e),    e = 0.05,
+
+in which steps of one size are of about the same use: like log(sigma/alpha), but with ends at a finite distance, for
+nothing turns at angles much smaller than e.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .model import Given, ScoreModel
-from .ode import Solver, integrate_each, root_mean_square
+from .model import ScoreModel, of_examples
+from .ode import GaveUp, Solver, integrate_each, root_mean_square
 from .sdes import add_, like
 
 SCALE = 0.5  # of data in [-1, 1], as EDM's sigma_data
-FIRST_STEP = 0.02  # of the way: near the data a network may be rougher than the error of a long step shows
+SOFT = 0.05  # the e above
+WHOLE = math.pi / 2 + 2 * SOFT
+FIRST_STEP = 0.03  # of the way: near the data a network may be rougher than the error of a long step shows
 
 
 @dataclass(frozen=True)
 class Circle:
-    """The probability flow of `model` in the angle a, for data of standard deviation `scale`, the c above."""
+    """The probability flow of `model` on its circle, in u, for data of standard deviation `scale`, the c above."""
 
     model: ScoreModel
     scale: float = 1.0
 
-    def angle(self, t: Tensor) -> Tensor:
-        """The angle at time t."""
-        return torch.atan2(self.model.sde.sigma(t), self.scale * self.model.sde.alpha(t))
+    def place(self, t: Tensor) -> Tensor:
+        """u at time t."""
+        data, noise = self.scale * self.model.sde.alpha(t), self.model.sde.sigma(t)
+        return torch.log((torch.atan2(noise, data) + SOFT) / (torch.atan2(data, noise) + SOFT))
 
-    def time(self, a: Tensor) -> Tensor:
+    def angles(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """a and pi/2 - a: the second apart, since the difference has few digits where alpha is small."""
+        return WHOLE * torch.sigmoid(u) - SOFT, WHOLE * torch.sigmoid(-u) - SOFT
+
+    def time(self, u: Tensor) -> Tensor:
         """The time at which sigma/alpha = c tan(a)."""
-        return self.model.sde.time(-2 * torch.log(self.scale * torch.tan(a)))
+        a, rest = self.angles(u)
+        return self.model.sde.time(-2 * torch.log(self.scale * torch.sin(a) / torch.sin(rest)))
 
     def radius(self, t: Tensor) -> Tensor:
         """x/y at time t: sqrt(c² alpha² + sigma²)."""
         return torch.hypot(self.scale * self.model.sde.alpha(t), self.model.sde.sigma(t))
 
-    def velocity(self, a: Tensor, y: Tensor) -> Tensor:
-        """dy/da at the angles a, (B,). Raises ValueError where y asks for a gradient and the model has none in x."""
-        t = self.time(a)
+    def velocity(self, u: Tensor, y: Tensor) -> Tensor:
+        """dy/du at the places u, (B,). Raises ValueError where y asks for a gradient and the model has none in x."""
+        t, (a, rest) = self.time(u), self.angles(u)
         e = self.model(like(self.radius(t), y) * y, t)
         if y.requires_grad and not e.noise.requires_grad:
             raise ValueError("the score has no gradient in x, and a density needs its Jacobian")
-        return add_(like(torch.cos(a), y) * e.noise.to(y.dtype), -torch.sin(a) / self.scale, e.data.to(y.dtype))
+        rate = WHOLE * torch.sigmoid(u) * torch.sigmoid(-u)  # da/du
+        noise, data = rate * torch.sin(rest), -rate * torch.sin(a) / self.scale
+        return add_(like(noise, y) * e.noise.to(y.dtype), data, e.data.to(y.dtype))
 
 
-# (velocity: y (n, *shape) -> dy/da, y, rows) -> (dy/da, (n, columns)): a slope, and what is to be integrated beside it.
+# (velocity: y (n, *shape) -> dy/du, y, rows) -> (dy/du, (n, columns)): a slope, and what is to be integrated beside it.
 Slopes = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -89,15 +107,15 @@ def carry(
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     circle, ends = Circle(model, SCALE), torch.tensor([t, s], dtype=torch.float64)
 
-    def field(a: Tensor, state: Tensor, rows: Tensor, whole: bool) -> Tensor:
+    def field(u: Tensor, state: Tensor, rows: Tensor, whole: bool) -> Tensor:
         y = state[:, :d].to(x.dtype).reshape(-1, *shape)
         slope = torch.zeros_like(state)
         with of_examples(model, rows, batch):
             if slopes is None or not whole:
                 with torch.no_grad():
-                    slope[:, :d] = circle.velocity(a, y).flatten(1)
+                    slope[:, :d] = circle.velocity(u, y).flatten(1)
             else:
-                velocity, rates = slopes(lambda y: circle.velocity(a, y), y, rows)
+                velocity, rates = slopes(lambda y: circle.velocity(u, y), y, rows)
                 slope[:, :d], slope[:, d:] = velocity.detach().flatten(1), rates
         return slope
 
@@ -108,7 +126,7 @@ def carry(
             size = torch.maximum(size, root_mean_square(error, old, new, rtol, atol))
         return size
 
-    (before, after), (start, end) = circle.radius(ends).tolist(), circle.angle(ends)
+    (before, after), (start, end) = circle.radius(ends).tolist(), circle.place(ends)
     state = torch.cat([x.flatten(1).to(wide) / before, x.new_zeros(batch, columns, dtype=wide)], dim=1)
     found = integrate_each(
         field,
@@ -119,27 +137,12 @@ def carry(
         atol=solver.atol,
         step=FIRST_STEP * (end - start).abs().expand(batch),
         norm=norm,
-        time=lambda a, rows: circle.time(a),
+        time=lambda u, rows: circle.time(u),
     )
+    if found.failure:
+        if slopes is None or bool(found.state.isnan().any(1).all()):
+            raise GaveUp(found.failure)
+        warnings.warn(found.failure, RuntimeWarning, stacklevel=2)
     # x = radius · y: a dimension's divergence in t is that of the circle and the rate of log radius.
     integrals = found.state[:, d:] + dimensions * math.log(after / before)
     return (after * found.state[:, :d]).reshape(x.shape), integrals, found.nfe
-
-
-@contextmanager
-def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
-    """Within it, conditions that `model` was given for each of `batch` examples are those of the examples `rows`."""
-    bound = [m for m in model.modules() if isinstance(m, Given)] if len(rows) < batch else []
-    whole = [m.condition for m in bound]
-
-    def chosen(value: object) -> object:
-        each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-        return value[rows.to(value.device)] if each else value  # type: ignore[index,attr-defined]
-
-    try:
-        for m in bound:
-            m.condition = {name: chosen(value) for name, value in m.condition.items()}
-        yield
-    finally:
-        for m, condition in zip(bound, whole, strict=True):
-            m.condition = condition

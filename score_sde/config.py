@@ -130,7 +130,7 @@ def default_config() -> ConfigDict:
                 # time at which the image stands (truncated_normal: the earliest that it may choose); of a continuous
                 # model's bound, the last
                 "t_min": 1e-5,
-                "ode_method": "dopri5",  # dopri8, bosh3, RK45 too; embedded: step sizes for each example
+                "ode_method": "embedded",  # step sizes for each example; dopri5, dopri8, bosh3, RK45: one for the batch
                 "rtol": 1e-5,
                 "atol": 1e-5,
                 "seed": 0,  # of dequantisation and probes, or of the bound's noise
@@ -161,7 +161,7 @@ def default_config() -> ConfigDict:
                 "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
                 "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
-                "label": "time",  # what it is told of t: 999 t, sigma/alpha, 100 log(sigma/alpha), or the chain's index
+                "label": "time",  # what it is told of t: 999 t, sigma/alpha, 4 log(sigma/alpha), or the chain's index
                 "sigma_data": 0.5,  # root mean square of the data as the model sees them; for rule edm
                 "sigma_min": 0.01,  # noise at t = 0 (vesde, edm)
                 "sigma_max": 50.0,  # noise at t = 1 (vesde, edm)

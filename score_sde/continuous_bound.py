@@ -25,7 +25,7 @@ from torch import Tensor
 
 from .bounds import prior_divergence, stratified_error
 from .losses import denoising, simple
-from .model import ScoreModel
+from .model import ScoreModel, check_finite
 from .samplers.base import example_generators
 from .sdes import SDE, like
 from .time_laws import TimeLaw
@@ -84,7 +84,8 @@ def variational_bound(
         seed: example i's draws depend on (seed, first + i) alone.
         first: index of the batch's first example.
 
-    Raises ValueError for draws < 1, a t_min without noise, an unknown decoder, and an x that is none of the levels.
+    Raises ValueError for draws < 1, a t_min without noise, an unknown decoder, and an x that is none of the levels, and
+    FloatingPointError, with the time, where a term is not finite.
     """
     if draws < 1:
         raise ValueError(f"draws must be at least 1, got {draws}")
@@ -117,6 +118,7 @@ def variational_bound(
             )
     last = reconstruction(sde, x, end, noise(), decoder)
     terms = torch.stack([d / 2 * rate[k].to(x) * denoising(model, x, t[k], noise(), simple) for k in range(draws)])
+    check_finite(terms.T, t.T, "the bound")
     error = stratified_error(terms.T / draws)
     return ContinuousBound(prior_divergence(sde, x, torch.ones_like(end)), terms.mean(0), last, error, d)
 

@@ -28,7 +28,7 @@ from .circle import Slopes, carry
 from .model import ScoreModel, in_precision_of
 from .ode import EACH, Solver, integrate
 from .samplers.base import default_state, example_generators, noise_source
-from .sdes import SDE, Noise, like
+from .sdes import SDE, Noise, WrongShape, like
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
 Probe = Literal["rademacher", "gaussian", "sphere", "exact"]
@@ -139,7 +139,7 @@ class Flow(nn.Module):
         """The velocity at (t, x), of x's shape; t is () in float64 on the CPU. Raises ValueError for another shape."""
         velocity = self.velocity(t if isinstance(self.velocity, ProbabilityFlow) else t.to(x), x)
         if velocity.shape != x.shape:
-            raise ValueError(f"the velocity has shape {tuple(velocity.shape)} for a state of shape {tuple(x.shape)}")
+            raise WrongShape(f"the velocity has shape {tuple(velocity.shape)} for a state of shape {tuple(x.shape)}")
         return velocity.to(x.dtype)
 
     def log_prob(self, x: Tensor, **options: Any) -> Tensor:
@@ -160,7 +160,7 @@ class Flow(nn.Module):
         """Log density of x, the state at t0, and what the path to the base costs.
 
         Args:
-            x: (B, *shape).
+            x: (B, *shape); in half precision it is taken in float32.
             probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", "sphere" (a Gaussian's direction, of
                 length sqrt(D)), or a tensor (K, B, *shape).
             probes: number K of random probes per example; all go through one batched product.
@@ -174,6 +174,7 @@ class Flow(nn.Module):
         Both integrals enter the solver's error norm. Raises ValueError for an unknown probe, a wrong shape or a
         velocity without gradient, RuntimeError where the solver gives up.
         """
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the rounding of bfloat16 is far above tolerances
         batch, d = x.shape[0], math.prod(x.shape[1:])
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
@@ -229,6 +230,7 @@ class Flow(nn.Module):
         monotonic = grid.ndim == 1 and len(grid) and bool((grid.diff() > 0).all() or (grid.diff() < 0).all())
         if not monotonic or grid.min() < self.t0 or grid.max() > self.t1:
             raise ValueError(f"times must rise or fall within [{self.t0:g}, {self.t1:g}], got {grid.tolist()}")
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
         wide = torch.float32 if x.device.type == "mps" else torch.float64
 
         def field(t: Tensor, y: Tensor) -> Tensor:

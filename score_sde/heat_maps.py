@@ -61,6 +61,7 @@ def heat_map(
 
     Raises ValueError for probes < 1, RuntimeError where the solver gives up.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if probes is None:

@@ -48,7 +48,7 @@ def log_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     t_min: float = 1e-5,
-    method: str = "dopri5",
+    method: str = "embedded",
     prior_log_prob: Callable[[Tensor], Tensor] | None = None,
     seed: int | torch.Generator = 0,
     first: int = 0,

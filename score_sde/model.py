@@ -9,14 +9,15 @@ ask what they hold.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from .sdes import SDE, add_, like
+from .sdes import SDE, WrongShape, add_, like
 
 
 class Estimate(NamedTuple):
@@ -36,10 +37,6 @@ class Estimate(NamedTuple):
     def score(self) -> Tensor:
         """Gradient of log p_t(x): -noise / sigma."""
         return self.noise / -self.sigma
-
-
-class WrongShape(ValueError):
-    """A model's estimate does not have the shape of its state."""
 
 
 Variance = Literal["small", "large", "learned"]
@@ -105,6 +102,17 @@ def at(t: Tensor) -> str:
     return f"t = {low}" if low == high else f"t = {low} to {high}"
 
 
+def check_finite(terms: Tensor, t: Tensor, name: str) -> None:
+    """Raise FloatingPointError where terms (B, K), made of estimates at t, (K,) or (B, K), are not finite."""
+    bad = ~terms.isfinite().cpu()
+    if bool(bad.any()):
+        k = int(bad.any(0).nonzero()[0])
+        raise FloatingPointError(
+            f"term {k + 1} of {terms.shape[1]} of {name} is not finite for {int(bad[:, k].sum())} of {len(terms)} "
+            f"examples, at {at(t.expand(terms.shape)[bad[:, k], k])}: check the model there"
+        )
+
+
 def in_precision_of(part: Any, x: Tensor) -> Tensor:
     """x in the floating-point type of a module's first parameter; x itself for other callables and without parameters.
 
@@ -123,6 +131,25 @@ class Given(ScoreModel):
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
         return self.model(x, t, **{**self.condition, **condition})
+
+
+@contextmanager
+def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
+    """Within it, conditions that `model` was given for each of `batch` examples are those of the examples `rows`."""
+    bound = [m for m in model.modules() if isinstance(m, Given)] if len(rows) < batch else []
+    whole = [m.condition for m in bound]
+
+    def chosen(value: object) -> object:
+        each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
+        return value[rows.to(value.device)] if each else value  # type: ignore[index,attr-defined]
+
+    try:
+        for m in bound:
+            m.condition = {name: chosen(value) for name, value in m.condition.items()}
+        yield
+    finally:
+        for m, condition in zip(bound, whole, strict=True):
+            m.condition = condition
 
 
 class FromScore(ScoreModel):
@@ -237,8 +264,12 @@ def label_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
 
 
 def label_log_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-    """100 log(sigma/alpha): even in log-SNR, and spread over the frequencies of a sinusoidal embedding."""
-    return 100 * torch.log(sigma / alpha)
+    """4 log(sigma/alpha): even in log-SNR, and slow enough for solvers.
+
+    The fastest wave of a sinusoidal embedding, sin(label), has a period of 1.6 in log(sigma/alpha). With much faster
+    ones a network's answer swings between an adaptive solver's steps.
+    """
+    return 4 * torch.log(sigma / alpha)
 
 
 def unscaled(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:

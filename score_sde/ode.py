@@ -6,7 +6,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +18,7 @@ from scipy.integrate import RK45, solve_ivp
 from torch import Tensor
 from torchdiffeq import odeint, odeint_adjoint
 
-from .sdes import SDE, add_
+from .sdes import SDE, WrongShape, add_
 
 Field = Callable[[Tensor, Tensor], Tensor]  # (t, y) -> dy/dt, with t () float64 on the CPU
 
@@ -29,12 +31,22 @@ MAX_EVALUATIONS = 100_000
 # Where not `whole`, the slope serves later stages alone: what the field itself does not depend on may be 0 in it.
 FieldOfEach = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 MAX_STEPS = 10_000
+LEAST_STEP = 1e-12  # in units of u
 
 # Dormand and Prince's 5(4): rows of the stages and of the solution, its nodes, and the weights of its error.
 _ROWS = [*(row[:i] for i, row in enumerate(RK45.A.tolist())), RK45.B.tolist()]
 _NODES = [*RK45.C.tolist(), 1.0]
 _ERROR = RK45.E.tolist()
 _WHOLE = [*(bool(b or e) for b, e in zip(_ROWS[-1], _ERROR)), True]  # the last slope is the next step's first
+
+
+@contextmanager
+def numbered(evaluation: int, name: str) -> Iterator[None]:
+    """Within it, an error about an estimate's shape says in which evaluation of which solver it was."""
+    try:
+        yield
+    except WrongShape as error:
+        raise WrongShape(f"{error}, in evaluation {evaluation} of {name}") from None
 
 
 class GaveUp(RuntimeError):
@@ -122,7 +134,8 @@ def integrate(
         u = torch.as_tensor(u, dtype=torch.float64, device="cpu").clamp(min(u0, u1), max(u0, u1))
         t = sde.time(u) if sde is not None and jumps else u
         reached = t.item()
-        slope = field(t, y)
+        with numbered(count, solver.method):
+            slope = field(t, y)
         if not bool(slope.isfinite().all()):  # no solver ends on its own then
             raise GaveUp(gave_up(f"a slope that is not finite at t = {reached:.3g}"))
         return slope * -((sde.sigma(t) / sde.g(t)) ** 2).item() if sde is not None and jumps else slope
@@ -135,7 +148,10 @@ def integrate(
         )
 
     if solver.method == "RK45":
+        if torch.is_grad_enabled() and y.requires_grad:
+            raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or solve under torch.no_grad()")
 
+        @torch.no_grad()
         def flat(t: float, state: np.ndarray) -> np.ndarray:
             return counted(t, torch.from_numpy(state).to(y).reshape(y.shape)).flatten().double().cpu().numpy()
 
@@ -167,11 +183,15 @@ def integrate(
 
 
 class Arrival(NamedTuple):
-    """The states at the end, the steps' sizes there (B,), and the evaluations that each example took (B,)."""
+    """The states at the end, the steps' sizes there (B,), and the evaluations that each example took (B,).
+
+    `failure` says which examples did not arrive, where and why; their states are NaN. It is empty where all did.
+    """
 
     state: Tensor
     step: Tensor
     nfe: Tensor
+    failure: str
 
 
 def root_mean_square(error: Tensor, old: Tensor, new: Tensor, rtol: float, atol: float) -> Tensor:
@@ -205,48 +225,81 @@ def integrate_each(
         rtol, atol: tolerances.
         step: (B,), the first steps' sizes; by default a tenth of the way.
         norm: (error, old state, new state, rtol, atol) -> (B,).
-        time: (u, rows) -> t, what an error calls the place.
-        name: what an error calls the solver.
+        time: (u, rows) -> t, what a failure calls the place.
+        name: what a failure calls the solver.
 
-    Raises GaveUp, a RuntimeError, where the error is not finite, and after 10 000 steps.
+    A trial step that leaves the finite numbers is rejected, as one with too large an error is. An example fails, and
+    the others go on, where its slope at the start is not finite, where steps too short to move u are rejected, and
+    after 10 000 steps.
     """
     batch = len(y)
     u, goal = start.expand(batch).clone(), end.expand(batch)
     sign = torch.sign(goal - u)
     h = (goal - u).abs() / 10 if step is None else step.expand(batch).clone()
-    nfe = torch.zeros(batch, dtype=torch.long)
-    left = (u != goal).nonzero()[:, 0]
-    if len(left) == 0:
-        return Arrival(y, h, nfe)
-    y, slope = y.clone(), field(u, y, torch.arange(batch), True)
+    least = LEAST_STEP * torch.maximum(u.abs(), goal.abs())
+    nfe, going, why = torch.zeros(batch, dtype=torch.long), u != goal, dict[int, str]()
+    if not bool(going.any()):
+        return Arrival(y, h, nfe, "")
+    asked = 0
+
+    def counted(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
+        nonlocal asked
+        asked += 1
+        with numbered(asked, name):
+            return field(u, y, rows, whole)
+
+    def give_up(which: Tensor, reason: str) -> None:
+        going[which] = False
+        why.update(dict.fromkeys(which.tolist(), reason))
+
+    y, slope = y.clone(), counted(u, y, torch.arange(batch), True)
     nfe += 1
-
-    def give_up(which: Tensor, reason: str) -> GaveUp:
-        return GaveUp(
-            f"{name} gave up on {len(which)} of {batch} examples, at t = {time(u[which], which).max().item():.3g} "
-            f"({reason}); check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
-        )
-
+    give_up((going & ~_finite(slope).cpu()).nonzero()[:, 0], "a slope that is not finite")
     for _ in range(MAX_STEPS):
+        left = going.nonzero()[:, 0]
+        if len(left) == 0:
+            break
         here, distance = left.to(y.device), (goal[left] - u[left]).abs()
         size = distance / torch.ceil(distance / h[left] * (1 - 1e-9)).clamp_min(1)
         arriving = size == distance
-        new, error, last = trial(field, y[here], u[left], sign[left] * size, slope[here], left)
+        new, error, last = trial(counted, y[here], u[left], sign[left] * size, slope[here], left)
         nfe[left] += len(_NODES) - 1
         # in the state's dtype an error may vanish; a step grows tenfold at most
-        e = norm(error, y[here], new, rtol, atol).double().cpu()
-        if not bool(e.isfinite().all()):
-            raise give_up(left[~e.isfinite()], "a slope that is not finite")
+        e = norm(error, y[here], new, rtol, atol)
+        sound = e.isfinite() & _finite(new) & _finite(last)
+        e, sound = e.masked_fill(~sound, math.inf).cpu().double(), sound.cpu()
         good = e <= 1
         kept = good.to(y.device)
         y[here[kept]], slope[here[kept]] = new[kept], last[kept]
         u[left[good]] = torch.where(arriving, goal[left], u[left] + sign[left] * size)[good]
         grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 10)
         h[left] = torch.where(good & arriving, torch.maximum(h[left], grown), grown)
-        left = (u != goal).nonzero()[:, 0]
-        if len(left) == 0:
-            return Arrival(y, h, nfe)
-    raise give_up(left, f"{MAX_STEPS} steps")
+        going[left[good & arriving]] = False
+        short = ~good & (grown < least[left])
+        give_up(left[short & ~sound], "a slope that is not finite, after steps however short")
+        give_up(left[short & sound], "steps too short to advance")
+    give_up(going.nonzero()[:, 0], f"{MAX_STEPS} steps")
+    if not why:
+        return Arrival(y, h, nfe, "")
+    failed = torch.tensor(sorted(why))
+    y[failed.to(y.device)] = math.nan
+    place, reason = time(u[failed], failed)[0].item(), why[int(failed[0])]
+    failure = (
+        f"{name} gave up on {told(failed, batch)}, at t = {place:.3g} ({reason}) after {nfe[failed[0]]} evaluations; "
+        f"check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+    )
+    return Arrival(y, h, nfe, failure)
+
+
+def told(which: Tensor, batch: int) -> str:
+    """Examples in words: "2 of 4 examples (1, 3)"."""
+    names = [str(i) for i in which[:9].tolist()] + ["..."] * (len(which) > 9)
+    return f"{len(which)} of {batch} examples" + (f" ({', '.join(names)})" if len(which) < batch else "")
+
+
+def _finite(y: Tensor) -> Tensor:
+    """Which examples are finite, (B,)."""
+    return y.isfinite().flatten(1).all(1)
 
 
 def trial(

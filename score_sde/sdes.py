@@ -24,6 +24,10 @@ from torch import Tensor, nn
 Noise = Callable[[Tensor], Tensor]  # noise(like): standard normal numbers in the shape of `like`
 
 
+class WrongShape(ValueError):
+    """A model's estimate, or a slope, does not have the shape of its state."""
+
+
 def like(a: Tensor, x: Tensor) -> Tensor:
     """Pad `a` of shape () or (B,) with trailing ones to the rank of `x`, in the dtype and on the device of `x`.
 

@@ -1,6 +1,7 @@
 """The probability flow on its circle: its slope and its solver, with steps of each example's own."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from score_sde import DDPM, SDE, VPSDE, CosineSDE, Estimate, ScoreModel, Solver, log_likelihood, score_flow
 from score_sde.circle import Circle, carry
 from score_sde.closed_form import Gaussian, Mixture
-from score_sde.ode import MAX_STEPS, integrate_each
+from score_sde.ode import MAX_STEPS, GaveUp, integrate_each
 from score_sde.samplers import EmbeddedODE, sample
 from tests.oracles import SDES, name, numbers
 
@@ -39,13 +40,13 @@ def test_the_slope_is_the_derivative_along_the_exact_flow(sde: SDE, scale: float
     circle, x = Circle(model, scale), numbers(4, 2)
     for t in (0.01, 0.3, 0.9):
         now = torch.tensor(t, dtype=torch.float64)
-        a, h = circle.angle(now), 1e-4
-        assert float(circle.time(a)) == pytest.approx(t, rel=1e-6)
+        u, h = circle.place(now), 1e-4
+        assert float(circle.time(u)) == pytest.approx(t, rel=1e-6)
         ends = []
-        for b in (a - h, a + h):
-            s = circle.time(b)
+        for v in (u - h, u + h):
+            s = circle.time(v)
             ends.append(model.flow(x, now, s) / circle.radius(s))
-        slope = circle.velocity(a.expand(4), x / circle.radius(now))
+        slope = circle.velocity(u.expand(4), x / circle.radius(now))
         torch.testing.assert_close(slope, (ends[1] - ends[0]) / (2 * h), rtol=1e-4, atol=1e-5)
 
 
@@ -122,15 +123,77 @@ def test_only_slopes_that_enter_the_integral_are_asked_to_be_whole() -> None:
     steps = (int(nfe) - 1) // 6
     assert len(asked) == 1 + 5 * steps and steps > 1
     ends = torch.stack([START, END])
-    angles, radii = Circle(model, 0.5).angle(ends), Circle(model, 0.5).radius(ends)
-    # a rate of 1 integrates to the angle gone through
-    assert integral.item() == pytest.approx(float(angles.diff()) + 2 * math.log(radii[1] / radii[0]), rel=1e-9)
+    places, radii = Circle(model, 0.5).place(ends), Circle(model, 0.5).radius(ends)
+    # a rate of 1 integrates to the way gone
+    assert integral.item() == pytest.approx(float(places.diff()) + 2 * math.log(radii[1] / radii[0]), rel=1e-9)
+
+
+def test_a_trial_step_that_overflows_is_rejected_and_a_shorter_one_taken() -> None:
+    """dy/du = -k y³ has y(1) = y/sqrt(1 + 2 k y²); a first step of a tenth overshoots, and its stages overflow."""
+    y, k = torch.tensor([[10.0], [3.0], [0.01]], dtype=torch.float64), 1000.0
+    overflows = []
+
+    def field(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
+        overflows.append(not y.isfinite().all())
+        return -k * y**3
+
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    found = integrate_each(field, y, zero, one, rtol=1e-8, atol=1e-8)
+    assert any(overflows) and found.failure == ""
+    torch.testing.assert_close(found.state, y / torch.sqrt(1 + 2 * k * y**2), rtol=1e-6, atol=1e-8)
+
+
+def test_an_example_without_an_end_fails_alone() -> None:
+    """dy/du = y² is 1/(1/y - u): for y = 2 there is no u beyond 1/2; nor any for a slope that is NaN."""
+    y = torch.tensor([[0.5], [2.0], [-1.0], [100.0]], dtype=torch.float64)
+
+    def field(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
+        return torch.where(y > 50, torch.where(rows[:, None] == 3, math.nan, y**2), y**2)
+
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    found = integrate_each(field, y, zero, one, rtol=1e-5, atol=1e-9)
+    torch.testing.assert_close(found.state[[0, 2]], 1 / (1 / y[[0, 2]] - 1), rtol=1e-4, atol=0)
+    assert bool(found.state[[1, 3]].isnan().all()) and found.nfe[3] == 1 and found.nfe[1] < 10_000
+    answer = (
+        r"gave up on 2 of 4 examples \(1, 3\), at t = 0.5 \(steps too short to advance\) after \d+ evaluations; check"
+    )
+    assert re.search(answer, found.failure)
+    wall = integrate_each(lambda u, y, rows, whole: 1 / (u < 0.3)[:, None], y[:1], zero, one, rtol=1e-9, atol=1e-9)
+    assert "at t = 0.3 (a slope that is not finite, after steps however short)" in wall.failure
+
+
+class Wall(ScoreModel):
+    """A model that has no estimate for states far to the right."""
+
+    def forward(self, x: Tensor, t: Tensor) -> Estimate:  # type: ignore[override]
+        e = EASY_AND_HARD(x, t)
+        return e._replace(noise=e.noise / (x[:, :1] < 6))
+
+
+def test_one_bad_example_costs_a_likelihood_nothing_and_is_named() -> None:
+    x = numbers(4, 2)
+    good = log_likelihood(EASY_AND_HARD, x, method="embedded")
+    x[2] = 7
+    with pytest.warns(RuntimeWarning, match=r"gave up on 1 of 4 examples \(2\), at t = 1e-05 \(a slope that is not"):
+        found = log_likelihood(Wall(VPSDE()), x, method="embedded")
+    kept = [0, 1, 3]
+    assert bool(found.log_prob[2].isnan()) and bool(found.latent[2].isnan().all())
+    torch.testing.assert_close(found.log_prob[kept], good.log_prob[kept], rtol=1e-9, atol=1e-9)
+    with pytest.raises(GaveUp, match=r"gave up on 1 of 1 examples, at t"):
+        log_likelihood(Wall(VPSDE()), x[2:3], method="embedded")
+    with pytest.raises(GaveUp, match=r"gave up on 1 of 4 examples \(2\), at t"), torch.no_grad():
+        score_flow(Wall(VPSDE()), solver=Solver("embedded")).encode(x)
+    ends = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    with pytest.raises(GaveUp, match=r"EmbeddedODE gave up on 1 of 4 examples \(2\), at t"):
+        list(EmbeddedODE().walk(Wall(VPSDE()), x, ends, lambda like: like))
 
 
 def test_a_solver_without_progress_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("score_sde.ode.MAX_STEPS", 3)
     assert MAX_STEPS == 10_000
-    with pytest.raises(RuntimeError, match=r"gave up on 6 of 6 examples, at t = .* \(3 steps\); check the model there"):
+    with pytest.raises(
+        RuntimeError, match=r"gave up on 6 of 6 examples, at t = .* \(3 steps\) after 19 evaluations; check the"
+    ):
         log_likelihood(EASY_AND_HARD, numbers(6, 2), method="embedded")
     one = torch.ones((), dtype=torch.float64)
     nothing = integrate_each(lambda u, y, rows, whole: y, numbers(2, 2), one, one, rtol=1e-5, atol=1e-5)

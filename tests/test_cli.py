@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -528,6 +529,7 @@ def test_an_interrupted_evaluation_loses_nothing(
     process = subprocess.Popen(
         [sys.executable, "main.py", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE, text=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background may ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 120
     while len(list((trained / name).glob("*/parts/0*.npz"))) < 3 and time.monotonic() < deadline:

@@ -387,6 +387,6 @@ def test_errors_name_the_thing_and_the_remedy() -> None:
         log_likelihood(from_score(VPSDE(), lambda x, t: -x.detach()), x)
     broken = from_score(VPSDE(), lambda x, t: x / 0)
     with pytest.raises(RuntimeError, match="a slope that is not finite at t = 1e-05"):
-        log_likelihood(broken, x)
+        log_likelihood(broken, x, method="dopri5")
     with pytest.raises(RuntimeError, match=r"embedded gave up on 2 of 2 examples, at t = 1e-05 \(a slope .* finite\)"):
-        log_likelihood(broken, x, method="embedded")
+        log_likelihood(broken, x)

@@ -551,6 +551,17 @@ def test_a_shape_without_batch_or_dimensions_is_refused() -> None:
             sample(Gaussian(VPSDE(), MEAN, COV), DDIM(), shape, times.uniform(VPSDE(), 2))
 
 
+def test_scipys_solver_walks_a_trained_model_outside_of_no_grad() -> None:
+    network = torch.nn.Linear(2, 2).double()
+    model, x = from_score(VPSDE(), lambda x, t: -network(x)), numbers(3, 2)
+    grid = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    end = last(AdaptiveODE(method="RK45").walk(model, x, grid, refuse))
+    with torch.no_grad():
+        torch.testing.assert_close(end, last(AdaptiveODE().walk(model, x, grid, refuse)), rtol=1e-3, atol=1e-3)
+    with pytest.raises(ValueError, match="RK45 is scipy's and has no gradient"):
+        last(AdaptiveODE(method="RK45").walk(model, x.requires_grad_(), grid, refuse))
+
+
 @pytest.mark.parametrize("sampler", [FixedODE("rk4"), AdaptiveODE()], ids=str)
 @pytest.mark.parametrize("chain", CHAINS, ids=repr)
 def test_ode_solvers_refuse_to_end_at_clean_data_and_name_the_remedy(chain: DDPM | SMLD, sampler: Sampler) -> None:

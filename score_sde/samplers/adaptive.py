@@ -10,8 +10,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
-from ..ode import GaveUp
+from ..model import ScoreModel, of_examples
+from ..ode import LEAST_STEP, GaveUp, told
 from ..sdes import Noise, add_, like
 from .base import Sampler
 from .deterministic import check_noisy
@@ -35,7 +35,8 @@ class AdaptiveSDE(Sampler):
         safety, exponent: its theta and r.
 
     The grid's points are where the state is reported. Raises ValueError where the grid ends at clean data (sigma = 0),
-    and RuntimeError where it gives up: at an error that is not finite, or after 100 000 steps.
+    and RuntimeError, with the examples at which it does, where it gives up: where no step that still moves t has a
+    finite error that is small enough, or after 100 000 steps.
     """
 
     rtol: float = 0.02
@@ -62,11 +63,12 @@ class AdaptiveSDE(Sampler):
             arrived = step == t[left] - end
             s = torch.where(arrived, end, t[left] - step)
             dw = path.increments(left, step, noise(x)[here])  # drawn for all, for the same reason
-            euler, improved = improved_euler(model, x[here], t[left], s, dw)
+            with of_examples(model, left, len(x)):
+                euler, improved = improved_euler(model, x[here], t[left], s, dw)
             size = (self.rtol * torch.maximum(euler.abs(), past[here].abs())).clamp_min(self.atol)
-            e = ((improved - euler) / size).flatten(1).square().mean(1).sqrt().double().cpu()
-            if not bool(e.isfinite().all()):
-                self._give_up(t, left[~e.isfinite()], "an error that is not finite")
+            e = ((improved - euler) / size).flatten(1).square().mean(1).sqrt().cpu().double()
+            sound = e.isfinite()
+            e = e.masked_fill(~sound, 10)  # rejected; a tenth of the step is tried
             good = e <= 1
             path.settle(left, step, dw, good)
             there = good.to(x.device)
@@ -77,11 +79,15 @@ class AdaptiveSDE(Sampler):
             goal[left[good & arrived]] += 1
             grown = self.safety * step * e.clamp_min(1e-12) ** -self.exponent
             h[left] = torch.where(good & arrived, torch.maximum(h[left], grown), grown)
+            short = ~good & (grown < LEAST_STEP * t[left])
+            if bool(short.any()):
+                finite = bool(sound[short].all())
+                self._give_up(t, left[short], "steps too short to advance" if finite else "an error that is not finite")
         self._give_up(t, left, f"{MAX_STEPS} steps")
 
     def _give_up(self, t: Tensor, which: Tensor, reason: str) -> NoReturn:
         raise GaveUp(
-            f"AdaptiveSDE gave up on {len(which)} of {len(t)} examples, at t = {t[which].max().item():.3g} ({reason}); "
+            f"AdaptiveSDE gave up on {told(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}); "
             f"check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
         )
 

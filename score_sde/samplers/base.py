@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model import Estimate, ScoreModel, WrongShape, at
-from ..sdes import Noise
+from ..model import Estimate, ScoreModel, at
+from ..sdes import Noise, WrongShape
 
 _LOOK = 50  # steps between looks for values that are not finite
 

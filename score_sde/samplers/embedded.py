@@ -8,9 +8,9 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..circle import Circle, of_examples
-from ..model import ScoreModel
-from ..ode import integrate_each
+from ..circle import FIRST_STEP, Circle
+from ..model import ScoreModel, of_examples
+from ..ode import GaveUp, integrate_each
 from ..sdes import Noise
 from .base import Sampler
 from .deterministic import check_noisy
@@ -24,8 +24,8 @@ class EmbeddedODE(Sampler):
     root mean square of error/(atol + rtol |y|) over an example is at most 1. Only the examples that have not arrived
     are evaluated. The grid's points are where the state is reported.
 
-    Raises ValueError where the grid ends at clean data (sigma = 0), and RuntimeError where the solver gives up: at a
-    slope that is not finite, or after 10 000 steps between two times of the grid.
+    Raises ValueError where the grid ends at clean data (sigma = 0), and RuntimeError, with the examples at which it
+    does, where the solver gives up: see `ode.integrate_each`, for each two times of the grid.
     """
 
     rtol: float = 1e-4
@@ -35,23 +35,25 @@ class EmbeddedODE(Sampler):
         check_noisy(model, times)
         circle, batch = Circle(model), len(x)
 
-        def field(a: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
+        def field(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
             with of_examples(model, rows, batch):
-                return circle.velocity(a, y)
+                return circle.velocity(u, y)
 
-        angles, radii = circle.angle(times), circle.radius(times).tolist()
-        h = ((angles[0] - angles[-1]) / 10).expand(batch)
-        for i, (a, b) in enumerate(pairwise(angles)):
-            x, h, _ = integrate_each(
+        places, radii = circle.place(times), circle.radius(times).tolist()
+        h = FIRST_STEP * (places[0] - places[-1]).expand(batch)
+        for i, (start, end) in enumerate(pairwise(places)):
+            x, h, _, failure = integrate_each(
                 field,
                 x / radii[i],
-                a,
-                b,
+                start,
+                end,
                 rtol=self.rtol,
                 atol=self.atol,
                 step=h,
-                time=lambda a, rows: circle.time(a),
+                time=lambda u, rows: circle.time(u),
                 name="EmbeddedODE",
             )
+            if failure:
+                raise GaveUp(failure)
             x = x * radii[i + 1]
             yield x
