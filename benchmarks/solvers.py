@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
 def measured(problems: Sequence[Problem], peer: Peer | None, measure: Measure) -> tuple[list[Run], dict[str, str]]:
     """Everyone on every problem, and the grid on which each is best.
 
-    On every grid at 7 to 35 evaluations, and on the best one at the others; on large models on that one only, and with
-    the 5, 50 and 100 evaluations of no one but the default and the listed.
+    On every grid at 7 to 35 evaluations, and on the best one at the others; 1000 of the default and a few alone. On large
+    models on that grid only, and of the default and these few alone at 5, 50 and 100.
     """
     subjects, small = deterministic(peer), [p for p in problems if not p.large]
     runs = [r for p in small for r in compare(p, [(s, s.grids()) for s in subjects], JUDGED, measure)]
@@ -56,10 +56,9 @@ def measured(problems: Sequence[Problem], peer: Peer | None, measure: Measure) -
     listed = [(s, grids) for s, grids in on_best if str(s) in map(str, LISTED)]
     for problem in problems:
         if problem.large:
-            runs += compare(problem, on_best, JUDGED, measure)
-        runs += compare(problem, listed if problem.large else on_best, REST, measure)
-        if not problem.network:
-            runs += compare(problem, on_best, (LONG,), measure)
+            runs += compare(problem, on_best, JUDGED, measure) + compare(problem, listed, REST, measure)
+        else:
+            runs += compare(problem, on_best, REST, measure) + compare(problem, listed, (LONG,), measure)
         runs += [r for s in adaptive_flows(peer) for r in adaptive(problem, s, (*JUDGED, *REST), measure)]
     return runs, best
 
