@@ -46,8 +46,8 @@ def parser() -> argparse.ArgumentParser:
 def measured(problems: Sequence[Problem], peer: Peer | None, measure: Measure) -> tuple[list[Run], dict[str, str]]:
     """Everyone on every problem, and the grid on which each is best.
 
-    On every grid at 7 to 35 evaluations, and on the best one at the others; 1000 of the default and a few alone. On large
-    models on that grid only, and of the default and these few alone at 5, 50 and 100.
+    On every grid at 7 to 35 evaluations, and on the best one at the others; 1000 of the default and a few alone. On
+    large models on that grid only, and of the default and these few alone at 5, 50 and 100.
     """
     subjects, small = deterministic(peer), [p for p in problems if not p.large]
     runs = [r for p in small for r in compare(p, [(s, s.grids()) for s in subjects], JUDGED, measure)]
