@@ -25,7 +25,7 @@ from score_sde.samplers.deterministic import velocity
 from score_sde.sdes import EDMSDE
 from score_sde.toys import EXACT
 
-PATHS, IMAGES, LARGE_IMAGES = 126, 33, 18  # multiples of three: a third of them is a repetition
+PATHS, IMAGES, LARGE_IMAGES = 126, 33, 15  # multiples of three: a third of them is a repetition
 CHOSEN_ON = "digits"  # the trained model that had a part in the choice
 
 
