@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,8 +16,8 @@ from score_sde import parallel
 from score_sde.toys import TOYS
 
 from . import peer as peers
-from .likelihood import likelihood
-from .sampling import sampling
+from .likelihood import likelihood, trained_likelihood
+from .sampling import SHAPES, sampling
 from .timing import Clock, Table, machine
 from .training import training
 
@@ -27,6 +28,7 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser("python -m benchmarks", description="Measure training, sampling and likelihood.")
     p.add_argument("--config", required=True, help="a file in configs/; --config.section.key=value sets a key of it")
     p.add_argument("--peer", type=Path, help="a clone of score_sde_pytorch, to be measured in the same run")
+    p.add_argument("--model", type=Path, help="a workdir trained with that config: the likelihood is then this model's")
     p.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     p.add_argument("--batch", type=int, help="images at a time in training and likelihood; default training.batch_size")
     p.add_argument("--threads", type=int, default=1, help="threads of the CPU (1)")
@@ -67,13 +69,16 @@ def run(arguments: list[str]) -> list[Table]:
     with threadpool_limits(options.threads):
         for part in options.parts:
             if part == "training":
-                table = training(config, shape, clock, peer)
+                works = [partial(training, config, shape)]
             elif part == "sampling":
-                table = sampling(config, clock, peer)
+                works = [partial(sampling, config, shape=size) for size in SHAPES]
+            elif options.model:
+                works = [partial(trained_likelihood, config, options.model)]
             else:
-                table = likelihood(config, shape, clock, peer)
-            print(f"\n{table}", flush=True)
-            tables.append(table)
+                works = [partial(likelihood, config, shape)]
+            for work in works:
+                tables.append(work(clock=clock, peer=peer))
+                print(f"\n{tables[-1]}", flush=True)
     return tables
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from itertools import pairwise
@@ -18,10 +18,11 @@ from score_sde.model import Estimate, ScoreModel
 from score_sde.samplers import (
     DDIM,
     Ancestral,
+    AnnealedLangevin,
+    Churn,
     DPMSolver,
     EulerMaruyama,
     Heun,
-    Langevin,
     Multistep,
     PredictorCorrector,
     ReverseDiffusion,
@@ -29,54 +30,163 @@ from score_sde.samplers import (
     UniPC,
 )
 from score_sde.samplers.base import noise_source
+from score_sde.samplers.exponential import SHORT, orders, point
+from score_sde.samplers.short import fast
 from score_sde.sdes import SDE
 
 from .peer import Peer, config_for
 from .schedulers import DETERMINISTIC, STOCHASTIC, Scheduled
 from .timing import Clock, Table, milliseconds, ratio
 
-SHAPE = (64, 3, 32, 32)
+SHAPES = ((64, 3, 32, 32), (1, 3, 32, 32), (1, 2))
 STEPS = 20  # of the 1000 of a grid
+
+OneStep = Callable[[ScoreModel, Tensor, Tensor], Tensor]
+Walk = Callable[[ScoreModel, Tensor, Tensor, Sequence[int]], Tensor]  # with the order of each step
+
+
+def combined(x: Tensor, *terms: Tensor) -> Tensor:
+    """A multiple of x, with multiples of the terms added: a pass for each, the fewest there are."""
+    y = x * 0.9
+    for term in terms:
+        y.add_(term, alpha=0.1)
+    return y
+
+
+def moved(x: Tensor, first: Tensor, *terms: Tensor) -> Tensor:
+    """x, with multiples of the terms added: the first goes with the copy."""
+    y = torch.add(x, first, alpha=0.1)
+    for term in terms:
+        y.add_(term, alpha=0.1)
+    return y
+
+
+# Steps by hand, with their numbers known: the model's answers, and the operations that make the next state of them. A
+# multistep method's earlier answers are the model's again, which is always the same.
+
+
+def noisy(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    return combined(x, model(x, t).noise, torch.randn_like(x))
+
+
+def corrected(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    e, z = model(x, t).noise, torch.randn_like(x)
+    norms = (torch.linalg.vector_norm(v.flatten(1), dim=1) for v in (z, e))
+    size = torch.div(*norms).reshape(-1, *(1,) * (x.ndim - 1))
+    return noisy(model, torch.addcmul(x, size, e).addcmul_(size, z), t)
+
+
+def annealed(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    return noisy(model, moved(x, model(x, t).noise, torch.randn_like(x)), t)
+
+
+def ddim(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    e = model(x, t)
+    return combined(e.data, e.noise)
+
+
+def heun(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    e = model(x, t)
+    y = combined(e.data, e.noise)
+    return y.add_(model(y, t).noise, alpha=0.1).add_(e.noise, alpha=-0.1)
+
+
+def churned(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    return heun(model, combined(x, torch.randn_like(x)), t)
+
+
+def singlestep(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    return combined(x, model(combined(x, model(x, t).noise), t).noise)
+
+
+def singlestep_3(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    a = model(x, t).noise
+    b = model(combined(x, a), t).noise
+    return combined(x, a, model(combined(x, a, b), t).noise)
+
+
+def noisy_multistep(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
+    return combined(x, *[model(x, t).data] * 2, torch.randn_like(x))
+
+
+def each(step: OneStep) -> Walk:
+    def walk(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
+        for _ in orders:
+            x = step(model, x, t)
+        return x
+
+    return walk
+
+
+def multistep(first: OneStep | None = None) -> Walk:
+    """With the first step by another method."""
+
+    def walk(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
+        for i, order in enumerate(orders):
+            x = first(model, x, t) if first and i == 0 else combined(x, *[model(x, t).noise] * order)
+        return x
+
+    return walk
+
+
+def unipc(first: OneStep | None = None) -> Walk:
+    """With the first step by another method; then its end is not corrected."""
+
+    def walk(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
+        before = 0
+        for i, order in enumerate(orders):
+            if first and i == 0:
+                x = first(model, x, t)
+                continue
+            e = model(x, t).noise
+            x = moved(x, *[e] * (before + 1)) if before else x
+            x, before = combined(x, *[e] * order), order
+        return x
+
+    return walk
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A sampler, its names in the peer and its like in diffusers, and the operations that a step cannot do without.
-
-    That is `sums`, how many tensors are added to a multiple of x for each new state of a step; or where it is empty,
-    the score and a multiply-add of it and noise, for each of `updates`.
-    """
+    """A sampler, its walk by hand, and its like among the peers."""
 
     sampler: Sampler
+    bare: Walk
     predictor: str | None = None
     corrector: str | None = None
     scheduler: Scheduled | None = None
-    updates: int = 1
-    sums: tuple[int, ...] = ()
+    calls: int = 1  # of the scheduler's, for a step: it may count them, as "timesteps"
 
 
 SUBJECTS = {
-    "Euler-Maruyama": Subject(EulerMaruyama(), "euler_maruyama"),
-    "reverse diffusion": Subject(ReverseDiffusion(), "reverse_diffusion"),
-    "ancestral": Subject(Ancestral(), "ancestral_sampling", scheduler=STOCHASTIC["DDPM"]),
-    "DDIM, eta 1": Subject(DDIM(eta=1.0)),
-    "DDIM, eta 0": Subject(DDIM(), scheduler=DETERMINISTIC["DDIM"], sums=(1,)),
-    "PC, Langevin": Subject(
-        PredictorCorrector(ReverseDiffusion(), Langevin()), "reverse_diffusion", "langevin", updates=2
+    "Euler-Maruyama": Subject(EulerMaruyama(), each(noisy), "euler_maruyama"),
+    "reverse diffusion": Subject(ReverseDiffusion(), each(noisy), "reverse_diffusion"),
+    "ancestral": Subject(Ancestral(), each(noisy), "ancestral_sampling", scheduler=STOCHASTIC["DDPM"]),
+    "DDIM, eta 1": Subject(DDIM(eta=1.0), each(noisy)),
+    "PC, Langevin": Subject(PredictorCorrector(), each(corrected), "reverse_diffusion", "langevin"),
+    "PC, annealed": Subject(
+        PredictorCorrector(corrector=AnnealedLangevin()), each(annealed), "reverse_diffusion", "ald"
     ),
-    "Heun": Subject(Heun(), scheduler=DETERMINISTIC["Heun"], sums=(1, 2)),
-    "DPM-Solver 2": Subject(DPMSolver(2), sums=(1, 2)),
-    "DPM-Solver 3": Subject(DPMSolver(3), sums=(1, 2, 2)),
-    "Multistep 2": Subject(Multistep(2), scheduler=DETERMINISTIC["DPM-Solver++ 2M"], sums=(2,)),
-    "Multistep 3": Subject(Multistep(3), scheduler=DETERMINISTIC["DPM-Solver++ 3M"], sums=(3,)),
-    "Multistep 3, noise": Subject(Multistep(3, "noise"), scheduler=DETERMINISTIC["DEIS 3"], sums=(3,)),
-    "UniPC 3": Subject(UniPC(3), scheduler=DETERMINISTIC["UniPC 3"], sums=(3, 4)),
-    "UniPC 3, noise": Subject(UniPC(3, predict="noise"), scheduler=DETERMINISTIC["UniPC 3, noise"], sums=(3, 4)),
+    "Churn": Subject(Churn(1e9), each(churned)),
+    "Multistep 2, eta 1": Subject(
+        Multistep(2, eta=1), each(noisy_multistep), scheduler=STOCHASTIC["SDE-DPM-Solver++ 2M"]
+    ),
+    "DDIM": Subject(DDIM(), each(ddim), scheduler=DETERMINISTIC["DDIM"]),
+    "Heun": Subject(Heun(), each(heun), scheduler=DETERMINISTIC["Heun"]),
+    "DPM-Solver 2": Subject(DPMSolver(2), each(singlestep), scheduler=DETERMINISTIC["DPM-Solver++ 2S"], calls=2),
+    "DPM-Solver 3": Subject(DPMSolver(3), each(singlestep_3), scheduler=DETERMINISTIC["DPM-Solver++ 3S"], calls=3),
+    "Multistep 2": Subject(Multistep(2), multistep(), scheduler=DETERMINISTIC["DPM-Solver++ 2M"]),
+    "Multistep 3": Subject(Multistep(3), multistep(singlestep), scheduler=DETERMINISTIC["DPM-Solver++ 3M"]),
+    "Multistep 3, noise": Subject(Multistep(3, "noise"), multistep(singlestep), scheduler=DETERMINISTIC["DEIS 3"]),
+    "UniPC 2": Subject(UniPC(2), unipc(), scheduler=DETERMINISTIC["UniPC 2"]),
+    "UniPC 3": Subject(UniPC(3), unipc(singlestep_3), scheduler=DETERMINISTIC["UniPC 3"]),
+    "default below 10": Subject(fast(9), multistep(), scheduler=DETERMINISTIC["DEIS 3"]),
+    "default from 15": Subject(fast(STEPS), unipc(), scheduler=DETERMINISTIC["UniPC 3, noise"]),
 }
 
 
 class Free(ScoreModel):
-    """A model whose answer lies ready: only the score, noise / -sigma, is one pass over memory."""
+    """A model whose answer lies ready."""
 
     def __init__(self, sde: SDE, noise: Tensor) -> None:
         super().__init__(sde)
@@ -86,11 +196,12 @@ class Free(ScoreModel):
         return self.answer
 
 
-def sampling(config: ConfigDict, clock: Clock, peer: Peer | None) -> Table:
-    """Milliseconds of a step of each sampler, beside the tensor operations that any sampler needs."""
-    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(clock.device)
+def sampling(config: ConfigDict, clock: Clock, peer: Peer | None, shape: tuple[int, ...] = SHAPES[0]) -> Table:
+    """Milliseconds of a step of each sampler on states of `shape`, beside those of the step by hand and the peers'."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(clock.device)
     model = Free(build_sde(config), x)
     torch.empty(16 * 2**20, dtype=torch.uint8)  # malloc keeps memory for reuse once it has seen a network's activations
+    peer = peer if len(shape) == 4 else None  # it broadcasts times against four axes only
     rows = []
     for name, subject in SUBJECTS.items():
         works = {seed: _ours(subject, model, x, seed) for seed in ("example", "batch")}
@@ -98,7 +209,7 @@ def sampling(config: ConfigDict, clock: Clock, peer: Peer | None) -> Table:
         if peer is not None and _known(subject, config):
             works["peer"] = _theirs(subject, peer, config, model, x)
         if subject.scheduler is not None:
-            works["diffusers"] = _scheduled(subject.scheduler, x)
+            works["diffusers"] = _scheduled(subject, model, x)
         with torch.no_grad():
             taken = clock.compare(works)
         theirs, scheduled = taken.get("peer"), taken.get("diffusers")
@@ -106,29 +217,27 @@ def sampling(config: ConfigDict, clock: Clock, peer: Peer | None) -> Table:
             (
                 name,
                 milliseconds(taken["example"], STEPS),
+                milliseconds(taken["bare"], STEPS),
+                str(ratio(taken["example"], taken["bare"])),
+                str(ratio(taken["batch"], taken["bare"])),
                 milliseconds(theirs, STEPS) if theirs else "",
                 str(ratio(theirs, taken["example"])) if theirs else "",
                 milliseconds(scheduled, STEPS) if scheduled else "",
                 str(ratio(scheduled, taken["example"])) if scheduled else "",
-                milliseconds(taken["bare"], STEPS),
-                str(ratio(taken["example"], taken["bare"])),
-                str(ratio(taken["batch"], taken["bare"])),
-                str(ratio(theirs, taken["bare"])) if theirs else "",
             )
         )
     notes = [
-        f"batch {SHAPE[0]} of {'x'.join(map(str, SHAPE[1:]))}, {model.sde}; the score costs one pass over memory",
-        "bare: the score, randn and one multiply-add of the two, for each update of x (PC makes two); without noise, "
-        "each new state as a multiple of x with the estimates added that the method puts into it",
+        f"batch {shape[0]} of {'x'.join(map(str, shape[1:]))}, {model.sde}; a walk of {STEPS} steps, its plan included",
+        "bare: the steps by hand, with their numbers known (the functions of benchmarks/sampling.py)",
         "ours: noise by a seed, each example's from its own generator; stream: by one torch.Generator",
     ]
     if peer is not None:
         notes.append("the peer has no DDIM, and for sub-VP no ancestral sampler or Langevin corrector that works")
-    notes.append("diffusers: set_timesteps for these steps and then step, given the answer; not its scale_model_input")
+    notes.append("diffusers: set_timesteps for these steps, and the model and step in each; not its scale_model_input")
     head = (
-        "", "ours", "peer", "peer/ours", "diffusers", "diffusers/ours", "bare", "ours/bare", "stream/bare", "peer/bare",
+        "", "ours", "bare", "ours/bare", "stream/bare", "peer", "peer/ours", "diffusers", "diffusers/ours",
     )  # fmt: skip
-    return Table("Sampler step with a free score", head, rows, notes)
+    return Table(f"Sampler step with a free model, {' x '.join(map(str, shape))}", head, rows, notes)
 
 
 def _known(subject: Subject, config: ConfigDict) -> bool:
@@ -151,38 +260,23 @@ def _ours(subject: Subject, model: ScoreModel, x: Tensor, seed: str) -> Callable
 
 
 def _bare(subject: Subject, model: ScoreModel, x: Tensor) -> Callable[[], object]:
-    t = torch.ones(())
-
-    def noisy() -> Tensor:
-        state = x
-        for _ in range(STEPS * subject.updates):
-            score = model.score(state, t)
-            state = torch.add(score, torch.randn_like(state), alpha=0.1)
-        return state
-
-    def still() -> Tensor:
-        state = x
-        for _ in range(STEPS):
-            for count in subject.sums:
-                new = state * 0.9
-                for _ in range(count):
-                    new.add_(x, alpha=0.1)
-            state = new
-        return state
-
-    return still if subject.sums else noisy
+    sampler, grid = subject.sampler, times.uniform(model.sde, 1000)[: STEPS + 1]
+    short = sampler.short if isinstance(sampler, UniPC) else SHORT
+    lowered = orders(point(model.sde, grid), getattr(sampler, "order", 1), short)
+    return lambda: subject.bare(model, x, grid[0], lowered)
 
 
-def _scheduled(like: Scheduled, x: Tensor) -> Callable[[], object]:
-    """diffusers' own loop, without the network."""
-    scheduler = like.made()
+def _scheduled(subject: Subject, model: ScoreModel, x: Tensor) -> Callable[[], object]:
+    """diffusers' own loop."""
+    assert subject.scheduler is not None
+    scheduler = subject.scheduler.made()
     random = {"generator": torch.Generator(x.device)} if "generator" in signature(scheduler.step).parameters else {}
 
     def walk() -> Tensor:
         state = x
-        scheduler.set_timesteps(STEPS, device=x.device)
+        scheduler.set_timesteps(STEPS * subject.calls, device=x.device)
         for t in scheduler.timesteps:
-            state = scheduler.step(x, t, state, **random).prev_sample
+            state = scheduler.step(model(state, t).noise, t, state, **random).prev_sample
         return state
 
     return walk

@@ -13,7 +13,7 @@ prediction (Zheng et al. 2023, arXiv:2305.03935, section 4), is integrated exact
 Data have structure on many scales: what varies by s in some direction turns at tan(a) = s/c. So the steps that an error
 allows shrink by factors towards both ends, and a solver with one unit for them would try many in vain. It is told
 
-    u = log(a + e) - log(pi/2 - a + e),    e = 0.05,
+    u = log(a + e) - log(pi/2 - a + e),    e = 0.1,
 
 in which steps of one size are of about the same use: like log(sigma/alpha), but with ends at a finite distance, for
 nothing turns at angles much smaller than e.
@@ -34,9 +34,9 @@ from .ode import GaveUp, Solver, integrate_each, root_mean_square
 from .sdes import add_, like
 
 SCALE = 0.5  # of data in [-1, 1], as EDM's sigma_data
-SOFT = 0.05  # the e above
+SOFT = 0.1  # the e above
 WHOLE = math.pi / 2 + 2 * SOFT
-FIRST_STEP = 0.03  # of the way: near the data a network may be rougher than the error of a long step shows
+FIRST_STEP = 0.015  # of the way: near the data a network may be rougher than the error of a long step shows
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Circle:
     """The probability flow of `model` on its circle, in u, for data of standard deviation `scale`, the c above."""
 
     model: ScoreModel
-    scale: float = 1.0
+    scale: float = SCALE
 
     def place(self, t: Tensor) -> Tensor:
         """u at time t."""
@@ -80,7 +80,7 @@ Slopes = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Te
 
 
 def carry(
-    model: ScoreModel,
+    circle: Circle,
     x: Tensor,
     t: float,
     s: float,
@@ -92,7 +92,7 @@ def carry(
     """Carry x from time t to s along the probability flow, each example with steps of its own.
 
     Args:
-        model: any score model; conditions bound by `given` go with their examples.
+        circle: of any score model; conditions bound by `given` go with their examples.
         x: (B, *shape).
         solver: its tolerances. A step is accepted where the root mean squares of its error over atol + rtol |v| are at
             most 1 both for the state (v = y) and for the integrals (v = an integral's mean over dimensions).
@@ -105,12 +105,12 @@ def carry(
     """
     batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    circle, ends = Circle(model, SCALE), torch.tensor([t, s], dtype=torch.float64)
+    ends = torch.tensor([t, s], dtype=torch.float64)
 
     def field(u: Tensor, state: Tensor, rows: Tensor, whole: bool) -> Tensor:
         y = state[:, :d].to(x.dtype).reshape(-1, *shape)
         slope = torch.zeros_like(state)
-        with of_examples(model, rows, batch):
+        with of_examples(circle.model, rows, batch):
             if slopes is None or not whole:
                 with torch.no_grad():
                     slope[:, :d] = circle.velocity(u, y).flatten(1)

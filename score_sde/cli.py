@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch.utils.tensorboard import SummaryWriter
@@ -435,9 +436,9 @@ def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes
     if code:
         return code
     model, path = _model(workdir, "sample", config, data, processes)
-    folder, samples = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
+    folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
     _, result = run_likelihood(model, config, data.test, codec, path, workdir / "likelihood", processes)
     if processes.main:
-        seconds = time.perf_counter() - begin
+        seconds, samples = time.perf_counter() - begin, np.load(folder / "samples.npz")
         print(summary(data, codec, workdir, samples["arr_0"], folder, result, seconds))
     return 0

@@ -76,6 +76,33 @@ def stamp(checkpoint: Path, weights: str, settings: dict[str, Any]) -> dict[str,
     }
 
 
+def once(
+    base: Path,
+    label: str,
+    made_from: dict[str, Any],
+    file: str,
+    processes: Processes,
+    work: Callable[[Path], dict[str, Any]],
+) -> tuple[Path, dict[str, Any]]:
+    """A result's folder below `base`, and its stamp: `made_from` and what `work` found.
+
+    work(folder) keeps batches by `in_batches`, and its main process writes `file`. Where file and stamp are there
+    nothing is computed again; the stamp comes last, and then the batches go.
+    """
+    folder = folder_for(base, label, made_from)
+    if (folder / "stamp.json").is_file() and (folder / file).is_file():
+        return folder, json.loads((folder / "stamp.json").read_text())
+    result = {**made_from, **work(folder)}
+    if processes.main:
+        write_stamp(folder, result)
+        for parts in [*folder.rglob("parts")]:
+            remove_parts(parts.parent)
+        for left in folder.glob(".*.partial"):  # of a process that was killed as it wrote
+            left.unlink()
+    processes.barrier()
+    return folder, result
+
+
 def folder_for(base: Path, label: str, made_from: dict[str, Any]) -> Path:
     """A folder of its own for each stamp, so that a stopped run finds its batches and another's are never mixed in."""
     digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
@@ -88,8 +115,8 @@ def in_batches(
     batch_size: int,
     processes: Processes,
     compute: Callable[[int, int], Arrays],
-    progress: Callable[[tqdm, list[Arrays]], None],
     description: str,
+    progress: Callable[[tqdm, list[Arrays]], None] = lambda bar, done: None,
 ) -> Arrays:
     """compute(first, count) for all of 0..total-1, each batch kept in a file; return them joined, on every process."""
     parts = folder / "parts"
@@ -135,7 +162,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def write_stamp(folder: Path, content: dict[str, Any]) -> None:
-    """The last file of a result, whole or absent: where it is, nothing is left to do but to remove the batches."""
+    """The last file of a result, whole or absent."""
     partial = folder / f".stamp.json.{os.getpid()}.partial"
     partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(folder / "stamp.json")
@@ -158,8 +185,6 @@ def channels_last(y: Tensor) -> np.ndarray:
 
 def remove_parts(folder: Path) -> None:
     """Delete the batches of a folder that has been joined, and the folder itself where it held nothing else."""
-    if not (folder / "parts").is_dir():
-        return
     for path in (folder / "parts").glob("*"):
         path.unlink()
     (folder / "parts").rmdir()
@@ -175,7 +200,7 @@ def run_sampling(
     checkpoint: Path,
     base: Path,
     processes: Processes,
-) -> tuple[Path, Arrays]:
+) -> tuple[Path, dict[str, Any]]:
     """Samples as the section sampling says, into a folder below `base`: `samples.npz` (`arr_0`), a grid, a stamp.
 
     Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D).
@@ -202,10 +227,6 @@ def run_sampling(
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
         },
     )
-    folder = folder_for(base, f"{checkpoint.stem}-{s.weights}-{s.method}", made_from)
-    finished = read_arrays(folder / "samples.npz")
-    if finished is not None and (folder / "stamp.json").is_file():
-        return folder, finished
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
@@ -223,17 +244,17 @@ def run_sampling(
         )
         return {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
 
-    joined = in_batches(folder, s.num_samples, s.batch_size, processes, compute, lambda bar, done: None, "batches")
-    if processes.main:
-        write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
-        write_pictures(joined["arr_0"], codec, folder)
-        if s.single_png and isinstance(codec, PixelCodec):
-            for i, image in enumerate(codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
-                write_png(image, folder / f"{i:06d}.png")
-        write_stamp(folder, {**made_from, "nfe": float(joined["nfe"].mean())})
-        remove_parts(folder)
-    processes.barrier()
-    return folder, {"arr_0": joined["arr_0"]}
+    def work(folder: Path) -> dict[str, Any]:
+        joined = in_batches(folder, s.num_samples, s.batch_size, processes, compute, "batches")
+        if processes.main:
+            write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
+            write_pictures(joined["arr_0"], codec, folder)
+            if s.single_png and isinstance(codec, PixelCodec):
+                for i, image in enumerate(codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
+                    write_png(image, folder / f"{i:06d}.png")
+        return {"nfe": float(joined["nfe"].mean())}
+
+    return once(base, f"{checkpoint.stem}-{s.weights}-{s.method}", made_from, "samples.npz", processes, work)
 
 
 def run_likelihood(
@@ -278,9 +299,6 @@ def run_likelihood(
             "unit": "bits/dim" if codec.levels else "nats",
         },
     )
-    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}-{e.split}", made_from)
-    if (folder / "stamp.json").is_file():
-        return folder, json.loads((folder / "stamp.json").read_text())
     split = split.to(processes.device)
     # Bits per dimension of -1 nat; vectors stay in nats.
     unit = 1 / (math.prod(split.shape) * math.log(2)) if codec.levels else 1.0
@@ -308,45 +326,44 @@ def run_likelihood(
         mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
         bar.set_postfix_str(f"{made_from['unit']} {mean:.3f} ± {error:.3f}")
 
-    def again(name: str, count: int, **changes: Any) -> Arrays:
-        """The first `count` rows computed otherwise."""
-        run = partial(compute, **changes)
-        return in_batches(folder / name, count, e.batch_size, processes, run, lambda bar, done: None, name)
+    def work(folder: Path) -> dict[str, Any]:
+        batches = partial(in_batches, batch_size=e.batch_size, processes=processes)
+        joined = batches(folder, n * repeats, compute=compute, description=made_from["unit"], progress=progress)
+        values = joined["value"].reshape(repeats, n).T
+        failed = np.isnan(values.mean(1))  # where "embedded" gave up, which it does on single images
+        mean, error = mean_and_error(values[~failed].mean(1))
+        std_error = joined["std_error"].reshape(repeats, n).T
+        errors: dict[str, float | None] = {"images": error}
+        checks = min(e.check_images, n) if ode else 0
+        if not ode:
+            errors["draws"] = unit * _error_of_mean(std_error[~failed])
+        elif e.probe == "exact" or e.probes > 1:
+            errors["probes"] = unit * _error_of_mean(std_error[~failed])
+        else:
+            again = partial(compute, probes=2)
+            pairs = batches(folder / "probes", checks, compute=again, description="probes") if checks else {}
+            # sqrt(2) times the error of two is that of one.
+            squares = pairs.get("std_error", np.array([math.nan])) ** 2
+            errors["probes"] = unit * math.sqrt(2 * squares[:checks][~failed[:checks]].mean() / (n * repeats))
+        if checks:
+            again = partial(compute, tighter=10.0)
+            finer = batches(folder / "solver", checks, compute=again, description="solver")["value"]
+            errors["solver"] = float(np.abs(finer - joined["value"][:checks])[~failed[:checks]].mean())
+        if e.heat_map:
+            write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes)
+        if processes.main:
+            kept = {"bits_per_dim" if codec.levels else "nats": values, "std_error": std_error}
+            write_arrays(folder / "likelihood.npz", {**kept, "log_prob": joined["log_prob"].reshape(repeats, n).T})
+        return {
+            "mean": mean,
+            "standard_error": error,
+            "errors": {name: None if value is None or math.isnan(value) else value for name, value in errors.items()},
+            "nfe": float(joined["nfe"].mean()),
+            "failed": np.flatnonzero(failed).tolist(),
+        }
 
-    joined = in_batches(folder, n * repeats, e.batch_size, processes, compute, progress, made_from["unit"])
-    values = joined["value"].reshape(repeats, n).T
-    mean, error = mean_and_error(values.mean(1))
-    errors: dict[str, float | None] = {"images": error}
-    checks = min(e.check_images, n) if ode else 0
-    if not ode:
-        errors["draws"] = unit * _error_of_mean(joined["std_error"])
-    elif e.probe == "exact" or e.probes > 1:
-        errors["probes"] = unit * _error_of_mean(joined["std_error"])
-    else:
-        pairs = again("probes", checks, probes=2)["std_error"] if checks else np.array([math.nan])
-        # sqrt(2) times the error of two is that of one.
-        errors["probes"] = unit * math.sqrt(2 * (pairs**2).mean() / (n * repeats))
-    if checks:
-        finer = again("solver", checks, tighter=10.0)["value"]
-        errors["solver"] = float(np.abs(finer - joined["value"][:checks]).mean())
-    known = {name: None if value is None or math.isnan(value) else value for name, value in errors.items()}
-    result = {**made_from, "mean": mean, "standard_error": error, "errors": known, "nfe": float(joined["nfe"].mean())}
-    if e.heat_map:
-        write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes)
-    if processes.main:
-        write_arrays(
-            folder / "likelihood.npz",
-            {
-                "bits_per_dim" if codec.levels else "nats": values,
-                "log_prob": joined["log_prob"].reshape(repeats, n).T,
-                "std_error": joined["std_error"].reshape(repeats, n).T,
-            },
-        )
-        write_stamp(folder, result)
-        for part in (folder, folder / "probes", folder / "solver"):
-            remove_parts(part)
-    processes.barrier()
-    return folder, result
+    label = f"{checkpoint.stem}-{e.weights}-{e.split}"
+    return once(base, label, made_from, "likelihood.npz", processes, work)
 
 
 def _error_of_mean(each: np.ndarray) -> float:
@@ -367,7 +384,9 @@ def reported(result: dict[str, Any]) -> str:
         f"± {error:.4f} ({name})" if error is not None and not math.isnan(error) else f"± unknown ({name})"
         for name, error in errors.items()
     ]
-    return f"{result['unit']} {result['mean']:.4f} {' '.join(parts)}, NFE {result['nfe']:.0f}"
+    failed = result.get("failed", [])
+    without = f", without {len(failed)} images that failed: {', '.join(map(str, failed))}" if failed else ""
+    return f"{result['unit']} {result['mean']:.4f} {' '.join(parts)}, NFE {result['nfe']:.0f}{without}"
 
 
 def dequantiser_path(workdir: Path, checkpoint: Path, weights: str) -> Path:
@@ -431,16 +450,16 @@ def write_heat_map(
         found = heat_map(model, x, probes=probes, t_min=law.t_min, solver=solver, seed=e.seed, first=first)
         return {"bits": ((log_q - found.log_prob) / math.log(2)).cpu().numpy(), "k": k.cpu().numpy()}
 
-    joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, lambda bar, done: None, "heat map")
+    joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, "heat map")
     if processes.main:
         write_arrays(folder / "heat_map.npz", {"bits": joined["bits"]})
         shown = codec.display(torch.from_numpy(joined["k"]))
         bits = torch.from_numpy(joined["bits"]).mean(1, keepdim=True)
+        bits = bits.nan_to_num(bits.nanmean().item())  # where "embedded" gave up
         maps = heat((bits - bits.min()) / (bits.max() - bits.min()).clamp_min(1e-9))
         both = torch.stack([shown[:, :3].expand(-1, 3, -1, -1), maps], 1).flatten(0, 1)
         columns = 2 * math.ceil(math.sqrt(count))
         write_grid(both, folder / "heat_map.png", columns, zoom=max(1, 32 // both.shape[-1]))
-        remove_parts(folder / "heat")
 
 
 def run_bound(
@@ -480,9 +499,6 @@ def run_bound(
             "unit": "bits/dim" if codec.levels else "nats",
         },
     )
-    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}-{e.split}-bound", made_from)
-    if (folder / "stamp.json").is_file():
-        return folder, json.loads((folder / "stamp.json").read_text())
     split = split.to(processes.device)
     counted = Counted(clip(model, *codec.range) if e.clip_denoised and isinstance(codec, PixelCodec) else model)
 
@@ -520,26 +536,27 @@ def run_bound(
         mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
         bar.set_postfix_str(f"{made_from['unit']} at most {mean:.3f} ± {error:.3f}")
 
-    joined = in_batches(folder, n, e.batch_size, processes, compute, progress, made_from["unit"])
-    mean, error = mean_and_error(joined["value"])
-    parts = {name: float(joined[name].mean()) for name in ("prior", "diffusion", "reconstruction")}
-    result = {**made_from, "mean": mean, "standard_error": error, **parts, "nfe": float(joined["nfe"].mean())}
-    if processes.main:
-        drawn = joined["drawn"].sum(0)
-        terms = np.divide(joined["sum"].sum(0), drawn, out=np.full(steps, np.nan), where=drawn > 0)
-        write_arrays(
-            folder / "likelihood.npz",
-            {
-                "bits_per_dim" if codec.levels else "nats": joined["value"][:, None],
-                **{name: joined[name] for name in parts},
-                "times": times.numpy()[:steps],
-                "terms": terms,
-            },
-        )
-        write_stamp(folder, result)
-        remove_parts(folder)
-    processes.barrier()
-    return folder, result
+    def work(folder: Path) -> dict[str, Any]:
+        joined = in_batches(folder, n, e.batch_size, processes, compute, made_from["unit"], progress)
+        mean, error = mean_and_error(joined["value"])
+        parts = ("prior", "diffusion", "reconstruction")
+        if processes.main:
+            drawn = joined["drawn"].sum(0)
+            terms = np.divide(joined["sum"].sum(0), drawn, out=np.full(steps, np.nan), where=drawn > 0)
+            write_arrays(
+                folder / "likelihood.npz",
+                {
+                    "bits_per_dim" if codec.levels else "nats": joined["value"][:, None],
+                    **{name: joined[name] for name in parts},
+                    "times": times.numpy()[:steps],
+                    "terms": terms,
+                },
+            )
+        means = {name: float(joined[name].mean()) for name in (*parts, "nfe")}
+        return {"mean": mean, "standard_error": error, **means}
+
+    label = f"{checkpoint.stem}-{e.weights}-{e.split}-bound"
+    return once(base, label, made_from, "likelihood.npz", processes, work)
 
 
 def mean_and_error(values: np.ndarray) -> tuple[float, float]:

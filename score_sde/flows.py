@@ -24,7 +24,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .circle import Slopes, carry
+from .circle import Circle, Slopes, carry
 from .model import ScoreModel, in_precision_of
 from .ode import EACH, Solver, integrate
 from .samplers.base import default_state, example_generators, noise_source
@@ -174,7 +174,7 @@ class Flow(nn.Module):
         Both integrals enter the solver's error norm. Raises ValueError for an unknown probe, a wrong shape or a
         velocity without gradient, RuntimeError where the solver gives up.
         """
-        x = x.to(torch.promote_types(x.dtype, torch.float32))  # the rounding of bfloat16 is far above tolerances
+        x = as_state(x)
         batch, d = x.shape[0], math.prod(x.shape[1:])
         wide = torch.float32 if x.device.type == "mps" else torch.float64
         e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
@@ -230,7 +230,7 @@ class Flow(nn.Module):
         monotonic = grid.ndim == 1 and len(grid) and bool((grid.diff() > 0).all() or (grid.diff() < 0).all())
         if not monotonic or grid.min() < self.t0 or grid.max() > self.t1:
             raise ValueError(f"times must rise or fall within [{self.t0:g}, {self.t1:g}], got {grid.tolist()}")
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        x = as_state(x)
         wide = torch.float32 if x.device.type == "mps" else torch.float64
 
         def field(t: Tensor, y: Tensor) -> Tensor:
@@ -278,7 +278,7 @@ class Flow(nn.Module):
             raise ValueError(f'"{EACH}" solves the probability flow of a score model: use dopri5 for another velocity')
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.velocity.parameters())):
             raise ValueError(f'"{EACH}" has no gradient: use dopri5, or evaluate under torch.no_grad()')
-        return carry(self.velocity.model, x, t, s, self.solver, slopes, columns, dimensions)
+        return carry(Circle(self.velocity.model), x, t, s, self.solver, slopes, columns, dimensions)
 
     def _integrate(self, field: Velocity, y: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
         parameters: tuple[Tensor, ...] = ()
@@ -305,10 +305,27 @@ def score_flow(
 
     ``-score_flow(model).log_prob(x).mean()`` is a loss that fine-tunes the model by likelihood; conditions are bound
     before, as in ``score_flow(model.given(label=y))``. `base` is x -> (B,), the log density at t = 1, by default the
-    prior's, which is not quite the true p_1.
+    prior's, which is not quite the true p_1. Raises ValueError for a t_min without noise.
     """
     sde = model.sde
+    check_start(sde, t_min)
     return Flow(ProbabilityFlow(model), base or sde.prior_log_prob, sde.prior, t0=t_min, t1=1.0, solver=solver, sde=sde)
+
+
+def as_state(x: Tensor) -> Tensor:
+    """x as a solver keeps it: half precision, whose rounding is far above tolerances, in float32.
+
+    Raises ValueError for what is no batch of states.
+    """
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (B, *shape) in floating point, got {x.dtype} of shape {tuple(x.shape)}")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_start(sde: SDE, t_min: float) -> None:
+    """Raise ValueError where the probability flow has no slope at t_min."""
+    if not 0 <= t_min < 1 or not bool(sde.sigma(torch.tensor(t_min, dtype=torch.float64)) > 0):
+        raise ValueError(f"t_min must lie between 0 and 1, where {sde} has noise, got {t_min:g}; 1e-5 is usual")
 
 
 def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.Generator, first: int) -> Tensor:

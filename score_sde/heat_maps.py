@@ -19,8 +19,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .circle import carry
-from .flows import ProbabilityFlow
+from .circle import Circle, carry
+from .flows import ProbabilityFlow, as_state, check_start
 from .model import ScoreModel
 from .ode import EACH, Solver, integrate
 from .samplers.base import example_generators
@@ -61,7 +61,8 @@ def heat_map(
 
     Raises ValueError for probes < 1, RuntimeError where the solver gives up.
     """
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = as_state(x)
+    check_start(model.sde, t_min)
     batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     if probes is None:
@@ -91,7 +92,7 @@ def heat_map(
 
     nfe: float
     if solver.method == EACH:
-        latent, terms, costs = carry(model, x, t_min, 1.0, solver, slopes, d)
+        latent, terms, costs = carry(Circle(model), x, t_min, 1.0, solver, slopes, d)
         latent, nfe = latent.flatten(1), costs.double().mean().item() if batch else 0
     else:
         start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)

@@ -6,7 +6,6 @@ Results are folders as those of `evaluate`: batches are on disk as they are done
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -24,14 +23,12 @@ from .evaluate import (
     Arrays,
     Counted,
     channels_last,
-    folder_for,
     in_batches,
+    once,
     read_arrays,
-    remove_parts,
     stamp,
     write_arrays,
     write_pictures,
-    write_stamp,
 )
 from .files import read
 from .latents import decode, encode, slerp
@@ -105,9 +102,6 @@ def run_encoding(
     label = e.split if source == e.split else "input"
     about = {"mode": "encode", "examples": source, "number": n, "seed": e.seed}
     made_from = stamp(checkpoint, e.weights, {**about, **_road(model, config)})
-    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}-{label}", made_from)
-    if (folder / "stamp.json").is_file():
-        return folder, json.loads((folder / "stamp.json").read_text())
     counted, split = Counted(model), split.to(processes.device)
 
     def compute(first: int, count: int) -> Arrays:
@@ -130,24 +124,24 @@ def run_encoding(
             found["pairs"] = channels_last(torch.stack([k, codec.decode(back)], 1)[:shown].flatten(0, 1))
         return found
 
-    joined = in_batches(folder, n, e.batch_size, processes, compute, lambda bar, done: None, "encoding")
-    result = {
-        **made_from,
-        "unit": "levels" if codec.levels else "data",
-        "largest_error": float(joined["largest_error"].max()),
-        "rms_error": math.sqrt(float((joined["rms_error"] ** 2).mean())),
-        "same_level": float(joined["same"].mean()) if "same" in joined else None,
-        "latent_deviation": float(np.sqrt((joined["latents"].astype(np.float64) ** 2).mean())) / model.sde.prior_std,
-        "nfe": joined["nfe"].mean(0).tolist(),
-    }
-    if processes.main:
-        write_arrays(folder / "latents.npz", {name: joined[name] for name in ("latents", "largest_error", "rms_error")})
-        if "pairs" in joined:
-            write_pictures(joined["pairs"], codec, folder, columns=min(8, len(joined["pairs"])))
-        write_stamp(folder, result)
-        remove_parts(folder)
-    processes.barrier()
-    return folder, result
+    def work(folder: Path) -> dict[str, Any]:
+        joined = in_batches(folder, n, e.batch_size, processes, compute, "encoding")
+        if processes.main:
+            kept = ("latents", "largest_error", "rms_error")
+            write_arrays(folder / "latents.npz", {name: joined[name] for name in kept})
+            if "pairs" in joined:
+                write_pictures(joined["pairs"], codec, folder, columns=min(8, len(joined["pairs"])))
+        deviation = float(np.sqrt((joined["latents"].astype(np.float64) ** 2).mean()))
+        return {
+            "unit": "levels" if codec.levels else "data",
+            "largest_error": float(joined["largest_error"].max()),
+            "rms_error": math.sqrt(float((joined["rms_error"] ** 2).mean())),
+            "same_level": float(joined["same"].mean()) if "same" in joined else None,
+            "latent_deviation": deviation / model.sde.prior_std,
+            "nfe": joined["nfe"].mean(0).tolist(),
+        }
+
+    return once(base, f"{checkpoint.stem}-{e.weights}-{label}", made_from, "latents.npz", processes, work)
 
 
 def round_trip(result: dict[str, Any]) -> str:
@@ -176,9 +170,6 @@ def run_decoding(
     e, latents = config.eval, read_latents(path, shape)
     about = {"latents_sha256": file_hash(path), "temperature": config.sampling.temperature, "number": len(latents)}
     made_from = stamp(checkpoint, e.weights, {"mode": "decode", **about, **_road(model, config)})
-    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}", made_from)
-    if (folder / "stamp.json").is_file():
-        return folder, json.loads((folder / "stamp.json").read_text())
     counted = Counted(model)
 
     def compute(first: int, count: int) -> Arrays:
@@ -187,15 +178,14 @@ def run_decoding(
         x = decode(counted, z, **_options(config))
         return {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
 
-    joined = in_batches(folder, len(latents), e.batch_size, processes, compute, lambda bar, done: None, "decoding")
-    result = {**made_from, "nfe": float(joined["nfe"].mean())}
-    if processes.main:
-        write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
-        write_pictures(joined["arr_0"], codec, folder)
-        write_stamp(folder, result)
-        remove_parts(folder)
-    processes.barrier()
-    return folder, result
+    def work(folder: Path) -> dict[str, Any]:
+        joined = in_batches(folder, len(latents), e.batch_size, processes, compute, "decoding")
+        if processes.main:
+            write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
+            write_pictures(joined["arr_0"], codec, folder)
+        return {"nfe": float(joined["nfe"].mean())}
+
+    return once(base, f"{checkpoint.stem}-{e.weights}", made_from, "samples.npz", processes, work)
 
 
 def run_interpolation(
@@ -226,9 +216,6 @@ def run_interpolation(
     )
     about = {"mode": "interpolate", **ends, "pairs": pairs, "steps": i.steps, "temperature": temperature}
     made_from = stamp(checkpoint, e.weights, {**about, **_road(model, config)})
-    folder = folder_for(base, f"{checkpoint.stem}-{e.weights}-{i.between}", made_from)
-    if (folder / "stamp.json").is_file():
-        return folder, json.loads((folder / "stamp.json").read_text())
     counted, weights = Counted(model), torch.linspace(0, 1, i.steps, dtype=torch.float64, device=processes.device)
     split = None if split is None else split.to(processes.device)
 
@@ -249,19 +236,19 @@ def run_interpolation(
             found["error"] = error.double().square().mean(1).cpu().numpy()
         return {**found, "nfe": np.array([counted.nfe])}
 
-    batch = max(1, e.batch_size // i.steps)
-    joined = in_batches(folder, pairs, batch, processes, compute, lambda bar, done: None, "interpolating")
-    result: dict[str, Any] = {**made_from, "nfe": float(joined["nfe"].mean())}
-    if split is not None:
-        result |= {"unit": "levels" if codec.levels else "data", "ends_rms_error": math.sqrt(joined["error"].mean())}
-    if processes.main:
-        rows = joined["arr_0"]
-        write_arrays(folder / "interpolations.npz", {"arr_0": rows})
-        write_pictures(rows.reshape(-1, *rows.shape[2:]), codec, folder, columns=i.steps)
-        write_stamp(folder, result)
-        remove_parts(folder)
-    processes.barrier()
-    return folder, result
+    def work(folder: Path) -> dict[str, Any]:
+        joined = in_batches(folder, pairs, max(1, e.batch_size // i.steps), processes, compute, "interpolating")
+        if processes.main:
+            rows = joined["arr_0"]
+            write_arrays(folder / "interpolations.npz", {"arr_0": rows})
+            write_pictures(rows.reshape(-1, *rows.shape[2:]), codec, folder, columns=i.steps)
+        found: dict[str, Any] = {"nfe": float(joined["nfe"].mean())}
+        if split is not None:
+            found |= {"unit": "levels" if codec.levels else "data", "ends_rms_error": math.sqrt(joined["error"].mean())}
+        return found
+
+    label = f"{checkpoint.stem}-{e.weights}-{i.between}"
+    return once(base, label, made_from, "interpolations.npz", processes, work)
 
 
 def fingerprint(split: Split) -> str:

@@ -67,7 +67,7 @@ class Solver:
             grows with the evaluations. "adjoint" solves the adjoint ODE from the end (Chen et al. 2018,
             arXiv:1806.07366, algorithm 1): as accurate as the solver, in memory that does not.
 
-    Raises ValueError for an unknown method or gradient, or for steps that do not suit the method.
+    Raises ValueError for an unknown method or gradient, impossible tolerances, or steps that do not suit the method.
     """
 
     method: str = "dopri5"
@@ -89,8 +89,15 @@ class Solver:
             )
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
+        check_tolerances(self.rtol, self.atol)
         if self.gradient not in ("backprop", "adjoint"):
             raise ValueError(f'unknown gradient {self.gradient!r}; use "backprop" or "adjoint"')
+
+
+def check_tolerances(rtol: float, atol: float) -> None:
+    """Raise ValueError where no step could be accepted, or any."""
+    if not (0 <= rtol < math.inf and 0 < atol < math.inf):
+        raise ValueError(f"rtol must be at least 0 and atol above 0, both finite, got {rtol:g} and {atol:g}")
 
 
 def integrate(
@@ -264,7 +271,7 @@ def integrate_each(
         arriving = size == distance
         new, error, last = trial(counted, y[here], u[left], sign[left] * size, slope[here], left)
         nfe[left] += len(_NODES) - 1
-        # in the state's dtype an error may vanish; a step grows tenfold at most
+        # in the state's dtype an error may vanish; a step grows to four times its size at most
         e = norm(error, y[here], new, rtol, atol)
         sound = e.isfinite() & _finite(new) & _finite(last)
         e, sound = e.masked_fill(~sound, math.inf).cpu().double(), sound.cpu()
@@ -272,7 +279,7 @@ def integrate_each(
         kept = good.to(y.device)
         y[here[kept]], slope[here[kept]] = new[kept], last[kept]
         u[left[good]] = torch.where(arriving, goal[left], u[left] + sign[left] * size)[good]
-        grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 10)
+        grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 4)
         h[left] = torch.where(good & arriving, torch.maximum(h[left], grown), grown)
         going[left[good & arriving]] = False
         short = ~good & (grown < least[left])

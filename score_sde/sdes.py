@@ -49,10 +49,23 @@ def like(a: Tensor, x: Tensor) -> Tensor:
     return a.reshape(-1, *(1,) * (x.ndim - 1))
 
 
-def add_(y: Tensor, weight: Tensor, z: Tensor) -> Tensor:
-    """y += weight · z in place and in one pass over memory, for a weight of shape () on the CPU, or (B,)."""
-    plain = weight.ndim == 0 and not weight.requires_grad  # a learned schedule's weights have a gradient
-    return y.add_(z, alpha=weight.item()) if plain else y.addcmul_(like(weight, y), z)
+def scaled(x: Tensor, weight: Tensor | float) -> Tensor:
+    """weight · x, for a number, or a tensor of shape () on the CPU, or (B,)."""
+    return x * (like(weight, x) if isinstance(weight, Tensor) else weight)
+
+
+def add_(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
+    """y += weight · z in place and in one pass over memory, for the same weights."""
+    if isinstance(weight, Tensor):
+        if weight.ndim > 0 or weight.requires_grad:  # a learned schedule's weights have a gradient
+            return y.addcmul_(like(weight, y), z)
+        weight = weight.item()
+    return y.add_(z, alpha=weight)
+
+
+def add(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
+    """y + weight · z in one pass over memory, for the same weights."""
+    return torch.addcmul(y, like(weight, y), z) if isinstance(weight, Tensor) else torch.add(y, z, alpha=weight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +139,17 @@ class SDE(ABC):
         return scale, torch.sqrt((sigma_t - kept) * (sigma_t + kept))
 
     def posterior(self, x_t: Tensor, x0: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """(mean, variance) of x_s | x_t, x_0 for s < t: mean of x_t's shape, variance of the times' shape.
+        """(mean, variance) of x_s | x_t, x_0 for s < t: mean of x_t's shape, variance of the times' shape."""
+        keep, weight, std = self.posterior_weights(s, t)
+        return add_(like(keep, x_t) * x_t, weight, x0), std**2
+
+    def posterior_weights(self, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(keep, weight, std) of x_s | x_t, x_0 ~ N(keep x_t + weight x_0, std² I) for s < t.
 
         Ho et al. 2020 (arXiv:2006.11239), eq. 6-7, for any two times of any SDE of this form.
         """
         (scale, std), sigma_s, sigma_t = self.transition(s, t), self.sigma(s), self.sigma(t)
-        kept = like(scale * (sigma_s / sigma_t) ** 2, x_t) * x_t
-        return add_(kept, self.alpha(s) * (std / sigma_t) ** 2, x0), (sigma_s * std / sigma_t) ** 2
+        return scale * (sigma_s / sigma_t) ** 2, self.alpha(s) * (std / sigma_t) ** 2, sigma_s * std / sigma_t
 
     def prior(self, shape: Sequence[int], noise: Noise) -> Tensor:
         """A draw of shape `shape` from the prior, with the numbers that `noise` gives."""

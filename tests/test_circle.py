@@ -119,11 +119,11 @@ def test_only_slopes_that_enter_the_integral_are_asked_to_be_whole() -> None:
 
     model = Gaussian(VPSDE(), MEAN, COV)
     with torch.no_grad():
-        _, integral, nfe = carry(model, numbers(1, 2), 0.01, 1.0, Solver("embedded"), slopes, 1, 2)
+        _, integral, nfe = carry(Circle(model), numbers(1, 2), 0.01, 1.0, Solver("embedded"), slopes, 1, 2)
     steps = (int(nfe) - 1) // 6
     assert len(asked) == 1 + 5 * steps and steps > 1
     ends = torch.stack([START, END])
-    places, radii = Circle(model, 0.5).place(ends), Circle(model, 0.5).radius(ends)
+    places, radii = Circle(model).place(ends), Circle(model).radius(ends)
     # a rate of 1 integrates to the way gone
     assert integral.item() == pytest.approx(float(places.diff()) + 2 * math.log(radii[1] / radii[0]), rel=1e-9)
 
@@ -154,9 +154,7 @@ def test_an_example_without_an_end_fails_alone() -> None:
     found = integrate_each(field, y, zero, one, rtol=1e-5, atol=1e-9)
     torch.testing.assert_close(found.state[[0, 2]], 1 / (1 / y[[0, 2]] - 1), rtol=1e-4, atol=0)
     assert bool(found.state[[1, 3]].isnan().all()) and found.nfe[3] == 1 and found.nfe[1] < 10_000
-    answer = (
-        r"gave up on 2 of 4 examples \(1, 3\), at t = 0.5 \(steps too short to advance\) after \d+ evaluations; check"
-    )
+    answer = r"gave up on 2 of 4 examples \(1, 3\), at t = 0.5 \(steps too short to advance\) after \d+ evaluations"
     assert re.search(answer, found.failure)
     wall = integrate_each(lambda u, y, rows, whole: 1 / (u < 0.3)[:, None], y[:1], zero, one, rtol=1e-9, atol=1e-9)
     assert "at t = 0.3 (a slope that is not finite, after steps however short)" in wall.failure
@@ -191,9 +189,7 @@ def test_one_bad_example_costs_a_likelihood_nothing_and_is_named() -> None:
 def test_a_solver_without_progress_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("score_sde.ode.MAX_STEPS", 3)
     assert MAX_STEPS == 10_000
-    with pytest.raises(
-        RuntimeError, match=r"gave up on 6 of 6 examples, at t = .* \(3 steps\) after 19 evaluations; check the"
-    ):
+    with pytest.raises(RuntimeError, match=r"gave up on 6 of 6 examples, at t = .* \(3 steps\) after 19 evaluations"):
         log_likelihood(EASY_AND_HARD, numbers(6, 2), method="embedded")
     one = torch.ones((), dtype=torch.float64)
     nothing = integrate_each(lambda u, y, rows, whole: y, numbers(2, 2), one, one, rtol=1e-5, atol=1e-5)

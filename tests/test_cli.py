@@ -513,33 +513,95 @@ def test_a_solver_that_gives_up_says_so_in_a_sentence(
     assert error.startswith("error: dopri5 gave up after 21 evaluations") and "raise rtol and atol" in error
 
 
+def test_an_image_on_which_the_solver_gives_up_is_named_and_costs_the_others_nothing(
+    trained: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import score_sde.evaluate as evaluate
+
+    real = evaluate.log_probability
+
+    def failing(*args: Any, first: int, **options: Any) -> Any:
+        found = real(*args, first=first, **options)
+        if first == 2:
+            found.log_prob[1] = torch.nan
+        return found
+
+    change = {"eval__num_images": 6, "eval__probes": 2, "eval__check_images": 5, "eval__heat_map": 2}
+    values = []
+    for patched in (False, True):
+        clear(trained, "likelihood")
+        monkeypatch.setattr(evaluate, "log_probability", failing if patched else real)
+        assert run(words("vp_digits", "likelihood", trained, images, **change)) == 0
+        (folder,) = (trained / "likelihood").iterdir()
+        values.append(np.load(folder / "likelihood.npz")["bits_per_dim"][:, 0])
+    stamp = json.loads((folder / "stamp.json").read_text())
+    kept = [0, 1, 2, 4, 5]
+    assert stamp["failed"] == [3] and np.isnan(values[1][3])
+    np.testing.assert_array_equal(values[1][kept], values[0][kept])
+    assert stamp["mean"] == pytest.approx(values[0][kept].mean(), rel=1e-12)
+    assert all(np.isfinite(error) for error in stamp["errors"].values())
+    assert "without 1 images that failed: 3" in capsys.readouterr().err
+
+
 # -- Ctrl-C
 
 
-@pytest.mark.parametrize("mode", ["sample", "likelihood", "encode"])
+PLACES = {
+    "sample": "samples", "likelihood": "likelihood", "encode": "latents", "decode": "decoded",
+    "interpolate": "interpolations",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mode", "number"),
+    [
+        ("sample", signal.SIGINT),
+        ("likelihood", signal.SIGKILL),
+        ("encode", signal.SIGINT),
+        ("decode", signal.SIGKILL),
+        ("interpolate", signal.SIGINT),
+    ],
+)
 def test_an_interrupted_evaluation_loses_nothing(
-    mode: str, trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
+    mode: str, number: int, trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGINT to a real process: one sentence, code 130, and the same command computes only what is missing."""
-    name = "latents" if mode == "encode" else mode + "s" * (mode == "sample")
+    """SIGINT to a real process: one sentence, code 130, and the same command computes only what is missing.
+
+    After kill -9 too, and a batch whose file a full disk has cut short is computed again.
+    """
+    name = PLACES[mode]
     clear(trained, name)
-    change = {"sampling__num_samples": 20, "sampling__batch_size": 1, "sampling__steps": 30}
-    change |= {"eval__num_images": 20, "eval__batch_size": 1, "eval__check_images": 0, "eval__rtol": 1e-4}
+    change = {"sampling__num_samples": 10, "sampling__batch_size": 1, "sampling__steps": 30}
+    change |= {"eval__num_images": 10, "eval__batch_size": 1, "eval__check_images": 0, "eval__rtol": 1e-4}
+    change |= {"interpolation__between": "seeds", "interpolation__pairs": 10, "interpolation__steps": 2}
     command = words("vp_digits", mode, trained, images, **change)
+    if mode == "decode":
+        np.savez(tmp_path / "latents.npz", latents=np.random.default_rng(0).normal(size=(10, 1, 8, 8)))
+        command += ["--input", str(tmp_path / "latents.npz")]
     process = subprocess.Popen(
         [sys.executable, "main.py", *command], cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE, text=True,
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background may ignore it
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while len(list((trained / name).glob("*/parts/0*.npz"))) < 3 and time.monotonic() < deadline:
+    while (
+        len(list((trained / name).glob("*/parts/0*.npz"))) < 3
+        and process.poll() is None
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.005)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     errors = process.communicate(timeout=60)[1]
-    assert process.returncode == 130 and "Traceback" not in errors
-    assert errors.splitlines()[-1] == "interrupted; what was finished is on disk, and the same command goes on"
-    kept = len(list((trained / name).glob("*/parts/0*.npz")))
-    assert 3 <= kept < 20
+    parts = sorted((trained / name).glob("*/parts/0*.npz"))
+    kept = len(parts)
+    assert 3 <= kept < 10
+    if number == signal.SIGINT:
+        assert process.returncode == 130 and "Traceback" not in errors
+        assert errors.splitlines()[-1] == "interrupted; what was finished is on disk, and the same command goes on"
+    else:
+        parts[1].write_bytes(parts[1].read_bytes()[:100])
+        (parts[0].parents[1] / ".samples.npz.1.partial").write_bytes(b"half")
+        kept -= 1
 
     def finish() -> tuple[int, dict[str, np.ndarray]]:
         """(batches computed, result) of the same command."""
@@ -551,13 +613,14 @@ def test_an_interrupted_evaluation_loses_nothing(
             assert run(command) == 0
         (folder,) = (trained / name).iterdir()
         assert (folder / "stamp.json").is_file() and not (folder / "parts").exists()
+        assert not list(folder.glob(".*"))
         return sum(path.parent.name == "parts" for path in written), dict(np.load(next(folder.glob("*.npz"))))
 
     computed, resumed = finish()
-    assert computed == 20 - kept
+    assert computed == 10 - kept
     clear(trained, name)
     computed, whole = finish()
-    assert computed == 20
+    assert computed == 10
     for key, value in whole.items():
         np.testing.assert_array_equal(resumed[key], value, err_msg=key)
 

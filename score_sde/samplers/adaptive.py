@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model import ScoreModel, of_examples
-from ..ode import LEAST_STEP, GaveUp, told
+from ..ode import LEAST_STEP, GaveUp, check_tolerances, told
 from ..sdes import Noise, add_, like
 from .base import Sampler
 from .deterministic import check_noisy
@@ -34,9 +34,9 @@ class AdaptiveSDE(Sampler):
         first: size of the first step, in t.
         safety, exponent: its theta and r.
 
-    The grid's points are where the state is reported. Raises ValueError where the grid ends at clean data (sigma = 0),
-    and RuntimeError, with the examples at which it does, where it gives up: where no step that still moves t has a
-    finite error that is small enough, or after 100 000 steps.
+    The grid's points are where the state is reported. Raises ValueError for impossible settings, and where the grid
+    ends at clean data (sigma = 0); RuntimeError, with the examples at which it does, where it gives up: where no step
+    that still moves t has a finite error that is small enough, or after 100 000 steps.
     """
 
     rtol: float = 0.02
@@ -45,13 +45,18 @@ class AdaptiveSDE(Sampler):
     safety: float = 0.9
     exponent: float = 0.9
 
+    def __post_init__(self) -> None:
+        check_tolerances(self.rtol, self.atol)
+        if not (self.first > 0 and 0 < self.safety < 1 and 0 < self.exponent <= 1):
+            raise ValueError(f"first must be above 0, safety below 1 and exponent at most 1, got {self}")
+
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)
         # Nobody waits at a time of the grid, so that an example's numbers do not depend on when others arrive.
         reached = [x.clone() for _ in times[1:]]
         x, past, path, goal = x.clone(), x.clone(), Path(len(x)), torch.ones(len(x), dtype=torch.long)
         t, h, told = times[0].expand(len(x)).clone(), torch.full((len(x),), self.first, dtype=torch.float64), 0
-        for _ in range(MAX_STEPS):
+        for tries in range(1, MAX_STEPS + 1):
             while told < len(reached) and bool((goal > told + 1).all()):
                 yield reached[told]
                 told += 1
@@ -82,13 +87,14 @@ class AdaptiveSDE(Sampler):
             short = ~good & (grown < LEAST_STEP * t[left])
             if bool(short.any()):
                 finite = bool(sound[short].all())
-                self._give_up(t, left[short], "steps too short to advance" if finite else "an error that is not finite")
-        self._give_up(t, left, f"{MAX_STEPS} steps")
+                reason = "steps too short to advance" if finite else "an error that is not finite"
+                self._give_up(t, left[short], reason, 2 * tries)
+        self._give_up(t, left, f"{MAX_STEPS} steps", 2 * MAX_STEPS)
 
-    def _give_up(self, t: Tensor, which: Tensor, reason: str) -> NoReturn:
+    def _give_up(self, t: Tensor, which: Tensor, reason: str, nfe: int) -> NoReturn:
         raise GaveUp(
-            f"AdaptiveSDE gave up on {told(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}); "
-            f"check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
+            f"AdaptiveSDE gave up on {told(which, len(t))}, at t = {t[which].max().item():.3g} ({reason}) after {nfe} "
+            f"evaluations; check the model there, or raise rtol and atol (now {self.rtol:g} and {self.atol:g})"
         )
 
 

@@ -1,13 +1,16 @@
 """What a sampler is, and the one door through which samples leave.
 
 A sampler walks a decreasing grid of times, yielding the state at each; one-step samplers define `step` and inherit the
-walk. Samplers are frozen values: printable, comparable, composable. They see randomness only as ``noise(like)``.
+walk. Most define it in two parts (`Planned`): numbers that hang on the times alone, which a walk computes for its whole
+grid at once, and passes over the state. Samplers are frozen values: printable, comparable, composable. They see
+randomness only as ``noise(like)``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,10 +20,12 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..model import Estimate, ScoreModel, at
-from ..sdes import Noise, WrongShape
+from ..model import Estimate, ScoreModel, WrongShape, at
+from ..sdes import SDE, Noise, add_
 
 _LOOK = 50  # steps between looks for values that are not finite
+
+Update = Callable[[Tensor, Noise], Tensor]  # a step: the next state, of x and the source of noise
 
 
 @dataclass(frozen=True)
@@ -31,11 +36,51 @@ class Sampler:
         """The state at s < t from the state x at t; t and s of shape () or (B,)."""
         raise TypeError(f"{type(self).__name__} has no single step; run its walk over a grid of times")
 
+    def updates(self, model: ScoreModel, times: Tensor) -> Iterator[Update]:
+        """The steps of a grid, one after the other."""
+        for t, s in pairwise(times):
+            yield lambda x, noise, t=t, s=s: self.step(model, x, t, s, noise)  # type: ignore[misc]
+
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         """The states at times[1], times[2], ...; `times` is a decreasing 1-D float64 tensor on the CPU."""
-        for t, s in pairwise(times):
-            x = self.step(model, x, t, s, noise)
+        for update in self.updates(model, times):
+            x = update(x, noise)
             yield x
+
+
+@dataclass(frozen=True)
+class Planned(Sampler, ABC):
+    """A one-step sampler in two parts: the `numbers` of a step, and what it does to the state with them.
+
+    Arithmetic on a tensor of one time takes microseconds, as long as a pass over a small batch: a walk does it once.
+    """
+
+    @abstractmethod
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        """What the steps from t to s take from the curves, each of the times' shape."""
+
+    @abstractmethod
+    def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
+        """The state at s from x at t, with the step's `numbers`: floats, or tensors of the times' shape."""
+
+    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        return self.take(model, x, t, s, self.numbers(model.sde, t, s), noise)
+
+    def updates(self, model: ScoreModel, times: Tensor) -> Iterator[Update]:
+        planned = rows(self.numbers(model.sde, times[:-1], times[1:]))
+        for (t, s), numbers in zip(pairwise(times), planned, strict=True):
+            yield lambda x, noise, t=t, s=s, row=numbers: self.take(model, x, t, s, row, noise)  # type: ignore[misc]
+
+
+def rows(columns: Sequence[Any]) -> list[tuple[float, ...]]:
+    """Tensors or arrays of shape (n,) as n tuples of numbers."""
+    return list(zip(*(column.tolist() for column in columns), strict=True))
+
+
+def add_noise_(y: Tensor, std: Tensor | float, noise: Noise) -> Tensor:
+    """y += std · z in place; nothing is drawn where std is 0."""
+    some = bool(std.any()) if isinstance(std, Tensor) else std != 0
+    return add_(y, std, noise(y)) if some else y
 
 
 def example_generators(seed: int, first: int, count: int, device: torch.device) -> list[torch.Generator]:

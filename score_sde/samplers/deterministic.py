@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 from torchdiffeq import odeint
 
-from ..model import ScoreModel, add_
+from ..model import ScoreModel
 from ..ode import FIXED, Solver, integrate
-from ..sdes import Noise, like
-from .base import Sampler
+from ..sdes import SDE, Noise, add_, like, scaled
+from .base import Planned, Sampler
 
 
 def velocity(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
@@ -29,21 +30,25 @@ def check_noisy(model: ScoreModel, s: Tensor) -> None:
 
 
 @dataclass(frozen=True)
-class Heun(Sampler):
+class Heun(Planned):
     """Heun's method in r = sigma/alpha, where the flow of y = x/alpha is dy/dr = noise: order 2, two evaluations.
 
     Karras et al. 2022, algorithm 1: DDIM's step, then the mean of the slopes at its two ends. The rates f and g, which
     jump at the steps of a chain, do not enter. A last step to clean data is DDIM's.
     """
 
-    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        sde, e = model.sde, model(x, t)
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         alpha_s, sigma_s = sde.alpha(s), sde.sigma(s)
-        y = add_(like(alpha_s, x) * e.data, sigma_s, e.noise)
-        if bool((sigma_s == 0).all()):
+        return alpha_s, sigma_s, (sigma_s - alpha_s / sde.alpha(t) * sde.sigma(t)) / 2
+
+    def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
+        alpha_s, sigma_s, half = numbers
+        e = model(x, t)
+        y = add_(scaled(e.data, alpha_s), sigma_s, e.noise)
+        if not (sigma_s.any() if isinstance(sigma_s, Tensor) else sigma_s):
             return y
-        h = sigma_s - alpha_s / sde.alpha(t) * sde.sigma(t)
-        return add_(y, h / 2, model(y, s).noise - e.noise)
+        other = model(y, s)
+        return add_(add_(y, half, other.noise), -half, e.noise)
 
 
 @dataclass(frozen=True)
@@ -82,6 +87,9 @@ class AdaptiveODE(Sampler):
     rtol: float = 1e-5
     atol: float = 1e-5
     method: str = "dopri5"
+
+    def __post_init__(self) -> None:
+        Solver(self.method, self.rtol, self.atol)  # which refuses what is no method or tolerance
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..circle import FIRST_STEP, Circle
 from ..model import ScoreModel, of_examples
-from ..ode import GaveUp, integrate_each
+from ..ode import GaveUp, check_tolerances, integrate_each
 from ..sdes import Noise
 from .base import Sampler
 from .deterministic import check_noisy
@@ -24,12 +24,15 @@ class EmbeddedODE(Sampler):
     root mean square of error/(atol + rtol |y|) over an example is at most 1. Only the examples that have not arrived
     are evaluated. The grid's points are where the state is reported.
 
-    Raises ValueError where the grid ends at clean data (sigma = 0), and RuntimeError, with the examples at which it
-    does, where the solver gives up: see `ode.integrate_each`, for each two times of the grid.
+    Raises ValueError for impossible tolerances, and where the grid ends at clean data (sigma = 0); RuntimeError, with
+    the examples at which it does, where the solver gives up: see `ode.integrate_each`, for each two times of the grid.
     """
 
     rtol: float = 1e-4
     atol: float = 1e-4
+
+    def __post_init__(self) -> None:
+        check_tolerances(self.rtol, self.atol)
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)

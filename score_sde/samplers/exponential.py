@@ -20,15 +20,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.special import gammainc
 from torch import Tensor
 
 from ..model import ScoreModel
-from ..sdes import SDE, Noise, add_, like
-from .base import Sampler
+from ..sdes import SDE, Noise, add, add_, scaled
+from .base import Sampler, add_noise_, rows
+
+# Coefficients are NumPy's: on a few numbers its arithmetic costs a third of torch's, and a walk's plan counts.
+Array = NDArray[np.float64]
 
 Prediction = Literal["data", "noise"]
 Rule = Literal["exact", "b1", "b2", "published"]
@@ -40,42 +45,40 @@ SHORT = 15  # steps: shorter grids are finished at lower order, as in the papers
 class Point(NamedTuple):
     """The curves at some times, and lambda = log(alpha/sigma) there."""
 
-    alpha: Tensor
-    sigma: Tensor
-    half_log_snr: Tensor
+    alpha: Array
+    sigma: Array
+    half_log_snr: Array
 
-    def at(self, i: Tensor) -> Point:
-        """Those at the indices i."""
-        return Point(self.alpha[i], self.sigma[i], self.half_log_snr[i])
+    def part(self, first: int, count: int) -> Point:
+        """Those at `count` times from the first on."""
+        return Point(*(curve[first : first + count] for curve in self))
 
 
-class Step(NamedTuple):
-    """x_s = keep x_t + sum_j weights_j F_j + fresh z; tensors of the times' shape, or numbers."""
-
-    keep: Any
-    weights: Sequence[Any]
-    fresh: Any
+# A step x_s = keep x_t + fresh z + sum_j weight_j F_j in one row: keep, fresh, and the weights; numbers, or of the
+# times' shape.
+Row = Sequence[Any]
 
 
 def point(sde: SDE, t: Tensor) -> Point:
-    return Point(sde.alpha(t), sde.sigma(t), sde.log_snr(t) / 2)
+    alpha, sigma = (curve.detach().double().cpu().numpy() for curve in (sde.alpha(t), sde.sigma(t)))
+    with np.errstate(divide="ignore"):  # infinite at clean data
+        return Point(alpha, sigma, np.log(alpha / sigma))
 
 
-def moments(z: Tensor, n: int, predict: Prediction) -> list[Tensor]:
+def moments(z: Any, n: int, predict: Prediction) -> list[Array]:
     """z ∫ w(u) u^k du over [0, 1], k = 0..n-1, with w = exp(-z (1 - u)) for data and exp(-z u) for noise.
 
     For noise it is z exp(-z) k! phi_{k+1}(z), and with the incomplete gamma function k! P(k + 1, z)/z^k, which keeps
     its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k.
     """
-    falling = [
-        math.factorial(k) * torch.special.gammainc(torch.full_like(z, k + 1), z) / (z**k if k else 1) for k in range(n)
-    ]
+    z = np.asarray(z)
+    falling = [math.factorial(k) * gammainc(k + 1, z) / (z**k if k else 1) for k in range(n)]
     if predict == "noise":
         return falling
     return [sum(((-1) ** j * math.comb(k, j) * falling[j] for j in range(1, k + 1)), falling[0]) for k in range(n)]
 
 
-def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule) -> tuple[Tensor, ...]:
+def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tuple[Array, ...]:
     """Weights of the values at `nodes`, nodes[0] = 0, of the polynomial's z ∫ w(u) F(u) du (see `moments`).
 
     "exact" integrates the polynomial. The others are what papers and their code take instead of the moment of u or u²,
@@ -83,55 +86,53 @@ def weights(z: Tensor, nodes: Sequence[Tensor], predict: Prediction, rule: Rule)
     (Zhao et al. 2023, arXiv:2302.04867, section 3.1: with more nodes B cancels); "published", DPM-Solver++'s: "b2" with
     two nodes, and with three half of the moment of u², by which its third order is lost.
     """
-    n = len(nodes)
+    z, places, n = np.asarray(z), [np.asarray(c) for c in nodes], len(nodes)
     m = moments(z, n, predict)
     if n == 2 and rule != "exact":
-        b1 = z if predict == "data" else z * torch.exp(-z)
+        b1 = z if predict == "data" else z * np.exp(-z)
         m[1] = (b1 if rule == "b1" else m[0]) / 2
     if n == 3 and rule == "published":
         m[2] = m[2] / 2
-    if n == 1:
-        return (m[0],)
-    if n == 2:  # solved by hand: a plan's cost is that of small tensors
-        w = m[1] / nodes[1]
-        return m[0] - w, w
-    if n == 3:
-        _, a, b = nodes
-        v, w = (m[2] - b * m[1]) / (a * (a - b)), (m[2] - a * m[1]) / (b * (b - a))
-        return m[0] - v - w, v, w
-    powers = torch.stack([torch.stack([c**k for c in nodes], -1) for k in range(n)], -2)
-    return torch.linalg.solve(powers, torch.stack(m, -1)).unbind(-1)
+    # Björck & Pereyra 1970: sum_j w_j places_j^k = m_k, solved in place
+    for k in range(n - 1):
+        for i in range(n - 1, k, -1):
+            m[i] = m[i] - places[k] * m[i - 1]
+    for k in range(n - 2, -1, -1):
+        for i in range(k + 1, n):
+            m[i] = m[i] / (places[i] - places[i - k - 1])
+        for i in range(k, n - 1):
+            m[i] = m[i] - m[i + 1]
+    return tuple(m)
 
 
 def coefficients(
-    s: Point, nodes: Sequence[Point], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor]:
-    """What a `Step` from nodes[0], where x stands, to s holds, with values of F at the `nodes`; all of one shape.
+    t: Point, s: Point, places: Sequence[Any], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
+) -> tuple[Array, ...]:
+    """The `Row` of the step from t to s, with the weights of F at t and at the `places` u; all of one shape.
 
-    Where s is clean data (sigma = 0) there may be one node only, and the step lands on its estimate of the data.
+    Where s is clean data (sigma = 0) there may be no places, and the step lands on the estimate of the data at t.
     """
-    t = nodes[0]
     h = s.half_log_snr - t.half_log_snr
-    places = [torch.zeros_like(h), *((u.half_log_snr - t.half_log_snr) / h for u in nodes[1:])]
+    zero = np.zeros_like(h)
     if predict == "noise":
         keep = s.alpha / t.alpha
         scale = -keep * t.sigma
-        return keep, tuple(scale * w for w in weights(h, places, predict, rule)), torch.zeros_like(h)
-    keep, fresh = s.sigma / t.sigma, torch.zeros_like(h)
+        return keep, zero, *(scale * w for w in weights(h, [0.0, *places], predict, rule))
+    keep, fresh = s.sigma / t.sigma, zero
     if eta > 0:
-        keep = keep * torch.exp(-(eta**2) * h)
-        fresh = s.sigma * torch.sqrt(-torch.expm1(-2 * eta**2 * h))
-    return keep, tuple(s.alpha * w for w in weights((1 + eta**2) * h, places, predict, rule)), fresh
+        keep = keep * np.exp(-(eta**2) * h)
+        fresh = s.sigma * np.sqrt(-np.expm1(-2 * eta**2 * h))
+    return keep, fresh, *(s.alpha * w for w in weights((1 + eta**2) * h, [0.0, *places], predict, rule))
 
 
-def advance(x: Tensor, values: Sequence[Tensor], step: Step) -> Tensor:
-    """keep x + sum_j weights_j values_j; values beyond the weights do not count."""
-    y = x * (like(step.keep, x) if isinstance(step.keep, Tensor) else step.keep)
-    for weight, value in zip(step.weights, values, strict=False):
-        if isinstance(weight, Tensor):
-            add_(y, weight, value)
-        else:
-            y.add_(value, alpha=weight)
+def advance(x: Tensor, values: Sequence[Tensor], row: Row) -> Tensor:
+    """keep x + sum_j weights_j values_j, a new tensor; values beyond the weights do not count."""
+    keep, _, *weights = row
+    # Where x is kept as it is (VE), its copy takes the first term along; DPM-Solver-2's first weight is 0.
+    y = x if isinstance(keep, float) and keep == 1 else scaled(x, keep)
+    for weight, value in zip(weights, values, strict=False):
+        if isinstance(weight, Tensor) or weight != 0:
+            y = add(y, weight, value) if y is x else add_(y, weight, value)
     return y
 
 
@@ -145,76 +146,75 @@ def estimate(model: ScoreModel, x: Tensor, t: Tensor, predict: Prediction) -> Te
 _STAGES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 
 
-def singlestep(
-    model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, order: int, predict: Prediction, first: Tensor
-) -> Tensor:
-    """DPM-Solver's step of the given order from t to s, where `first` is the estimate at (x, t)."""
-    return climb(model, x, stages(model.sde, t, s, order, predict), predict, first)
+# What a step of DPM-Solver takes: the times of its intermediate points, each with the `coefficients` of the step there
+# from where it starts; last those of the step to its end, where nothing is evaluated.
+Stages = Sequence[tuple[Tensor | None, Row]]
 
 
-def stages(sde: SDE, t: Tensor, s: Tensor, order: int, predict: Prediction) -> list[tuple[Tensor, Step]]:
-    """The times of the intermediate points and s, with the steps to them from t; of order 1 where s is clean data."""
-    start, end = point(sde, t), point(sde, s)
-    nodes, found = [start], []
-    if bool((end.sigma == 0).any()):
+def stages(sde: SDE, start: Point, end: Point, order: int, predict: Prediction) -> Stages:
+    """Those from some times to others, of order 1 where they end at clean data."""
+    if (end.sigma == 0).any():
         order = 1
+    found: list[tuple[Tensor | None, Row]] = []
+    places: list[float] = []
     for c in _STAGES[order]:
-        u = sde.time(2 * (start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)))
-        middle = point(sde, u)
-        found.append((u, Step(*coefficients(middle, nodes, predict))))
-        nodes = [start, middle]
-    rule: Rule = "b2" if order == 2 else "exact"
-    return [*found, (s, Step(*coefficients(end, nodes, predict, rule)))]
+        half_log_snr = start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)
+        u = sde.time(torch.as_tensor(2 * half_log_snr))
+        found.append((u, coefficients(start, point(sde, u), [p / c for p in places], predict)))
+        places = [c]
+    return [*found, (None, coefficients(start, end, places, predict, "b2" if order == 2 else "exact"))]
 
 
-def climb(
-    model: ScoreModel, x: Tensor, parts: Sequence[tuple[Tensor, Step]], predict: Prediction, first: Tensor
-) -> Tensor:
+def stages_of(sde: SDE, grid: Point, order: int, predict: Prediction) -> list[Stages]:
+    """Those of every step of a grid, as numbers; at its end there may be clean data."""
+
+    def numbers(first: int, count: int) -> list[Stages]:
+        found = stages(sde, grid.part(first, count), grid.part(first + 1, count), order, predict)
+        planned = [(count * [None] if u is None else u.unbind(), rows(columns)) for u, columns in found]
+        return [[(times[i], row[i]) for times, row in planned] for i in range(count)]
+
+    n, clean = len(grid.sigma) - 1, int(grid.sigma[-1] == 0)
+    steps = numbers(0, n - clean) if n > clean else []
+    return steps + numbers(n - 1, 1) if clean else steps
+
+
+def climb(model: ScoreModel, x: Tensor, parts: Stages, predict: Prediction, first: Tensor) -> Tensor:
     """Through the `stages`, each of which takes the first estimate and that of the stage before."""
-    values = [first]
-    for u, step in parts[:-1]:
-        values = [first, estimate(model, advance(x, values, step), u, predict)]
-    return advance(x, values, parts[-1][1])
+    values, y = [first], x
+    for u, row in parts:
+        y = advance(x, values, row)
+        values = values if u is None else [first, estimate(model, y, u, predict)]
+    return y
 
 
-def orders(sde: SDE, times: Tensor, order: int, short: int = SHORT) -> list[int]:
+def orders(grid: Point, order: int, short: int = SHORT) -> list[int]:
     """The order of each step: no more than there are values, and lower at the end where that is short or clean.
 
     The papers' code lowers it on grids of fewer than `short` = 15 steps; at sigma = 0 lambda is infinite, and no
     polynomial in it gets there.
     """
-    n = len(times) - 1
-    clean = bool(sde.sigma(times[-1]) == 0)
+    n, clean = len(grid.sigma) - 1, grid.sigma[-1] == 0
     return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
 
 
-def rows(keep: Tensor, weights: Sequence[Tensor], fresh: Tensor) -> list[Step]:
-    """The steps of tensors (n,), as numbers."""
-    each = zip(keep.tolist(), zip(*(w.tolist() for w in weights), strict=True), fresh.tolist(), strict=True)
-    return [Step(*row) for row in each]
-
-
 def plan(
-    sde: SDE,
-    times: Tensor,
-    orders: Sequence[int],
-    predict: Prediction,
-    rule: Rule,
-    eta: float = 0.0,
-    corrector: bool = False,
-) -> list[Step]:
-    """All steps of a grid, of which step i takes the values at the orders[i] times up to times[i].
+    grid: Point, orders: Sequence[int], predict: Prediction, rule: Rule, eta: float = 0.0, corrector: bool = False
+) -> list[Row]:
+    """The steps of a grid, as numbers: step i takes the values at the orders[i] points up to the grid's point i.
 
-    A corrector's step takes the value at times[i + 1] besides, as its last. Steps of one order are computed at once.
+    A corrector's step takes the value at point i + 1 besides, as its last. For every order that occurs all steps are
+    computed at once.
     """
-    found: dict[int, Step] = {}
-    grid = point(sde, times)
+    lam = grid.half_log_snr
+    found: dict[int, list[tuple[float, ...]]] = {}
     for q in set(orders):
-        i = torch.tensor([k for k, order in enumerate(orders) if order == q])
-        nodes = [grid.at(i - j) for j in range(q)] + ([grid.at(i + 1)] if corrector else [])
-        keep, many, fresh = coefficients(grid.at(i + 1), nodes, predict, rule, eta)
-        found |= dict(zip(i.tolist(), rows(keep, many, fresh), strict=True))
-    return [found[i] for i in range(len(orders))]
+        first = q - 1  # which has as many points behind it
+        count = max(i for i, order in enumerate(orders) if order == q) - first + 1
+        t, s = grid.part(first, count), grid.part(first + 1, count)
+        h = s.half_log_snr - t.half_log_snr
+        places = [(lam[first - j :][:count] - t.half_log_snr) / h for j in range(1, q)]
+        found[q] = rows(coefficients(t, s, places + [1.0] * corrector, predict, rule, eta))
+    return [found[q][i - q + 1] for i, q in enumerate(orders)]
 
 
 def _check(order: int, predict: str, start: str = "lower") -> None:
@@ -243,21 +243,15 @@ class DPMSolver(Sampler):
         _check(self.order, self.predict)
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        first = estimate(model, x, t, self.predict)
-        return singlestep(model, x, t, s, self.order, self.predict, first)
+        found = stages(model.sde, point(model.sde, t), point(model.sde, s), self.order, self.predict)
+        parts = [(u, [torch.as_tensor(c) for c in row]) for u, row in found]
+        return climb(model, x, parts, self.predict, estimate(model, x, t, self.predict))
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         """These steps, with the coefficients of all of them computed at once."""
-        sde = model.sde
-        n = int((sde.sigma(times[1:]) > 0).sum())  # all, or all but the last
-        found = stages(sde, times[:n], times[1 : n + 1], self.order, self.predict) if n else []
-        planned = [(u, rows(*step)) for u, step in found]
-        for i, t in enumerate(times[:-1]):
-            if i < n:
-                first = estimate(model, x, t, self.predict)
-                x = climb(model, x, [(u[i], steps[i]) for u, steps in planned], self.predict, first)
-            else:
-                x = self.step(model, x, t, times[i + 1], noise)
+        planned = stages_of(model.sde, point(model.sde, times), self.order, self.predict)
+        for t, parts in zip(times[:-1], planned, strict=True):
+            x = climb(model, x, parts, self.predict, estimate(model, x, t, self.predict))
             yield x
 
 
@@ -296,19 +290,19 @@ class Multistep(Sampler):
             raise ValueError(f'eta must be 0, or above with predict="data", got {self.eta} with {self.predict!r}')
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        allowed = orders(model.sde, times, self.order)
-        steps = plan(model.sde, times, allowed, self.predict, self.rule, self.eta)
+        grid = point(model.sde, times)
+        allowed = orders(grid, self.order)
+        steps = plan(grid, allowed, self.predict, self.rule, self.eta)
         # A first step of local error h² is all right for order 2; order 3 needs h³.
         single = self.start == "singlestep" and self.eta == 0 and max(allowed) == 3
         past: list[Tensor] = []  # newest first
-        for i, (t, s) in enumerate(pairwise(times)):
+        for i, t in enumerate(times[:-1]):
             past = [estimate(model, x, t, self.predict), *past[: self.order - 1]]
             if i == 0 and single:
-                x = singlestep(model, x, t, s, 2, self.predict, past[0])
+                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 2, self.predict)[0], self.predict, past[0])
             else:
                 x = advance(x, past, steps[i])
-            if fresh := float(steps[i].fresh):
-                x.add_(noise(x), alpha=fresh)
+            x = add_noise_(x, steps[i][1], noise)
             yield x
 
 
@@ -342,19 +336,25 @@ class UniPC(Sampler):
             raise ValueError(f'variant must be "b1" or "b2", got {self.variant!r}')
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        allowed = orders(model.sde, times, self.order, self.short)
-        steps = plan(model.sde, times, allowed, self.predict, self.variant)
-        corrections = plan(model.sde, times[:-1], allowed[:-1], self.predict, self.variant, corrector=True)
+        grid = point(model.sde, times)
+        allowed = orders(grid, self.order, self.short)
+        steps = plan(grid, allowed, self.predict, self.variant)
+        # The corrected point is the predicted one, moved by what the weights differ in. The last one, which may be
+        # clean data, is not corrected.
+        corrected = plan(grid.part(0, len(allowed)), allowed[:-1], self.predict, self.variant, corrector=True)
+        moves = [
+            (1.0, 0.0, new[-1], *(a - b for a, b in zip(new[2:], old[2:], strict=False)))
+            for new, old in zip(corrected, steps, strict=False)
+        ]
         single = self.start == "singlestep" and max(allowed) == 3
         past: list[Tensor] = []  # newest first
-        before = x
-        for i, (t, s) in enumerate(pairwise(times)):
+        for i, t in enumerate(times[:-1]):
             new = estimate(model, x, t, self.predict)
             if i > 0 and not (i == 1 and single):
-                x = advance(before, [*past[: allowed[i - 1]], new], corrections[i - 1])
-            before, past = x, [new, *past[: self.order - 1]]
+                x = advance(x, [new, *past], moves[i - 1])
+            past = [new, *past[: self.order - 1]]
             if i == 0 and single:
-                x = singlestep(model, x, t, s, 3, self.predict, new)
+                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 3, self.predict)[0], self.predict, new)
             else:
                 x = advance(x, past, steps[i])
             yield x

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ..model import ScoreModel
-from ..sdes import Noise, add_, like
-from .base import Sampler
+from ..sdes import Noise, add_
+from .base import Sampler, rows
 from .deterministic import Heun
 
 
@@ -42,14 +41,16 @@ class Churn(Sampler):
             raise ValueError(f"churn and inflate must be at least 0, and 0 <= low <= high, got {self}")
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        sde, gamma = model.sde, min(self.churn / (len(times) - 1), math.sqrt(2) - 1)
+        sde, t, s = model.sde, times[:-1], times[1:]
+        gamma = min(self.churn / len(t), math.sqrt(2) - 1)
         most = sde.log_snr(torch.ones((), dtype=torch.float64))
-        for t, s in pairwise(times):
-            r = sde.sigma(t) / sde.alpha(t)
-            if gamma > 0 and self.low <= float(r) <= self.high:
-                u = sde.time(torch.maximum(sde.log_snr(t) - 2 * math.log1p(gamma), most))
-                if u > t:
-                    scale, std = sde.transition(t, u)
-                    x, t = add_(like(scale, x) * x, self.inflate * std, noise(x)), u
-            x = Heun().step(model, x, t, s, noise)
+        r = sde.sigma(t) / sde.alpha(t)
+        raised = sde.time(torch.maximum(sde.log_snr(t) - 2 * math.log1p(gamma), most))
+        u = torch.where((gamma > 0) & (self.low <= r) & (r <= self.high) & (raised > t), raised, t)
+        scale, std = sde.transition(t, u)
+        heun, churned = Heun(), rows((u > t, scale, self.inflate * std))
+        for a, b, (churn, keep, fresh), numbers in zip(u, s, churned, rows(heun.numbers(sde, u, s)), strict=True):
+            if churn:
+                x = add_(x * keep, fresh, noise(x))
+            x = heun.take(model, x, a, b, numbers, noise)
             yield x

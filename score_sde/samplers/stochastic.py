@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from ..model import ScoreModel, Variance, reverse_log_variance
-from ..sdes import Noise, add_, like
-from .base import Sampler
+from ..sdes import SDE, Noise, add, add_, like, scaled
+from .base import Planned, Sampler, Update, add_noise_
 
 
 @dataclass(frozen=True)
-class EulerMaruyama(Sampler):
+class ReverseStep(Planned):
+    """x_s = keep x_t + slope noise + fresh z. The score is noise/-sigma; its factor is in `slope`, at no cost."""
+
+    def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
+        keep, slope, fresh = numbers
+        e = model(x, t)
+        return add_noise_(add_(scaled(x, keep), slope, e.noise), fresh, noise)
+
+
+@dataclass(frozen=True)
+class EulerMaruyama(ReverseStep):
     """x_s = x_t + (s - t) [f x - g² score] + g sqrt(t - s) z: weak order 1 (Song et al. 2021, appendix D)."""
 
-    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        h, f, g = t - s, model.sde.f(t), model.sde.g(t)
-        mean = add_(like(1 - h * f, x) * x, h * g**2, model.score(x, t))
-        return add_(mean, g * h.sqrt(), noise(x))
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        h, f, g = t - s, sde.f(t), sde.g(t)
+        return 1 - h * f, -h * g**2 / sde.sigma(t), g * h.sqrt()
 
 
 @dataclass(frozen=True)
-class ReverseDiffusion(Sampler):
+class ReverseDiffusion(ReverseStep):
     """x_s = (2 - scale) x_t + std² score + std z with x_t | x_s ~ N(scale x_s, std²): the forward step, reversed.
 
     Song et al. 2021, eq. 44-46 and appendix E, with the exact transition as discretisation; on a chain it is the
@@ -35,14 +43,14 @@ class ReverseDiffusion(Sampler):
 
     flow: bool = False
 
-    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        scale, std = model.sde.transition(s, t)
-        mean = add_(like(2 - scale, x) * x, std**2 / 2 if self.flow else std**2, model.score(x, t))
-        return mean if self.flow else add_(mean, std, noise(x))
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        scale, std = sde.transition(s, t)
+        slope = -(std**2) / sde.sigma(t)
+        return (2 - scale, slope / 2, torch.zeros_like(std)) if self.flow else (2 - scale, slope, std)
 
 
 @dataclass(frozen=True)
-class Ancestral(Sampler):
+class Ancestral(Planned):
     """x_s from the posterior of x_s | x_t, x_0 with x_0 the model's estimate: the DDPM sampler, on any SDE.
 
     Ho et al. 2020, algorithm 2; Song et al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde),
@@ -52,22 +60,26 @@ class Ancestral(Sampler):
 
     variance: Variance = "small"
 
-    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        estimate = model(x, t)
-        mean, small = model.sde.posterior(x, estimate.data, s, t)
-        if not bool((small > 0).any()):
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        keep, weight, small = sde.posterior_weights(s, t)
+        return keep, weight, small, torch.where(small > 0, sde.transition(s, t)[1], 0.0)
+
+    def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
+        keep, weight, small, large = numbers
+        e = model(x, t)
+        mean = add_(scaled(x, keep), weight, e.data)
+        if self.variance != "learned":
+            return add_noise_(mean, small if self.variance == "small" else large, noise)
+        small, large = (torch.as_tensor(std, dtype=torch.float64) for std in (small, large))
+        noisy = large > 0
+        if not bool(noisy.any()):
             return mean
-        if self.variance == "small":
-            return add_(mean, small.sqrt(), noise(x))
-        large, noisy = model.sde.transition(s, t)[1] ** 2, small > 0
-        if self.variance == "large":
-            return add_(mean, torch.where(noisy, large, small).sqrt(), noise(x))
-        log_variance = reverse_log_variance(estimate, small.where(noisy, large), large, self.variance)
+        log_variance = reverse_log_variance(e, small.where(noisy, 1.0) ** 2, large.where(noisy, 1.0) ** 2, "learned")
         return torch.addcmul(mean, torch.exp(log_variance / 2) * like(noisy.double(), x), noise(x))
 
 
 @dataclass(frozen=True)
-class DDIM(Sampler):
+class DDIM(Planned):
     """x_s = alpha_s data + sqrt(sigma_s² - fresh²) noise + fresh z, fresh = eta times the posterior's deviation.
 
     Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eta = 1 is `Ancestral`; eta = 0 draws nothing and is the
@@ -76,39 +88,32 @@ class DDIM(Sampler):
 
     eta: float = 0.0
 
-    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        sde, e = model.sde, model(x, t)
-        clean, sigma_s = like(sde.alpha(s), x) * e.data, sde.sigma(s)
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        alpha, sigma = sde.alpha(s), sde.sigma(s)
         if self.eta == 0:
-            return add_(clean, sigma_s, e.noise)
-        fresh = self.eta * sigma_s * sde.transition(s, t)[1] / sde.sigma(t)
-        mean = add_(clean, (sigma_s**2 - fresh**2).clamp_min(0).sqrt(), e.noise)
-        return add_(mean, fresh, noise(x))
+            return alpha, sigma, torch.zeros_like(sigma)
+        fresh = self.eta * sigma * sde.transition(s, t)[1] / sde.sigma(t)
+        return alpha, (sigma**2 - fresh**2).clamp_min(0).sqrt(), fresh
 
-    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        """These steps; without noise, with the curves computed at once, which else cost as much as the arithmetic."""
-        if self.eta > 0:
-            yield from super().walk(model, x, times, noise)
-            return
-        alphas, sigmas = model.sde.alpha(times[1:]).tolist(), model.sde.sigma(times[1:]).tolist()
-        for t, alpha, sigma in zip(times[:-1], alphas, sigmas, strict=True):
-            e = model(x, t)
-            x = (alpha * e.data).add_(e.noise, alpha=sigma)
-            yield x
+    def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
+        alpha, weight, fresh = numbers
+        e = model(x, t)
+        return add_noise_(add_(scaled(e.data, alpha), weight, e.noise), fresh, noise)
 
 
 @dataclass(frozen=True)
-class Corrector(Sampler):
+class Corrector(Planned):
     """A sampler whose step stays at its time t. Alone it visits every time of the grid, also the last one.
 
     Not beside a predictor, which ends there; nor where that time is clean data (sigma = 0).
     """
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        for t, s in pairwise(times):
-            x = self.step(model, x, t, s, noise)
-            if s == times[-1] and bool(model.sde.sigma(s) > 0):
-                x = self.step(model, x, s, s, noise)
+        last = len(times) - 2
+        for i, update in enumerate(self.updates(model, times)):
+            x = update(x, noise)
+            if i == last and bool(model.sde.sigma(times[-1]) > 0):
+                x = self.step(model, x, times[-1], times[-1], noise)
             yield x
 
 
@@ -126,17 +131,24 @@ class Langevin(Corrector):
     steps: int = 1
     norm: Literal["example", "batch"] = "example"
 
-    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        a = like((model.sde.alpha(t) / model.sde.alpha(s)) ** 2, x)
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        return 2 * (self.snr * sde.alpha(t) / sde.alpha(s)) ** 2, sde.sigma(t)
+
+    def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
+        a, sigma = (n.to(x) if isinstance(n, Tensor) else n for n in numbers)
         for _ in range(self.steps):
-            score, z = model.score(x, t), noise(x)
-            h = 2 * a * (self.snr * self._size(z) / self._size(score)) ** 2
-            x = torch.addcmul(x, h, score).addcmul_(torch.sqrt(2 * h), z)
+            e, z = model(x, t), noise(x)
+            h = a * (self._mean(size(z)) / self._mean(size(e.noise) / sigma)) ** 2
+            x = torch.addcmul(x, like(-h / sigma, x), e.noise).addcmul_(like(torch.sqrt(2 * h), x), z)
         return x
 
-    def _size(self, x: Tensor) -> Tensor:
-        norm = torch.linalg.vector_norm(x.flatten(1), dim=1)
-        return like(norm.mean().expand_as(norm) if self.norm == "batch" else norm, x)
+    def _mean(self, sizes: Tensor) -> Tensor:
+        return sizes.mean().expand_as(sizes) if self.norm == "batch" else sizes
+
+
+def size(x: Tensor) -> Tensor:
+    """The norm of each example, (B,)."""
+    return torch.linalg.vector_norm(x.flatten(1), dim=1)
 
 
 @dataclass(frozen=True)
@@ -152,11 +164,15 @@ class AnnealedLangevin(Corrector):
     snr: float = 0.16
     steps: int = 1
 
-    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        sde = model.sde
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         h = 2 * (sde.alpha(t) / sde.alpha(s) * self.snr * sde.sigma(t)) ** 2
+        return -h / sde.sigma(t), torch.sqrt(2 * h)
+
+    def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
+        slope, fresh = numbers
         for _ in range(self.steps):
-            x = add_(add_(x.clone(), h, model.score(x, t)), torch.sqrt(2 * h), noise(x))
+            e = model(x, t)
+            x = add_noise_(add(x, slope, e.noise), fresh, noise)
         return x
 
 
@@ -173,3 +189,8 @@ class PredictorCorrector(Sampler):
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         x = self.corrector.step(model, x, t, s, noise)
         return self.predictor.step(model, x, t, s, noise)
+
+    def updates(self, model: ScoreModel, times: Tensor) -> Iterator[Update]:
+        pairs = zip(self.corrector.updates(model, times), self.predictor.updates(model, times), strict=True)
+        for correct, predict in pairs:
+            yield lambda x, noise, c=correct, p=predict: p(c(x, noise), noise)  # type: ignore[misc]
