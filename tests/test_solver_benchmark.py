@@ -1,6 +1,7 @@
 """The benchmark of samplers measures what it says: errors, budgets, distances of laws, and where the default loses."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -152,6 +153,7 @@ def test_the_command_prints_every_table_and_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(solvers, "mixtures", lambda: [next(problems.mixtures())])
     monkeypatch.setattr(solvers, "held_out", lambda: [next(problems.held_out())])
+    monkeypatch.setattr(solvers, "mixture_problem", partial(problems.mixture_problem, count=6))
     few = [Subject("ours", "DDIM", DDIM()), Subject("diffusers", "UniPC 2", DETERMINISTIC["UniPC 2"])]
     monkeypatch.setattr(solvers, "deterministic", lambda peer: few)
     monkeypatch.setattr(solvers, "LONG", 60)
