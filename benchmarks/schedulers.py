@@ -77,6 +77,7 @@ class Scheduled(Sampler):
             levels = levels.repeat_interleave(2)[1:]
         scheduler.timesteps = torch.arange(2 * n if self.doubled else n, 0, -1, dtype=torch.float64)
         scheduler.sigmas = levels
+        scheduler.is_scale_input_called = True  # the model here takes x as it is
         scheduler.set_begin_index(0)
         return scheduler
 
@@ -111,6 +112,10 @@ def _still(t: object) -> float:
     return 0.0
 
 
+def _noisy(t: object) -> float:
+    return 1.0
+
+
 DETERMINISTIC: dict[str, Scheduled] = {
     "DDIM": Scheduled("DDIMScheduler", "table", (("clip_sample", False),)),
     "PNDM (PLMS)": Scheduled("PNDMScheduler", "table", (("skip_prk_steps", True),)),
@@ -133,4 +138,5 @@ STOCHASTIC: dict[str, Scheduled] = {
     "DDPM": Scheduled("DDPMScheduler", "table", (("clip_sample", False),)),
     "Euler ancestral": Scheduled("EulerAncestralDiscreteScheduler", "exploding"),
     "SDE-DPM-Solver++ 2M": _multistep(("algorithm_type", "sde-dpmsolver++")),
+    "SA-Solver": Scheduled("SASolverScheduler", settings=(("tau_func", _noisy),)),
 }

@@ -92,7 +92,7 @@ def default_config() -> ConfigDict:
                 "churn_high": 50.0,  # and this (S_tmax)
                 "churn_inflate": 1.003,  # deviation of that noise (S_noise)
                 "steps": 1000,  # predictor steps; adaptive solvers choose their own
-                # where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7) or arcsinh(log-SNR/6); or
+                # where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7) or arcsinh(log-SNR/4); or
                 # fitted to the model
                 "grid": "uniform",
                 "t_min": 1e-3,  # time at which sampling stops (a discrete model stops at its first step)

@@ -1,23 +1,17 @@
 """The benchmarks run and report every row, at sizes where their times mean nothing."""
 
-import math
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import peer, solvers
+from benchmarks import peer
 from benchmarks.likelihood import likelihood
 from benchmarks.sampling import SUBJECTS, sampling
-from benchmarks.schedulers import DETERMINISTIC
 from benchmarks.timing import Clock, Table, ratio, spread
 from benchmarks.training import training
-from score_sde import DDIM, DPMSolver, Heun, Multistep, Sampler, UniPC, recommended, times
 from score_sde.config import load
-
-# of NumPy's and of their own options
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 CLOCK = Clock(torch.device("cpu"), threads=1, seconds=0.0, turns=2)
@@ -84,85 +78,3 @@ def test_what_the_peer_lacks_is_refused(tmp_path: Path) -> None:
         peer.config_for(load(CONFIGS / "vp_cifar.py", {"training.sde": "cosine"}), (3, 32, 32), torch.device("cpu"))
     theirs = peer.config_for(load(CONFIGS / "ve_cifar.py"), (3, 32, 32), torch.device("cpu"))
     assert theirs.model.scale_by_sigma and theirs.model.ch_mult == (1, 2, 2, 2)
-
-
-@pytest.fixture(scope="module")
-def problem() -> solvers.Problem:
-    return solvers.mixture_problem(*next(solvers.mixtures()), count=16)
-
-
-def test_references_of_the_flow_agree(problem: solvers.Problem) -> None:
-    assert problem.doubt < 1e-9
-
-
-@pytest.mark.parametrize(
-    ("name", "ours"),
-    [
-        ("DDIM", DDIM()),
-        ("Heun", Heun()),
-        ("DEIS 3", Multistep(3, "noise", start="lower")),
-        ("UniPC 3", UniPC(3, start="lower", short=100)),
-        ("UniPC 3, noise", UniPC(3, predict="noise", start="lower", short=100)),
-    ],
-)
-def test_schedulers_of_diffusers_end_where_ours_do_on_the_same_grid(
-    problem: solvers.Problem, name: str, ours: Sampler
-) -> None:
-    for n in (6, 20):
-        grid = times.arcsinh(problem.sde, n)
-        (x, nfe), (y, same) = (solvers.walk(problem, sampler, grid) for sampler in (DETERMINISTIC[name], ours))
-        assert nfe == same == n * (2 if name == "Heun" else 1)
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-9)
-
-
-def test_errors_fall_at_the_solvers_orders_in_evaluations_counted(problem: solvers.Problem) -> None:
-    subjects = [solvers.Subject("ours", str(s), s) for s in (DDIM(), DPMSolver(2), Multistep(2))]
-    runs = solvers.compare(problem, [(subject, ["log_snr"]) for subject in subjects], (50, 100))
-    assert all(run.budget == run.nfe for run in runs)
-    score = solvers.scores(runs)
-    for subject, order in zip(subjects, (1, 2, 2), strict=True):
-        errors = score[str(subject), "log_snr"]
-        assert math.log2(errors[50] / errors[100]) == pytest.approx(order, abs=0.3)
-    assert score[solvers.DEFAULT, ""][100] < 1e-5
-
-
-def test_budgets_are_kept_by_counting() -> None:
-    assert solvers.steps_within(UniPC(3), 10) == 8  # its start takes two more
-    assert solvers.steps_within(DPMSolver(3), 10) == 3 and solvers.steps_within(DPMSolver(3), 2) == 0
-    assert solvers.steps_within(Heun(), 7) == 3
-
-
-def test_every_loss_is_listed_and_the_summary_is_relative_to_the_default() -> None:
-    rows = [(solvers.DEFAULT, "", 1.0), ("ours: a", "karras", 0.5), ("ours: a", "log_snr", 2.0)]
-    runs = [
-        solvers.Run(who, grid, problem, budget, budget, error, 2 * error)
-        for who, grid, error in rows
-        for problem in ("p", "q")
-        for budget in solvers.JUDGED
-    ]
-    assert solvers.best_grids(runs)["ours: a"] == "karras"
-    table = solvers.summary(runs, "", solvers.best_grids(runs))
-    assert [(row[0], row[-2]) for row in table.rows] == [("ours: a", "0.50"), (solvers.DEFAULT, "1.00")]
-    lost = solvers.losses(runs).rows
-    assert len(lost) == 2 * len(solvers.JUDGED) and {row[-2] for row in lost} == {"2.00"}
-
-
-def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 3, generator=g, dtype=torch.float64)
-    assert solvers.frechet(x, x) == pytest.approx(0, abs=1e-10)
-    scale, shift = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64), torch.tensor([1.0, 0.0, -2.0])
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # unit covariance
-    assert solvers.frechet(x, x * scale) == pytest.approx(
-        float((x.mean(0) * (1 - scale)).square().sum()) + 1 + 0.25, rel=1e-9
-    )
-    assert solvers.frechet(x, x + shift) == pytest.approx(5, rel=1e-9)
-
-
-def test_recommended_keeps_its_budget_and_beats_ddim(problem: solvers.Problem) -> None:
-    for nfe in (1, 2, 9, 10, 14, 15, 24, 25, 40):
-        sampler, grid = recommended(problem.sde, nfe)
-        x, counted = solvers.walk(problem, sampler, grid)
-        y, _ = solvers.walk(problem, DDIM(), times.log_snr(problem.sde, nfe))
-        assert counted == nfe
-        assert nfe < 7 or solvers.distances(x, problem.end).median() < solvers.distances(y, problem.end).median() / 2

@@ -600,7 +600,7 @@ def test_grids_fall_from_one_to_t_min_and_are_even_in_what_they_say(sde: SDE, gr
         times.quadratic: t.sqrt(),
         times.log_snr: sde.log_snr(t),
         times.karras: torch.exp(-sde.log_snr(t) / 14),
-        times.arcsinh: torch.asinh(sde.log_snr(t) / 6),
+        times.arcsinh: torch.asinh(sde.log_snr(t) / 4),
     }[grid].diff()
     torch.testing.assert_close(evenly, evenly.mean().expand(20), rtol=1e-6, atol=1e-9)
     assert grid(sde, 1).tolist() == [1.0, sde.t_min]

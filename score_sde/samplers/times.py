@@ -38,7 +38,7 @@ def karras(sde: SDE, n: int, rho: float = 7.0) -> Tensor:
     return _with_ends(sde, sde.time(-2 * rho * torch.log(first + (last - first) * _unit(n))))
 
 
-def arcsinh(sde: SDE, n: int, scale: float = 3.0) -> Tensor:
+def arcsinh(sde: SDE, n: int, scale: float = 2.0) -> Tensor:
     """Evenly spaced in arcsinh(log(alpha/sigma)/scale): `log_snr` where data and noise are alike, longer steps outside.
 
     For data of about unit size, whose structure comes and goes around sigma = alpha. Grids fitted to models

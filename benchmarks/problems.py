@@ -1,0 +1,117 @@
+"""Flows to be solved: models, noise to start from, and where the probability flow takes it.
+
+`mixtures` had a part in choosing the package's default sampler, and so had the digits; `held_out` and every other
+trained model had none.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from score_sde import SDE, VESDE, VPSDE, CosineSDE, EmbeddedODE, Multistep, ScoreModel, Solver, SubVPSDE, UniPC, times
+from score_sde import config as configs
+from score_sde.checkpoint import find, load, read_card
+from score_sde.closed_form import Mixture
+from score_sde.ode import integrate
+from score_sde.samplers.base import noise_source
+from score_sde.samplers.deterministic import velocity
+from score_sde.sdes import EDMSDE
+from score_sde.toys import EXACT
+
+PATHS, IMAGES, LARGE_IMAGES = 126, 33, 15  # multiples of three: a third of them is a repetition
+CHOSEN_ON = "digits"  # the trained model that had a part in the choice
+
+
+class Problem(NamedTuple):
+    """A model, states at t = 1, where the flow takes them at t_min, and two references' median distance.
+
+    `chosen` says whether the default sampler was chosen on it, `network` whether the model is a trained one, and
+    `large` whether it is too slow for every sampler on every grid.
+    """
+
+    name: str
+    model: ScoreModel
+    sde: SDE
+    start: Tensor
+    end: Tensor
+    doubt: float
+    chosen: bool = False
+    network: bool = False
+    large: bool = False
+
+
+def mixtures() -> Iterator[tuple[str, Mixture]]:
+    """Eight unequal Gaussians, of deviations from 0.05 to 0.3 in each dimension, under three SDEs."""
+    g = torch.Generator().manual_seed(0)
+    for d in (2, 10):
+        means = 0.7 * torch.randn(8, d, generator=g, dtype=torch.float64)
+        log_std = torch.empty(8, d, dtype=torch.float64).uniform_(math.log(0.05), math.log(0.3), generator=g)
+        for name, sde in {"VP": VPSDE(), "VE": VESDE(), "cosine": CosineSDE()}.items():
+            yield f"{d}-D, {name}", Mixture(sde, range(1, 9), means, torch.exp(2 * log_std))
+
+
+def held_out() -> Iterator[tuple[str, Mixture]]:
+    """Five Gaussians in space, full covariances, deviations from 0.05 to 0.5; and two moons, which are curved."""
+    g = torch.Generator().manual_seed(1)
+    means = 0.8 * torch.randn(5, 3, generator=g, dtype=torch.float64)
+    axes, _ = torch.linalg.qr(torch.randn(5, 3, 3, generator=g, dtype=torch.float64))
+    log_std = torch.empty(5, 1, 3, dtype=torch.float64).uniform_(math.log(0.05), math.log(0.5), generator=g)
+    covs = axes * torch.exp(2 * log_std) @ axes.mT
+    for name, sde in {"VP": VPSDE(), "sub-VP": SubVPSDE()}.items():
+        yield f"3-D, {name}", Mixture(sde, range(1, 6), means, covs)
+    for name, other in {"VE": VESDE(), "EDM": EDMSDE()}.items():
+        moons = EXACT["moons"](other)
+        assert isinstance(moons, Mixture)
+        yield f"moons, {name}", moons
+
+
+@torch.no_grad()
+def mixture_problem(name: str, model: Mixture, count: int = PATHS, *, chosen: bool = False) -> Problem:
+    """Its ends by torchdiffeq's dopri8 in t, at 1e-12; and by our embedded pair on the circle."""
+    sde = model.sde
+    start = _start(sde, (count, *model.shape), 0, torch.float64)
+    solver = Solver("dopri8", 1e-12, 1e-12)
+    end, _ = integrate(lambda t, x: velocity(model, x, t), start, 1.0, sde.t_min, solver=solver, sde=sde)
+    *_, again = EmbeddedODE(1e-11, 1e-11).walk(model, start, times.log_snr(sde, 1), refuse)
+    return Problem(name, model, sde, start, end, float(distances(end, again).median()), chosen)
+
+
+@torch.no_grad()
+def trained_problem(workdir: Path, count: int = 0, seed: int = 0) -> Problem:
+    """A trained model from noise to t = 1e-3, as the demo samples; by default of as many paths as it is worth.
+
+    Converged in 300 steps of order 4 (vectors: 1200, in float64); again in as many of order 3, on another grid.
+    """
+    card = read_card(find(workdir))
+    data = configs.from_text(card.config, str(workdir)).data.dataset
+    vectors, large = len(card.shape) == 1, math.prod(card.shape) > 1000
+    model = load(workdir).double() if vectors else load(workdir)
+    sde = replace(model.sde, t_min=max(model.sde.t_min, 1e-3))
+    count = count or (PATHS if vectors else LARGE_IMAGES if large else IMAGES)
+    start = _start(sde, (count, *card.shape), seed, torch.float64 if vectors else torch.float32)
+    n = 1200 if vectors else 300
+    *_, end = UniPC(3, predict="noise").walk(model, start, times.arcsinh(sde, n), refuse)
+    *_, again = Multistep(3).walk(model, start, times.log_snr(sde, n), refuse)
+    doubt = float(distances(end, again).median())
+    return Problem(f"network: {data}", model, sde, start, end, doubt, data == CHOSEN_ON, True, large)
+
+
+def _start(sde: SDE, shape: tuple[int, ...], seed: int, dtype: torch.dtype) -> Tensor:
+    return sde.prior(shape, noise_source(shape, seed, 0, dtype, torch.device("cpu")))
+
+
+def distances(x: Tensor, y: Tensor) -> Tensor:
+    """Root mean square over an example's values, (B,)."""
+    return (x - y).flatten(1).square().mean(1).sqrt()
+
+
+def refuse(like: Tensor) -> Tensor:
+    """The noise of samplers that draw none."""
+    raise ValueError("a deterministic sampler asked for noise")
