@@ -368,7 +368,7 @@ def run_likelihood(
 
 def _error_of_mean(each: np.ndarray) -> float:
     """Standard error of the mean of values with independent standard errors."""
-    return math.sqrt((each**2).sum()) / len(each)
+    return math.sqrt((each**2).sum()) / each.size
 
 
 def reported(result: dict[str, Any]) -> str:

@@ -674,8 +674,8 @@ def test_evaluations_per_walk() -> None:
 def test_settings_that_mean_nothing_are_refused() -> None:
     for wrong, words in [
         (lambda: DPMSolver(4), "order must be 1, 2 or 3, got 4"),
-        (lambda: DDIM(-0.1), "eta must be from 0, no noise, to 1, ancestral sampling, got -0.1"),
-        (lambda: DDIM(math.nan), "eta must be from 0, .* got nan"),
+        (lambda: DDIM(-0.1), "eta must be 0, no noise, or above, such as 1, ancestral sampling, got -0.1"),
+        (lambda: DDIM(math.nan), "eta must be 0, .* got nan"),
         (lambda: Ancestral("medium"), "variance must be one of small, large, learned, got 'medium'"),  # type: ignore[arg-type]
         (lambda: Langevin(snr=-1), "an snr above 0 and at least 1 step, got snr -1 and steps 1"),
         (lambda: Langevin(norm="all"), 'norm must be "example" or "batch", got \'all\''),  # type: ignore[arg-type]

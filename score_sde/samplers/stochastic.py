@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -89,14 +90,14 @@ class DDIM(Planned):
     Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eta = 1 is `Ancestral`; eta = 0 draws nothing and is the
     first-order exponential integrator of the probability flow.
 
-    Raises ValueError for an eta outside [0, 1], above which the noise may exceed sigma_s.
+    Above 1, where a step is long, the noise is all of sigma_s and more. Raises ValueError for a negative eta.
     """
 
     eta: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eta <= 1:
-            raise ValueError(f"eta must be from 0, no noise, to 1, ancestral sampling, got {self.eta}")
+        if not 0 <= self.eta < math.inf:
+            raise ValueError(f"eta must be 0, no noise, or above, such as 1, ancestral sampling, got {self.eta}")
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         alpha, sigma = sde.alpha(s), sde.sigma(s)
