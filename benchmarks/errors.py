@@ -17,8 +17,9 @@ from score_sde import Estimate, Sampler, ScoreModel, recommended, times
 from score_sde.samplers import fit_times
 from score_sde.samplers.base import noise_source
 
+from .peer_samplers import known
 from .problems import Problem, distances
-from .subjects import DEFAULT, Adaptive, Subject
+from .subjects import DEFAULT, PEER, Adaptive, Subject
 
 JUDGED = (7, 10, 15, 20, 35)
 LONG = 1000
@@ -122,6 +123,8 @@ def compare(
 
 def adaptive(problem: Problem, subject: Adaptive, budgets: Sequence[int], measure: Measure = measure) -> list[Run]:
     """At the tolerances with which it takes its largest number of evaluations within each budget."""
+    if subject.maker == PEER and not known(problem.sde):
+        return []
     tried, end = [], times.uniform(problem.sde, 1)
     for i, sampler in enumerate(subject.samplers):
         tried.append(measure(problem, sampler, end, Run(str(subject), f"tolerance {i}", "", 0)))

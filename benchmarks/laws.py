@@ -50,6 +50,8 @@ def default(problem: Problem, budgets: Sequence[int]) -> Iterator[End]:
 
 def spread(values: Sequence[float]) -> str:
     """Mean and standard deviation."""
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     return f"{statistics.fmean(values):.3g}" + (f" ± {statistics.stdev(values):.1g}" if len(values) > 1 else "")
 
 
@@ -68,8 +70,9 @@ def of_mixtures(
             aim, other = (sde.perturb(model.sample(count, g)[0], end, noise(end)) for _ in range(2))
             start = sde.prior((count, *model.shape), noise)
             problem = Problem(name, model, sde, start, start, math.nan)
+            own = int(torch.randint(2**31, (), generator=g))  # of the samplers' noise: not that of the data
             truth = [("another sample of the data", budget, other) for budget in once]
-            for who, budget, x in (*truth, *default(problem, once), *ends(problem, subjects, once, seed)):
+            for who, budget, x in (*truth, *default(problem, once), *ends(problem, subjects, once, own)):
                 cell = found.setdefault((who, budget), [[] for _ in range(seeds)])
                 cell[seed].append(sliced_wasserstein(x, aim))
     whole = {key: [mean(values) for values in cell if len(values) == len(known)] for key, cell in found.items()}
@@ -143,11 +146,12 @@ def of_digits(
         real.append(features.distance(features.test[torch.randperm(len(features.test), generator=g)[:count]]))
         gaussian.append(features.of_states(2 * whole.sample(count, g)[0] - 1))
         start = sde.prior(shape, noise_source(shape, g, 0, torch.float32, torch.device("cpu")))
+        own = int(torch.randint(2**31, (), generator=g))
         here = problem._replace(start=start)
-        runs = [*default(here, short), *ends(here, [*LISTED, *subjects], short, seed)]
+        runs = [*default(here, short), *ends(here, [*LISTED, *subjects], short, own)]
         if seed == 0 and LONG in budgets:
             mine = [s for s in subjects if s.maker == OURS and isinstance(s, Subject)]
-            runs += ends(here, mine, [LONG], seed)
+            runs += ends(here, mine, [LONG], own)
         for who, budget, x in runs:
             found.setdefault((who, budget), []).append(features.of_states(x))
     fixed = [("real digits, held out", real), ("a Gaussian fitted to the digits", gaussian)]

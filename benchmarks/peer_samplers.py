@@ -13,6 +13,7 @@ from score_sde import SDE, VESDE, VPSDE, Sampler, ScoreModel, SubVPSDE
 from score_sde.sdes import Noise
 
 from .peer import Peer
+from .schedulers import seed_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class PeerPC(Sampler):
             self.snr, probability_flow=self.flow, continuous=True, eps=times[-1].item(), device=x.device,
         )  # fmt: skip
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+            torch.manual_seed(seed_of(x))
             yield run(_Network(model, x))[0].reshape(x.shape)
 
 

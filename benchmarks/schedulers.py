@@ -44,7 +44,7 @@ class Scheduled(Sampler):
         sde, n = model.sde, len(times) - 1
         levels = sde.sigma(times) / sde.alpha(times)
         scheduler = self._on(levels)
-        random = {"generator": torch.Generator().manual_seed(0)} if _draws(scheduler) else {}
+        random = {"generator": torch.Generator().manual_seed(seed_of(x))} if _draws(scheduler) else {}
         y = x * like(self._scale(levels[0]) / sde.alpha(times[0]), x)
         for i, step in enumerate(scheduler.timesteps):
             level: Tensor = levels[n - 1 - int(step)] if self.form == "table" else scheduler.sigmas[i]
@@ -80,6 +80,11 @@ class Scheduled(Sampler):
         scheduler.is_scale_input_called = True  # the model here takes x as it is
         scheduler.set_begin_index(0)
         return scheduler
+
+
+def seed_of(x: Tensor) -> int:
+    """A seed for those that draw their noise themselves: another one from another start."""
+    return int(x.double().square().sum() * 1e6) % 2**31
 
 
 def _draws(scheduler: Any) -> bool:

@@ -200,6 +200,11 @@ def test_distances_of_laws_fall_to_that_of_another_sample() -> None:
     assert all(" ± " in cell for row in table.rows for cell in row[1:])
 
 
+def test_spreads() -> None:
+    assert laws.spread([1.0, 2.0, 3.0]) == "2 ± 1" and laws.spread([0.5]) == "0.5"
+    assert laws.spread([1.0, math.inf]) == laws.spread([math.nan]) == "not finite"
+
+
 def test_digits_of_a_poor_law_are_farther_than_real_ones() -> None:
     features = laws.Features()
     real = features.test[:100]
