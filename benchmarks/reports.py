@@ -137,29 +137,28 @@ def of_fits(found: dict[str, list[tuple[Run, Run]]]) -> Table:
     return Table(title, ("problem", "fitted to", *map(str, JUDGED)), rows, [])
 
 
-_DRAWN = {  # the samplers of the plot on the grids that are usual for them, their colours and lines
-    (DEFAULT, ""): ("the default of this package", "#1f4e9c", "-"),
-    ("diffusers: UniPC 2", "log_snr"): ("UniPC 2 (diffusers), log SNR", "#d55e00", "-"),
-    ("diffusers: DPM-Solver++ 2M", "log_snr"): ("DPM-Solver++ 2M (diffusers), log SNR", "#009e73", "-"),
-    ("diffusers: Heun", "karras"): ("Heun (diffusers), EDM's grid", "#cc79a7", "-"),
-    ("diffusers: DDIM", "quadratic"): ("DDIM (diffusers), quadratic", "#777777", "-"),
-    (f"{PEER}: RK45", "adaptive"): ("RK45 (score_sde_pytorch)", "#000000", "--"),
+_DRAWN = {  # the samplers of the plot, each on the grid that is best for it, their colours and lines
+    DEFAULT: ("the default of this package", "#1f4e9c", "-"),
+    "diffusers: UniPC 2": ("UniPC 2 (diffusers)", "#d55e00", "-"),
+    "diffusers: DPM-Solver++ 2M": ("DPM-Solver++ 2M (diffusers)", "#009e73", "-"),
+    "diffusers: Heun": ("Heun (diffusers)", "#cc79a7", "-"),
+    "diffusers: DDIM": ("DDIM (diffusers)", "#777777", "-"),
+    f"{PEER}: RK45": ("RK45 (score_sde_pytorch)", "#000000", "--"),
 }
 
 
-def draw(runs: Sequence[Run], problems: Sequence[Problem], file: Path) -> None:
+def draw(runs: Sequence[Run], problems: Sequence[Problem], best: dict[str, str], file: Path) -> None:
     """Median error against evaluations: the mean over the mixtures that the peer can do, and each trained model."""
     panels = {"exact scores of mixtures": {p.name for p in problems if not p.network and known(p.sde)}}
     panels |= {p.name: {p.name} for p in problems if p.network}
-    figure = Figure(figsize=(4.2 * len(panels), 3.9), layout="constrained")
+    figure = Figure(figsize=(3.6 * len(panels), 3.9), layout="constrained")
     for place, (title, names) in enumerate(panels.items()):
         axes, found = figure.add_subplot(1, len(panels), place + 1), scores([r for r in runs if r.problem in names])
-        for key, (label, color, line) in _DRAWN.items():
-            curve = found.get(key, {})
+        for who, (label, color, line) in _DRAWN.items():
+            curve = found.get((who, best.get(who, "adaptive")), {})
             nfe, error = [b for b in JUDGED if b in curve], [curve[b] for b in JUDGED if b in curve]
-            axes.loglog(
-                nfe, error, line, marker="o", ms=4, lw=2.5 if key[0] == DEFAULT else 1.4, color=color, label=label
-            )
+            width = 2.5 if who == DEFAULT else 1.4
+            axes.loglog(nfe, error, line, marker="o", ms=4, lw=width, color=color, label=label)
         axes.set(title=title, xlabel="evaluations of the network")
         axes.set_xticks(JUDGED, map(str, JUDGED), minor=False)
         axes.minorticks_off()

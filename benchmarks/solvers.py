@@ -127,7 +127,7 @@ def run(arguments: Sequence[str]) -> list[Table]:
         show(losses(runs), "losses")
         show(of_fits(fits(problems, keep)), "fits")
         if options.plot:
-            draw(runs, problems, options.plot)
+            draw(runs, problems, best, options.plot)
     if options.page:
         fill(options.page, blocks)
     return shown
