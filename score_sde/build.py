@@ -138,6 +138,7 @@ def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
         fourier_scale=m.fourier_scale,
         dropout=m.dropout,
         out_features=2 * shape[0] if m.learned_variance else None,
+        classes=m.num_classes,
     )
 
 
@@ -190,6 +191,7 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
         out_channels=2 * shape[0] if m.learned_variance else None,
         scale_shift=m.scale_shift,
         heads=m.num_heads,
+        classes=m.num_classes,
         **options,
     )
 
@@ -223,6 +225,18 @@ NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ncsnv2": _ncsnv2,
     "mlp": _mlp,
 }
+
+
+def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
+    """Put the data's number of classes into the config of a class-conditional model."""
+    m = config.model
+    if not m.class_conditional:
+        return
+    if classes == 0:
+        raise ValueError(f"{name} has no classes: set model.class_conditional=False, or take data with labels")
+    if m.num_classes not in (0, classes):
+        raise ValueError(f"model.num_classes={m.num_classes}, but {name} has {classes}: leave it 0")
+    m.num_classes = classes
 
 
 def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:

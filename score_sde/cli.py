@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
-from .build import build_sde
+from .build import build_sde, resolve_classes
 from .codecs import Codec, PixelCodec, codec_of
 from .data import Data, Split, load_data
 from .demo import summary
@@ -151,6 +151,7 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         _log_to(workdir)
         log.info("workdir: %s", workdir)
     data, codec = _data(config, processes)
+    resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
     if options.mode == "scan":
         if processes.main:
             print(scan(data, codec))

@@ -82,10 +82,13 @@ class Mixture(ScoreModel):
         if label is None:
             return log_density + self.log_weights.to(r)
         chosen = torch.as_tensor(label, device=r.device).expand(r.shape[0])
-        if bool(((chosen < 0) | (chosen >= len(self.means))).any()):
-            raise ValueError(f"label must lie in 0..{len(self.means) - 1}, the mixture's components, got {label}")
-        one_hot = torch.nn.functional.one_hot(chosen.long(), len(self.means)).to(torch.bool)
-        return log_density.masked_fill(~one_hot, -math.inf)
+        if bool(((chosen < -1) | (chosen >= len(self.means))).any()):
+            raise ValueError(
+                f"label must lie in 0..{len(self.means) - 1}, the mixture's components, or be -1 for all, got {label}"
+            )
+        others = torch.arange(len(self.means), device=r.device) != chosen[:, None]
+        one = log_density.masked_fill(others, -math.inf)
+        return torch.where(chosen[:, None] < 0, log_density + self.log_weights.to(r), one)
 
     def forward(self, x: Tensor, t: Tensor, label: Any = None) -> Estimate:
         if x.shape[1:] != self.shape:

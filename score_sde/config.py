@@ -50,6 +50,7 @@ def default_config() -> ConfigDict:
                 # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), or for chains
                 # second_moment (of their losses; unbiased)
                 "time": "uniform",
+                "condition_dropout": 0.1,  # fraction of examples that are trained on without their label
                 "low_discrepancy": False,  # spread the times of a batch evenly
                 "soft_truncation": 0.0,  # k: a batch's smallest time has density tau^-k; 0: always model.t_min
                 "precision": "float32",  # bfloat16: the network runs in autocast
@@ -106,6 +107,12 @@ def default_config() -> ConfigDict:
                 "seed": 0,  # sample i depends on (seed, i) alone
                 "single_png": False,  # also a PNG of every sample
                 "weights": "ema",  # of the network: their moving average, or raw
+                # of class-conditional models: the classes of the samples, in turn; (): all; -1: none
+                "labels": (),
+                # classifier-free guidance: 0 ignores the label, 1 is the conditional model, above 1 strengthens it
+                "guidance": 1.0,
+                "guidance_low": 0.0,  # guided where sigma/alpha lies between this (elsewhere the scale is 1)
+                "guidance_high": 0.0,  # and this; 0: no upper end
             },
             "eval": {
                 "split": "test",  # whose bits/dim or log-likelihood
@@ -135,6 +142,7 @@ def default_config() -> ConfigDict:
                 "atol": 1e-5,
                 "seed": 0,  # of dequantisation and probes, or of the bound's noise
                 "weights": "ema",
+                "conditional": True,  # of class-conditional models: given each example's label; False: given none
             },
             "dequantizer": {  # the flow of eval.dequantization=variational, which --mode dequantize fits
                 "n_iters": 2000,
@@ -188,6 +196,8 @@ def default_config() -> ConfigDict:
                 "progressive": "none",  # how the output is gathered from the levels
                 "progressive_input": "none",  # how the input is fed to the levels
                 "progressive_combine": "sum",  # how that input joins
+                "class_conditional": False,  # tell the network the example's class, too
+                "num_classes": 0,  # of them; 0: as many as the data have
                 "scale_shift": False,  # the label scales the features of a block as well as shifting them
                 "num_heads": 1,  # of attention
                 "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
@@ -265,6 +275,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: v >= 0,
         """seed sampling.seed eval.seed training.keep_every sampling.temperature sampling.eta sampling.step_lr
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
+        sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes
         eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
         optim.weight_decay optim.warmup training.soft_truncation""",
     ),
@@ -278,7 +289,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: 0 <= v < 1,
         "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
     ),
-    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay sampling.threshold"),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay sampling.threshold training.condition_dropout"),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
     "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps"),
 }
@@ -412,6 +423,24 @@ def validate(config: ConfigDict) -> None:
         s.threshold > 0 and (s.clip_denoised or d.dataset in TOYS),
         f"sampling.threshold={s.threshold:g} draws pixels into their range: set it to 0 for vectors, and "
         "sampling.clip_denoised=False, which would hold them there first",
+    )
+    refuse(
+        m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
+        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp or mlp, and "
+        "model.conditional=True",
+    )
+    refuse(
+        not m.class_conditional and (m.num_classes > 0 or len(s.labels) > 0 or s.guidance != 1),
+        "model.num_classes, sampling.labels and sampling.guidance are of class-conditional models: set "
+        "model.class_conditional=True",
+    )
+    refuse(
+        0 < s.guidance_high <= s.guidance_low,
+        f"sampling.guidance_low={s.guidance_low:g} must be below sampling.guidance_high={s.guidance_high:g}",
+    )
+    refuse(
+        s.guidance != 1 and t.condition_dropout == 0,
+        "sampling.guidance needs a model that knows examples without label: set training.condition_dropout",
     )
     refuse(
         s.churn_low > s.churn_high,

@@ -40,7 +40,7 @@ from .dequantisation import (
     truncation_time,
     uniform_numbers,
 )
-from .guidance import clip, threshold
+from .guidance import clip, guide, threshold
 from .heat_maps import heat_map
 from .images import heat, histogram, write_grid, write_png
 from .likelihood import Likelihood, log_likelihood
@@ -203,12 +203,11 @@ def run_sampling(
 ) -> tuple[Path, dict[str, Any]]:
     """Samples as the section sampling says, into a folder below `base`: `samples.npz` (`arr_0`), a grid, a stamp.
 
-    Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D).
+    Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Of class-conditional
+    models `arr_1` has the labels, (N,), and a guided evaluation, of twice as many examples, is counted as one.
     """
     s = config.sampling
-    if isinstance(codec, PixelCodec):
-        model = clip(model, *codec.range) if s.clip_denoised else model
-        model = threshold(model, s.threshold, *codec.range) if s.threshold > 0 else model
+    labels = sampled_labels(config)
     counted = Counted(model)
     sampler, times = build_sampler(config), build_times(config, model.sde, counted, shape)
     made_from = stamp(
@@ -224,14 +223,17 @@ def run_sampling(
             "temperature": s.temperature,
             "seed": s.seed,
             "num_samples": s.num_samples,
+            "labels": labels,
+            "guidance": [s.guidance, s.guidance_low, s.guidance_high] if labels else None,
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
         },
     )
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
+        chosen = torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
         x = sample(
-            counted,
+            held(conditional(counted, chosen, config) if labels else counted, config, codec),
             sampler,
             (count, *shape),
             times,
@@ -242,19 +244,51 @@ def run_sampling(
             temperature=s.temperature,
             progress=processes.main,
         )
-        return {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
+        found = {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
+        return {**found, "arr_1": chosen.numpy()} if labels else found
 
     def work(folder: Path) -> dict[str, Any]:
         joined = in_batches(folder, s.num_samples, s.batch_size, processes, compute, "batches")
         if processes.main:
-            write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
-            write_pictures(joined["arr_0"], codec, folder)
+            write_arrays(folder / "samples.npz", {name: joined[name] for name in ("arr_0", "arr_1") if name in joined})
+            columns = len(labels) if 1 < len(labels) <= min(32, s.num_samples) else None  # a column for each class
+            write_pictures(joined["arr_0"], codec, folder, columns)
             if s.single_png and isinstance(codec, PixelCodec):
                 for i, image in enumerate(codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
                     write_png(image, folder / f"{i:06d}.png")
         return {"nfe": float(joined["nfe"].mean())}
 
     return once(base, f"{checkpoint.stem}-{s.weights}-{s.method}", made_from, "samples.npz", processes, work)
+
+
+def held(model: ScoreModel, config: ConfigDict, codec: Codec) -> ScoreModel:
+    """The model with its estimates of pixels held or drawn into their range, as the section sampling says."""
+    s = config.sampling
+    if not isinstance(codec, PixelCodec):
+        return model
+    model = clip(model, *codec.range) if s.clip_denoised else model
+    return threshold(model, s.threshold, *codec.range) if s.threshold > 0 else model
+
+
+def sampled_labels(config: ConfigDict) -> list[int]:
+    """The classes to sample in turn; none of a model without them."""
+    m, chosen = config.model, list(config.sampling.labels)
+    if not m.class_conditional:
+        return []
+    for label in chosen:
+        if not -1 <= label < m.num_classes:
+            raise ValueError(
+                f"sampling.labels: there is no class {label}; there are 0 to {m.num_classes - 1}, -1 for none"
+            )
+    return chosen or list(range(m.num_classes))
+
+
+def conditional(model: ScoreModel, labels: Tensor, config: ConfigDict) -> ScoreModel:
+    """The model given its examples' labels, (B,), and guided as the section sampling says."""
+    s, told = config.sampling, model.given(label=labels)
+    if s.guidance == 1:
+        return told
+    return guide(told, model.given(label=None), s.guidance, low=s.guidance_low, high=s.guidance_high or math.inf)
 
 
 def run_likelihood(
@@ -295,16 +329,18 @@ def run_likelihood(
             "dequantizations": repeats,
             "importance_samples": e.importance_samples,
             "heat_map": e.heat_map,
+            "given_labels": told(config),
             "levels": codec.levels,
             "unit": "bits/dim" if codec.levels else "nats",
         },
     )
-    split = split.to(processes.device)
+    split, whole = split.to(processes.device), model
     # Bits per dimension of -1 nat; vectors stay in nats.
     unit = 1 / (math.prod(split.shape) * math.log(2)) if codec.levels else 1.0
 
     def compute(first: int, count: int, tighter: float = 1.0, probes: int = e.probes) -> Arrays:
-        k, _ = split[torch.arange(first, first + count) % n]
+        k, y = split[torch.arange(first, first + count) % n]
+        model = labelled(config, whole, y)
         where = {"seed": e.seed, "first": first}
         solver = {"rtol": e.rtol / tighter, "atol": e.atol / tighter, "method": e.ode_method}
         options = {**where, **solver, "probe": e.probe, "probes": probes}
@@ -339,12 +375,14 @@ def run_likelihood(
             errors["draws"] = unit * _error_of_mean(std_error[~failed])
         elif e.probe == "exact" or e.probes > 1:
             errors["probes"] = unit * _error_of_mean(std_error[~failed])
-        else:
+        elif checks:
             again = partial(compute, probes=2)
-            pairs = batches(folder / "probes", checks, compute=again, description="probes") if checks else {}
+            pairs = batches(folder / "probes", checks, compute=again, description="probes")
             # sqrt(2) times the error of two is that of one.
-            squares = pairs.get("std_error", np.array([math.nan])) ** 2
-            errors["probes"] = unit * math.sqrt(2 * squares[:checks][~failed[:checks]].mean() / (n * repeats))
+            squares = pairs["std_error"][~failed[:checks]] ** 2
+            errors["probes"] = unit * math.sqrt(2 * squares.mean() / (n * repeats))
+        else:
+            errors["probes"] = None
         if checks:
             again = partial(compute, tighter=10.0)
             finer = batches(folder / "solver", checks, compute=again, description="solver")["value"]
@@ -364,6 +402,22 @@ def run_likelihood(
 
     label = f"{checkpoint.stem}-{e.weights}-{e.split}"
     return once(base, label, made_from, "likelihood.npz", processes, work)
+
+
+def told(config: ConfigDict) -> bool:
+    """Whether the model is evaluated given each example's label."""
+    return bool(config.model.class_conditional and config.eval.conditional)
+
+
+def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> ScoreModel:
+    """The model, if it is conditional given the examples' labels. Raises ValueError where there are none."""
+    if not told(config):
+        return model
+    if label is None:
+        raise ValueError(
+            "the model is class-conditional, and these examples have no labels: set eval.conditional=False"
+        )
+    return model.given(label=label)
 
 
 def _error_of_mean(each: np.ndarray) -> float:
@@ -441,13 +495,15 @@ def write_heat_map(
     e = config.eval
 
     def compute(first: int, number: int) -> Arrays:
-        k, _ = split[torch.arange(first, first + number)]
+        k, y = split[torch.arange(first, first + number)]
         u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
         with torch.no_grad():
             x, log_q = law(k, u)
         probes = None if e.probe == "exact" else e.probes
         solver = Solver(e.ode_method, e.rtol, e.atol)
-        found = heat_map(model, x, probes=probes, t_min=law.t_min, solver=solver, seed=e.seed, first=first)
+        found = heat_map(
+            labelled(config, model, y), x, probes=probes, t_min=law.t_min, solver=solver, seed=e.seed, first=first
+        )
         return {"bits": ((log_q - found.log_prob) / math.log(2)).cpu().numpy(), "k": k.cpu().numpy()}
 
     joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, "heat map")
@@ -489,6 +545,7 @@ def run_bound(
             "estimate": f"variational bound of {len(times) - 1} steps, "
             + ("pixels without dequantisation" if codec.levels else "Gaussian decoder"),
             "variance": config.sampling.variance,
+            "given_labels": told(config),
             "clip_denoised": e.clip_denoised,
             "grid": {"steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
             "terms": e.terms,
@@ -504,9 +561,9 @@ def run_bound(
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
-        k, _ = split[torch.arange(first, first + count)]
+        k, y = split[torch.arange(first, first + count)]
         found = chain_bound(
-            counted,
+            labelled(config, counted, y),
             codec.encode(k).to(torch.float32),
             times,
             variance=config.sampling.variance,

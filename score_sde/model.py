@@ -122,6 +122,14 @@ def in_precision_of(part: Any, x: Tensor) -> Tensor:
     return x if p is None or not p.is_floating_point() else x.to(p.dtype)
 
 
+def absent(value: Tensor) -> Tensor:
+    """What stands for no condition where `value` does for one: -1 for labels (integers), False in masks, 0 in numbers.
+
+    A model that was trained with such examples among the others is unconditional where it is given them.
+    """
+    return torch.full_like(value, False if value.dtype == torch.bool else 0 if value.is_floating_point() else -1)
+
+
 class Given(ScoreModel):
     """`model` with `condition` bound; conditions given later are added to it."""
 
@@ -131,6 +139,9 @@ class Given(ScoreModel):
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
         return self.model(x, t, **{**self.condition, **condition})
+
+    def given(self, **condition: Any) -> ScoreModel:
+        return Given(self.model, {**self.condition, **condition})
 
 
 @contextmanager

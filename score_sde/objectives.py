@@ -102,8 +102,10 @@ class Objective(nn.Module):
         if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
             self.levels = codec.encode(torch.arange(codec.levels))
 
-    def forward(self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        error = self.estimate(self.model, x0, t, z, v)
+    def forward(
+        self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        error = self.estimate(self.model.given(**condition) if condition else self.model, x0, t, z, v)
         scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
         loss = scale * self.weight(self.model.sde, t).to(error) * error
         schedule = self.model.sde.module

@@ -30,14 +30,14 @@ from .build import build_model
 from .codecs import Codec
 from .data import Data, Split, batch
 from .ema import ema_decay, ema_update
-from .model import ScoreModel
+from .model import ScoreModel, absent
 from .objectives import PROJECTED, Objective, importance_weighted, learned_law, time_law
 from .parallel import Processes
 from .sdes import SDE
 from .time_laws import SecondMoments, TimeLaw
 
 # What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
-_TRAINING, _DROPOUT, _EVALUATION, _FLOOR = 0, 2, 3, 5
+_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION = 0, 2, 3, 5, 7
 
 
 @dataclass
@@ -68,6 +68,16 @@ class Batch(NamedTuple):
     importance: Tensor
     z: Tensor
     v: Tensor  # (B, M, *shape), M = 0 where the objective takes none
+    condition: dict[str, Tensor]  # (B, ...) each, what the model is given of the examples
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in `count` parts."""
+        x0, t, importance, z, v = (value.chunk(count) for value in self[:5])
+        given = {name: value.chunk(count) for name, value in self.condition.items()}
+        return [
+            Batch(x0[i], t[i], importance[i], z[i], v[i], {name: value[i] for name, value in given.items()})
+            for i in range(len(x0))
+        ]
 
 
 class Record(NamedTuple):
@@ -135,7 +145,7 @@ def draw(
 ) -> Batch:
     """One process' part of the batch of step `step`: data, times and noise, all from (seed, step), and from `law`."""
     n, seed = config.training.batch_size, config.seed
-    k, _ = batch(split, step, n, seed, flip, part)
+    k, y = batch(split, step, n, seed, flip, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
     source, truncation = generator(seed, step, purpose), config.training.soft_truncation
     law, drawn = law or time_law(config), numbers(n, source)
@@ -151,7 +161,16 @@ def draw(
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    return Batch(x0, times.t[part], times.weight[part], z, v)
+    condition = {"label": y} if config.model.class_conditional and y is not None else {}
+    if purpose == _TRAINING and condition:
+        u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part].to(k.device)
+        condition = {name: without(value, u < config.training.condition_dropout) for name, value in condition.items()}
+    return Batch(x0, times.t[part], times.weight[part], z, v, condition)
+
+
+def without(value: Tensor, dropped: Tensor) -> Tensor:
+    """A condition (B, ...) left out for the examples where `dropped`, (B,), is true."""
+    return torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), absent(value), value)
 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
@@ -169,14 +188,14 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
-    parts = [Batch(*values) for values in zip(*(v.chunk(t.accumulate) for v in b), strict=True)]
+    parts = b.parts(t.accumulate)
     errors, values = [], []
     for i, p in enumerate(parts):
         last = i == len(parts) - 1
         synced = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
         bf16 = torch.autocast(p.x0.device.type, torch.bfloat16, enabled=t.precision == "bfloat16")
         with synced, bf16:
-            loss, error = objective(p.x0, p.t, p.z, p.v)
+            loss, error = objective(p.x0, p.t, p.z, p.v, p.condition)
             if importance_weighted(config):
                 loss = loss * p.importance.to(loss)
             (loss.mean() / len(parts)).backward()
@@ -256,7 +275,7 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
     b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
-    loss, _ = Objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v)
+    loss, _ = Objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
     return {"eval_loss": float(loss.mean())}

@@ -117,7 +117,7 @@ def test_recorded_training_steps_are_reproduced(net: str) -> None:
     for step in range(len(record["loss"])):
         x0, z = (torch.from_numpy(record[key][step]) for key in ("batch", "z"))
         t = torch.from_numpy(record["t"][step]).double()
-        done = train_step(state, objective, Batch(x0, t, torch.ones_like(t), z, z[:, None][:, :0]), config)
+        done = train_step(state, objective, Batch(x0, t, torch.ones_like(t), z, z[:, None][:, :0], {}), config)
         assert done.learning_rate == pytest.approx(float(record["lr"][step]), rel=1e-6)
         assert done.loss.mean().item() == pytest.approx(float(record["loss"][step]), rel=1e-5)
         assert done.grad_norm.item() == pytest.approx(float(record["grad_norm_before_clip"][step]), rel=1e-4)
@@ -148,7 +148,7 @@ def test_recorded_training_steps_are_reproduced(net: str) -> None:
     x0, z = torch.from_numpy(record["batch"][0]), torch.from_numpy(record["eval.z"])
     t = torch.from_numpy(record["eval.u"]).double() * (1 - 1e-5) + 1e-5
     with torch.no_grad():
-        loss, _ = Objective(state.ema.eval(), config)(x0, t, z, z[:, None][:, :0])
+        loss, _ = Objective(state.ema.eval(), config)(x0, t, z, z[:, None][:, :0], {})
     assert loss.mean().item() == pytest.approx(float(record["eval.loss_ema"]), rel=1e-4)
 
 
@@ -225,9 +225,9 @@ def test_the_objectives_reductions_and_weights_are_the_papers() -> None:
     score = model.score(sde.perturb(x0, t, z), t)
     mean = ((score * sigma + z) ** 2).flatten(1).mean(1)
     half_sum = 0.5 * ((score + z / sigma) ** 2 * g**2).flatten(1).sum(1)
-    torch.testing.assert_close(Objective(model, toy_config())(x0, t, z, z[:, None][:, :0])[0], mean)
+    torch.testing.assert_close(Objective(model, toy_config())(x0, t, z, z[:, None][:, :0], {})[0], mean)
     weighted = toy_config(training__likelihood_weighting=True, training__reduce_mean=False)
-    torch.testing.assert_close(Objective(model, weighted)(x0, t, z, z[:, None][:, :0])[0], half_sum)
+    torch.testing.assert_close(Objective(model, weighted)(x0, t, z, z[:, None][:, :0], {})[0], half_sum)
 
 
 def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices() -> None:
@@ -235,7 +235,7 @@ def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices() -> None:
     sde, codec = VPSDE(), VectorCodec()
     whole = draw(config, data.train, codec, sde, 7, slice(None), flip=False)
     parts = [draw(config, data.train, codec, sde, 7, slice(a, a + 8), flip=False) for a in (0, 8)]
-    for one, halves in zip(whole, zip(*parts, strict=True), strict=True):
+    for one, halves in zip(whole[:5], zip(*(p[:5] for p in parts), strict=True), strict=True):
         assert torch.equal(one, torch.cat(halves))
     other = draw(config, data.train, codec, sde, 8, slice(None), flip=False)
     assert not torch.equal(whole.z, other.z) and not torch.equal(whole.t, other.t)
@@ -317,7 +317,7 @@ def test_a_chain_s_objectives_decode_the_levels_of_the_data(digits: Data, object
     t = torch.arange(1, 7, dtype=torch.float64) / 40
     loss = {"vlb": losses.variational, "hybrid": losses.hybrid}[objective]
     with torch.no_grad():
-        found = Objective(state.model, config, codec)(x0, t, z, z[:, None][:, :0])[1]
+        found = Objective(state.model, config, codec)(x0, t, z, z[:, None][:, :0], {})[1]
         torch.testing.assert_close(found, loss(state.model, x0, t, z, levels=17, width=2.0))
         floats = loss(state.model, x0, t, z)
     assert torch.equal(found[1:], floats[1:]) and found[0] != floats[0]

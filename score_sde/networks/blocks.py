@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -111,11 +111,44 @@ class LabelEmbedding(nn.Module):
         self.out = linear(outputs, outputs)
         self.activation = activation
 
-    def forward(self, label: Tensor) -> Tensor:
+    def forward(self, label: Tensor, more: Tensor | None = None) -> Tensor:
         kind = self.hidden.weight.dtype
         # A network in half precision has labels in float32: 999 t would be rounded to whole numbers, and worse.
         features = self.features(label.to(torch.promote_types(kind, torch.float32))).to(kind)
-        return self.activation(self.out(self.activation(self.hidden(features))))
+        h = self.out(self.activation(self.hidden(features)))
+        return self.activation(h if more is None else h + more)
+
+
+class ClassEmbedding(nn.Module):
+    """Class labels to (B, outputs): a row of a table for each, zeros for -1, which means no label.
+
+    It is added to the embedding of the time (Dhariwal & Nichol 2021, section 4.1).
+    """
+
+    def __init__(self, classes: int, outputs: int) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(classes, outputs))
+
+    def forward(self, label: Any, batch: int) -> Tensor:
+        """`label` is an integer, or integers (B,); None is -1. Raises ValueError for a class that does not exist."""
+        label = torch.as_tensor(-1 if label is None else label)
+        if label.ndim > 1 or label.is_floating_point() or (label.ndim and len(label) != batch):
+            raise ValueError(
+                f"label must be a class or ({batch},) of them, got {label.dtype} of shape {tuple(label.shape)}"
+            )
+        if label.device.type == "cpu" and label.numel() and not -1 <= label.min() <= label.max() < len(self.table):
+            raise ValueError(
+                f"label must lie in 0..{len(self.table) - 1}, or be -1 for none, got {label.min()} to {label.max()}"
+            )
+        label = label.to(self.table.device, non_blocking=True).expand(batch)
+        return self.table[label.clamp_min(0)] * (label >= 0)[:, None]
+
+
+def told_class(classes: ClassEmbedding | None, label: Any, batch: int) -> Tensor | None:
+    """The classes' embedding, (B, outputs). Raises ValueError for a label that a network without classes is given."""
+    if classes is None and label is not None:
+        raise ValueError("the network knows no classes, and was given a label: train one with model.class_conditional")
+    return None if classes is None else classes(label, batch)
 
 
 class ResidualBlock(nn.Module):

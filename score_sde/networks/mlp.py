@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import Fourier, LabelEmbedding, Sinusoidal
+from .blocks import ClassEmbedding, Fourier, LabelEmbedding, Sinusoidal, told_class
 from .layers import Dropout, linear
 
 
 class MLP(nn.Module):
-    """F(x, label) -> a tensor of x's shape, (B, features), or (B, out_features); label is (B,).
+    """F(x, time, label) -> a tensor of x's shape, (B, features), or (B, out_features); time and label as in `UNet`.
 
     `depth` residual layers of `width` channels. Sinusoidal embeddings suit labels as 999 t, Fourier ones positive
     labels as sigma.
@@ -29,10 +29,12 @@ class MLP(nn.Module):
         fourier_scale: float = 1.0,
         dropout: float = 0.0,
         out_features: int | None = None,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         label = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
         self.embed = LabelEmbedding(label, width, F.silu)
+        self.classes = ClassEmbedding(classes, width) if classes else None
         self.first = linear(features, width)
         # Slopes of order 1 and kinks all over the data: with `linear`'s slopes of order 1/sqrt(width) and no biases the
         # layer is all but affine at first, and training begins with a long plateau where the model is a Gaussian.
@@ -41,8 +43,8 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(MLPLayer(width, dropout) for _ in range(depth))
         self.last = linear(width, out_features or features, scale=0.0)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        embedded = self.embed(label)
+    def forward(self, x: Tensor, time: Tensor, /, label: Any = None) -> Tensor:
+        embedded = self.embed(time, told_class(self.classes, label, len(x)))
         h = self.first(x)
         for layer in self.layers:
             h = layer(h, embedded)

@@ -80,7 +80,7 @@ class RefineNet(nn.Module):
         self.norm = style.norm(widths[0])
         self.last = nn.Conv2d(widths[0], channels, 3, padding=1)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, label: Tensor, /) -> Tensor:
         height, width = x.shape[-2:]
         excess = (-width % self.multiple, -height % self.multiple)
         if any(excess):

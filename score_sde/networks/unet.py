@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves
+from .blocks import BlockKind, ClassEmbedding, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves, told_class
 from .layers import ACTIVATIONS, Activation, conv
 from .levels import DownLevel, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
@@ -20,9 +20,10 @@ ProgressiveInput = Literal["none", "input_skip", "residual"]
 
 
 class UNet(nn.Module):
-    """F(x, label) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
+    """F(x, time, label) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
 
-    label is (B,).
+    The first label, of the time, is (B,). With `classes` a second one, `label`, is of the example's class: an integer
+    or (B,) of them, -1 or None for no label.
 
     The network knows neither an SDE nor what its output means. Height and width may be anything: they are padded
     inside to multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
@@ -47,6 +48,7 @@ class UNet(nn.Module):
         checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
         scale_shift: the label scales the features as well as shifting them.
         heads: of self-attention.
+        classes: how many there are to be told of; 0: none.
 
     Raises ValueError for an unknown name or an impossible size.
     """
@@ -79,6 +81,7 @@ class UNet(nn.Module):
         out_channels: int | None = None,
         scale_shift: bool = False,
         heads: int = 1,
+        classes: int = 0,
     ) -> None:
         super().__init__()
         for name, value, kind in [
@@ -116,6 +119,9 @@ class UNet(nn.Module):
         if embedding is not None:
             waves = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
             self.embed = LabelEmbedding(waves, 4 * width, act)
+        elif classes:
+            raise ValueError(f"classes={classes} need an embedding to be added to: set embedding")
+        self.classes = ClassEmbedding(classes, 4 * width) if classes else None
         self.waves = Waves(fourier_features) if len(fourier_features) else None
         self.first = conv(channels * (1 + 2 * len(fourier_features)), width, 3)
 
@@ -152,14 +158,14 @@ class UNet(nn.Module):
 
         self.head = None if progressive == "output_skip" else Head(h, out_channels or channels, style, init_scale)
 
-    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, /, label: Any = None) -> Tensor:
         height, width = x.shape[-2:]
         excess = (-width % self.multiple, -height % self.multiple)
         if any(excess):
             x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
         if not self.centered:
             x = 2 * x - 1
-        embedded = None if self.embed is None else self.embed(label)
+        embedded = None if self.embed is None else self.embed(time, told_class(self.classes, label, len(x)))
 
         h, shrunk = self.first(x if self.waves is None else self.waves(x)), x
         skips = [h]

@@ -1,0 +1,260 @@
+"""Conditions from the data to the model: class labels, examples without, guidance, and their way through the modes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from score_sde import VPSDE, guide, sample, times
+from score_sde.cli import run
+from score_sde.closed_form import Mixture
+from score_sde.codecs import codec_of
+from score_sde.data import load_data
+from score_sde.guidance import Guided, both
+from score_sde.model import Preconditioned, absent, of_examples
+from score_sde.networks import MLP, UNet
+from score_sde.samplers import EmbeddedODE, Heun
+from score_sde.train import draw, without
+from tests.test_train import image_config
+
+SDE = VPSDE()
+MIXTURE = Mixture(SDE, [0.2, 0.5, 0.3], torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.0, -1.0]]), [0.02, 0.05, 0.1])
+T = torch.tensor(0.4, dtype=torch.float64)
+
+
+def awake(network: torch.nn.Module) -> torch.nn.Module:
+    """A network whose branches do not start at nothing."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.2 * torch.randn(p.shape, generator=g)
+    return network
+
+
+NETWORKS = {
+    "unet": (lambda: UNet(2, width=8, multipliers=(1, 2), blocks=1, attention=(), image_size=8, classes=3), (2, 8, 8)),
+    "mlp": (lambda: MLP(4, width=16, depth=2, classes=3), (4,)),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_network_answers_each_example_by_its_own_label(name: str) -> None:
+    make, shape = NETWORKS[name]
+    network = awake(make()).double().eval()
+    x, t = torch.randn(4, *shape, dtype=torch.float64), torch.rand(4, dtype=torch.float64) * 999
+    labels = torch.tensor([2, -1, 0, 2])
+    y = network(x, t, label=labels)
+    for i, label in enumerate(labels.tolist()):
+        torch.testing.assert_close(y[i : i + 1], network(x[i : i + 1], t[i : i + 1], label=label))
+    torch.testing.assert_close(y[1:2], network(x[1:2], t[1:2]))  # -1 is no label
+    answers = torch.stack([network(x, t, label=label) for label in (-1, 0, 1, 2)])
+    assert bool((answers.diff(dim=0).abs().amax((1, 2)) > 1e-3).all())
+
+
+@pytest.mark.parametrize("label", [3, -2, 1.0, torch.tensor([0, 1, 2]), torch.zeros(1, 1, dtype=torch.int64)])
+def test_a_label_that_is_no_class_is_refused(label: object) -> None:
+    with pytest.raises(ValueError, match="label must"):
+        MLP(4, classes=3)(torch.zeros(2, 4), torch.zeros(2), label=label)
+    with pytest.raises(ValueError, match="knows no classes"):
+        MLP(4)(torch.zeros(2, 4), torch.zeros(2), label=label)
+
+
+def test_what_stands_for_no_condition() -> None:
+    assert absent(torch.tensor([3, 0])).tolist() == [-1, -1]
+    assert absent(torch.tensor([True, False])).tolist() == [False, False]
+    assert absent(torch.tensor([1.5])).tolist() == [0.0]
+    value = torch.arange(1.0, 7.0).reshape(3, 2)
+    assert without(value, torch.tensor([True, False, True])).tolist() == [[0, 0], [3, 4], [0, 0]]
+
+
+def test_no_label_is_all_of_the_mixture() -> None:
+    x = torch.randn(5, 2, dtype=torch.float64)
+    label = torch.tensor([-1, 0, -1, 2, 1])
+    got, whole = MIXTURE(x, T, label=label), MIXTURE(x, T)
+    for i, k in enumerate(label.tolist()):
+        torch.testing.assert_close(got.data[i], whole.data[i] if k < 0 else MIXTURE(x, T, label=k).data[i])
+    torch.testing.assert_close(MIXTURE.log_prob(x, T, label=-1), MIXTURE.log_prob(x, T))
+
+
+class Batches(Mixture):
+    """The mixture, with the sizes of what it was asked."""
+
+    def forward(self, x: Tensor, t: Tensor, label: object = None):  # type: ignore[no-untyped-def]
+        self.sizes = [*getattr(self, "sizes", []), len(x)]
+        return super().forward(x, t, label)
+
+
+def counting() -> Batches:
+    return Batches(SDE, [0.2, 0.5, 0.3], torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.0, -1.0]]), [0.02, 0.05, 0.1])
+
+
+@pytest.mark.parametrize("t", [T, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)])
+@pytest.mark.parametrize(
+    ("first", "second"), [(None, [2, 0, 1]), (1, [2, 0, 1]), ([0, 1, 2], [2, 2, -1]), (None, 2), (0, 1)]
+)
+def test_two_conditions_of_one_model_are_one_batch(t: Tensor, first: object, second: object) -> None:
+    model, x = counting(), torch.randn(3, 2, dtype=torch.float64)
+    conditions = [torch.tensor(c) if isinstance(c, list) else c for c in (first, second)]
+    alone = [MIXTURE(x, t, label=c) for c in conditions]
+    got = both(*(model.given(label=c) for c in conditions), x, t)
+    assert model.sizes == [6]
+    for one, wanted in zip(got, alone, strict=True):
+        torch.testing.assert_close(one.data, wanted.data)
+        torch.testing.assert_close(one.noise, wanted.noise)
+        torch.testing.assert_close(one.score, wanted.score)
+
+
+def test_of_different_models_each_is_asked() -> None:
+    a, b, x = counting(), counting(), torch.randn(3, 2, dtype=torch.float64)
+    guide(a.given(label=0), b, 2.0)(x, T)
+    assert (a.sizes, b.sizes) == ([3], [3])
+    guide(a.given(label=0), a, 2.0)(x, T)  # a model without conditions is its own unconditional one
+    assert a.sizes == [3, 6]
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_a_guided_score_is_the_line_through_both(scale: float) -> None:
+    x = torch.randn(4, 2, dtype=torch.float64)
+    guided = guide(MIXTURE.given(label=1), MIXTURE.given(label=None), scale)
+    whole, one = MIXTURE.score(x, T), MIXTURE.given(label=1).score(x, T)
+    torch.testing.assert_close(guided.score(x, T), whole + scale * (one - whole))
+
+
+def test_guidance_keeps_to_its_interval() -> None:
+    model, x = counting(), torch.randn(3, 2, dtype=torch.float64)
+    told = model.given(label=0)
+    ratio = lambda t: float(SDE.sigma(torch.tensor(t).double()) / SDE.alpha(torch.tensor(t).double()))
+    guided = guide(told, model.given(label=None), 4.0, low=ratio(0.3), high=ratio(0.6))
+    always = guide(told, model.given(label=None), 4.0)
+    t = torch.tensor([0.2, 0.45, 0.8], dtype=torch.float64)
+    wanted = torch.stack([told.score(x, t)[0], always.score(x, t)[1], told.score(x, t)[2]])
+    torch.testing.assert_close(guided.score(x, t), wanted)
+    model.sizes = []
+    guided(x, t[0])
+    assert model.sizes == [3]  # outside of it a step costs one evaluation
+    with pytest.raises(ValueError, match="low"):
+        guide(told, model, 2.0, low=1.0, high=0.5)
+
+
+def test_a_condition_goes_with_its_example_through_a_solver_that_drops_some() -> None:
+    labels = torch.tensor([0, 2, 1, 0])
+    model = guide(MIXTURE.given(label=labels), MIXTURE.given(label=None), 1.5)
+    ends = torch.tensor([1.0, 0.01], dtype=torch.float64)
+    together = sample(model, EmbeddedODE(), (4, 2), ends, dtype=torch.float64)
+    for i, label in enumerate(labels.tolist()):
+        own = guide(MIXTURE.given(label=label), MIXTURE.given(label=None), 1.5)
+        one = sample(own, EmbeddedODE(), (1, 2), ends, first=i, dtype=torch.float64)
+        torch.testing.assert_close(together[i : i + 1], one)
+    assert isinstance(model, Guided)
+    with of_examples(model, torch.tensor([1, 3]), 4):
+        assert model.model.condition["label"].tolist() == [2, 0]  # type: ignore[union-attr,operator]
+
+
+@pytest.mark.parametrize(("scale", "wanted"), [(0.0, None), (1.0, 2)])
+def test_scale_0_samples_all_and_scale_1_one_class(scale: float, wanted: int | None) -> None:
+    guided = guide(MIXTURE.given(label=2), MIXTURE.given(label=None), scale)
+    grid = times.log_snr(SDE, 30)
+    x = sample(guided, Heun(), (64, 2), grid, dtype=torch.float64)
+    torch.testing.assert_close(x, sample(MIXTURE.given(label=wanted), Heun(), (64, 2), grid, dtype=torch.float64))
+
+
+def test_training_draws_labels_and_leaves_some_out() -> None:
+    config, data = image_config(model__class_conditional=True, training__batch_size=500), load_data("digits")
+    codec = codec_of(data.levels, True)
+    label = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"]
+    config.training.condition_dropout = 0.0
+    all_of = draw(config, data.train, codec, SDE, 3, slice(None), flip=False)
+    known = label >= 0
+    assert 0.05 < 1 - known.double().mean() < 0.15  # a tenth, to four standard deviations
+    assert torch.equal(label[known], all_of.condition["label"][known])
+    config.training.condition_dropout = 1.0
+    assert bool((draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"] == -1).all())
+    held_out = draw(config, data.test, codec, SDE, 3, slice(None), flip=False, purpose=3)
+    assert bool((held_out.condition["label"] >= 0).all())
+    parts = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).parts(4)
+    assert [len(p.condition["label"]) for p in parts] == [125] * 4
+    assert torch.equal(torch.cat([p.x0 for p in parts]), all_of.x0)
+
+
+TINY = [
+    "--config.model.nf=8",
+    "--config.training.n_iters=3",
+    "--config.training.batch_size=8",
+    "--config.eval.num_images=4",
+    "--config.training.snapshot_sampling=false",
+    "--config.model.class_conditional",
+    "--config.sampling.steps=4",
+    "--config.sampling.method=heun",
+    "--config.sampling.num_samples=20",
+    "--config.eval.check_images=0",
+    "--config.eval.rtol=1e-2",
+    "--config.eval.atol=1e-2",
+]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    workdir = tmp_path_factory.mktemp("conditional")
+    assert run(["--config", "configs/vp_digits.py", "--mode", "train", "--workdir", str(workdir), *TINY]) == 0
+    return workdir
+
+
+def modes(workdir: Path, mode: str, *more: str) -> int:
+    return run(["--config", "configs/vp_digits.py", "--mode", mode, "--workdir", str(workdir), *TINY, *more])
+
+
+def results(workdir: Path, kind: str, file: str) -> list[Path]:
+    return sorted((workdir / kind).glob(f"*/{file}"), key=lambda p: p.stat().st_mtime)
+
+
+def test_classes_are_sampled_in_turn_and_kept(trained: Path) -> None:
+    assert modes(trained, "sample") == 0
+    with np.load(results(trained, "samples", "samples.npz")[-1]) as found:
+        assert found["arr_0"].shape == (20, 8, 8, 1)
+        assert found["arr_1"].tolist() == [*range(10), *range(10)]
+    assert modes(trained, "sample", "--config.sampling.labels=3,7", "--config.sampling.guidance=2") == 0
+    folder = results(trained, "samples", "samples.npz")[-1].parent
+    with np.load(folder / "samples.npz") as found:
+        assert found["arr_1"].tolist() == [3, 7] * 10
+    stamp = json.loads((folder / "stamp.json").read_text())
+    assert (stamp["labels"], stamp["guidance"]) == ([3, 7], [2.0, 0.0, 0.0])
+
+
+def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
+    for choice in ("true", "false"):
+        assert modes(trained, "likelihood", f"--config.eval.conditional={choice}") == 0
+    values = [np.load(p)["bits_per_dim"] for p in results(trained, "likelihood", "likelihood.npz")]
+    assert np.abs(values[0] - values[1]).max() > 1e-6
+    assert modes(trained, "likelihood", "--config.eval.heat_map=2") == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("there is no class 10", ["--config.sampling.labels=3,10"]),
+        ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.labels=3"]),
+        ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.guidance=2"]),
+        ("knows examples without", ["--config.sampling.guidance=2", "--config.training.condition_dropout=0"]),
+        ("guidance_low", ["--config.sampling.guidance_low=2", "--config.sampling.guidance_high=1"]),
+        ("has no classes", ["--config.data.dataset=ring", "--config.model.name=mlp"]),
+        ("has 10: leave it 0", ["--config.model.num_classes=7"]),
+        ("told the time", ["--config.model.name=ncsnv2"]),
+    ],
+)
+def test_what_a_model_of_classes_cannot_do_is_said(
+    trained: Path, words: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert modes(trained, "sample", *settings) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_checkpoint_knows_its_classes(trained: Path) -> None:
+    from score_sde import load
+
+    model = load(trained)
+    assert isinstance(model, Preconditioned)
+    x = torch.randn(2, 1, 8, 8)
+    assert not torch.equal(model(x, T, label=3).data, model(x, T, label=4).data)
