@@ -23,6 +23,7 @@ from . import checkpoint, parallel
 from . import config as configs
 from .build import build_sde, is_classifier, resolve_classes
 from .codecs import Codec, PixelCodec, codec_of
+from .conditions import check_conditions, load_guides
 from .data import Data, Split, load_data
 from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
@@ -162,7 +163,8 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         return _demo(config, workdir, data, codec, processes)
     model, path = _model(options.checkpoint or workdir, options.mode, config, data, processes)
     if options.mode == "sample":
-        folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
+        guides = load_guides(config, model, data.shape, processes.device)
+        folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes, guides)
         log.info("%d samples: %s", config.sampling.num_samples, folder)
     elif options.mode == "dequantize":
         if processes.main:
@@ -181,7 +183,12 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
-    """Refuse an --input that nobody would read, and a decode without one."""
+    """Refuse an --input that nobody would read, a decode without one, and the modes of models for a classifier."""
+    if is_classifier(config) and options.mode not in ("scan", "train"):
+        raise ValueError(
+            f"{options.config} is of a classifier, and --mode {options.mode} of models: take the config of a model, "
+            "with --config.sampling.classifier=WORKDIR"
+        )
     if options.mode == "decode" and options.input is None:
         raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
     seeds = options.mode == "interpolate" and config.interpolation.between == "seeds"
@@ -358,7 +365,7 @@ class Show:
         folder = self.workdir / "samples" / f"step-{step:09d}"
         for weights in ("ema", "raw"):
             model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
-            picture = _picture(model, self.shape, self.codec)
+            picture = _picture(model, self.shape, self.codec, self.config.model.num_classes)
             if picture is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_png(picture, folder / f"{weights}.png")
@@ -400,15 +407,25 @@ def _floor(config: ConfigDict) -> dict[str, float]:
     return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
 
 
-def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec) -> torch.Tensor | None:
-    """A grid of 64 images, or where 4096 points of the plane fall; None for other data."""
+def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: int) -> torch.Tensor | None:
+    """A grid of 64 images, or where 4096 points of the plane fall; None for other data.
+
+    Of a class-conditional model as many images as there are classes in 64, a column for each.
+    """
     steps = getattr(model.sde, "steps", None)
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
     count = 64 if isinstance(codec, PixelCodec) else 4096
     if not isinstance(codec, PixelCodec) and shape != (2,):
         return None
+    columns = classes if 1 < classes <= 32 else None
+    if columns and isinstance(codec, PixelCodec):
+        count = 64 // columns * columns
+    if classes:
+        model = model.given(label=torch.arange(count) % classes)
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
-    return grid(codec.display(x), zoom=max(1, 32 // shape[-1])) if isinstance(codec, PixelCodec) else histogram(x)
+    if not isinstance(codec, PixelCodec):
+        return histogram(x)
+    return grid(codec.display(x), columns, zoom=max(1, 32 // shape[-1]))
 
 
 def _model(
@@ -421,6 +438,7 @@ def _model(
     shape = data.shape if foreign else checkpoint.read_card(path).shape
     if shape != data.shape:
         raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {data.shape}")
+    check_conditions(path, config, mode)
     log.info("checkpoint: %s (%s weights)", path, weights)
     return checkpoint.load(path, _theirs(config) if foreign else None, weights == "ema", processes.device), path
 
@@ -439,7 +457,8 @@ def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes
     if code:
         return code
     model, path = _model(workdir, "sample", config, data, processes)
-    folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
+    guides = load_guides(config, model, data.shape, processes.device)
+    folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes, guides)
     _, result = run_likelihood(model, config, data.test, codec, path, workdir / "likelihood", processes)
     if processes.main:
         seconds, samples = time.perf_counter() - begin, np.load(folder / "samples.npz")

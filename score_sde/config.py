@@ -296,7 +296,10 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: 0 <= v < 1,
         "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
     ),
-    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay sampling.threshold training.condition_dropout sampling.guidance_rescale"),
+    "between 0 and 1": (
+        lambda v: 0 <= v <= 1,
+        "optim.decay sampling.threshold training.condition_dropout sampling.guidance_rescale",
+    ),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
     "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps"),
 }

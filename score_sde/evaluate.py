@@ -28,6 +28,7 @@ from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec
+from .conditions import Guides, about, conditional, in_turn, labelled, sampled_labels, told
 from .continuous_bound import variational_bound
 from .data import Split
 from .dequantisation import (
@@ -40,7 +41,7 @@ from .dequantisation import (
     truncation_time,
     uniform_numbers,
 )
-from .guidance import clip, guide, threshold
+from .guidance import clip, threshold
 from .heat_maps import heat_map
 from .images import heat, histogram, write_grid, write_png
 from .likelihood import Likelihood, log_likelihood
@@ -200,14 +201,15 @@ def run_sampling(
     checkpoint: Path,
     base: Path,
     processes: Processes,
+    guides: Guides | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Samples as the section sampling says, into a folder below `base`: `samples.npz` (`arr_0`), a grid, a stamp.
 
-    Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Of class-conditional
-    models `arr_1` has the labels, (N,), and a guided evaluation, of twice as many examples, is counted as one.
+    Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Where classes are
+    sampled `arr_1` has the labels, (N,). A guided evaluation is counted as one, whatever guides by it.
     """
-    s = config.sampling
-    labels = sampled_labels(config)
+    s, guides = config.sampling, guides or Guides()
+    labels = sampled_labels(config, guides)
     counted = Counted(model)
     sampler, times = build_sampler(config), build_times(config, model.sde, counted, shape)
     made_from = stamp(
@@ -223,17 +225,16 @@ def run_sampling(
             "temperature": s.temperature,
             "seed": s.seed,
             "num_samples": s.num_samples,
-            "labels": labels,
-            "guidance": [s.guidance, s.guidance_low, s.guidance_high] if labels else None,
+            **about(config, labels, guides),
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
         },
     )
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
-        chosen = torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
+        chosen = in_turn(labels, first, count)
         x = sample(
-            held(conditional(counted, chosen, config) if labels else counted, config, codec),
+            held(conditional(counted, chosen, config, guides), config, codec),
             sampler,
             (count, *shape),
             times,
@@ -270,27 +271,6 @@ def held(model: ScoreModel, config: ConfigDict, codec: Codec) -> ScoreModel:
     return threshold(model, s.threshold, *codec.range) if s.threshold > 0 else model
 
 
-def sampled_labels(config: ConfigDict) -> list[int]:
-    """The classes to sample in turn; none of a model without them."""
-    m, chosen = config.model, list(config.sampling.labels)
-    if not m.class_conditional:
-        return []
-    for label in chosen:
-        if not -1 <= label < m.num_classes:
-            raise ValueError(
-                f"sampling.labels: there is no class {label}; there are 0 to {m.num_classes - 1}, -1 for none"
-            )
-    return chosen or list(range(m.num_classes))
-
-
-def conditional(model: ScoreModel, labels: Tensor, config: ConfigDict) -> ScoreModel:
-    """The model given its examples' labels, (B,), and guided as the section sampling says."""
-    s, told = config.sampling, model.given(label=labels)
-    if s.guidance == 1:
-        return told
-    return guide(told, model.given(label=None), s.guidance, low=s.guidance_low, high=s.guidance_high or math.inf)
-
-
 def run_likelihood(
     model: ScoreModel,
     config: ConfigDict,
@@ -312,7 +292,7 @@ def run_likelihood(
     if e.estimate == "bound" or (e.estimate == "auto" and not config.training.continuous):
         return run_bound(model, config, split, codec, checkpoint, base, processes)
     n = min(e.num_images, len(split)) if e.num_images else len(split)
-    law, about = _dequantiser(model, config, codec, checkpoint, base.parent)
+    law, dequantised = _dequantiser(model, config, codec, checkpoint, base.parent)
     repeats = e.dequantizations if law else 1
     ode = e.estimate != "sde_bound"
     keys = ("ode_method", "rtol", "atol", "probe", "probes", "check_images") if ode else ("draws",)
@@ -321,9 +301,10 @@ def run_likelihood(
         e.weights,
         {
             "sde": repr(model.sde),
-            "estimate": ("probability-flow ODE" if ode else "variational bound of the SDE") + about.pop("sentence"),
+            "estimate": ("probability-flow ODE" if ode else "variational bound of the SDE")
+            + dequantised.pop("sentence"),
             **{key: e[key] for key in ("split", "seed", *keys)},
-            **about,
+            **dequantised,
             "t_min": law.t_min if law else e.t_min,
             "images": n,
             "dequantizations": repeats,
@@ -402,22 +383,6 @@ def run_likelihood(
 
     label = f"{checkpoint.stem}-{e.weights}-{e.split}"
     return once(base, label, made_from, "likelihood.npz", processes, work)
-
-
-def told(config: ConfigDict) -> bool:
-    """Whether the model is evaluated given each example's label."""
-    return bool(config.model.class_conditional and config.eval.conditional)
-
-
-def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> ScoreModel:
-    """The model, if it is conditional given the examples' labels. Raises ValueError where there are none."""
-    if not told(config):
-        return model
-    if label is None:
-        raise ValueError(
-            "the model is class-conditional, and these examples have no labels: set eval.conditional=False"
-        )
-    return model.given(label=label)
 
 
 def _error_of_mean(each: np.ndarray) -> float:
