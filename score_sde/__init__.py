@@ -7,13 +7,13 @@ line.
 from . import closed_form, dequantisation, losses, outliers, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
-from .checkpoint import load
+from .checkpoint import load, load_classifier
 from .classification import Classification, classify
 from .continuous_bound import ContinuousBound, variational_bound
 from .dequantisation import fit_dequantiser, log_probability
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
-from .guidance import clip, guide, threshold
+from .guidance import classifier, clip, guide, threshold
 from .heat_maps import HeatMap, heat_map
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
@@ -21,6 +21,7 @@ from .losses import denoising
 from .metrics import sliced_wasserstein
 from .model import Estimate, Preconditioned, ScoreModel, from_score
 from .noise_levels import NoiseLevels
+from .noisy_classifier import NoisyClassifier
 from .ode import Solver
 from .samplers import (
     DDIM,
@@ -94,6 +95,7 @@ __all__ = [
     "Multistep",
     "NetworkVelocity",
     "NoiseLevels",
+    "NoisyClassifier",
     "Preconditioned",
     "PredictorCorrector",
     "ReverseDiffusion",
@@ -104,6 +106,7 @@ __all__ = [
     "UniPC",
     "backward",
     "chain_bound",
+    "classifier",
     "classify",
     "clip",
     "closed_form",
@@ -121,6 +124,7 @@ __all__ = [
     "implicit",
     "langevin_dynamics",
     "load",
+    "load_classifier",
     "log_likelihood",
     "log_probability",
     "losses",

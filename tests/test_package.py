@@ -33,6 +33,7 @@ ROWS = [
         "flows",
         "likelihood",
         "guidance",
+        "noisy_classifier",
         "metrics",
         "bounds",
         "continuous_bound",
