@@ -1,7 +1,7 @@
 """Flows to be solved: models, noise to start from, and where the probability flow takes it.
 
-`mixtures` had a part in choosing the package's default sampler, and so had the digits; `held_out` and every other
-trained model had none.
+`mixtures` and `fields` had a part in choosing the package's default sampler, and so had the digits; `held_out` and every
+other trained model had none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from score_sde import SDE, VESDE, VPSDE, CosineSDE, EmbeddedODE, Multistep, ScoreModel, Solver, SubVPSDE, UniPC, times
 from score_sde import config as configs
 from score_sde.checkpoint import find, load, read_card
-from score_sde.closed_form import Mixture
+from score_sde.closed_form import Gaussian, Mixture
 from score_sde.ode import integrate
 from score_sde.samplers.base import noise_source
 from score_sde.samplers.deterministic import velocity
@@ -55,6 +55,14 @@ def mixtures() -> Iterator[tuple[str, Mixture]]:
         log_std = torch.empty(8, d, dtype=torch.float64).uniform_(math.log(0.05), math.log(0.3), generator=g)
         for name, sde in {"VP": VPSDE(), "VE": VESDE(), "cosine": CosineSDE()}.items():
             yield f"{d}-D, {name}", Mixture(sde, range(1, 9), means, torch.exp(2 * log_std))
+
+
+def fields() -> Iterator[tuple[str, Mixture]]:
+    """A Gaussian of many dimensions, a few of them large, in its principal axes: variances fall as rank^(-3/2), 1/4 in
+    the mean, about as those of CIFAR-10's images do (220 the largest, 0.0015 the median)."""
+    variances = torch.arange(1, 3073, dtype=torch.float64) ** -1.5
+    for name, sde in {"VP": VPSDE(), "VE": VESDE()}.items():
+        yield f"3072-D, {name}", Gaussian(sde, torch.zeros_like(variances), variances / variances.mean() / 4)
 
 
 def held_out() -> Iterator[tuple[str, Mixture]]:

@@ -24,6 +24,7 @@ from score_sde import (
     sliced_wasserstein,
     times,
 )
+from score_sde.closed_form import Gaussian
 
 # of NumPy's and of their own options
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
@@ -43,6 +44,17 @@ def test_references_of_the_flow_agree_where_the_default_was_not_chosen(which: in
 
 def test_references_of_the_flow_agree(problem: problems.Problem) -> None:
     assert problem.doubt < 1e-9
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_the_field_of_many_dimensions_is_like_images_and_its_ends_are_the_closed_forms(which: int) -> None:
+    name, model = list(problems.fields())[which]
+    field = problems.mixture_problem(name, model, count=2)
+    assert isinstance(model, Gaussian) and model.shape == (3072,)
+    first, last = (torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min))
+    torch.testing.assert_close(field.end, model.flow(field.start, first, last), rtol=0, atol=1e-9)
+    pixels = field.end.square().mean()  # of variance 1/4, up to the few large directions of two states
+    assert field.doubt < 1e-9 and 0.05 < float(pixels) < 1
 
 
 @pytest.mark.parametrize(
@@ -153,6 +165,7 @@ def test_the_command_prints_every_table_and_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(solvers, "mixtures", lambda: [next(problems.mixtures())])
     monkeypatch.setattr(solvers, "held_out", lambda: [next(problems.held_out())])
+    monkeypatch.setattr(solvers, "fields", lambda: [])
     monkeypatch.setattr(solvers, "mixture_problem", partial(problems.mixture_problem, count=6))
     few = [Subject("ours", "DDIM", DDIM()), Subject("diffusers", "UniPC 2", DETERMINISTIC["UniPC 2"])]
     monkeypatch.setattr(solvers, "deterministic", lambda peer: few)
