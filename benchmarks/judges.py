@@ -91,7 +91,7 @@ def _digits(data: Data, kept: Path) -> Judge:
     fitted = MLPClassifier((64,), max_iter=400, random_state=0).fit(pixels.numpy(), data.train.y.numpy())
     layers = []
     for weight, bias in zip(fitted.coefs_, fitted.intercepts_, strict=True):
-        layer = nn.Linear(*weight.shape, dtype=torch.float64)
+        layer = nn.Linear(weight.shape[0], weight.shape[1], dtype=torch.float64)
         layer.load_state_dict({"weight": torch.from_numpy(weight.T), "bias": torch.from_numpy(bias)})
         layers.append(layer)
     first, last = layers
@@ -103,7 +103,7 @@ class Training:
     """How the network for CIFAR-10 is trained: SGD with momentum, a rate that rises and falls linearly."""
 
     seed: int = 0
-    epochs: int = 5
+    epochs: int = 3
     batch: int = 128
     rate: float = 0.2
     warmup: float = 0.2  # share of the steps in which the rate rises
@@ -140,7 +140,7 @@ def _cifar10(data: Data, kept: Path, training: Training | None = None) -> Judge:
         train(network, data, training)
         kept.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        save_file(network.state_dict(), partial)
+        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
         partial.replace(file)
     return Judge(data, network[0], network[1], "a convolutional network")
 

@@ -1,7 +1,7 @@
 """Flows to be solved: models, noise to start from, and where the probability flow takes it.
 
-`mixtures` and `fields` had a part in choosing the package's default sampler, and so had the digits; `held_out` and every
-other trained model had none.
+`mixtures` and `fields` had a part in choosing the package's default sampler, and so had the digits; `held_out` and
+every other trained model had none.
 """
 
 from __future__ import annotations

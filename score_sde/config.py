@@ -85,7 +85,7 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "eta": 0.0,  # ddim, dpm_solver++: 0 draws no noise, 1 is ancestral sampling, the reverse SDE
                 "order": 2,  # of dpm_solver, dpm_solver++, deis and unipc: 1, 2 or 3
-                "predict": "data",  # what dpm_solver and unipc interpolate: data, noise; unipc also one after the other: both
+                "predict": "data",  # what dpm_solver and unipc interpolate: data or noise; unipc also both in turn
                 "unipc_variant": "b2",  # its B(h): b1 is h, b2 is exp(h) - 1
                 "churn": 40.0,  # edm: how much noise is put back over the walk (S_churn)
                 "churn_low": 0.05,  # where sigma/alpha lies between this (S_tmin)

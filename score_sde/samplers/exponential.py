@@ -11,10 +11,10 @@ from lambda_t up to lambda_s = lambda_t + h. Putting a polynomial through some v
     x_s = keep x_t + sum_j weight_j F_j,    with weights exact for F = 1, u, u², ..., where u = (lambda - lambda_t)/h.
 
 Which values are taken makes the method: those of intermediate points (`DPMSolver`), of steps before (`Multistep`), of
-these and the new point (`UniPC`). Which estimate is the smoother changes on the way: in a direction in which the data have
-variance v, D grows as exp(lambda) while v alpha² < sigma², and E departs from its limit as exp(2 lambda)/2, so that what
-a polynomial of degree p - 1 misses of it weighs 2^(p-1) times as much; afterwards the two have changed places. `TURN`
-stands for where that happens. Of the reverse SDE with eta times its noise,
+these and the new point (`UniPC`). Which estimate is the smoother changes on the way: in a direction in which the data
+have variance v, D grows as exp(lambda) while v alpha² < sigma², and E departs from its limit as exp(2 lambda)/2, so
+that what a polynomial of degree p - 1 misses of it weighs 2^(p-1) times as much; afterwards the two have changed
+places. `TURN` stands for where that happens. Of the reverse SDE with eta times its noise,
 ``dx = [f x - (1 + eta²)/2 g² score] dt + eta g dw``, the same holds with exp((1 + eta²) lambda) for exp(lambda).
 """
 
