@@ -91,19 +91,36 @@ def mixture_problem(name: str, model: Mixture, count: int = PATHS, *, chosen: bo
     return Problem(name, model, sde, start, end, float(distances(end, again).median()), chosen)
 
 
+class Trained(NamedTuple):
+    """A trained model, the SDE to the t at which sampling ends, as the demo's does, and the data that it is of."""
+
+    model: ScoreModel
+    sde: SDE
+    data: str
+    path: str
+    centered: bool
+    shape: tuple[int, ...]
+
+
+def trained(workdir: Path) -> Trained:
+    """Vectors' models in float64."""
+    card = read_card(find(workdir))
+    data = configs.from_text(card.config, str(workdir)).data
+    model = load(workdir).double() if len(card.shape) == 1 else load(workdir)
+    sde = replace(model.sde, t_min=max(model.sde.t_min, 1e-3))
+    return Trained(model, sde, data.dataset, data.path, data.centered, card.shape)
+
+
 @torch.no_grad()
 def trained_problem(workdir: Path, count: int = 0, seed: int = 0) -> Problem:
-    """A trained model from noise to t = 1e-3, as the demo samples; by default of as many paths as it is worth.
+    """A trained model from noise to data; by default of as many paths as it is worth.
 
     Converged in 300 steps of order 4 (vectors: 1200, in float64); again in as many of order 3, on another grid.
     """
-    card = read_card(find(workdir))
-    data = configs.from_text(card.config, str(workdir)).data.dataset
-    vectors, large = len(card.shape) == 1, math.prod(card.shape) > 1000
-    model = load(workdir).double() if vectors else load(workdir)
-    sde = replace(model.sde, t_min=max(model.sde.t_min, 1e-3))
+    model, sde, data, _, _, shape = trained(workdir)
+    vectors, large = len(shape) == 1, math.prod(shape) > 1000
     count = count or (PATHS if vectors else LARGE_IMAGES if large else IMAGES)
-    start = _start(sde, (count, *card.shape), seed, torch.float64 if vectors else torch.float32)
+    start = _start(sde, (count, *shape), seed, torch.float64 if vectors else torch.float32)
     n = 1200 if vectors else 300
     *_, end = UniPC(3, predict="noise").walk(model, start, times.arcsinh(sde, n), refuse)
     *_, again = Multistep(3).walk(model, start, times.log_snr(sde, n), refuse)

@@ -22,14 +22,16 @@ from examples.pages import fill
 
 from . import peer as peers
 from .errors import JUDGED, LONG, Kept, Measure, Run, adaptive, compare, fitted, measure
-from .laws import of_digits, of_mixtures
+from .judges import judge
+from .laws import of_images, of_mixtures
 from .peer import Peer
-from .problems import IMAGES, Problem, fields, held_out, mixture_problem, mixtures, trained_problem
+from .problems import IMAGES, Problem, fields, held_out, mixture_problem, mixtures, trained, trained_problem
 from .reports import best_grids, draw, losses, of_fits, summary, verdict
-from .subjects import LISTED, adaptive_flows, deterministic, stochastic
+from .subjects import LISTED, adaptive_flows, deterministic, few, stochastic
 from .timing import Table, machine
 
 REST = (5, 50, 100)
+FEW_BUDGETS, FEW_IMAGES = (5, 10, 20, 50), 500  # of laws of large images
 
 
 def parser() -> argparse.ArgumentParser:
@@ -107,8 +109,12 @@ def run(arguments: Sequence[str]) -> list[Table]:
     if options.laws:
         blocks["laws_machine"] = where
         show(of_mixtures(stochastic(peer)), "law_of_mixtures")
-        for problem in filter(lambda problem: problem.chosen, map(trained_problem, options.model)):
-            show(of_digits(problem, stochastic(peer)), "law_of_digits")
+        for model in map(trained, options.model):
+            if model.data == "digits":
+                show(of_images(model, judge("digits"), stochastic(peer)), "law_of_digits")
+            elif model.data == "cifar10":
+                known = judge("cifar10", model.path)
+                show(of_images(model, known, few(peer), FEW_BUDGETS, FEW_IMAGES, 1), "law_of_cifar10")
     else:
         problems = [mixture_problem(*named, chosen=True) for named in mixtures()]
         problems += [mixture_problem(*named, count=IMAGES, chosen=True) for named in fields()]
