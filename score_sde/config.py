@@ -88,7 +88,7 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "eta": 0.0,  # ddim, dpm_solver++: 0 draws no noise, 1 is ancestral sampling, the reverse SDE
                 "order": 2,  # of dpm_solver, dpm_solver++, deis and unipc: 1, 2 or 3
-                "predict": "data",  # what dpm_solver and unipc interpolate: data or noise
+                "predict": "data",  # what dpm_solver and unipc interpolate: data or noise; unipc also both in turn
                 "unipc_variant": "b2",  # its B(h): b1 is h, b2 is exp(h) - 1
                 "churn": 40.0,  # edm: how much noise is put back over the walk (S_churn)
                 "churn_low": 0.05,  # where sigma/alpha lies between this (S_tmin)
@@ -242,7 +242,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sampling.corrector": tuple(CORRECTORS),
     "sampling.variance": ("small", "large", "learned"),
     "sampling.grid": (*GRIDS, FITTED),
-    "sampling.predict": ("data", "noise"),
+    "sampling.predict": ("data", "noise", "both"),
     "sampling.unipc_variant": ("b1", "b2"),
     "sampling.ode_method": ADAPTIVE + FIXED,
     "sampling.weights": ("ema", "raw"),
