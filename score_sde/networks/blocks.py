@@ -34,11 +34,23 @@ class Style:
     recompute: bool  # activation checkpointing
     scale_shift: bool = False  # the label scales the second norm's output as well as shifting it
     heads: int = 1  # of attention
+    head_channels: int = 0  # of a head, which then says how many there are; 0: `heads` says
+    norm_eps: float = 1e-6
+    project: bool = True  # the shortcut of a block that resamples has a convolution even where the widths agree
     text_width: int = 0  # of the tokens that attention looks at beside the pixels; 0: none
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Group normalisation by the network's rule."""
-        return group_norm(channels, self.groups)
+        return group_norm(channels, self.groups, self.norm_eps)
+
+    def heads_of(self, channels: int) -> int:
+        """How many heads attention has; ValueError if they do not divide the channels."""
+        if self.head_channels and channels % self.head_channels:
+            raise ValueError(f"{channels} channels do not divide into heads of {self.head_channels}; take a divisor")
+        heads = channels // self.head_channels if self.head_channels else self.heads
+        if channels % heads:
+            raise ValueError(f"{heads} heads of attention cannot share {channels} channels; take a divisor")
+        return heads
 
     def add(self, x: Tensor, h: Tensor) -> Tensor:
         """x + h, divided by sqrt(2) if skip connections are rescaled to keep the variance."""
@@ -46,19 +58,21 @@ class Style:
 
 
 class Sinusoidal(nn.Module):
-    """(B,) labels to (B, width): sines and cosines of label · 10000^(-i / (width/2 - 1)) (Vaswani et al. 2017).
+    """(B,) labels to (B, width): sines and cosines of label · 10000^(-i/n), n = width/2 - 1 as DDPM has it.
 
-    Labels are expected to span about 1000, as 999 t does.
+    With `ends=False` n = width/2, as Vaswani et al. 2017 (section 3.5) and ADM have it: no wave has the frequency
+    1/10000. Labels are expected to span about 1000, as 999 t does.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ends: bool = True) -> None:
         super().__init__()
         self.width = self.outputs = width
+        self.ends = ends
 
     def forward(self, label: Tensor) -> Tensor:
         half = self.width // 2
         index = torch.arange(half, dtype=label.dtype, device=label.device)
-        angles = label[:, None] * torch.exp(index * (-math.log(10_000) / max(half - 1, 1)))
+        angles = label[:, None] * torch.exp(index * (-math.log(10_000) / max(half - self.ends, 1)))
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.width % 2))
 
 
@@ -128,7 +142,8 @@ class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(resample(act(norm(x)))) + label))), with x resampled and projected as needed.
 
     Without `resample` this is DDPM's block (Ho et al. 2020), with it BigGAN's (Brock et al. 2019). With `scale_shift`
-    the label enters as norm(h) (1 + scale) + shift instead (Nichol & Dhariwal 2021, section 3).
+    the label enters as norm(h) (1 + scale) + shift instead: adaptive group normalisation (Nichol & Dhariwal 2021,
+    section 3; Dhariwal & Nichol 2021, section 3.1).
     """
 
     def __init__(self, inputs: int, outputs: int, style: Style, resample: nn.Module | None = None) -> None:
@@ -144,7 +159,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv(outputs, outputs, 3, scale=style.init_scale)
         # the published code starts the projection of DDPM's block smaller, like those of the attention
         projection_scale = 0.1 if style.block == "ddpm" else 1.0
-        same = inputs == outputs and resample is None
+        same = inputs == outputs and not (resample and style.project)
         self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, scale=projection_scale)
         self.style = style
 
@@ -207,8 +222,7 @@ class Attention(nn.Module):
 
     def __init__(self, channels: int, style: Style) -> None:
         super().__init__()
-        if channels % style.heads:
-            raise ValueError(f"{style.heads} heads of attention cannot share {channels} channels; take a divisor")
+        self.heads = style.heads_of(channels)
         self.norm = style.norm(channels)
         self.qkv = conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
         self.out = conv(channels, channels, 1, scale=style.init_scale)
@@ -219,9 +233,9 @@ class Attention(nn.Module):
         # (B, H W, 3 heads C); the fast kernels want the channels of a pixel side by side
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
         if self.text is None or text is None:
-            h = attend(qkv, self.style.heads)
+            h = attend(qkv, self.heads)
         else:
-            h = attend(qkv, self.style.heads, self.text(text.tokens), text.mask)
+            h = attend(qkv, self.heads, self.text(text.tokens), text.mask)
         return self.style.add(x, self.out(h.transpose(1, 2).reshape(x.shape)))
 
 

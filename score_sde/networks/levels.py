@@ -66,21 +66,35 @@ class Middle(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks that take in what the way down left, attention, a part of the output, the step to double size."""
+    """Residual blocks that take in what the way down left, attention, a part of the output, the step to double size.
+
+    Attention follows the last block, or with `attend_each` every block.
+    """
 
     def __init__(
-        self, inputs: Sequence[int], outputs: int, attend: bool, out: nn.Module, step: nn.Module | None, style: Style
+        self,
+        inputs: Sequence[int],
+        outputs: int,
+        attend: bool,
+        attend_each: bool,
+        out: nn.Module,
+        step: nn.Module | None,
+        style: Style,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(width, outputs, style) for width in inputs)
+        earlier = len(inputs) - 1 if attend and attend_each else 0
+        self.attentions = nn.ModuleList(Attention(outputs, style) for _ in range(earlier))
         self.attention = Attention(outputs, style) if attend else nn.Identity()
         self.out, self.step = out, step
 
     def forward(
         self, h: Tensor, label: Tensor | None, text: Text | None, pyramid: Tensor | None, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             h = block(torch.cat([h, skips.pop()], dim=1), label)
+            if i < len(self.attentions):
+                h = look(self.attentions[i], h, text)
         h, pyramid = self.out(look(self.attention, h, text), pyramid)
         return (h if self.step is None else take(self.step, h, label)), pyramid
 

@@ -1,4 +1,5 @@
-"""One U-Net, whose options are DDPM's (Ho et al. 2020), DDPM++ and NCSN++ (Song et al. 2021, appendix H)."""
+"""One U-Net, whose options are DDPM's (Ho et al. 2020), DDPM++'s and NCSN++'s (Song et al. 2021, appendix H) and ADM's
+(Dhariwal & Nichol 2021, section 3)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from .levels import DownLevel, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
 from .resample import Taps
 
-Embedding = Literal["sinusoidal", "fourier", None]
+Embedding = Literal["sinusoidal", "transformer", "fourier", None]
 Progressive = Literal["none", "output_skip", "residual"]
 ProgressiveInput = Literal["none", "input_skip", "residual"]
 
@@ -30,11 +31,13 @@ class UNet(Conditional):
     inside to multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
 
     Args:
-        width: channels of the first level; level i has width * multipliers[i] and 1/2^i of the resolution.
+        width: channels of the first convolution; level i has width * multipliers[i] and 1/2^i of the resolution.
         blocks: residual blocks of a level on the way down; one more on the way up.
         attention, image_size: there is self-attention in the levels i where image_size // 2^i is in `attention`.
         block: the resolution changes in a block ("biggan") or between ("ddpm"; by a convolution if `resample_conv`).
-        embedding: "sinusoidal" suits labels as 999 t, "fourier" positive labels as sigma, None ignores the label.
+        embedding: "sinusoidal" suits labels as 999 t, with DDPM's frequencies, and so does "transformer", with those of
+            Vaswani et al. 2017 and ADM; "fourier" positive labels as sigma; None ignores the label.
+        time_width: of these features, `width` if None; the embedding that is made of them has four times as many.
         fir: taps of the resampling filter, such as (1, 3, 3, 1); None: means and repetition.
         skip_rescale: divide sums of two branches by sqrt(2).
         progressive: how the output is gathered from the levels: "output_skip" sums images, "residual" features.
@@ -48,7 +51,10 @@ class UNet(Conditional):
             levels, which a likelihood counts.
         checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
         scale_shift: the label scales the features as well as shifting them.
-        heads: of self-attention.
+        heads, head_channels: of self-attention, how many, or how wide each is; 0: as `heads` says.
+        attend_each: on the way up attention follows each block instead of a level's last.
+        project: blocks that resample have a convolution in the shortcut even where the number of channels stays.
+        norm_eps: added to the variances of group normalisation.
         classes: how many there are to be told of, condition `label`; 0: none.
         image_channels: of the condition `image`; 0: none.
         text_width, pooled_width: of a token of `text`, seen wherever there is self-attention, and of `pooled`.
@@ -84,6 +90,11 @@ class UNet(Conditional):
         out_channels: int | None = None,
         scale_shift: bool = False,
         heads: int = 1,
+        head_channels: int = 0,
+        attend_each: bool = False,
+        project: bool = True,
+        norm_eps: float = 1e-6,
+        time_width: int | None = None,
         classes: int = 0,
         image_channels: int = 0,
         text_width: int = 0,
@@ -101,9 +112,10 @@ class UNet(Conditional):
             if value not in get_args(kind):
                 raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(map(repr, get_args(kind)))}")
         act = ACTIVATIONS[activation]
+        time_width = time_width or width
         style = Style(
             block=block,
-            label_width=None if embedding is None else 4 * width,
+            label_width=None if embedding is None else 4 * time_width,
             activation=act,
             groups=groups,
             dropout=dropout,
@@ -114,6 +126,9 @@ class UNet(Conditional):
             recompute=checkpoint_activations,
             scale_shift=scale_shift,
             heads=heads,
+            head_channels=head_channels,
+            norm_eps=norm_eps,
+            project=project,
             text_width=text_width,
         )
         self.centered = centered
@@ -124,11 +139,13 @@ class UNet(Conditional):
         # Parts are made in the order in which they run, which is also the order of score_sde_pytorch's parameters.
         self.embed = None
         if embedding is not None:
-            waves = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
-            self.embed = LabelEmbedding(waves, 4 * width, act)
+            waves: Sinusoidal | Fourier = Sinusoidal(time_width, ends=embedding == "sinusoidal")
+            if embedding == "fourier":
+                waves = Fourier(time_width, fourier_scale)
+            self.embed = LabelEmbedding(waves, 4 * time_width, act)
         elif classes or image_channels or pooled_width:
             raise ValueError("classes, images and pooled texts need an embedding to be added to: set embedding")
-        self.learn_conditions(4 * width, act, classes, image_channels, text_width, pooled_width)
+        self.learn_conditions(4 * time_width, act, classes, image_channels, text_width, pooled_width)
         self.waves = Waves(fourier_features) if len(fourier_features) else None
         self.first = conv(channels * (1 + 2 * len(fourier_features)) + image_channels, width, 3)
 
@@ -160,7 +177,7 @@ class UNet(Conditional):
                 out = OutputResidual(h, outputs, style) if len(self.up) else OutputSeed(outputs, style)
             inputs = [h + skips.pop()] + [outputs + skips.pop() for _ in range(blocks)]
             step = step_up(outputs, style) if skips else None
-            self.up.append(UpLevel(inputs, outputs, attend, out, step, style))
+            self.up.append(UpLevel(inputs, outputs, attend, attend_each, out, step, style))
             h = outputs
 
         self.head = None if progressive == "output_skip" else Head(h, out_channels or channels, style, init_scale)
