@@ -174,11 +174,25 @@ def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     )
 
 
+def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The U-Net of Dhariwal & Nichol 2021, section 3, with adaptive group normalisation always."""
+    return _unet(
+        config,
+        shape,
+        embedding="transformer" if config.model.conditional else None,
+        scale_shift=True,
+        attend_each=True,
+        skip_rescale=False,
+        project=False,
+        norm_eps=1e-5,
+        init_scale=config.model.init_scale,
+    )
+
+
 def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:
-    """What both have in common, and the options in which they differ."""
+    """What all of them have in common, and the options in which they differ."""
     m = config.model
-    return UNet(
-        shape[0],
+    shared: dict[str, Any] = dict(
         width=m.nf,
         multipliers=m.ch_mult,
         blocks=m.num_res_blocks,
@@ -193,9 +207,14 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
         out_channels=2 * shape[0] if m.learned_variance else None,
         scale_shift=m.scale_shift,
         heads=m.num_heads,
+        head_channels=m.head_channels,
+        attend_each=m.attend_each,
         classes=m.num_classes,
-        **options,
+        image_channels=m.image_channels,
+        text_width=m.text_width,
+        pooled_width=m.pooled_width,
     )
+    return UNet(shape[0], **{**shared, **options})
 
 
 def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
@@ -223,6 +242,7 @@ def _refinenet(config: ConfigDict) -> dict[str, Any]:
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ddpm": _ddpm,
     "ncsnpp": _ncsnpp,
+    "adm": _adm,
     "ncsn": _ncsn,
     "ncsnv2": _ncsnv2,
     "mlp": _mlp,

@@ -23,7 +23,20 @@ from typing import Any, NoReturn
 import torch
 from ml_collections import ConfigDict
 
-from .build import CHAINS, CLASSIFY, CORRECTORS, FITTABLE, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
+from .build import (
+    CHAINS,
+    CLASSIFY,
+    CORRECTORS,
+    FITTABLE,
+    FITTED,
+    GRIDS,
+    LABELS,
+    METHODS,
+    NETWORKS,
+    PREDICTORS,
+    RULES,
+    SDES,
+)
 from .objectives import DECODED, NAMES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, EACH, FIXED
 from .toys import TOYS
@@ -173,7 +186,7 @@ def default_config() -> ConfigDict:
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
-                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), ncsn, ncsnv2, mlp for vectors
+                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), adm, ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
                 "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
                 "label": "time",  # what it is told of t: 999 t, sigma/alpha, 4 log(sigma/alpha), or the chain's index
@@ -205,8 +218,13 @@ def default_config() -> ConfigDict:
                 "progressive_combine": "sum",  # how that input joins
                 "class_conditional": False,  # tell the network the example's class, too
                 "num_classes": 0,  # of them; 0: as many as the data have
+                "image_channels": 0,  # of an image that it is told beside (a lower resolution); 0: none
+                "text_width": 0,  # of the tokens of a text that it is told; 0: none
+                "pooled_width": 0,  # of a summary of the text; 0: none
                 "scale_shift": False,  # the label scales the features of a block as well as shifting them
                 "num_heads": 1,  # of attention
+                "head_channels": 0,  # of each head, which then says how many there are; 0: num_heads says
+                "attend_each": False,  # on the way up attention follows each block, not a level's last alone
                 "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
                 "nonlinearity": "swish",
                 "fourier_features": (),  # n: sin and cos of 2^n pi x join the image's channels
@@ -254,7 +272,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.weights": ("ema", "raw"),
     "interpolation.between": ("images", "seeds"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),
-    "model.name": ("ddpm", "ncsnpp", "ncsn", "ncsnv2", "mlp"),
+    "model.name": tuple(NETWORKS),
     "model.rule": RULES,
     "model.label": tuple(LABELS),
     "model.embedding_type": ("positional", "fourier"),
@@ -282,7 +300,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: v >= 0,
         """seed sampling.seed eval.seed training.keep_every sampling.temperature sampling.eta sampling.step_lr
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
-        sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes
+        sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
+        model.text_width model.pooled_width model.head_channels
         eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
         optim.weight_decay optim.warmup training.soft_truncation""",
     ),
@@ -447,8 +466,8 @@ def validate(config: ConfigDict) -> None:
     )
     refuse(
         m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
-        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp or mlp, and "
-        "model.conditional=True",
+        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm or mlp, "
+        "and model.conditional=True",
     )
     refuse(
         not (m.class_conditional or classifies) and m.num_classes > 0,
@@ -557,7 +576,7 @@ def validate(config: ConfigDict) -> None:
         refinenet and m.nf < 2,
         f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}",
     )
-    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "ncsn", "ncsnv2")
+    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "ncsn", "ncsnv2")
     refuse(
         fourier and m.label != "sigma",
         f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",

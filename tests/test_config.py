@@ -61,6 +61,7 @@ from score_sde.ode import ADAPTIVE
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 VP = CONFIGS[0].with_name("vp_cifar.py")
 TINY = {"model.nf": "8", "model.num_res_blocks": "1", "model.ch_mult": "1,2", "model.attn_resolutions": "4"}
+TINY |= {"model.head_channels": "0"}
 
 
 def write(folder: Path, *lines: str) -> Path:
@@ -481,13 +482,15 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         embedding_type=fourier label=sigma fourier_scale=3 fir=1 fir_kernel=1,2,1 skip_rescale=0 resblock_type=ddpm
         progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
         learned_variance=1 fourier_features=3,4 scale_shift=1 num_heads=3
-        class_conditional=1 num_classes=6"""
+        class_conditional=1 num_classes=6 image_channels=3 text_width=7 pooled_width=8
+        head_channels=4 attend_each=1"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
     overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
     both |= dict(scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
+    both |= dict(image_channels=3, text_width=7, pooled_width=8, head_channels=4, attend_each=True)
 
     build_network(load(VP, overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)
@@ -497,7 +500,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     build_network(load(VP, {**overrides, "model.name": "ddpm", "model.label": "time"}), (2, 4, 6))
     assert made.pop() == ((2,), both | dict(block="ddpm", embedding="sinusoidal", skip_rescale=False, groups=32))
 
-    for name in ("ddpm", "ncsnpp"):
+    build_network(
+        load(VP, {**overrides, "model.name": "adm", "model.label": "time", "model.scale_shift": "0"}), (2, 4, 6)
+    )
+    fixed = dict(embedding="transformer", skip_rescale=False, project=False, norm_eps=1e-5, init_scale=0.4)
+    assert made.pop() == ((2,), both | fixed)
+
+    for name in ("ddpm", "ncsnpp", "adm"):
         build_network(load(VP, {"model.name": name, "model.conditional": "0"}), (2, 4, 6))
         options = made.pop()[1]
         assert options["embedding"] is None and options["out_channels"] is None

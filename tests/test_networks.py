@@ -271,6 +271,14 @@ def test_sinusoidal_embedding():
         torch.testing.assert_close(row, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
+def test_sinusoidal_embedding_without_the_last_frequency():
+    label = torch.tensor([0.0, 1.5, 999.0], dtype=torch.float64)
+    for row, value in zip(Sinusoidal(8, ends=False)(label), label.tolist()):
+        angles = [value * 10_000 ** (-i / 4) for i in range(4)]
+        expected = [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        torch.testing.assert_close(row, torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
 def test_fourier_embedding_takes_the_logarithm():
     features = Fourier(5, scale=16.0).double()
     out = features(torch.tensor([0.01, 50.0], dtype=torch.float64))
@@ -362,6 +370,62 @@ def test_parameter_counts_are_the_reference_s(options, count):
     with torch.device("meta"):
         network = UNet(3, **options)
     assert sum(p.numel() for p in network.parameters()) == count
+
+
+ADM = {"embedding": "transformer", "scale_shift": True, "attend_each": True, "skip_rescale": False, "project": False,
+       "norm_eps": 1e-5, "attention": (32, 16, 8), "head_channels": 64}  # fmt: skip
+IDDPM = {"block": "ddpm", "blocks": 3, "embedding": "transformer", "scale_shift": True, "attend_each": True,
+         "skip_rescale": False, "attention": (16, 8), "heads": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "millions"),
+    [  # Dhariwal & Nichol 2021, table 11 and the flags of guided-diffusion's README; classes are ImageNet's
+        ({"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "image_size": 64}, 296),
+        ({"multipliers": (1, 1, 2, 3, 4), "image_size": 128, "head_channels": 0, "heads": 4}, 422),
+        ({"multipliers": (1, 1, 2, 2, 4, 4), "image_size": 256}, 554),
+        ({"width": 128, "time_width": 256, "multipliers": (1, 2, 2, 4, 4, 8, 8), "image_size": 512}, 559),
+        # Nichol & Dhariwal 2021: CIFAR-10 (the 50M of its file names is 52.5), ImageNet 64 with classes, "270M"
+        ({**IDDPM, "width": 128, "multipliers": (1, 2, 2, 2), "classes": 0, "head_channels": 0}, 52.5),
+        ({**IDDPM, "width": 192, "multipliers": (1, 2, 3, 4), "image_size": 64, "head_channels": 0}, 273),
+    ],
+    ids=["ADM-64", "ADM-128", "ADM-256", "ADM-512", "IDDPM-32", "IDDPM-64"],
+)
+def test_parameter_counts_are_adm_s(options, millions):
+    with torch.device("meta"):
+        network = UNet(3, **{**ADM, "width": 256, "blocks": 2, "out_channels": 6, "classes": 1000, **options})
+    count = sum(p.numel() for p in network.parameters()) / 1e6
+    assert round(count, 1 if millions < 100 else 0) == millions
+
+
+def test_on_the_way_up_attention_may_follow_each_block():
+    network, once = small(attend_each=True, blocks=2), small(blocks=2)
+    assert [len(level.attentions) for level in network.up] == [2, 0]
+    added = network.state_dict().keys() - once.state_dict().keys()
+    assert {name.rpartition(".")[0] for name in added} == {
+        f"up.0.attentions.{i}.{part}" for i in (0, 1) for part in ("norm", "qkv", "out")
+    }
+    calls = []
+    for level in network.up:
+        for name, module in level.named_modules():
+            if isinstance(module, Attention | ResidualBlock) and name != "step":
+                module.register_forward_hook(lambda module, *_: calls.append(type(module).__name__[0]))
+    network(numbers(1, 3, 8, 8), labels(network, 1))
+    assert "".join(calls) == "RARARA" + "RRR"
+
+
+def test_heads_have_a_width_or_a_number():
+    assert [Style(**{**vars(STYLE), "head_channels": 4}).heads_of(c) for c in (4, 8, 24)] == [1, 2, 6]
+    with pytest.raises(ValueError, match="6 channels do not divide into heads of 4"):
+        Style(**{**vars(STYLE), "head_channels": 4}).heads_of(6)
+
+
+def test_blocks_that_resample_need_no_convolution_in_the_shortcut():
+    style = Style(**{**vars(STYLE), "project": False, "skip_rescale": False})
+    block, x = ResidualBlock(4, 4, style, down(None)).double(), numbers(2, 4, 6, 6)
+    assert isinstance(block.shortcut, nn.Identity) and isinstance(ResidualBlock(4, 8, style).shortcut, nn.Conv2d)
+    nn.init.zeros_(block.conv2.weight)
+    torch.testing.assert_close(block(x, None), F.avg_pool2d(x, 2))
 
 
 PYRAMIDS = [

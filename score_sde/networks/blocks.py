@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,23 @@ class Style:
     recompute: bool  # activation checkpointing
     scale_shift: bool = False  # the label scales the second norm's output as well as shifting it
     heads: int = 1  # of attention
+    head_channels: int = 0  # of a head, which then says how many there are; 0: `heads` says
+    norm_eps: float = 1e-6
+    project: bool = True  # the shortcut of a block that resamples has a convolution even where the widths agree
+    text_width: int = 0  # of the tokens that attention looks at beside the pixels; 0: none
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Group normalisation by the network's rule."""
-        return group_norm(channels, self.groups)
+        return group_norm(channels, self.groups, self.norm_eps)
+
+    def heads_of(self, channels: int) -> int:
+        """How many heads attention has; ValueError if they do not divide the channels."""
+        if self.head_channels and channels % self.head_channels:
+            raise ValueError(f"{channels} channels do not divide into heads of {self.head_channels}; take a divisor")
+        heads = channels // self.head_channels if self.head_channels else self.heads
+        if channels % heads:
+            raise ValueError(f"{heads} heads of attention cannot share {channels} channels; take a divisor")
+        return heads
 
     def add(self, x: Tensor, h: Tensor) -> Tensor:
         """x + h, divided by sqrt(2) if skip connections are rescaled to keep the variance."""
@@ -45,19 +58,21 @@ class Style:
 
 
 class Sinusoidal(nn.Module):
-    """(B,) labels to (B, width): sines and cosines of label · 10000^(-i / (width/2 - 1)) (Vaswani et al. 2017).
+    """(B,) labels to (B, width): sines and cosines of label · 10000^(-i/n), n = width/2 - 1 as DDPM has it.
 
-    Labels are expected to span about 1000, as 999 t does.
+    With `ends=False` n = width/2, as Vaswani et al. 2017 (section 3.5) and ADM have it: no wave has the frequency
+    1/10000. Labels are expected to span about 1000, as 999 t does.
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, ends: bool = True) -> None:
         super().__init__()
         self.width = self.outputs = width
+        self.ends = ends
 
     def forward(self, label: Tensor) -> Tensor:
         half = self.width // 2
         index = torch.arange(half, dtype=label.dtype, device=label.device)
-        angles = label[:, None] * torch.exp(index * (-math.log(10_000) / max(half - 1, 1)))
+        angles = label[:, None] * torch.exp(index * (-math.log(10_000) / max(half - self.ends, 1)))
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.width % 2))
 
 
@@ -112,50 +127,23 @@ class LabelEmbedding(nn.Module):
         self.activation = activation
 
     def forward(self, label: Tensor, more: Tensor | None = None) -> Tensor:
+        h = self.before(label)
+        return self.activation(h if more is None else h + more)
+
+    def before(self, label: Tensor) -> Tensor:
+        """What the activation at the end is taken of."""
         kind = self.hidden.weight.dtype
         # A network in half precision has labels in float32: 999 t would be rounded to whole numbers, and worse.
         features = self.features(label.to(torch.promote_types(kind, torch.float32))).to(kind)
-        h = self.out(self.activation(self.hidden(features)))
-        return self.activation(h if more is None else h + more)
-
-
-class ClassEmbedding(nn.Module):
-    """Class labels to (B, outputs): a row of a table for each, zeros for -1, which means no label.
-
-    It is added to the embedding of the time (Dhariwal & Nichol 2021, section 4.1).
-    """
-
-    def __init__(self, classes: int, outputs: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(classes, outputs))
-
-    def forward(self, label: Any, batch: int) -> Tensor:
-        """`label` is an integer, or integers (B,); None is -1. Raises ValueError for a class that does not exist."""
-        label = torch.as_tensor(-1 if label is None else label)
-        if label.ndim > 1 or label.is_floating_point() or (label.ndim and len(label) != batch):
-            raise ValueError(
-                f"label must be a class or ({batch},) of them, got {label.dtype} of shape {tuple(label.shape)}"
-            )
-        if label.device.type == "cpu" and label.numel() and not -1 <= label.min() <= label.max() < len(self.table):
-            raise ValueError(
-                f"label must lie in 0..{len(self.table) - 1}, or be -1 for none, got {label.min()} to {label.max()}"
-            )
-        label = label.to(self.table.device, non_blocking=True).expand(batch)
-        return self.table[label.clamp_min(0)] * (label >= 0)[:, None]
-
-
-def told_class(classes: ClassEmbedding | None, label: Any, batch: int) -> Tensor | None:
-    """The classes' embedding, (B, outputs). Raises ValueError for a label that a network without classes is given."""
-    if classes is None and label is not None:
-        raise ValueError("the network knows no classes, and was given a label: train one with model.class_conditional")
-    return None if classes is None else classes(label, batch)
+        return self.out(self.activation(self.hidden(features)))
 
 
 class ResidualBlock(nn.Module):
     """x + conv(act(norm(conv(resample(act(norm(x)))) + label))), with x resampled and projected as needed.
 
     Without `resample` this is DDPM's block (Ho et al. 2020), with it BigGAN's (Brock et al. 2019). With `scale_shift`
-    the label enters as norm(h) (1 + scale) + shift instead (Nichol & Dhariwal 2021, section 3).
+    the label enters as norm(h) (1 + scale) + shift instead: adaptive group normalisation (Nichol & Dhariwal 2021,
+    section 3; Dhariwal & Nichol 2021, section 3.1).
     """
 
     def __init__(self, inputs: int, outputs: int, style: Style, resample: nn.Module | None = None) -> None:
@@ -171,7 +159,7 @@ class ResidualBlock(nn.Module):
         self.conv2 = conv(outputs, outputs, 3, scale=style.init_scale)
         # the published code starts the projection of DDPM's block smaller, like those of the attention
         projection_scale = 0.1 if style.block == "ddpm" else 1.0
-        same = inputs == outputs and resample is None
+        same = inputs == outputs and not (resample and style.project)
         self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, scale=projection_scale)
         self.style = style
 
@@ -202,28 +190,53 @@ class ResidualBlock(nn.Module):
         return self.style.add(x, h)
 
 
+class Text(NamedTuple):
+    """Tokens (B, L, D), and where there are any, (B, L) bool."""
+
+    tokens: Tensor
+    mask: Tensor
+
+
+def attend(qkv: Tensor, heads: int, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(C)) v with C channels per head; (B, N, 3 heads C) to (B, N, heads C).
+
+    `text`, (B, L, 2 heads C), are more keys and values, where `mask` (B, L) is True.
+    """
+    q, k, v = qkv.unflatten(2, (3 * heads, -1)).transpose(1, 2).chunk(3, dim=1)
+    seen = None
+    if text is not None and mask is not None:
+        keys, values = text.unflatten(2, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
+        k, v = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
+        seen = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, with C channels per head.
+
+    Tokens of a text, if the style has some, are more keys and values (Nichol et al. 2021, arXiv:2112.10741, section
+    3.1; Saharia et al. 2022, arXiv:2205.11487, appendix D.3.1): without any, pixels are left to attend to.
 
     Raises ValueError for a number of channels that the heads do not divide.
     """
 
     def __init__(self, channels: int, style: Style) -> None:
         super().__init__()
-        if channels % style.heads:
-            raise ValueError(f"{style.heads} heads of attention cannot share {channels} channels; take a divisor")
+        self.heads = style.heads_of(channels)
         self.norm = style.norm(channels)
         self.qkv = conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
         self.out = conv(channels, channels, 1, scale=style.init_scale)
+        self.text = linear(style.text_width, 2 * channels) if style.text_width else None
         self.style = style
 
-    def forward(self, x: Tensor) -> Tensor:
-        # (B, 3 heads, H W, C); the fast kernels want the channels of a pixel side by side
+    def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
+        # (B, H W, 3 heads C); the fast kernels want the channels of a pixel side by side
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
-        qkv = qkv.unflatten(2, (3 * self.style.heads, -1)).transpose(1, 2)
-        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=1))
-        h = h.transpose(1, 2).flatten(2).transpose(1, 2).reshape(x.shape)
-        return self.style.add(x, self.out(h))
+        if self.text is None or text is None:
+            h = attend(qkv, self.heads)
+        else:
+            h = attend(qkv, self.heads, self.text(text.tokens), text.mask)
+        return self.style.add(x, self.out(h.transpose(1, 2).reshape(x.shape)))
 
 
 class Head(nn.Module):

@@ -50,8 +50,8 @@ def linear(inputs: int, outputs: int, scale: float = 1.0) -> nn.Linear:
     return layer
 
 
-def group_norm(channels: int, groups: int | None) -> nn.GroupNorm:
-    """Group normalisation with eps 1e-6 and `groups` groups; None is NCSN++'s rule, min(channels // 4, 32).
+def group_norm(channels: int, groups: int | None, eps: float = 1e-6) -> nn.GroupNorm:
+    """Group normalisation with `groups` groups; None is NCSN++'s rule, min(channels // 4, 32).
 
     Where the rule's number does not divide the channels (144 = 24 * 6), the largest smaller one that does is taken.
     """
@@ -59,7 +59,7 @@ def group_norm(channels: int, groups: int | None) -> nn.GroupNorm:
         groups = next(g for g in range(min(max(channels // 4, 1), 32), 0, -1) if channels % g == 0)
     elif channels % groups:
         raise ValueError(f"{channels} channels do not divide into groups={groups}; change width or use groups=None")
-    return nn.GroupNorm(groups, channels, eps=1e-6)
+    return nn.GroupNorm(groups, channels, eps=eps)
 
 
 class Dropout(nn.Module):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import Attention, ResidualBlock, Style
+from .blocks import Attention, ResidualBlock, Style, Text
 from .resample import ConvDown, ConvUp, down, up
 
 
@@ -28,9 +28,11 @@ class DownLevel(nn.Module):
         self.stages = nn.ModuleList(Stage(inputs if i == 0 else outputs, outputs, attend, style) for i in range(blocks))
         self.step, self.entry = step, entry
 
-    def forward(self, h: Tensor, label: Tensor | None, pyramid: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, label: Tensor | None, text: Text | None, pyramid: Tensor, skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         for stage in self.stages:
-            h = stage(h, label)
+            h = stage(h, label, text)
             skips.append(h)
         if self.step is not None:
             h, pyramid = self.entry(take(self.step, h, label), pyramid)
@@ -46,8 +48,8 @@ class Stage(nn.Module):
         self.residual = ResidualBlock(inputs, outputs, style)
         self.attention = Attention(outputs, style) if attend else nn.Identity()
 
-    def forward(self, h: Tensor, label: Tensor | None) -> Tensor:
-        return self.attention(self.residual(h, label))
+    def forward(self, h: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
+        return look(self.attention, self.residual(h, label), text)
 
 
 class Middle(nn.Module):
@@ -59,27 +61,41 @@ class Middle(nn.Module):
         self.attention = Attention(channels, style)
         self.after = ResidualBlock(channels, channels, style)
 
-    def forward(self, h: Tensor, label: Tensor | None) -> Tensor:
-        return self.after(self.attention(self.before(h, label)), label)
+    def forward(self, h: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
+        return self.after(self.attention(self.before(h, label), text), label)
 
 
 class UpLevel(nn.Module):
-    """Residual blocks that take in what the way down left, attention, a part of the output, the step to double size."""
+    """Residual blocks that take in what the way down left, attention, a part of the output, the step to double size.
+
+    Attention follows the last block, or with `attend_each` every block.
+    """
 
     def __init__(
-        self, inputs: Sequence[int], outputs: int, attend: bool, out: nn.Module, step: nn.Module | None, style: Style
+        self,
+        inputs: Sequence[int],
+        outputs: int,
+        attend: bool,
+        attend_each: bool,
+        out: nn.Module,
+        step: nn.Module | None,
+        style: Style,
     ) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(width, outputs, style) for width in inputs)
+        earlier = len(inputs) - 1 if attend and attend_each else 0
+        self.attentions = nn.ModuleList(Attention(outputs, style) for _ in range(earlier))
         self.attention = Attention(outputs, style) if attend else nn.Identity()
         self.out, self.step = out, step
 
     def forward(
-        self, h: Tensor, label: Tensor | None, pyramid: Tensor | None, skips: list[Tensor]
+        self, h: Tensor, label: Tensor | None, text: Text | None, pyramid: Tensor | None, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
-        for block in self.blocks:
+        for i, block in enumerate(self.blocks):
             h = block(torch.cat([h, skips.pop()], dim=1), label)
-        h, pyramid = self.out(self.attention(h), pyramid)
+            if i < len(self.attentions):
+                h = look(self.attentions[i], h, text)
+        h, pyramid = self.out(look(self.attention, h, text), pyramid)
         return (h if self.step is None else take(self.step, h, label)), pyramid
 
 
@@ -100,3 +116,8 @@ def step_up(channels: int, style: Style) -> nn.Module:
 def take(step: nn.Module, h: Tensor, label: Tensor | None) -> Tensor:
     """Only residual blocks look at the label."""
     return step(h, label) if isinstance(step, ResidualBlock) else step(h)
+
+
+def look(attention: nn.Module, h: Tensor, text: Text | None) -> Tensor:
+    """Only attention looks at the text."""
+    return attention(h, text) if isinstance(attention, Attention) else attention(h)
