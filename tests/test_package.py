@@ -33,6 +33,7 @@ ROWS = [
         "flows",
         "likelihood",
         "guidance",
+        "inverse",
         "metrics",
         "bounds",
         "continuous_bound",
