@@ -106,7 +106,7 @@ def run_encoding(
 
     def compute(first: int, count: int) -> Arrays:
         k, _ = split[torch.arange(first, first + count)]
-        x = _as_trained(k, codec, config, first)
+        x = as_trained(k, codec, config, first)
         counted.nfe = 0
         z = encode(counted, x, **_options(config))
         there, counted.nfe = counted.nfe, 0
@@ -225,7 +225,7 @@ def run_interpolation(
             noise = noise_source((2 * count, *shape), config.sampling.seed, 2 * first, torch.float32, processes.device)
             z = model.sde.prior((2 * count, *shape), noise)
         else:
-            x = _as_trained(split[torch.arange(2 * first, 2 * (first + count))][0], codec, config, 2 * first)
+            x = as_trained(split[torch.arange(2 * first, 2 * (first + count))][0], codec, config, 2 * first)
             z = encode(counted, x, **_options(config))
         between = temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
         y = decode(counted, between.reshape(-1, *shape), **_options(config)).reshape(between.shape)
@@ -268,7 +268,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     return {"t_min": e.t_min, "solver": Solver(e.ode_method, e.rtol, e.atol)}
 
 
-def _as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
+def as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
     """Stored values as the model saw them, which if it was trained so is with uniform noise within a level.
 
     The noise is that of the likelihood, of (eval.seed, first + i). Without it an even surface would be encoded far from

@@ -50,6 +50,17 @@ class Spectral(Operator):
         """weights(A'A) x. `weights` is given squared singular values, to broadcast against x or its coordinates, and
         numerically vanishing ones as 0; what it returns may have a value per example, (B, 1, ..., 1)."""
 
+    def largest(self, x: Tensor) -> float:
+        """The largest squared singular value, for examples like those of x."""
+        seen: list[float] = []
+
+        def note(v: Tensor) -> Tensor:
+            seen.append(v.max().item())
+            return v
+
+        self.filtered(x[:1], note)
+        return max(seen)
+
     def pseudo_inverse(self, y: Tensor) -> Tensor:
         """A⁺ y: of all x that best explain y the shortest."""
         return self.filtered(self.adjoint(y), reciprocal)

@@ -26,7 +26,8 @@ class Projected(Sampler):
     x_s <- (I - A⁺A) x_s + A⁺ (alpha_s y + sigma_s A z): Song et al. 2021, appendix I.2 (inpainting) and I.3
     (colours), for any Spectral operator and any sampler with a step. `PredictorCorrector` is projected after either
     part. With noise s in y the z added is of variance sigma_s² - alpha_s² s²/lambda² in the direction of the
-    singular value lambda, and where that is negative, late, y says less than the state and the state is left alone.
+    singular value lambda, and where that is negative, late, y says less than the state and the
+    state is left alone, and not resampled.
 
     With `resamplings` > 1 it is RePaint (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1): every `jump` steps
     the state is carried back up by the forward SDE, to walk them that many times in all, so that the rest may fit
@@ -83,10 +84,14 @@ class Projected(Sampler):
             raise ValueError(f"{len(self.observation.y)} examples were observed, and {len(x)} are sampled")
         x, n = self.replace(model.sde, x, times[0], noise), len(times) - 1
         updates: list[Update] = list(self.updates(model, times))
+        largest = spectral(self.observation.operator, "projection").largest(x)
         for first in range(0, n, self.jump):
             block = updates[first : first + self.jump]
-            scale, std = model.sde.transition(times[first + len(block)], times[first])
-            for again in range(self.resamplings, 0, -1):
+            end = times[first + len(block)]
+            scale, std = model.sde.transition(end, times[first])
+            # Where y is noisier than the state nothing is replaced, and repeated walks would only forget it.
+            told = model.sde.sigma(end) ** 2 >= (model.sde.alpha(end) * self.observation.noise) ** 2 / largest
+            for again in range(self.resamplings if told else 1, 0, -1):
                 for update in block:
                     x = update(x, noise)
                     if again == 1:
