@@ -36,7 +36,7 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, p: float
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images y beside x, both (B, ...) in [0, 1]: -10 log10 of their mean square distance.
+    """Peak signal-to-noise ratio of images y beside x, both (B, ...) in [0, 1]: -10 log10 of their mean square error.
 
     In dB, (B,). Equal images would have infinitely many; they have 60, so that a mean over images means something.
     """
