@@ -192,7 +192,7 @@ def run_restoring(
     e, i, s = config.eval, config.inverse, config.sampling
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     own = source is not None
-    # Of y the rounding to levels is known at least, and two tasks need noise.
+    # Two methods ask for some noise; then y has that of its rounding to levels at least.
     rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
     noise = codec.width * max(i.noise, rounding)
     counted = Counted(clip(model, *codec.range) if s.clip_denoised else model)
@@ -223,8 +223,8 @@ def run_restoring(
             u = torch.full_like(k, 0.5, dtype=torch.float32) if config.data.uniform_dequantization else None
             return Observation(operator, codec.encode(k, u), noise)
         y = operator.apply(as_trained(k, codec, config, first))
-        if noise > 0 and not own:
-            y = y + noise * noise_source(tuple(y.shape), e.seed + _APART, first, y.dtype, y.device)(y)
+        if i.noise > 0 and not own:
+            y = y + codec.width * i.noise * noise_source(tuple(y.shape), e.seed + _APART, first, y.dtype, y.device)(y)
         return Observation(operator, y, noise)
 
     def compute(first: int, count: int) -> Arrays:
