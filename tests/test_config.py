@@ -129,7 +129,7 @@ SLIPS = [
     ("lr", "1e-3", "did you mean 'optim.lr'?"),
     ("training.lr", "1e-3", "did you mean 'optim.lr'?"),
     ("training.xyz", "5", "unknown config key 'training.xyz'; the section training has accumulate, batch_size"),
-    ("xyz", "5", "there are seed, device and the sections data, dequantizer, eval, interpolation, model, optim, "
+    ("xyz", "5", "there are seed, device and the sections data, dequantizer, eval, interpolation, inverse, model, optim, "
         "sampling, training"),
     ("training", "5", "'training' is a section; set a key of it: accumulate, batch_size"),
     ("eval.enable_bpd", "true", "use --mode likelihood instead"),
