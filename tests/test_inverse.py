@@ -106,6 +106,23 @@ def test_an_operator_s_parts_are_those_of_its_matrix(operator: Spectral, shape: 
     close(operator.filtered(x, torch.cos).flatten(1), expected)
 
 
+def test_operators_do_what_their_names_say() -> None:
+    x = numbers(2, 3, 6, 4)
+    close(Average(2).apply(x), torch.nn.functional.avg_pool2d(x, 2))
+    weights = torch.tensor([0.2, 0.5, 0.1], dtype=torch.float64)
+    close(Grey(weights).apply(x), torch.einsum("c,bchw->bhw", weights, x)[:, None])
+    close(Blur(weights).apply(x), 0.2 * x.roll(-1, 3) + 0.5 * x + 0.1 * x.roll(1, 3))
+    kernel = numbers(3, 5)
+    padded = torch.nn.functional.pad(x, (2, 2, 1, 1), mode="circular").flatten(0, 1)[:, None]
+    expected = torch.nn.functional.conv2d(padded, kernel.flip(0, 1)[None, None]).reshape(x.shape)
+    close(Blur(kernel).apply(x), expected)
+    wide = Blur.gaussian(1.5)
+    assert float(wide.kernel.sum()) == pytest.approx(1)
+    assert float((wide.kernel.sum(1) * torch.arange(-5, 6).square()).sum()) == pytest.approx(
+        1.5**2, rel=0.06
+    )  # cut off
+
+
 def test_grey_is_the_first_channel_of_score_sde_s_change_of_channels() -> None:
     couple = torch.tensor(
         [

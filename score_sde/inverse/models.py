@@ -83,7 +83,7 @@ def dps(model: ScoreModel, observation: Observation, rate: float | None = None) 
     Args:
         model: of x.
         observation: of the batch's examples.
-        rate: None: the score of N(y; A m(x_t), s² I), which is their eq. 11 and 16; stiff where s is small, for the
+        rate: None: the score of N(y; A m(x_t), s² I), as in their theorem 1; stiff where s is small, for the
             law of x_0 is much wider at most times. A number: their algorithm 1, which moves x by
             -zeta grad|y - A m(x_t)| in each of n steps whatever their length, as its continuous limit, a drift of
             rate = zeta n (zeta = 0.3 to 1 in the paper, n = 1000). With Euler-Maruyama's n equal steps it is
@@ -110,16 +110,14 @@ class PseudoInverse(Conditional):
 
 
 def pigdm(model: ScoreModel, observation: Observation, variance: float = 1.0) -> ScoreModel:
-    """Pseudo-inverse guidance (ΠGDM; Song et al. 2023, eq. 7): x_0 given x_t is N(m(x_t), r² I), r² as `spread` says.
+    """Pseudo-inverse guidance (ΠGDM; Song et al. 2023, section 3): x_0 given x_t is N(m(x_t), r² I), r² by `spread`.
 
     grad log p(y | x_t) = (dm/dx_t)' A' (r² AA' + s² I)⁻¹ (y - A m). Exact for data N(mean, variance I), at every t
     and for every operator; for others as good as r² I is for the covariance of x_0 given x_t. For a Spectral
     operator.
 
     Args:
-        variance: c of r² = sigma² c/(alpha² c + sigma²); the paper's is 1. That of independent pixels in [-1, 1] is
-        nearer
-            to a quarter.
+        variance: c of r² = sigma² c/(alpha² c + sigma²); the paper's is 1. That of pixels in [-1, 1] is nearer to 1/4.
 
     Raises ValueError for an operator that is not Spectral, and a variance that is not above 0.
     """
@@ -160,7 +158,7 @@ class MomentMatching(Conditional):
 def moment_matching(model: ScoreModel, observation: Observation, iterations: int = 3) -> ScoreModel:
     """x_0 given x_t is N(m, C) with the model's own covariance C = sigma²/alpha dm/dx_t.
 
-    Rozet et al. 2024 (arXiv:2405.13712), section 3.2, where N(m, C) is that of Boys et al. 2023.
+    Rozet et al. 2024 (arXiv:2405.13712), "moment matching posterior sampling"; N(m, C) is Boys et al. 2023's.
 
     grad log p(y | x_t) = (dm/dx_t)' A' (A C A' + s² I)⁻¹ (y - A m), for any operator; the equation is solved by
     conjugate gradients, which cost one gradient through the model each, and one more. With as many iterations as
@@ -190,11 +188,11 @@ class NullSpace(ScoreModel):
 
 
 def ddnm(model: ScoreModel, observation: Observation, variance: float = 1.0) -> ScoreModel:
-    """The estimate of the data, with what A sees of it set to what y says (DDNM; Wang et al. 2023, eq. 13).
+    """The estimate of the data, with what A sees of it set to what y says (DDNM; Wang et al. 2023, section 3).
 
     Of an exact y, data + A⁺ (y - A data); no gradient is taken, so it costs what the model costs. Of one with noise the
     best weighted mean of both where x_0 given x_t is N(m, r² I), data + r² A' (r² AA' + s² I)⁻¹ (y - A data), which
-    stands for the paper's eq. 17-19. `variance` is as in `pigdm`, whose Jacobian it takes for r² I. For a Spectral
+    stands for the paper's DDNM+. `variance` is as in `pigdm`, whose Jacobian it takes for r² I. For a Spectral
     operator.
 
     Raises ValueError for an operator that is not Spectral, and a variance that is not above 0.
