@@ -4,7 +4,7 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, dequantisation, losses, outliers, score_matching, time_laws
+from . import closed_form, dequantisation, inverse, losses, outliers, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
 from .checkpoint import load, load_classifier
@@ -15,6 +15,7 @@ from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import classifier, clip, guide, threshold
 from .heat_maps import HeatMap, heat_map
+from .inverse import Observation, Projected, ddnm, dps, moment_matching, observe, pigdm, twisted
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
@@ -96,8 +97,10 @@ __all__ = [
     "NetworkVelocity",
     "NoiseLevels",
     "NoisyClassifier",
+    "Observation",
     "Preconditioned",
     "PredictorCorrector",
+    "Projected",
     "ReverseDiffusion",
     "Sampler",
     "ScoreModel",
@@ -110,9 +113,11 @@ __all__ = [
     "classify",
     "clip",
     "closed_form",
+    "ddnm",
     "denoising",
     "denoising_at",
     "dequantisation",
+    "dps",
     "explicit",
     "finite_difference",
     "fisher_divergence",
@@ -122,14 +127,18 @@ __all__ = [
     "guide",
     "heat_map",
     "implicit",
+    "inverse",
     "langevin_dynamics",
     "load",
     "load_classifier",
     "log_likelihood",
     "log_probability",
     "losses",
+    "moment_matching",
+    "observe",
     "outliers",
     "paths",
+    "pigdm",
     "projections",
     "recommended",
     "sample",
@@ -140,5 +149,6 @@ __all__ = [
     "threshold",
     "time_laws",
     "times",
+    "twisted",
     "variational_bound",
 ]

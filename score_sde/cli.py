@@ -29,6 +29,7 @@ from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import dequantiser_path, reported, run_likelihood, run_sampling
 from .images import grid, histogram, write_png
+from .inverse_modes import TASKS, operator_for, read_observed, restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
 from .ode import GaveUp
@@ -54,16 +55,18 @@ modes
   decode       the images of latents, --input FILE such as the latents.npz of encode
   interpolate  rows of images between held-out ones, your own (--input FILE_OR_FOLDER) or draws
                (--config.interpolation.between=seeds)
+  inpaint      fill in held-out images, or your own (--input FILE_OR_FOLDER), where --mask FILE is black; also
+               colorize, superresolve (your own are the small ones) and deblur, by the section inverse
   dequantize   fit a flow to it that dequantises pixels, for likelihood with eval.dequantization=variational
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, latents/,
-                  decoded/, interpolations/, tensorboard/, log.txt
+                  decoded/, interpolations/, restored/, tensorboard/, log.txt
 what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
 several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
 
-MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", "dequantize", "demo")
+MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *TASKS, "dequantize", "demo")
 
 log = logging.getLogger("score_sde")
 
@@ -139,6 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", default=None)
     parser.add_argument("--checkpoint", default=None)
     parser.add_argument("--input", default=None, type=Path)
+    parser.add_argument("--mask", default=None, type=Path)
     return parser
 
 
@@ -171,6 +175,8 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
             log.info("dequantizer: %s", run_dequantizing(model, config, data.train, codec, path, workdir, processes))
     elif options.mode in ("encode", "decode", "interpolate"):
         _latents(options, model, config, data, codec, path, workdir, processes)
+    elif options.mode in TASKS:
+        _restore(options, model, config, data, codec, path, workdir, processes)
     else:
         split = {"test": data.test, "train": data.train}[config.eval.split]
         folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes)
@@ -192,7 +198,9 @@ def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
     if options.mode == "decode" and options.input is None:
         raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
     seeds = options.mode == "interpolate" and config.interpolation.between == "seeds"
-    if options.input is not None and (seeds or options.mode not in ("encode", "decode", "interpolate")):
+    if options.mask is not None and options.mode != "inpaint":
+        raise ValueError(f"--mode {options.mode} reads no --mask, got {options.mask}; leave it out")
+    if options.input is not None and (seeds or options.mode not in ("encode", "decode", "interpolate", *TASKS)):
         what = "interpolation.between=seeds" if seeds else f"--mode {options.mode}"
         raise ValueError(f"{what} reads no --input, got {options.input}; leave it out")
 
@@ -228,6 +236,29 @@ def _latents(
     unit = " levels of a pixel" if codec.levels else ""
     off = f"; the ends are off by {result['ends_rms_error']:.3g}{unit} (RMS)" if between is not None else ""
     log.info("%d rows of %d, NFE %.0f%s: %s", result["pairs"], result["steps"], result["nfe"], off, folder)
+
+
+def _restore(
+    options: argparse.Namespace,
+    model: ScoreModel,
+    config: ConfigDict,
+    data: Data,
+    codec: Codec,
+    path: Path,
+    workdir: Path,
+    processes: Processes,
+) -> None:
+    """The modes inpaint, colorize, superresolve and deblur."""
+    split, source = {"test": data.test, "train": data.train}[config.eval.split], None
+    operator = operator_for(options.mode, config, data.shape, options.mask)
+    if options.input is not None:
+        split = read_observed(options.input, options.mode, operator, data.shape, codec)
+        source = f"sha256 {fingerprint(split)}"
+    base = workdir / "restored"
+    folder, result = run_restoring(
+        options.mode, model, config, split, operator, data.shape, codec, path, base, processes, source
+    )
+    log.info("%s: %s", restoring_line(result), folder)
 
 
 def _log_to(workdir: Path) -> None:

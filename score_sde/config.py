@@ -176,6 +176,19 @@ def default_config() -> ConfigDict:
                 "pairs": 8,
                 "steps": 9,  # images in a row, with both ends
             },
+            "inverse": {  # --mode inpaint, colorize, superresolve and deblur, with the section sampling
+                # pigdm, ddnm; dps, moment_matching; projection, repaint (for samplers of single steps); or twisted,
+                # particles on sampling's grid
+                "method": "pigdm",
+                "noise": 0.0,  # standard deviation of noise in what is seen, where black to white is 1
+                "factor": 4,  # superresolve: how many times larger
+                "blur": 1.0,  # deblur: standard deviation of the Gaussian, in pixels
+                "variance": 0.25,  # of a pixel as the model sees it; for pigdm, ddnm and twisted
+                "rate": 100.0,  # dps: the paper's step size times the number of steps
+                "iterations": 3,  # moment_matching: of conjugate gradients
+                "resamplings": 5,  # repaint: how often each step is walked
+                "particles": 8,  # twisted: for each image
+            },
             "data": {
                 "dataset": "cifar10",  # files: a folder or zip of images, a .npy or .npz at data.path
                 "path": "",  # where the data lie; "": the usual place, data/
@@ -271,6 +284,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.ode_method": (EACH, *ADAPTIVE),
     "eval.weights": ("ema", "raw"),
     "interpolation.between": ("images", "seeds"),
+    "inverse.method": ("pigdm", "ddnm", "dps", "moment_matching", "projection", "repaint", "twisted"),
     "data.dataset": ("cifar10", "digits", "files", *TOYS),
     "model.name": tuple(NETWORKS),
     "model.rule": RULES,
@@ -292,7 +306,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps
         sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes
         eval.importance_samples eval.draws interpolation.pairs dequantizer.n_iters dequantizer.batch_size
-        dequantizer.layers dequantizer.hidden model.num_scales model.nf model.num_res_blocks model.num_heads
+        dequantizer.layers dequantizer.hidden inverse.factor inverse.iterations inverse.resamplings
+        inverse.particles model.num_scales model.nf model.num_res_blocks model.num_heads
         model.hidden model.depth""",
     ),
     "at least 2": (lambda v: v >= 2, "interpolation.steps"),
@@ -303,13 +318,13 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
         model.text_width model.pooled_width model.head_channels
         eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
-        optim.weight_decay optim.warmup training.soft_truncation""",
+        inverse.noise optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
         """sampling.snr sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol eval.rtol eval.atol
         model.sigma_data model.sigma_min model.sigma_max model.beta_min model.beta_max model.fourier_scale
-        optim.lr optim.eps training.difference_step dequantizer.lr""",
+        optim.lr optim.eps training.difference_step dequantizer.lr inverse.blur inverse.variance inverse.rate""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,

@@ -113,7 +113,7 @@ def run_encoding(
 
     def compute(first: int, count: int) -> Arrays:
         k, y = split[torch.arange(first, first + count)]
-        x = _as_trained(k, codec, config, first)
+        x = as_trained(k, codec, config, first)
         model = labelled(config, counted, y)
         counted.nfe = 0
         z = encode(model, x, **_options(config))
@@ -250,7 +250,7 @@ def run_interpolation(
             z = model.sde.prior((2 * count, *shape), noise)
         else:
             k, y = split[torch.arange(2 * first, 2 * (first + count))]
-            x = _as_trained(k, codec, config, 2 * first)
+            x = as_trained(k, codec, config, 2 * first)
             z = encode(labelled(config, counted, y), x, **_options(config))
         between = temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
         if told(config) and y is not None:
@@ -297,7 +297,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     return {"t_min": e.t_min, "solver": Solver(e.ode_method, e.rtol, e.atol)}
 
 
-def _as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
+def as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
     """Stored values as the model saw them, which if it was trained so is with uniform noise within a level.
 
     The noise is that of the likelihood, of (eval.seed, first + i). Without it an even surface would be encoded far from

@@ -357,7 +357,7 @@ def test_a_classifier_guides_a_model_that_knows_no_classes(judged: dict[str, Pat
 
 
 def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
-    """As the library's `guide` says, of an unconditional model and, by a weaker one told labels, of a conditional one."""
+    """As the library's `guide` says, of an unconditional model, and of a conditional one by one told labels."""
     settings = ["--config.sampling.num_samples=4", "--config.sampling.guidance=3"]
     assert unconditional(judged, *settings, f"--config.sampling.guidance_checkpoint={judged['weak']}") == 0
     file = results(judged["model"], "samples", "samples.npz")[-1]

@@ -130,8 +130,8 @@ SLIPS = [
     ("lr", "1e-3", "did you mean 'optim.lr'?"),
     ("training.lr", "1e-3", "did you mean 'optim.lr'?"),
     ("training.xyz", "5", "unknown config key 'training.xyz'; the section training has accumulate, batch_size"),
-    ("xyz", "5", "there are seed, device and the sections data, dequantizer, eval, interpolation, model, optim, "
-        "sampling, training"),
+    ("xyz", "5", "there are seed, device and the sections data, dequantizer, eval, interpolation, inverse, model, "
+        "optim, sampling, training"),
     ("training", "5", "'training' is a section; set a key of it: accumulate, batch_size"),
     ("eval.enable_bpd", "true", "use --mode likelihood instead"),
     ("training.n_iters", "many", "training.n_iters must be an integer, got 'many'"),

@@ -34,6 +34,7 @@ ROWS = [
         "likelihood",
         "guidance",
         "noisy_classifier",
+        "inverse",
         "metrics",
         "bounds",
         "continuous_bound",
