@@ -50,7 +50,7 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
     """
     square = len(shape) == 3 and shape[-1] == shape[-2]
     channels = shape[0] if len(shape) == 3 else None
-    (x, _), _ = read(path, shape[-1] if square else None, channels, memory=2**62)
+    x = read(path, shape[-1] if square else None, channels, memory=2**62)[0].x
     assert isinstance(x, Tensor)
     if tuple(x.shape[1:]) != shape or (x.dtype == torch.uint8) != isinstance(codec, PixelCodec):
         kind = "uint8 images" if isinstance(codec, PixelCodec) else "floats"
