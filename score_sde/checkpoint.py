@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import config as configs
-from .build import build_model
+from .build import build_trained
 from .interop import load_score_sde_file
 from .model import ScoreModel
+from .noisy_classifier import NoisyClassifier
 
 FORMAT = "score_sde 1"
 SUFFIX = ".safetensors"
@@ -196,13 +197,39 @@ def load(
         ema: take the averaged weights (default) or the raw ones.
         map_location: device of the result.
 
-    Raises FileNotFoundError where nothing is, ValueError for a file that is broken or does not fit its config.
+    Raises FileNotFoundError where nothing is, ValueError for a file that is broken, does not fit its config or holds a
+    classifier.
     """
     path = find(path)
     if path.suffix != SUFFIX:
         return load_score_sde_file(path, config, ema, map_location)
+    model = _load(path, ema, map_location)
+    if isinstance(model, NoisyClassifier):
+        raise ValueError(f"{path} is a classifier: sample from a model, with --config.sampling.classifier={path}")
+    return model
+
+
+def load_classifier(
+    path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu"
+) -> NoisyClassifier:
+    """The classifier of noisy examples in a workdir or checkpoint, in eval mode: ``classifier(model, it, label=y)``.
+
+    Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds a model.
+    """
+    path = find(path)
+    found = _load(path, ema, map_location)
+    if not isinstance(found, NoisyClassifier):
+        raise ValueError(
+            f"{path} is a score model and no classifier: train one with training.objective=cross_entropy, such as "
+            "configs/classifier_digits.py"
+        )
+    return found
+
+
+def _load(path: Path, ema: bool, map_location: str | torch.device) -> ScoreModel | NoisyClassifier:
+    """What a checkpoint of ours holds, in eval mode."""
     card = read_card(path)
-    model = build_model(configs.from_text(card.config, str(path)), card.shape)
+    model = build_trained(configs.from_text(card.config, str(path)), card.shape)
     prefix = "ema/" if ema else "model/"
     with safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118

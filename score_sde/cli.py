@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
-from .build import build_sde, resolve_classes
+from .build import build_sde, is_classifier, resolve_classes
 from .codecs import Codec, PixelCodec, codec_of
 from .data import Data, Split, load_data
 from .demo import summary
@@ -328,7 +328,7 @@ class Show:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
         self.device, self.bar = device, bar
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
-        self.floor = _floor(config) if config.data.dataset in EXACT else {}
+        self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}
         if self.floor:
             log.info("irreducible error by noise level: %s", _line(self.floor))
 
@@ -346,9 +346,11 @@ class Show:
             log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
         for name, value in m.scalars.items():
             self.writer.add_scalar(name, value, m.step)
+        if "eval_accuracy" in m.scalars:
+            log.info("step %d: right of %.1f %% of held-out examples", m.step, 100 * m.scalars["eval_accuracy"])
         if m.checkpoint is not None:
             log.info("checkpoint: %s", m.checkpoint)
-            if self.config.training.snapshot_sampling:
+            if self.config.training.snapshot_sampling and not is_classifier(self.config):
                 self._pictures(m.checkpoint, m.step)
 
     def _pictures(self, path: Path, step: int) -> None:

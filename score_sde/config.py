@@ -23,8 +23,8 @@ from typing import Any, NoReturn
 import torch
 from ml_collections import ConfigDict
 
-from .build import CHAINS, CORRECTORS, FITTABLE, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
-from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
+from .build import CHAINS, CLASSIFY, CORRECTORS, FITTABLE, FITTED, GRIDS, LABELS, METHODS, PREDICTORS, RULES, SDES
+from .objectives import DECODED, NAMES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, EACH, FIXED
 from .toys import TOYS
 
@@ -41,7 +41,9 @@ def default_config() -> ConfigDict:
                 "n_iters": 1_300_000,  # training stops after this many steps
                 "batch_size": 128,  # examples per step, in total over all processes and accumulated parts
                 "accumulate": 1,  # parts in which a batch is computed, to save memory
-                "objective": "denoising",  # estimator of the score's error; for chains also hybrid or vlb, their bound
+                # estimator of the score's error; for chains also hybrid or vlb, their bound; cross_entropy trains a
+                # classifier of noisy examples in the model's place, for sampling.classifier
+                "objective": "denoising",
                 "projections": 1,  # random directions per example, for the sliced objectives
                 "projection": "rademacher",  # their law
                 "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
@@ -109,10 +111,15 @@ def default_config() -> ConfigDict:
                 "weights": "ema",  # of the network: their moving average, or raw
                 # of class-conditional models: the classes of the samples, in turn; (): all; -1: none
                 "labels": (),
-                # classifier-free guidance: 0 ignores the label, 1 is the conditional model, above 1 strengthens it
+                # scale of guidance. Classifier-free: 0 ignores the label, 1 is the conditional model, above 1
+                # strengthens it; by a classifier: 0 ignores it, 1 is the model given the label by Bayes' rule
                 "guidance": 1.0,
-                "guidance_low": 0.0,  # guided where sigma/alpha lies between this (elsewhere the scale is 1)
+                "guidance_low": 0.0,  # guided where sigma/alpha lies between this, elsewhere not
                 "guidance_high": 0.0,  # and this; 0: no upper end
+                "guidance_rescale": 0.0,  # classifier-free: how far, up to 1, the contrast is brought back
+                # the weaker model of autoguidance, a workdir or checkpoint, in place of the model without label
+                "guidance_checkpoint": "",
+                "classifier": "",  # of noisy examples: the workdir or checkpoint of one, for classifier guidance
             },
             "eval": {
                 "split": "test",  # whose bits/dim or log-likelihood
@@ -226,7 +233,7 @@ def default_config() -> ConfigDict:
 # What names may be. The dicts are build.py's.
 CHOICES: dict[str, tuple[str, ...]] = {
     "training.sde": tuple(SDES),
-    "training.objective": tuple(OBJECTIVES),
+    "training.objective": NAMES,
     "training.projection": ("rademacher", "gaussian", "sphere"),
     "training.time": (*TIME_LAWS, "second_moment"),
     "training.precision": ("float32", "bfloat16"),
@@ -289,7 +296,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: 0 <= v < 1,
         "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
     ),
-    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay sampling.threshold training.condition_dropout"),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay sampling.threshold training.condition_dropout sampling.guidance_rescale"),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
     "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps"),
 }
@@ -424,23 +431,43 @@ def validate(config: ConfigDict) -> None:
         f"sampling.threshold={s.threshold:g} draws pixels into their range: set it to 0 for vectors, and "
         "sampling.clip_denoised=False, which would hold them there first",
     )
+    classifies = t.objective == CLASSIFY
+    refuse(
+        classifies and (m.name not in ("ncsnpp", "mlp") or not m.conditional or m.class_conditional),
+        "training.objective=cross_entropy trains a classifier that is told the time and not the class: set model.name "
+        "to ncsnpp (its way down) or mlp, model.conditional=True and model.class_conditional=False",
+    )
+    refuse(
+        classifies and t.sde == "learned",
+        "training.objective=cross_entropy learns no noise schedule: give training.sde the SDE of the model that it is "
+        "to guide",
+    )
     refuse(
         m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
         "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp or mlp, and "
         "model.conditional=True",
     )
     refuse(
-        not m.class_conditional and (m.num_classes > 0 or len(s.labels) > 0 or s.guidance != 1),
-        "model.num_classes, sampling.labels and sampling.guidance are of class-conditional models: set "
-        "model.class_conditional=True",
+        not (m.class_conditional or classifies) and m.num_classes > 0,
+        "model.num_classes is of class-conditional models and classifiers: set model.class_conditional=True",
+    )
+    refuse(
+        not m.class_conditional and not s.classifier and len(s.labels) > 0,
+        "sampling.labels are of class-conditional models, or for a classifier: set model.class_conditional=True, or "
+        "sampling.classifier to the workdir of one",
+    )
+    refuse(
+        not (m.class_conditional or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
+        f"sampling.guidance={s.guidance:g} has nothing to guide by: take a class-conditional model "
+        "(model.class_conditional=True), or set sampling.classifier or sampling.guidance_checkpoint",
+    )
+    refuse(
+        bool(s.classifier) and (bool(s.guidance_checkpoint) or s.guidance_rescale > 0),
+        "sampling.classifier guides by itself: leave sampling.guidance_checkpoint and sampling.guidance_rescale alone",
     )
     refuse(
         0 < s.guidance_high <= s.guidance_low,
         f"sampling.guidance_low={s.guidance_low:g} must be below sampling.guidance_high={s.guidance_high:g}",
-    )
-    refuse(
-        s.guidance != 1 and t.condition_dropout == 0,
-        "sampling.guidance needs a model that knows examples without label: set training.condition_dropout",
     )
     refuse(
         s.churn_low > s.churn_high,

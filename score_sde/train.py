@@ -26,18 +26,22 @@ from torch.optim import Optimizer
 
 from . import checkpoint, losses, time_laws
 from . import config as configs
-from .build import build_model
+from .build import build_trained, takes_labels
 from .codecs import Codec
 from .data import Data, Split, batch
 from .ema import ema_decay, ema_update
 from .model import ScoreModel, absent
-from .objectives import PROJECTED, Objective, importance_weighted, learned_law, time_law
+from .noisy_classifier import NoisyClassifier
+from .objectives import PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
 from .parallel import Processes
 from .sdes import SDE
 from .time_laws import SecondMoments, TimeLaw
 
 # What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
 _TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION = 0, 2, 3, 5, 7
+
+
+Trained = ScoreModel | NoisyClassifier
 
 
 @dataclass
@@ -47,8 +51,8 @@ class State:
     Most laws learn nothing: `law` is there where the config's does, and takes the place of `time_law(config)`.
     """
 
-    model: ScoreModel
-    ema: ScoreModel
+    model: Trained
+    ema: Trained
     optimizer: Optimizer
     step: int = 0
     law: SecondMoments | None = None
@@ -86,7 +90,7 @@ class Record(NamedTuple):
     step: int
     learning_rate: float
     grad_norm: Tensor
-    error: Tensor  # mean squared error of the noise, per example, unweighted
+    measure: Tensor  # per example: mean squared error of the noise, unweighted; of classifiers 1 where they are right
     loss: Tensor
     t: Tensor
 
@@ -104,7 +108,7 @@ class Metrics:
 def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device) -> State:
     """A fresh state for examples of `shape`; its weights depend on config.seed alone."""
     o, t = config.optim, config.training
-    model = build_model(config, shape).to(device)
+    model = build_trained(config, shape).to(device)
     if t.channels_last and len(shape) == 3:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -161,8 +165,8 @@ def draw(
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    condition = {"label": y} if config.model.class_conditional and y is not None else {}
-    if purpose == _TRAINING and condition:
+    condition = {"label": y} if takes_labels(config) and y is not None else {}
+    if purpose == _TRAINING and config.model.class_conditional and condition:
         u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part].to(k.device)
         condition = {name: without(value, u < config.training.condition_dropout) for name, value in condition.items()}
     return Batch(x0, times.t[part], times.weight[part], z, v, condition)
@@ -189,20 +193,20 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     parts = b.parts(t.accumulate)
-    errors, values = [], []
+    measures, values = [], []
     for i, p in enumerate(parts):
         last = i == len(parts) - 1
         synced = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
         bf16 = torch.autocast(p.x0.device.type, torch.bfloat16, enabled=t.precision == "bfloat16")
         with synced, bf16:
-            loss, error = objective(p.x0, p.t, p.z, p.v, p.condition)
+            loss, measured = objective(p.x0, p.t, p.z, p.v, p.condition)
             if importance_weighted(config):
                 loss = loss * p.importance.to(loss)
             (loss.mean() / len(parts)).backward()
-        errors.append(error)
+        measures.append(measured)
         values.append(loss.detach())
     norm = update(state, o.grad_clip if o.grad_clip >= 0 else math.inf)
-    record = Record(state.step, rate, norm, torch.cat(errors), torch.cat(values), b.t)
+    record = Record(state.step, rate, norm, torch.cat(measures), torch.cat(values), b.t)
     state.step += 1
     decay = ema_decay(
         state.step, rate=config.model.ema_rate, halflife=config.model.ema_halflife, batch_size=t.batch_size
@@ -254,7 +258,7 @@ def noise_bins(sde: SDE, count: int = 5) -> tuple[Tensor, list[str]]:
 
 
 def by_noise_level(sde: SDE, t: Tensor, error: Tensor) -> dict[str, float]:
-    """Mean error of the noise in each bin of `noise_bins` that has examples."""
+    """Mean of an error, or of another measure, in each bin of `noise_bins` that has examples."""
     edges, names = noise_bins(sde)
     bins = torch.bucketize(-sde.log_snr(t), -edges[1:-1])
     return {name: float(error[bins == i].mean()) for i, name in enumerate(names) if bool((bins == i).any())}
@@ -275,10 +279,10 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
     b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
-    loss, _ = Objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
+    loss, measured = build_objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
-    return {"eval_loss": float(loss.mean())}
+    return {"eval_loss": float(loss.mean()), f"eval_{measure(config)}": float(measured.mean())}
 
 
 def train(
@@ -312,7 +316,7 @@ def train(
     part = slice(processes.rank * share, (processes.rank + 1) * share)
     if t.compile:
         state.model.network.compile()  # type: ignore[union-attr]
-    objective: nn.Module = Objective(state.model, config, codec)
+    objective = build_objective(state.model, config, codec)
     if processes.world > 1:
         gpu = [processes.device.index] if processes.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=gpu)
@@ -330,9 +334,9 @@ def train(
             "learning_rate": records[-1].learning_rate,
             "images_per_second": (state.step - since) * t.batch_size / seconds,
         }
-        errors = torch.cat([r.error for r in records]).cpu()
-        levels = by_noise_level(state.model.sde, torch.cat([r.t for r in records]), errors)
-        scalars |= {f"noise_error/{name}": value for name, value in levels.items()}
+        measured = torch.cat([r.measure for r in records]).cpu()
+        levels = by_noise_level(state.model.sde, torch.cat([r.t for r in records]), measured)
+        scalars |= {f"{measure(config)}/{name}": value for name, value in levels.items()}
         records.clear()
         since, clock = state.step, time.perf_counter()
         return Metrics(state.step, scalars)
@@ -358,7 +362,7 @@ def train(
         b = draw(config, split, codec, state.model.sde, state.step, part, flip=flip, law=state.law)
         records.append(train_step(state, objective, b, config))
         if state.law is not None:  # the next step's times hang on these losses: this law alone waits for the device
-            state.law.update(processes.gather(b.t), processes.gather(records[-1].error))
+            state.law.update(processes.gather(b.t), processes.gather(records[-1].measure))
         yield Metrics(state.step)
         last = state.step == t.n_iters
         if state.step % t.log_freq == 0 or last:
