@@ -209,9 +209,7 @@ def load(
     return model
 
 
-def load_classifier(
-    path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu"
-) -> NoisyClassifier:
+def load_classifier(path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu") -> NoisyClassifier:
     """The classifier of noisy examples in a workdir or checkpoint, in eval mode: ``classifier(model, it, label=y)``.
 
     Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds a model.

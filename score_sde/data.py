@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -98,7 +99,8 @@ def load_data(
     Args:
         path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
             .npy or a .npz. The others need none.
-        image_size: "files" crops images to their central square and resizes it to this; None or 0 keeps their size.
+        image_size: "files" crops images to their central square and resizes it to this, the others shrink theirs by
+            an integer factor; None or 0 keeps their size.
         num_channels: "files" makes images grey (1) or RGB (3); None or 0 follows the first image.
         memory: "files" of more bytes than this stay on disk and are read batch by batch.
 
@@ -107,7 +109,8 @@ def load_data(
     """
     path = Path(path).expanduser() if path else None
     if name.lower() in _DATASETS:
-        return _DATASETS[name.lower()](path)
+        data = _DATASETS[name.lower()](path)
+        return _shrunk(data, image_size or None) if len(data.shape) == 3 else data
     if name.lower() == "files":
         if path is None:
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
@@ -148,6 +151,50 @@ def batch(
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
+
+
+def leave_out(data: Data, captions: Sequence[str]) -> Data:
+    """The data without the training examples that have one of these captions; the held-out ones stay.
+
+    Raises ValueError for a caption that no example has.
+    """
+    for caption in captions:
+        if caption not in data.captions:
+            near = difflib.get_close_matches(caption, data.captions, n=1, cutoff=0.0)
+            hint = f"the nearest is {near[0]!r}" if near else "none has a caption"
+            raise ValueError(f"data.leave_out: no example has the caption {caption!r}: {hint}")
+    if not captions:
+        return data
+    assert data.train.caption is not None
+    places = torch.tensor([data.captions.index(caption) for caption in captions])
+    kept = (~torch.isin(data.train.caption, places)).nonzero()[:, 0]
+    return replace(data, train=_subset(data.train, kept))
+
+
+def shrink(images: Tensor, factor: int) -> Tensor:
+    """uint8 images (N, C, H, W) at 1/factor of their size: means of factor x factor pixels, rounded.
+
+    Raises ValueError where the factor divides height or width not.
+    """
+    if any(size % factor for size in images.shape[2:]):
+        raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} cannot be shrunk by a factor of {factor}")
+    parts = [F.avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in images.split(5_000)]
+    return torch.cat(parts)
+
+
+def _shrunk(data: Data, size: int | None) -> Data:
+    """The data with square images of this size, where it is smaller than theirs."""
+    own = data.shape[-1]
+    if size is None or size >= own:
+        return data
+    if own % size:
+        raise ValueError(f"data.image_size={size} must divide the images' size, {own}")
+
+    def part(split: Split) -> Split:
+        assert isinstance(split.x, Tensor)
+        return replace(split, x=shrink(split.x, own // size))
+
+    return replace(data, train=part(data.train), test=part(data.test))
 
 
 def _cifar10(path: Path | None) -> Data:

@@ -5,4 +5,4 @@ from .mlp import MLP
 from .refinenet import NCSN, NCSNv2
 from .unet import UNet
 
-__all__ = ["MLP", "Encoder", "NCSN", "NCSNv2", "UNet"]
+__all__ = ["MLP", "NCSN", "Encoder", "NCSNv2", "UNet"]
