@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from score_sde.codecs import codec_of
 from score_sde.data import Split
 from score_sde.ema import ema_decay, ema_update
-from score_sde.train import Objective, draw, make_state, train_step, update
+from score_sde.objectives import Objective
+from score_sde.train import draw, make_state, train_step, update
 
 from .peer import Peer, config_for, parameters
 from .timing import Clock, Table, Times, milliseconds, ratio

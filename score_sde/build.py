@@ -196,6 +196,9 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
         scale_shift=m.scale_shift,
         heads=m.num_heads,
         classes=m.num_classes,
+        image_channels=m.image_channels,
+        text_width=m.text_width,
+        pooled_width=m.pooled_width,
         **options,
     )
 

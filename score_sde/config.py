@@ -214,6 +214,9 @@ def default_config() -> ConfigDict:
                 "text_encoder": "",  # give it the caption, by the text encoder in this folder
                 "text_length": 32,  # tokens of a caption at most
                 "text_sha256": "",  # of that encoder, whose embeddings it was trained with; "": not yet
+                "image_channels": 0,  # of an image that it is told beside (a lower resolution); 0: none
+                "text_width": 0,  # of the tokens of a text that it is told; 0: none
+                "pooled_width": 0,  # of a summary of the text; 0: none
                 "scale_shift": False,  # the label scales the features of a block as well as shifting them
                 "num_heads": 1,  # of attention
                 "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
@@ -291,8 +294,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: v >= 0,
         """seed sampling.seed eval.seed training.keep_every sampling.temperature sampling.eta sampling.step_lr
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
-        sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes
-        model.text_length
+        sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
+        model.text_width model.pooled_width model.text_length
         eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
         optim.weight_decay optim.warmup training.soft_truncation""",
     ),

@@ -481,13 +481,14 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         embedding_type=fourier label=sigma fourier_scale=3 fir=1 fir_kernel=1,2,1 skip_rescale=0 resblock_type=ddpm
         progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
         learned_variance=1 fourier_features=3,4 scale_shift=1 num_heads=3
-        class_conditional=1 num_classes=6"""
+        class_conditional=1 num_classes=6 image_channels=3 text_width=7 pooled_width=8"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
     overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
     both |= dict(scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
+    both |= dict(image_channels=3, text_width=7, pooled_width=8)
 
     build_network(load(VP, overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)

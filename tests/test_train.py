@@ -16,13 +16,13 @@ from score_sde.codecs import VectorCodec, codec_of
 from score_sde.config import default_config
 from score_sde.data import Data, Split, load_data
 from score_sde.ema import RAMP, ema_decay, ema_update
+from score_sde.objectives import Objective
 from score_sde.parallel import Processes
 from score_sde.time_laws import SecondMoments
 from score_sde.toys import ring, ring_mixture
 from score_sde.train import (
     Batch,
     Metrics,
-    Objective,
     Record,
     State,
     by_noise_level,

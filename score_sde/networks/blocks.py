@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,7 @@ class Style:
     recompute: bool  # activation checkpointing
     scale_shift: bool = False  # the label scales the second norm's output as well as shifting it
     heads: int = 1  # of attention
+    text_width: int = 0  # of the tokens that attention looks at beside the pixels; 0: none
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Group normalisation by the network's rule."""
@@ -112,43 +113,15 @@ class LabelEmbedding(nn.Module):
         self.activation = activation
 
     def forward(self, label: Tensor, more: Tensor | None = None) -> Tensor:
+        h = self.before(label)
+        return self.activation(h if more is None else h + more)
+
+    def before(self, label: Tensor) -> Tensor:
+        """What the activation at the end is taken of."""
         kind = self.hidden.weight.dtype
         # A network in half precision has labels in float32: 999 t would be rounded to whole numbers, and worse.
         features = self.features(label.to(torch.promote_types(kind, torch.float32))).to(kind)
-        h = self.out(self.activation(self.hidden(features)))
-        return self.activation(h if more is None else h + more)
-
-
-class ClassEmbedding(nn.Module):
-    """Class labels to (B, outputs): a row of a table for each, zeros for -1, which means no label.
-
-    It is added to the embedding of the time (Dhariwal & Nichol 2021, section 4.1).
-    """
-
-    def __init__(self, classes: int, outputs: int) -> None:
-        super().__init__()
-        self.table = nn.Parameter(torch.randn(classes, outputs))
-
-    def forward(self, label: Any, batch: int) -> Tensor:
-        """`label` is an integer, or integers (B,); None is -1. Raises ValueError for a class that does not exist."""
-        label = torch.as_tensor(-1 if label is None else label)
-        if label.ndim > 1 or label.is_floating_point() or (label.ndim and len(label) != batch):
-            raise ValueError(
-                f"label must be a class or ({batch},) of them, got {label.dtype} of shape {tuple(label.shape)}"
-            )
-        if label.device.type == "cpu" and label.numel() and not -1 <= label.min() <= label.max() < len(self.table):
-            raise ValueError(
-                f"label must lie in 0..{len(self.table) - 1}, or be -1 for none, got {label.min()} to {label.max()}"
-            )
-        label = label.to(self.table.device, non_blocking=True).expand(batch)
-        return self.table[label.clamp_min(0)] * (label >= 0)[:, None]
-
-
-def told_class(classes: ClassEmbedding | None, label: Any, batch: int) -> Tensor | None:
-    """The classes' embedding, (B, outputs). Raises ValueError for a label that a network without classes is given."""
-    if classes is None and label is not None:
-        raise ValueError("the network knows no classes, and was given a label: train one with model.class_conditional")
-    return None if classes is None else classes(label, batch)
+        return self.out(self.activation(self.hidden(features)))
 
 
 class ResidualBlock(nn.Module):
@@ -202,8 +175,32 @@ class ResidualBlock(nn.Module):
         return self.style.add(x, h)
 
 
+class Text(NamedTuple):
+    """Tokens (B, L, D), and where there are any, (B, L) bool."""
+
+    tokens: Tensor
+    mask: Tensor
+
+
+def attend(qkv: Tensor, heads: int, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """softmax(q kᵀ / sqrt(C)) v with C channels per head; (B, N, 3 heads C) to (B, N, heads C).
+
+    `text`, (B, L, 2 heads C), are more keys and values, where `mask` (B, L) is True.
+    """
+    q, k, v = qkv.unflatten(2, (3 * heads, -1)).transpose(1, 2).chunk(3, dim=1)
+    seen = None
+    if text is not None and mask is not None:
+        keys, values = text.unflatten(2, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
+        k, v = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
+        seen = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+
+
 class Attention(nn.Module):
     """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, with C channels per head.
+
+    Tokens of a text, if the style has some, are more keys and values (Nichol et al. 2021, arXiv:2112.10741, section
+    3.1; Saharia et al. 2022, arXiv:2205.11487, appendix D.3.1): without any, pixels are left to attend to.
 
     Raises ValueError for a number of channels that the heads do not divide.
     """
@@ -215,15 +212,17 @@ class Attention(nn.Module):
         self.norm = style.norm(channels)
         self.qkv = conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
         self.out = conv(channels, channels, 1, scale=style.init_scale)
+        self.text = linear(style.text_width, 2 * channels) if style.text_width else None
         self.style = style
 
-    def forward(self, x: Tensor) -> Tensor:
-        # (B, 3 heads, H W, C); the fast kernels want the channels of a pixel side by side
+    def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
+        # (B, H W, 3 heads C); the fast kernels want the channels of a pixel side by side
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
-        qkv = qkv.unflatten(2, (3 * self.style.heads, -1)).transpose(1, 2)
-        h = F.scaled_dot_product_attention(*qkv.chunk(3, dim=1))
-        h = h.transpose(1, 2).flatten(2).transpose(1, 2).reshape(x.shape)
-        return self.style.add(x, self.out(h))
+        if self.text is None or text is None:
+            h = attend(qkv, self.style.heads)
+        else:
+            h = attend(qkv, self.style.heads, self.text(text.tokens), text.mask)
+        return self.style.add(x, self.out(h.transpose(1, 2).reshape(x.shape)))
 
 
 class Head(nn.Module):

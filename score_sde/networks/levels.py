@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .blocks import Attention, ResidualBlock, Style
+from .blocks import Attention, ResidualBlock, Style, Text
 from .resample import ConvDown, ConvUp, down, up
 
 
@@ -28,9 +28,11 @@ class DownLevel(nn.Module):
         self.stages = nn.ModuleList(Stage(inputs if i == 0 else outputs, outputs, attend, style) for i in range(blocks))
         self.step, self.entry = step, entry
 
-    def forward(self, h: Tensor, label: Tensor | None, pyramid: Tensor, skips: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, h: Tensor, label: Tensor | None, text: Text | None, pyramid: Tensor, skips: list[Tensor]
+    ) -> tuple[Tensor, Tensor]:
         for stage in self.stages:
-            h = stage(h, label)
+            h = stage(h, label, text)
             skips.append(h)
         if self.step is not None:
             h, pyramid = self.entry(take(self.step, h, label), pyramid)
@@ -46,8 +48,8 @@ class Stage(nn.Module):
         self.residual = ResidualBlock(inputs, outputs, style)
         self.attention = Attention(outputs, style) if attend else nn.Identity()
 
-    def forward(self, h: Tensor, label: Tensor | None) -> Tensor:
-        return self.attention(self.residual(h, label))
+    def forward(self, h: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
+        return look(self.attention, self.residual(h, label), text)
 
 
 class Middle(nn.Module):
@@ -59,8 +61,8 @@ class Middle(nn.Module):
         self.attention = Attention(channels, style)
         self.after = ResidualBlock(channels, channels, style)
 
-    def forward(self, h: Tensor, label: Tensor | None) -> Tensor:
-        return self.after(self.attention(self.before(h, label)), label)
+    def forward(self, h: Tensor, label: Tensor | None, text: Text | None) -> Tensor:
+        return self.after(self.attention(self.before(h, label), text), label)
 
 
 class UpLevel(nn.Module):
@@ -75,11 +77,11 @@ class UpLevel(nn.Module):
         self.out, self.step = out, step
 
     def forward(
-        self, h: Tensor, label: Tensor | None, pyramid: Tensor | None, skips: list[Tensor]
+        self, h: Tensor, label: Tensor | None, text: Text | None, pyramid: Tensor | None, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor | None]:
         for block in self.blocks:
             h = block(torch.cat([h, skips.pop()], dim=1), label)
-        h, pyramid = self.out(self.attention(h), pyramid)
+        h, pyramid = self.out(look(self.attention, h, text), pyramid)
         return (h if self.step is None else take(self.step, h, label)), pyramid
 
 
@@ -100,3 +102,8 @@ def step_up(channels: int, style: Style) -> nn.Module:
 def take(step: nn.Module, h: Tensor, label: Tensor | None) -> Tensor:
     """Only residual blocks look at the label."""
     return step(h, label) if isinstance(step, ResidualBlock) else step(h)
+
+
+def look(attention: nn.Module, h: Tensor, text: Text | None) -> Tensor:
+    """Only attention looks at the text."""
+    return attention(h, text) if isinstance(attention, Attention) else attention(h)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import ClassEmbedding, Fourier, LabelEmbedding, Sinusoidal, told_class
+from .blocks import Fourier, LabelEmbedding, Sinusoidal
+from .conditions import ClassEmbedding, told_class
 from .layers import Dropout, linear
 
 

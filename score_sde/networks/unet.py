@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BlockKind, ClassEmbedding, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves, told_class
+from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves
+from .conditions import Conditional
 from .layers import ACTIVATIONS, Activation, conv
 from .levels import DownLevel, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
@@ -19,11 +21,10 @@ Progressive = Literal["none", "output_skip", "residual"]
 ProgressiveInput = Literal["none", "input_skip", "residual"]
 
 
-class UNet(nn.Module):
-    """F(x, time, label) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
+class UNet(Conditional):
+    """F(x, time, /, **condition) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
 
-    The first label, of the time, is (B,). With `classes` a second one, `label`, is of the example's class: an integer
-    or (B,) of them, -1 or None for no label.
+    `time` is a label of the time, (B,); the conditions are those of `Conditional`.
 
     The network knows neither an SDE nor what its output means. Height and width may be anything: they are padded
     inside to multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
@@ -48,7 +49,9 @@ class UNet(nn.Module):
         checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
         scale_shift: the label scales the features as well as shifting them.
         heads: of self-attention.
-        classes: how many there are to be told of; 0: none.
+        classes: how many there are to be told of, condition `label`; 0: none.
+        image_channels: of the condition `image`; 0: none.
+        text_width, pooled_width: of a token of `text`, seen wherever there is self-attention, and of `pooled`.
 
     Raises ValueError for an unknown name or an impossible size.
     """
@@ -82,6 +85,9 @@ class UNet(nn.Module):
         scale_shift: bool = False,
         heads: int = 1,
         classes: int = 0,
+        image_channels: int = 0,
+        text_width: int = 0,
+        pooled_width: int = 0,
     ) -> None:
         super().__init__()
         for name, value, kind in [
@@ -108,6 +114,7 @@ class UNet(nn.Module):
             recompute=checkpoint_activations,
             scale_shift=scale_shift,
             heads=heads,
+            text_width=text_width,
         )
         self.centered = centered
         self.multiple = 2 ** (len(multipliers) - 1)
@@ -119,11 +126,11 @@ class UNet(nn.Module):
         if embedding is not None:
             waves = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
             self.embed = LabelEmbedding(waves, 4 * width, act)
-        elif classes:
-            raise ValueError(f"classes={classes} need an embedding to be added to: set embedding")
-        self.classes = ClassEmbedding(classes, 4 * width) if classes else None
+        elif classes or image_channels or pooled_width:
+            raise ValueError("classes, images and pooled texts need an embedding to be added to: set embedding")
+        self.learn_conditions(4 * width, act, classes, image_channels, text_width, pooled_width)
         self.waves = Waves(fourier_features) if len(fourier_features) else None
-        self.first = conv(channels * (1 + 2 * len(fourier_features)), width, 3)
+        self.first = conv(channels * (1 + 2 * len(fourier_features)) + image_channels, width, 3)
 
         skips = [width]  # channels of what the way down leaves for the way up
         pyramid = channels
@@ -158,22 +165,30 @@ class UNet(nn.Module):
 
         self.head = None if progressive == "output_skip" else Head(h, out_channels or channels, style, init_scale)
 
-    def forward(self, x: Tensor, time: Tensor, /, label: Any = None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
+        told = self.told(x, **condition)
+        height, width = x.shape[-2:]
+        x = self._prepared(x)
+        shown = x if self.waves is None else self.waves(x)
+        if told.image is not None:
+            shown = torch.cat([shown, self._prepared(told.image)], dim=1)
+        embedded = None if self.embed is None else self.embed(time, told.embedding)
+
+        h, shrunk = self.first(shown), x
+        skips = [h]
+        for level in self.down:
+            h, shrunk = level(h, embedded, told.text, shrunk, skips)
+        h = self.middle(h, embedded, told.text)
+        gathered: Any = None  # begun by the lowest level, if the output is progressive
+        for level in self.up:
+            h, gathered = level(h, embedded, told.text, gathered, skips)
+        out: Tensor = gathered if self.head is None else self.head(h)
+        return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
+
+    def _prepared(self, x: Tensor) -> Tensor:
+        """x, padded and centred."""
         height, width = x.shape[-2:]
         excess = (-width % self.multiple, -height % self.multiple)
         if any(excess):
             x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
-        if not self.centered:
-            x = 2 * x - 1
-        embedded = None if self.embed is None else self.embed(time, told_class(self.classes, label, len(x)))
-
-        h, shrunk = self.first(x if self.waves is None else self.waves(x)), x
-        skips = [h]
-        for level in self.down:
-            h, shrunk = level(h, embedded, shrunk, skips)
-        h = self.middle(h, embedded)
-        gathered: Any = None  # begun by the lowest level, if the output is progressive
-        for level in self.up:
-            h, gathered = level(h, embedded, gathered, skips)
-        out: Tensor = gathered if self.head is None else self.head(h)
-        return out[..., :height, :width] if any(excess) else out
+        return x if self.centered else 2 * x - 1
