@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -50,37 +51,41 @@ class HuggingFaceEncoder:
     tokens, as sentence encoders are trained with. Weights are read from safetensors alone; no code of the folder is
     run. Captions longer than `length` tokens are cut.
 
-    Raises FileNotFoundError for a folder that is not there, ValueError for one that holds no text encoder, and
-    ImportError without `transformers`.
+    The model is read when it is first asked, and a folder that holds no text encoder is then refused with ValueError.
+    Raises FileNotFoundError for a folder that is not there, and ImportError without `transformers`.
     """
 
     def __init__(self, folder: str | Path, *, length: int = 32, device: torch.device | str = "cpu") -> None:
-        folder = Path(folder)
-        config = _config(folder)
+        self.folder, self.length, self.device = Path(folder), length, torch.device(device)
+        self.kind: str = _config(self.folder).model_type
+        self.sha256 = encoder_hash(self.folder)
+
+    @cached_property
+    def parts(self) -> tuple[Any, Any]:
+        """The tokenizer and the model."""
         import transformers
 
         kinds = {"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"}
         kinds |= {"clip": "CLIPTextModel", "clip_text_model": "CLIPTextModel"}
         options = {"local_files_only": True, "trust_remote_code": False}
         try:
-            self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
-            kind = getattr(transformers, kinds.get(config.model_type, "AutoModel"))
-            model = kind.from_pretrained(folder, use_safetensors=True, **options)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, **options)
+            made = getattr(transformers, kinds.get(self.kind, "AutoModel"))
+            model = made.from_pretrained(self.folder, use_safetensors=True, **options)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise ValueError(f"{folder} holds no text encoder that transformers can read: {error}") from error
-        self.model = model.to(device).eval().requires_grad_(False)
-        self.last_token_pools = config.model_type in ("clip", "clip_text_model")
-        self.length = min(length, getattr(self.tokenizer, "model_max_length", length))
-        self.device, self.sha256 = torch.device(device), encoder_hash(folder)
+            raise ValueError(f"{self.folder} holds no text encoder that transformers can read: {error}") from error
+        return tokenizer, model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Text:
-        batch = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        tokenizer, model = self.parts
+        length = min(self.length, tokenizer.model_max_length)
+        batch = tokenizer(
+            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(self.device)
-        found = self.model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         tokens, mask = found.last_hidden_state, batch["attention_mask"].bool()
-        if self.last_token_pools:
+        if self.kind.startswith("clip"):
             pooled = found.pooler_output
         else:
             pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)

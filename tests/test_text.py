@@ -98,7 +98,7 @@ def test_a_folder_without_an_encoder_is_named(tmp_path: Path, folder: Path) -> N
     broken = bert(tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"no weights")
     with pytest.raises(ValueError, match="broken holds no text encoder that transformers can read"):
-        HuggingFaceEncoder(broken)
+        HuggingFaceEncoder(broken)(["a cat"])
 
 
 class Letters:
