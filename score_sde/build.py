@@ -285,7 +285,7 @@ def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassif
         torch.manual_seed(config.seed)
         made = _classifying_mlp(config, shape) if network is MLP else _encoder(config, shape)
     scale = partial(models.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else models.unscaled
-    return NoisyClassifier(made, build_sde(config), LABELS[m.label](m), scale)
+    return NoisyClassifier(made, build_sde(config), m.num_classes, LABELS[m.label](m), scale)
 
 
 def _classifying_mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:

@@ -1,68 +1,239 @@
-"""What a model is given of its examples: the label, the caption, the image at a lower resolution.
-
-In training these come with the data, and `left_out` makes the model unconditional for some examples; a model that was
-trained so can be guided.
-"""
+"""From a config to a model given its conditions: which labels, and what guides by them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from .build import takes_labels
+from . import checkpoint
+from . import config as configs
 from .codecs import Codec
-from .data import Split, shrink
-from .model import absent
+from .data import Split, digest
+from .data_conditions import augmented, low_resolution, of_data
+from .guidance import classifier, guide
+from .model import ScoreModel
+from .noisy_classifier import NoisyClassifier
+from .samplers.base import noise_source
 from .sdes import SDE
 from .text import Text
 
-Conditions = dict[str, Tensor]
+CPU = torch.device("cpu")
+_AUGMENTATION = 1_000_003  # added to the seed, lest an image's noise be that of the state to which it is told
 
 
-def of_data(config: ConfigDict, split: Split, index: Tensor, text: Text | None) -> Conditions:
-    """Labels and captions of a split's examples at `index`, (B,) on the CPU, as the model takes them; `text` is of the
-    data's captions.
+class Guides(NamedTuple):
+    """What guides a model besides itself, and what a stamp says of it."""
 
-    Raises ValueError where the split has none.
+    classifier: NoisyClassifier | None = None
+    reference: ScoreModel | None = None  # the weaker model of autoguidance
+    reference_told: bool = False  # whether that is given the labels too
+    about: dict[str, str] | None = None
+
+
+def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], device: torch.device) -> Guides:
+    """The classifier or the weaker model that the section sampling names, for a model of examples of `shape`.
+
+    Raises FileNotFoundError where none is, and ValueError for one of other data, another shape or another SDE.
     """
-    found: Conditions = {}
-    where = index.to(split.device)
-    if takes_labels(config):
-        if split.y is None:
-            raise ValueError("the model takes labels, and these examples have none")
-        found["label"] = split.y[where]
-    if config.model.text_encoder:
-        if split.caption is None or text is None:
-            raise ValueError("the model takes captions, and these examples have none")
-        found |= text.condition(split.caption[where])
+    s = config.sampling
+    ema = s.weights == "ema"
+    if s.classifier:
+        path = _found(s.classifier, "sampling.classifier", "a classifier, such as configs/classifier_digits.py")
+        judge = checkpoint.load_classifier(path, ema, device)
+        _check_kin(path, "sampling.classifier", config, shape, judge.sde == model.sde)
+        return Guides(classifier=judge, about={"classifier_sha256": checkpoint.file_hash(path)})
+    if s.guidance_checkpoint and s.guidance != 1:
+        path = _found(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
+        weak = checkpoint.load(path, ema=ema, map_location=device)
+        theirs = _check_kin(path, "sampling.guidance_checkpoint", config, shape, weak.sde == model.sde)
+        if theirs.model.class_conditional and not config.model.class_conditional:
+            raise ValueError(
+                f"sampling.guidance_checkpoint={path} is class-conditional, and the model that it is to guide is not: "
+                "take a weaker model without classes"
+            )
+        about = {"reference_sha256": checkpoint.file_hash(path)}
+        return Guides(reference=weak, reference_told=theirs.model.class_conditional, about=about)
+    return Guides()
+
+
+def _found(where: str, key: str, what: str) -> Path:
+    try:
+        return checkpoint.find(where)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}={where}: {error}; train {what} there first") from None
+
+
+def _check_kin(path: Path, key: str, config: ConfigDict, shape: tuple[int, ...], same_sde: bool) -> ConfigDict:
+    """The config of a checkpoint. Raises ValueError where it is not of the model's states."""
+    card = checkpoint.read_card(path)
+    theirs = configs.from_text(card.config, str(path))
+    pairs = [
+        ("examples of shape", card.shape, shape),
+        ("data.dataset", theirs.data.dataset, config.data.dataset),
+        ("data.centered", theirs.data.centered, config.data.centered),
+    ]
+    if config.model.class_conditional and theirs.model.num_classes:
+        pairs.append(("classes, as many as", theirs.model.num_classes, config.model.num_classes))
+    for what, have, want in pairs:
+        if have != want:
+            raise ValueError(
+                f"{key}={path} is of {what} {have}, and the model of {want}: train one on the model's data"
+            )
+    if not same_sde:
+        raise ValueError(f"{key}={path} has another SDE than the model: train one with the model's training.sde")
+    return theirs
+
+
+def check_conditions(path: Path, config: ConfigDict, mode: str) -> None:
+    """Raise ValueError where the checkpoint's model knows other conditions than the config, or than `mode` asks for."""
+    if path.suffix != checkpoint.SUFFIX:
+        return
+    theirs = configs.from_text(checkpoint.read_card(path).config, str(path))
+    m, s = theirs.model, config.sampling
+    if m.class_conditional != config.model.class_conditional:
+        raise ValueError(
+            f"{path} was trained {'with' if m.class_conditional else 'without'} classes, and the config says "
+            f"otherwise: set model.class_conditional={m.class_conditional}"
+        )
+    if not m.class_conditional or theirs.training.condition_dropout > 0:
+        return
+    free = s.guidance != 1 and not s.classifier and not s.guidance_checkpoint
+    asked = "sampling.guidance" if free else "sampling.labels=-1" if -1 in s.labels else ""
+    if mode != "sample":
+        asked = "" if config.eval.conditional else "eval.conditional=False"
+    if asked:
+        raise ValueError(
+            f"{asked} needs a model that knows examples without label, and {path} was trained with "
+            "training.condition_dropout=0: train one with 0.1"
+        )
+
+
+def sampled_labels(config: ConfigDict, guides: Guides | None = None) -> list[int]:
+    """The classes to sample in turn; none of a model without them and without a classifier.
+
+    Raises ValueError for a class that does not exist.
+    """
+    judge = None if guides is None else guides.classifier
+    classes = config.model.num_classes if config.model.class_conditional else 0
+    if judge is not None:
+        classes = classes or judge.classes
+    if not classes:
+        return []
+    for label in config.sampling.labels:
+        if not -1 <= label < classes:
+            raise ValueError(f"sampling.labels: there is no class {label}; there are 0 to {classes - 1}, -1 for none")
+    return list(config.sampling.labels) or list(range(classes))
+
+
+def in_turn(labels: list[int], first: int, count: int) -> Tensor:
+    """The labels of the examples first to first + count - 1, (count,)."""
+    return torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
+
+
+class Wanted(NamedTuple):
+    """What is asked for of the samples: classes and prompts, each in turn, and the images that are to be enlarged."""
+
+    labels: list[int]
+    prompts: tuple[str, ...] = ()
+    text: Text | None = None  # of the prompts, and behind them of what is not wanted
+    images: Tensor | None = None  # uint8 (N, C, H, W), of lower resolution, one for each sample
+
+    def of(
+        self, first: int, count: int, config: ConfigDict, codec: Codec, sde: SDE
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Conditions of the samples first to first + count - 1, and those of the model that guides beside it.
+
+        The second has no labels, what is not wanted (or nothing) in place of the prompts, and the same images.
+        """
+        told, beside = dict[str, Any](), dict[str, Any]()
+        if self.labels and config.model.class_conditional:
+            told["label"], beside["label"] = in_turn(self.labels, first, count), None
+        if self.text is not None:
+            index = torch.arange(first, first + count) % len(self.prompts)
+            told |= self.text.condition(index)
+            unwanted = len(self.text.mask) > len(self.prompts)
+            beside |= (
+                self.text.condition(torch.full((count,), len(self.prompts)))
+                if unwanted
+                else dict.fromkeys(("text", "mask", "pooled"))
+            )
+        if self.images is not None:
+            seed = config.sampling.seed + _AUGMENTATION
+            noise = noise_source((count, *self.images.shape[1:]), seed, first, torch.float32, CPU)
+            level = torch.full((count,), config.sampling.augmentation, dtype=torch.float64)
+            small = codec.encode(self.images[first : first + count])
+            image = augmented(small, sde, level, lambda like: noise(level[0]))
+            told, beside = told | image, beside | image
+        return told, beside
+
+
+def conditional(
+    model: ScoreModel,
+    conditions: tuple[dict[str, Any], dict[str, Any]],
+    labels: Tensor,
+    config: ConfigDict,
+    guides: Guides,
+    scale: float,
+) -> ScoreModel:
+    """The model given the conditions of `Wanted.of`, and guided as the section sampling says but for the scale."""
+    s, (wanted, beside) = config.sampling, conditions
+    told = model.given(**wanted) if wanted else model
+    interval = {"low": s.guidance_low, "high": s.guidance_high or math.inf}
+    if guides.classifier is not None:
+        return classifier(told, guides.classifier, scale, **interval, label=labels)
+    if scale == 1:
+        return told
+    reference = guides.reference or model.given(**beside)
+    reference = reference.given(**wanted) if guides.reference_told else reference
+    return guide(told, reference, scale, **interval, rescale=s.guidance_rescale)
+
+
+def about(config: ConfigDict, wanted: Wanted, scales: list[float], guides: Guides) -> dict[str, Any]:
+    """What a stamp says of all this."""
+    s = config.sampling
+    guided = bool(wanted.labels or wanted.prompts or guides.reference)
+    settings = [*scales, s.guidance_low, s.guidance_high, s.guidance_rescale]
+    found = {"labels": wanted.labels, "guidance": settings if guided else None, **(guides.about or {})}
+    if wanted.text is not None:
+        found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
+    if wanted.images is not None:
+        found |= {"images_sha256": digest(wanted.images), "augmentation": s.augmentation}
     return found
 
 
-def left_out(conditions: Conditions, dropped: Tensor) -> Conditions:
-    """All of them left out, together, for the examples where `dropped`, (B,), is true (Ho & Salimans 2022)."""
-    dropped = dropped.to(next(iter(conditions.values())).device)
-    return {
-        name: torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), absent(value), value)
-        for name, value in conditions.items()
-    }
+def told(config: ConfigDict) -> bool:
+    """Whether the model is evaluated given each example's label or caption."""
+    m = config.model
+    return bool((m.class_conditional or m.text_encoder) and config.eval.conditional)
 
 
-def low_resolution(
-    k: Tensor, factor: int, codec: Codec, sde: SDE, augmentation: Tensor, noise: Callable[[Tensor], Tensor]
-) -> Conditions:
-    """Images k (B, C, H, W) at 1/factor of their size, noised to the times `augmentation`, (B,) in [0, 1].
+def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> ScoreModel:
+    """The model, if it is conditional given the examples' labels. Raises ValueError where there are none."""
+    if not told(config):
+        return model
+    if label is None:
+        raise ValueError(
+            "the model is class-conditional, and these examples have no labels: set eval.conditional=False"
+        )
+    return model.given(label=label)
 
-    A stage of a cascade that was trained on noisy images forgives the errors of the stage before (Ho et al. 2022,
-    arXiv:2106.15282, section 4.2); it is told how noisy they are.
+
+def given(
+    config: ConfigDict, model: ScoreModel, split: Split, index: Tensor, text: Text | None, codec: Codec
+) -> ScoreModel:
+    """The model given what goes with a split's examples at `index`, (B,): labels and captions, if it is evaluated so,
+    and their images at a lower resolution, without noise, if it enlarges.
+
+    Raises ValueError where the examples have none.
     """
-    return augmented(codec.encode(shrink(k, factor)), sde, augmentation, noise)
-
-
-def augmented(image: Tensor, sde: SDE, augmentation: Tensor, noise: Callable[[Tensor], Tensor]) -> Conditions:
-    """The conditions `image` and `augmentation`: images noised to these times, and left as they are for time 0."""
-    noised = sde.perturb(image, augmentation, noise(image))
-    clean = augmentation.to(image.device).reshape(-1, *[1] * (image.ndim - 1)) == 0
-    return {"image": torch.where(clean, image, noised), "augmentation": augmentation.to(image)}
+    conditions = of_data(config, split, index, text) if told(config) else {}
+    if config.model.super_resolution:
+        none = torch.zeros(len(index), dtype=torch.float64)
+        k = split[index][0]
+        conditions |= low_resolution(k, config.model.super_resolution, codec, model.sde, none, torch.zeros_like)
+    return model.given(**conditions) if conditions else model

@@ -474,13 +474,23 @@ def validate(config: ConfigDict) -> None:
         "sampling.classifier to the workdir of one",
     )
     refuse(
-        not (m.class_conditional or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
+        not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
         f"sampling.guidance={s.guidance:g} has nothing to guide by: take a class-conditional model "
         "(model.class_conditional=True), or set sampling.classifier or sampling.guidance_checkpoint",
     )
     refuse(
         bool(s.classifier) and (bool(s.guidance_checkpoint) or s.guidance_rescale > 0),
         "sampling.classifier guides by itself: leave sampling.guidance_checkpoint and sampling.guidance_rescale alone",
+    )
+    networks = ("ddpm", "ncsnpp")
+    refuse(
+        (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks,
+        f"model.super_resolution and model.text_encoder are for {' and '.join(networks)}, not model.name={m.name}",
+    )
+    refuse(
+        m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or bool(s.base)),
+        "training.augmentation, sampling.augmentation and sampling.base are of models that enlarge images: set "
+        "model.super_resolution",
     )
     refuse(
         0 < s.guidance_high <= s.guidance_low,

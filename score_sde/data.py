@@ -11,6 +11,7 @@ Values are as stored: `codecs.py` scales them. A data set is a function path -> 
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -151,6 +152,14 @@ def batch(
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
+
+
+def digest(*tensors: Tensor) -> str:
+    """sha256 of tensors' numbers, for stamps."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
 
 
 def leave_out(data: Data, captions: Sequence[str]) -> Data:

@@ -20,12 +20,15 @@ class NoisyClassifier(nn.Module):
     Args:
         network: module F(x, label) -> logits (B, classes), with a label of shape (B,), both given by position.
         sde: whose states are classified.
+        classes: how many there are.
         label, scale: (alpha, sigma, t) -> (B,): what the network is told of the time, and a factor of its input.
     """
 
-    def __init__(self, network: nn.Module, sde: SDE, label: TimeMap = label_time, scale: TimeMap = unscaled) -> None:
+    def __init__(
+        self, network: nn.Module, sde: SDE, classes: int, label: TimeMap = label_time, scale: TimeMap = unscaled
+    ) -> None:
         super().__init__()
-        self.network, self.sde, self.label, self.scale = network, sde, label, scale
+        self.network, self.sde, self.classes, self.label, self.scale = network, sde, classes, label, scale
 
     def log_probs(self, x: Tensor, t: Tensor) -> Tensor:
         """Of all classes, (B, classes), in the dtype of x; x is (B, *shape), t () or (B,)."""
@@ -33,8 +36,11 @@ class NoisyClassifier(nn.Module):
         label = self.label(alpha, sigma, t).to(x.device, x.dtype).expand(x.shape[0])
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
         logits = self.network(in_precision_of(self.network, scaled), label)
-        if logits.ndim != 2 or len(logits) != len(x):
-            raise WrongShape(f"the network returned {tuple(logits.shape)} for {len(x)} examples at {at(t)}")
+        if logits.shape != (len(x), self.classes):
+            raise WrongShape(
+                f"the network returned shape {tuple(logits.shape)} for {len(x)} examples of {self.classes} classes at "
+                f"{at(t)}"
+            )
         return torch.log_softmax(logits.to(x.dtype), 1)
 
     def forward(self, x: Tensor, t: Tensor, label: Any) -> Tensor:
@@ -44,6 +50,6 @@ class NoisyClassifier(nn.Module):
         """
         found = self.log_probs(x, t)
         chosen = torch.as_tensor(label, device=x.device).expand(len(x))
-        if chosen.is_floating_point() or bool(((chosen < -1) | (chosen >= found.shape[1])).any()):
-            raise ValueError(f"label must lie in 0..{found.shape[1] - 1}, or be -1 for none, got {label}")
+        if chosen.is_floating_point() or bool(((chosen < -1) | (chosen >= self.classes)).any()):
+            raise ValueError(f"label must lie in 0..{self.classes - 1}, or be -1 for none, got {label}")
         return torch.where(chosen < 0, 0.0, found.gather(1, chosen.clamp_min(0)[:, None])[:, 0])

@@ -29,8 +29,8 @@ from . import checkpoint, losses, time_laws
 from . import config as configs
 from .build import build_trained, is_classifier
 from .codecs import Codec
-from .conditions import left_out, low_resolution, of_data
 from .data import Data, Split, batch, batch_indices
+from .data_conditions import left_out, low_resolution, of_data
 from .ema import ema_decay, ema_update
 from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier

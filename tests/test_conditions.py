@@ -12,8 +12,8 @@ from score_sde import VPSDE, guide, sample, times
 from score_sde.cli import run
 from score_sde.closed_form import Mixture
 from score_sde.codecs import codec_of
-from score_sde.conditions import left_out
 from score_sde.data import load_data
+from score_sde.data_conditions import left_out
 from score_sde.guidance import Guided, both
 from score_sde.model import Preconditioned, absent, of_examples
 from score_sde.networks import MLP, UNet
