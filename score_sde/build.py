@@ -250,20 +250,14 @@ def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
 def resolve_conditions(config: ConfigDict, channels: int) -> None:
     """Put what a text encoder, or an image at a lower resolution, asks of the network into the config.
 
-    Raises FileNotFoundError where there is no encoder, and ValueError for another than the model was trained with.
+    Raises FileNotFoundError where there is no encoder.
     """
     m = config.model
     if m.super_resolution:
         m.image_channels = channels
     if m.text_encoder:
         m.text_width, m.pooled_width = widths(m.text_encoder)
-        found = encoder_hash(Path(m.text_encoder))
-        if m.text_sha256 not in ("", found):
-            raise ValueError(
-                f"{m.text_encoder} holds another text encoder (sha256 {found[:12]}...) than the model was trained "
-                f"with ({m.text_sha256[:12]}...): set model.text_encoder to the folder of that one"
-            )
-        m.text_sha256 = found
+        m.text_sha256 = encoder_hash(Path(m.text_encoder))
 
 
 def is_classifier(config: ConfigDict) -> bool:

@@ -213,9 +213,9 @@ def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
         if value and options.mode != "sample":
             raise ValueError(f"{name} is of --mode sample, and this is --mode {options.mode}; leave it out")
     if (options.prompt or options.negative) and not config.model.text_encoder:
+        name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
         raise ValueError(
-            f"--prompt {(options.prompt or [options.negative])[0]!r} is for a model of text, which this is not: train "
-            "one with model.text_encoder"
+            f"{name} {value!r} is for a model of text, which this is not: train one with model.text_encoder"
         )
     if options.negative and not options.prompt:
         raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")

@@ -100,7 +100,16 @@ def check_conditions(path: Path, config: ConfigDict, mode: str) -> None:
             f"{path} was trained {'with' if m.class_conditional else 'without'} classes, and the config says "
             f"otherwise: set model.class_conditional={m.class_conditional}"
         )
-    if not m.class_conditional or theirs.training.condition_dropout > 0:
+    if m.super_resolution != config.model.super_resolution:
+        raise ValueError(
+            f"{path} was trained with model.super_resolution={m.super_resolution}, and the config says "
+            f"{config.model.super_resolution}: set it so"
+        )
+    if m.text_sha256 != config.model.text_sha256:
+        what = "no text encoder" if not m.text_sha256 else f"another text encoder, sha256 {m.text_sha256[:12]}..."
+        was = f", that of {m.text_encoder}" if m.text_encoder else ""
+        raise ValueError(f"{path} was trained with {what}{was}: set model.text_encoder as it was")
+    if not (m.class_conditional or m.text_encoder) or theirs.training.condition_dropout > 0:
         return
     free = s.guidance != 1 and not s.classifier and not s.guidance_checkpoint
     asked = "sampling.guidance" if free else "sampling.labels=-1" if -1 in s.labels else ""

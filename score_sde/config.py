@@ -213,7 +213,7 @@ def default_config() -> ConfigDict:
                 "super_resolution": 0,  # give it the image at 1/2, 1/4, ... of its size: this factor; 0: not
                 "text_encoder": "",  # give it the caption, by the text encoder in this folder
                 "text_length": 32,  # tokens of a caption at most
-                "text_sha256": "",  # of that encoder, whose embeddings it was trained with; "": not yet
+                "text_sha256": "",  # of that encoder, found by itself
                 "image_channels": 0,  # of an image that it is told beside (a lower resolution); 0: none
                 "text_width": 0,  # of the tokens of a text that it is told; 0: none
                 "pooled_width": 0,  # of a summary of the text; 0: none

@@ -79,7 +79,8 @@ class HuggingFaceEncoder:
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Text:
         tokenizer, model = self.parts
-        length = min(self.length, tokenizer.model_max_length)
+        places = getattr(model.config, "max_position_embeddings", self.length)
+        length = min(self.length, tokenizer.model_max_length, places)
         batch = tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(self.device)
