@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -42,6 +43,7 @@ from .samplers import (
 )
 from .samplers.short import fast
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
+from .text import encoder_hash, widths
 
 SDES: dict[str, Callable[[ConfigDict], SDE]] = {
     "vpsde": lambda m: VPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
@@ -260,6 +262,19 @@ def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
     if m.num_classes not in (0, classes):
         raise ValueError(f"model.num_classes={m.num_classes}, but {name} has {classes}: leave it 0")
     m.num_classes = classes
+
+
+def resolve_conditions(config: ConfigDict, channels: int) -> None:
+    """Put what a text encoder, or an image at a lower resolution, asks of the network into the config.
+
+    Raises FileNotFoundError where there is no encoder.
+    """
+    m = config.model
+    if m.super_resolution:
+        m.image_channels = channels
+    if m.text_encoder:
+        m.text_width, m.pooled_width = widths(m.text_encoder)
+        m.text_sha256 = encoder_hash(Path(m.text_encoder))
 
 
 def is_classifier(config: ConfigDict) -> bool:

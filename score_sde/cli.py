@@ -8,7 +8,9 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,15 +18,16 @@ from typing import Any
 import numpy as np
 import torch
 from ml_collections import ConfigDict
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
-from .build import build_sde, is_classifier, resolve_classes
+from .build import build_sde, is_classifier, resolve_classes, resolve_conditions
 from .codecs import Codec, PixelCodec, codec_of
-from .conditions import check_conditions, load_guides
-from .data import Data, Split, load_data
+from .conditions import Wanted, check_conditions, given, load_guides, sampled_labels, told
+from .data import Data, Split, leave_out, load_data
 from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import dequantiser_path, reported, run_likelihood, run_sampling
@@ -36,6 +39,7 @@ from .ode import GaveUp
 from .parallel import Processes
 from .samplers import Heun, sample, times
 from .scan import disagreements, scan
+from .text import HuggingFaceEncoder, Text, embed
 from .toys import EXACT, TOYS
 from .train import Metrics, noise_floor, train
 
@@ -47,7 +51,9 @@ score_sde: score-based generative modelling with stochastic differential equatio
 modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
   train        train, or go on from the workdir's newest checkpoint
-  sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp
+  sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp; of what
+               --prompt TEXT says (--negative TEXT: what not), or enlarged from --input FILE_OR_FOLDER, if the model
+               knows texts or smaller images; --scales 0,1,2.5 gives a row for each scale of guidance
   likelihood   bits/dim of held-out data under it, with its errors: exact by the probability-flow ODE, or a
                variational bound (eval.estimate; by default the bound for models of a chain's steps)
   encode       latents of held-out data, or of your own (--input FILE_OR_FOLDER), by the probability-flow ODE, and how
@@ -67,6 +73,8 @@ several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
 
 MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *TASKS, "dequantize", "demo")
+
+_PICTURES = 64  # in the grids that training draws
 
 log = logging.getLogger("score_sde")
 
@@ -143,6 +151,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--checkpoint", default=None)
     parser.add_argument("--input", default=None, type=Path)
     parser.add_argument("--mask", default=None, type=Path)
+    parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--negative", default=None)
+    parser.add_argument("--scales", default="")
     return parser
 
 
@@ -157,18 +168,18 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         log.info("workdir: %s", workdir)
     data, codec = _data(config, processes)
     resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
+    resolve_conditions(config, data.shape[0])
     if options.mode == "scan":
         if processes.main:
             print(scan(data, codec))
         return 0
     if options.mode == "train":
-        return run_training(config, workdir, data, codec, processes)
+        return run_training(config, workdir, data, codec, processes, _captions(config, data, workdir, processes))
     if options.mode == "demo":
         return _demo(config, workdir, data, codec, processes)
     model, path = _model(options.checkpoint or workdir, options.mode, config, data, processes)
     if options.mode == "sample":
-        guides = load_guides(config, model, data.shape, processes.device)
-        folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes, guides)
+        folder = _sample(options, model, config, data.shape, codec, path, workdir, processes)
         log.info("%d samples: %s", config.sampling.num_samples, folder)
     elif options.mode == "dequantize":
         if processes.main:
@@ -179,7 +190,8 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         _restore(options, model, config, data, codec, path, workdir, processes)
     else:
         split = {"test": data.test, "train": data.train}[config.eval.split]
-        folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes)
+        text = _captions(config, data, workdir, processes) if told(config) else None
+        folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes, text)
         what = (result[key] for key in ("images", "split", "estimate"))
         log.info("%s (%d %s examples; %s): %s", reported(result), *what, folder)
         if "diffusion" in result:
@@ -200,9 +212,126 @@ def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
     seeds = options.mode == "interpolate" and config.interpolation.between == "seeds"
     if options.mask is not None and options.mode != "inpaint":
         raise ValueError(f"--mode {options.mode} reads no --mask, got {options.mask}; leave it out")
-    if options.input is not None and (seeds or options.mode not in ("encode", "decode", "interpolate", *TASKS)):
+    enlarges = options.mode == "sample" and config.model.super_resolution
+    reads = options.mode in ("encode", "decode", "interpolate", *TASKS) or enlarges
+    if options.input is not None and (seeds or not reads):
         what = "interpolation.between=seeds" if seeds else f"--mode {options.mode}"
         raise ValueError(f"{what} reads no --input, got {options.input}; leave it out")
+    for name, value in (("--prompt", options.prompt), ("--negative", options.negative), ("--scales", options.scales)):
+        if value and options.mode != "sample":
+            raise ValueError(f"{name} is of --mode sample, and this is --mode {options.mode}; leave it out")
+    if (options.prompt or options.negative) and not config.model.text_encoder:
+        name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
+        raise ValueError(
+            f"{name} {value!r} is for a model of text, which this is not: train one with model.text_encoder"
+        )
+    if options.negative and not options.prompt:
+        raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")
+    guided = config.model.class_conditional or config.sampling.classifier or config.sampling.guidance_checkpoint
+    if options.scales and not (guided or options.prompt):
+        raise ValueError(
+            f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "
+            "sampling.classifier or sampling.guidance_checkpoint"
+        )
+
+
+def _captions(config: ConfigDict, data: Data, workdir: Path, processes: Processes) -> Text | None:
+    """What the model is told of the data's captions, each encoded once and kept in the workdir; None if of none."""
+    m = config.model
+    if not m.text_encoder:
+        return None
+    if not data.captions:
+        raise ValueError(
+            f"model.text_encoder needs captions, and data.dataset={config.data.dataset} has none: put a NAME.txt "
+            "beside each image, or a metadata.jsonl; of CIFAR-10 take the python version"
+        )
+    return _embedded(config, data.captions, workdir, processes)
+
+
+def _embedded(config: ConfigDict, captions: Sequence[str], workdir: Path, processes: Processes) -> Text:
+    """The captions' embeddings, on every process; the main one encodes those that the workdir's file lacks."""
+    m = config.model
+    cache = workdir / "text" / f"{m.text_sha256[:16]}-{m.text_length}.safetensors"
+    encoder = HuggingFaceEncoder(m.text_encoder, length=m.text_length, device=processes.device)
+    if not processes.main:
+        processes.barrier()
+    found = embed(encoder, captions, cache)
+    if processes.main:
+        processes.barrier()
+    return found
+
+
+def _sample(
+    options: argparse.Namespace,
+    model: ScoreModel,
+    config: ConfigDict,
+    shape: tuple[int, ...],
+    codec: Codec,
+    path: Path,
+    workdir: Path,
+    processes: Processes,
+) -> Path:
+    """--mode sample; of a cascade, the samples of the stage before first."""
+    guides = load_guides(config, model, shape, processes.device)
+    wanted = Wanted(sampled_labels(config, guides), tuple(options.prompt))
+    if options.prompt:
+        unwanted = [options.negative] if options.negative else []
+        wanted = wanted._replace(text=_embedded(config, [*options.prompt, *unwanted], workdir, processes))
+    if config.model.super_resolution:
+        wanted = wanted._replace(images=_smaller(options, config, shape, codec, processes))
+    scales = _scales(options.scales)
+    folder, _ = run_sampling(model, config, shape, codec, path, workdir / "samples", processes, guides, wanted, scales)
+    return folder
+
+
+def _smaller(
+    options: argparse.Namespace, config: ConfigDict, shape: tuple[int, ...], codec: Codec, processes: Processes
+) -> Tensor:
+    """The images that a model of super-resolution enlarges: those of --input, or the samples of sampling.base.
+
+    The stage before has its own config, and the number, classes, prompts and seed of this one.
+    """
+    s, factor = config.sampling, config.model.super_resolution
+    small = (shape[0], *(size // factor for size in shape[1:]))
+    if options.input is not None:
+        found = read_examples(options.input, small, codec).x
+        assert isinstance(found, Tensor)
+        s.num_samples = min(s.num_samples, len(found))
+        return found
+    if not s.base:
+        raise ValueError(
+            "the model enlarges images: give it some, --input FILE_OR_FOLDER, or the stage before, "
+            "--config.sampling.base=WORKDIR"
+        )
+    path = checkpoint.find(s.base)
+    card = checkpoint.read_card(path)
+    if card.shape != small:
+        raise ValueError(f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be enlarged")
+    theirs = configs.from_text(card.config, str(path))
+    for key in ("num_samples", "batch_size", "seed", "labels"):
+        theirs.sampling[key] = s[key]
+    resolve_conditions(theirs, card.shape[0])
+    log.info("the stage before: %s", path)
+    model = checkpoint.load(path, ema=theirs.sampling.weights == "ema", map_location=processes.device)
+    workdir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    plain = argparse.Namespace(prompt=options.prompt if theirs.model.text_encoder else [], negative=options.negative)
+    plain.input, plain.scales = None, ""
+    own = codec_of(codec.levels, theirs.data.centered)
+    folder = _sample(plain, model, theirs, card.shape, own, path, workdir, processes)
+    log.info("%d samples: %s", s.num_samples, folder)
+    with np.load(folder / "samples.npz") as samples:
+        return torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2).contiguous()
+
+
+def _scales(text: str) -> list[float]:
+    """ "0,1,2.5" as numbers."""
+    try:
+        found = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--scales must be numbers such as 0,1,2.5, got {text!r}") from None
+    if any(not 0 <= scale < math.inf for scale in found):
+        raise ValueError(f"--scales must be at least 0, got {text}")
+    return found
 
 
 def _latents(
@@ -216,6 +345,10 @@ def _latents(
     processes: Processes,
 ) -> None:
     """The modes encode, decode and interpolate."""
+    m = config.model
+    if m.super_resolution or (m.text_encoder and config.eval.conditional):
+        what = "smaller images" if m.super_resolution else "captions, unless --config.eval.conditional=false"
+        raise ValueError(f"--mode {options.mode} keeps no {what}, which this model is given")
     if options.mode == "decode":
         given = (options.input, data.shape, codec, path, workdir / "decoded", processes)
         folder, result = run_decoding(model, config, *given)
@@ -288,7 +421,8 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
 
     def read() -> Data:
         size, channels = d.image_size or None, d.num_channels or None
-        return load_data(d.dataset, d.path or None, image_size=size, num_channels=channels)
+        data = load_data(d.dataset, d.path or None, image_size=size, num_channels=channels)
+        return leave_out(data, [caption.strip() for caption in d.leave_out.split(",") if caption.strip()])
 
     if not processes.main:
         processes.barrier()  # the main process downloads, if it must, and the others then find the files
@@ -298,15 +432,22 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
     return data, codec_of(data.levels, d.centered)
 
 
-def run_training(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:
+def run_training(
+    config: ConfigDict,
+    workdir: Path,
+    data: Data,
+    codec: Codec,
+    processes: Processes,
+    text: Text | None = None,
+) -> int:
     """--mode train: the loop of `train.train`, shown as a bar, lines of a log, TensorBoard scalars and grids."""
     n, step = config.training.n_iters, 0
     if processes.main:
         _remember(config, workdir)
         _warn(config, data, codec)
     with Stop() as stop, tqdm(total=n, desc="training", unit="step", disable=not processes.main) as bar:
-        show = Show(config, workdir, data, codec, processes.device, bar) if processes.main else None
-        for m in train(config, workdir, data, codec, processes, stop):
+        show = Show(config, workdir, data, codec, processes.device, bar, text) if processes.main else None
+        for m in train(config, workdir, data, codec, processes, stop, text):
             step = m.step
             if show is not None:
                 show(m)
@@ -361,10 +502,22 @@ class Show:
     """Shows what the training loop yields: on the bar, in the log, and in TensorBoard."""
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, data: Data, codec: Codec, device: torch.device, bar: tqdm
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        data: Data,
+        codec: Codec,
+        device: torch.device,
+        bar: tqdm,
+        text: Text | None,
     ) -> None:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
         self.device, self.bar = device, bar
+        self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
+        if config.model.super_resolution or text is not None:
+            held_out, text = data.test.to(device), None if text is None else text.to(device)
+            index = torch.arange(_PICTURES) % len(held_out)
+            self.shown = partial(given, config, split=held_out, index=index, text=text, codec=codec)
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
         self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}
         if self.floor:
@@ -396,7 +549,8 @@ class Show:
         folder = self.workdir / "samples" / f"step-{step:09d}"
         for weights in ("ema", "raw"):
             model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
-            picture = _picture(model, self.shape, self.codec, self.config.model.num_classes)
+            classes = 0 if self.shown is not None else self.config.model.num_classes
+            picture = _picture(self.shown(model) if self.shown else model, self.shape, self.codec, classes)
             if picture is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_png(picture, folder / f"{weights}.png")
@@ -445,12 +599,12 @@ def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: i
     """
     steps = getattr(model.sde, "steps", None)
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
-    count = 64 if isinstance(codec, PixelCodec) else 4096
+    count = _PICTURES if isinstance(codec, PixelCodec) else 4096
     if not isinstance(codec, PixelCodec) and shape != (2,):
         return None
     columns = classes if 1 < classes <= 32 else None
     if columns and isinstance(codec, PixelCodec):
-        count = 64 // columns * columns
+        count = _PICTURES // columns * columns
     if classes:
         model = model.given(label=torch.arange(count) % classes)
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))

@@ -12,9 +12,18 @@ from torch import Tensor
 
 from . import checkpoint
 from . import config as configs
+from .codecs import Codec
+from .data import Split, digest
+from .data_conditions import augmented, low_resolution, of_data
 from .guidance import classifier, guide
 from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier
+from .samplers.base import noise_source
+from .sdes import SDE
+from .text import Text
+
+CPU = torch.device("cpu")
+_AUGMENTATION = 1_000_003  # added to the seed, lest an image's noise be that of the state to which it is told
 
 
 class Guides(NamedTuple):
@@ -91,7 +100,16 @@ def check_conditions(path: Path, config: ConfigDict, mode: str) -> None:
             f"{path} was trained {'with' if m.class_conditional else 'without'} classes, and the config says "
             f"otherwise: set model.class_conditional={m.class_conditional}"
         )
-    if not m.class_conditional or theirs.training.condition_dropout > 0:
+    if m.super_resolution != config.model.super_resolution:
+        raise ValueError(
+            f"{path} was trained with model.super_resolution={m.super_resolution}, and the config says "
+            f"{config.model.super_resolution}: set it so"
+        )
+    if m.text_sha256 != config.model.text_sha256:
+        what = "no text encoder" if not m.text_sha256 else f"another text encoder, sha256 {m.text_sha256[:12]}..."
+        was = f", that of {m.text_encoder}" if m.text_encoder else ""
+        raise ValueError(f"{path} was trained with {what}{was}: set model.text_encoder as it was")
+    if not (m.class_conditional or m.text_encoder) or theirs.training.condition_dropout > 0:
         return
     free = s.guidance != 1 and not s.classifier and not s.guidance_checkpoint
     asked = "sampling.guidance" if free else "sampling.labels=-1" if -1 in s.labels else ""
@@ -126,30 +144,81 @@ def in_turn(labels: list[int], first: int, count: int) -> Tensor:
     return torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
 
 
-def conditional(model: ScoreModel, labels: Tensor, config: ConfigDict, guides: Guides) -> ScoreModel:
-    """The model given its examples' labels, (B,), if it knows them, and guided as the section sampling says."""
-    s = config.sampling
-    told = model.given(label=labels) if config.model.class_conditional else model
+class Wanted(NamedTuple):
+    """What is asked for of the samples: classes and prompts, each in turn, and the images that are to be enlarged."""
+
+    labels: list[int]
+    prompts: tuple[str, ...] = ()
+    text: Text | None = None  # of the prompts, and behind them of what is not wanted
+    images: Tensor | None = None  # uint8 (N, C, H, W), of lower resolution, one for each sample
+
+    def of(
+        self, first: int, count: int, config: ConfigDict, codec: Codec, sde: SDE
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Conditions of the samples first to first + count - 1, and those of the model that guides beside it.
+
+        The second has no labels, what is not wanted (or nothing) in place of the prompts, and the same images.
+        """
+        told, beside = dict[str, Any](), dict[str, Any]()
+        if self.labels and config.model.class_conditional:
+            told["label"], beside["label"] = in_turn(self.labels, first, count), None
+        if self.text is not None:
+            index = torch.arange(first, first + count) % len(self.prompts)
+            told |= self.text.condition(index)
+            unwanted = len(self.text.mask) > len(self.prompts)
+            beside |= (
+                self.text.condition(torch.full((count,), len(self.prompts)))
+                if unwanted
+                else dict.fromkeys(("text", "mask", "pooled"))
+            )
+        if self.images is not None:
+            seed = config.sampling.seed + _AUGMENTATION
+            noise = noise_source((count, *self.images.shape[1:]), seed, first, torch.float32, CPU)
+            level = torch.full((count,), config.sampling.augmentation, dtype=torch.float64)
+            small = codec.encode(self.images[first : first + count])
+            image = augmented(small, sde, level, lambda like: noise(level[0]))
+            told, beside = told | image, beside | image
+        return told, beside
+
+
+def conditional(
+    model: ScoreModel,
+    conditions: tuple[dict[str, Any], dict[str, Any]],
+    labels: Tensor,
+    config: ConfigDict,
+    guides: Guides,
+    scale: float,
+) -> ScoreModel:
+    """The model given the conditions of `Wanted.of`, and guided as the section sampling says but for the scale."""
+    s, (wanted, beside) = config.sampling, conditions
+    told = model.given(**wanted) if wanted else model
     interval = {"low": s.guidance_low, "high": s.guidance_high or math.inf}
     if guides.classifier is not None:
-        return classifier(told, guides.classifier, s.guidance, **interval, label=labels)
-    if s.guidance == 1:
+        return classifier(told, guides.classifier, scale, **interval, label=labels)
+    if scale == 1:
         return told
-    reference = guides.reference or model.given(label=None)
-    reference = reference.given(label=labels) if guides.reference_told else reference
-    return guide(told, reference, s.guidance, **interval, rescale=s.guidance_rescale)
+    reference = guides.reference or model.given(**beside)
+    reference = reference.given(**wanted) if guides.reference_told else reference
+    return guide(told, reference, scale, **interval, rescale=s.guidance_rescale)
 
 
-def about(config: ConfigDict, labels: list[int], guides: Guides) -> dict[str, Any]:
+def about(config: ConfigDict, wanted: Wanted, scales: list[float], guides: Guides) -> dict[str, Any]:
     """What a stamp says of all this."""
     s = config.sampling
-    settings = [s.guidance, s.guidance_low, s.guidance_high, s.guidance_rescale]
-    return {"labels": labels, "guidance": settings if labels or guides.reference else None, **(guides.about or {})}
+    guided = bool(wanted.labels or wanted.prompts or guides.reference)
+    settings = [*scales, s.guidance_low, s.guidance_high, s.guidance_rescale]
+    found = {"labels": wanted.labels, "guidance": settings if guided else None, **(guides.about or {})}
+    if wanted.text is not None:
+        found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
+    if wanted.images is not None:
+        found |= {"images_sha256": digest(wanted.images), "augmentation": s.augmentation}
+    return found
 
 
 def told(config: ConfigDict) -> bool:
-    """Whether the model is evaluated given each example's label."""
-    return bool(config.model.class_conditional and config.eval.conditional)
+    """Whether the model is evaluated given each example's label or caption."""
+    m = config.model
+    return bool((m.class_conditional or m.text_encoder) and config.eval.conditional)
 
 
 def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> ScoreModel:
@@ -161,3 +230,19 @@ def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> Sco
             "the model is class-conditional, and these examples have no labels: set eval.conditional=False"
         )
     return model.given(label=label)
+
+
+def given(
+    config: ConfigDict, model: ScoreModel, split: Split, index: Tensor, text: Text | None, codec: Codec
+) -> ScoreModel:
+    """The model given what goes with a split's examples at `index`, (B,): labels and captions, if it is evaluated so,
+    and their images at a lower resolution, without noise, if it enlarges.
+
+    Raises ValueError where the examples have none.
+    """
+    conditions = of_data(config, split, index, text) if told(config) else {}
+    if config.model.super_resolution:
+        none = torch.zeros(len(index), dtype=torch.float64)
+        k = split[index][0]
+        conditions |= low_resolution(k, config.model.super_resolution, codec, model.sde, none, torch.zeros_like)
+    return model.given(**conditions) if conditions else model

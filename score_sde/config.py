@@ -66,6 +66,7 @@ def default_config() -> ConfigDict:
                 # second_moment (of their losses; unbiased)
                 "time": "uniform",
                 "condition_dropout": 0.1,  # fraction of examples that are trained on without their label
+                "augmentation": 0.0,  # super_resolution: noise that image up to this time, at random
                 "low_discrepancy": False,  # spread the times of a batch evenly
                 "soft_truncation": 0.0,  # k: a batch's smallest time has density tau^-k; 0: always model.t_min
                 "precision": "float32",  # bfloat16: the network runs in autocast
@@ -127,6 +128,8 @@ def default_config() -> ConfigDict:
                 # scale of guidance. Classifier-free: 0 ignores the label, 1 is the conditional model, above 1
                 # strengthens it; by a classifier: 0 ignores it, 1 is the model given the label by Bayes' rule
                 "guidance": 1.0,
+                "base": "",  # super_resolution: workdir or checkpoint of the model whose samples are enlarged
+                "augmentation": 0.0,  # and the time up to which these are noised first
                 "guidance_low": 0.0,  # guided where sigma/alpha lies between this, elsewhere not
                 "guidance_high": 0.0,  # and this; 0: no upper end
                 "guidance_rescale": 0.0,  # classifier-free: how far, up to 1, the contrast is brought back
@@ -192,10 +195,12 @@ def default_config() -> ConfigDict:
             "data": {
                 "dataset": "cifar10",  # files: a folder or zip of images, a .npy or .npz at data.path
                 "path": "",  # where the data lie; "": the usual place, data/
-                "image_size": 32,  # files are cropped to a square of this size; 0: left as they are
+                # files are cropped to a square of this size, other images shrunk to it; 0: left as they are
+                "image_size": 32,
                 "num_channels": 3,  # files are made grey (1) or RGB (3); 0: as they are
                 "random_flip": True,  # mirror training images with probability 1/2
                 "centered": True,  # pixels in [-1, 1]; False: [0, 1]
+                "leave_out": "",  # captions, separated by commas, whose examples are not trained on
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
@@ -231,6 +236,10 @@ def default_config() -> ConfigDict:
                 "progressive_combine": "sum",  # how that input joins
                 "class_conditional": False,  # tell the network the example's class, too
                 "num_classes": 0,  # of them; 0: as many as the data have
+                "super_resolution": 0,  # give it the image at 1/2, 1/4, ... of its size: this factor; 0: not
+                "text_encoder": "",  # give it the caption, by the text encoder in this folder
+                "text_length": 32,  # tokens of a caption at most
+                "text_sha256": "",  # of that encoder, found by itself
                 "image_channels": 0,  # of an image that it is told beside (a lower resolution); 0: none
                 "text_width": 0,  # of the tokens of a text that it is told; 0: none
                 "pooled_width": 0,  # of a summary of the text; 0: none
@@ -316,7 +325,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """seed sampling.seed eval.seed training.keep_every sampling.temperature sampling.eta sampling.step_lr
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
         sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
-        model.text_width model.pooled_width model.head_channels
+        model.text_width model.pooled_width model.head_channels model.text_length
         eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
         inverse.noise optim.weight_decay optim.warmup training.soft_truncation""",
     ),
@@ -332,10 +341,11 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
     ),
     "between 0 and 1": (
         lambda v: 0 <= v <= 1,
-        "optim.decay sampling.threshold training.condition_dropout sampling.guidance_rescale",
+        """optim.decay sampling.threshold sampling.augmentation sampling.guidance_rescale training.condition_dropout
+        training.augmentation""",
     ),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
-    "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps"),
+    "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps model.super_resolution"),
 }
 
 # score_sde's keys that are something else here.
@@ -494,13 +504,23 @@ def validate(config: ConfigDict) -> None:
         "sampling.classifier to the workdir of one",
     )
     refuse(
-        not (m.class_conditional or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
+        not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
         f"sampling.guidance={s.guidance:g} has nothing to guide by: take a class-conditional model "
         "(model.class_conditional=True), or set sampling.classifier or sampling.guidance_checkpoint",
     )
     refuse(
         bool(s.classifier) and (bool(s.guidance_checkpoint) or s.guidance_rescale > 0),
         "sampling.classifier guides by itself: leave sampling.guidance_checkpoint and sampling.guidance_rescale alone",
+    )
+    networks = ("ddpm", "ncsnpp")
+    refuse(
+        (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks,
+        f"model.super_resolution and model.text_encoder are for {' and '.join(networks)}, not model.name={m.name}",
+    )
+    refuse(
+        m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or bool(s.base)),
+        "training.augmentation, sampling.augmentation and sampling.base are of models that enlarge images: set "
+        "model.super_resolution",
     )
     refuse(
         0 < s.guidance_high <= s.guidance_low,

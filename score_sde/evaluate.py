@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec
-from .conditions import Guides, about, conditional, in_turn, labelled, sampled_labels, told
+from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
 from .continuous_bound import variational_bound
 from .data import Split
 from .dequantisation import (
@@ -49,6 +49,7 @@ from .model import Estimate, ScoreModel
 from .ode import Solver
 from .parallel import Processes
 from .samplers import sample
+from .text import Text
 
 Arrays = dict[str, np.ndarray]
 _VERSIONS = {"score_sde": score_sde.__version__, "torch": torch.__version__, "python": platform.python_version()}
@@ -202,14 +203,18 @@ def run_sampling(
     base: Path,
     processes: Processes,
     guides: Guides | None = None,
+    wanted: Wanted | None = None,
+    scales: Sequence[float] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """Samples as the section sampling says, into a folder below `base`: `samples.npz` (`arr_0`), a grid, a stamp.
 
     Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Where classes are
-    sampled `arr_1` has the labels, (N,). A guided evaluation is counted as one, whatever guides by it.
+    sampled `arr_1` has the labels, (N,). With `scales` of guidance, in place of sampling.guidance, there are as many
+    times N, the same noise with each scale in turn. A guided evaluation is counted as one, whatever guides by it.
     """
     s, guides = config.sampling, guides or Guides()
-    labels = sampled_labels(config, guides)
+    wanted = wanted or Wanted(sampled_labels(config, guides))
+    labels, strengths = wanted.labels, list(scales) or [s.guidance]
     counted = Counted(model)
     sampler, times = build_sampler(config), build_times(config, model.sde, counted, shape)
     made_from = stamp(
@@ -225,16 +230,17 @@ def run_sampling(
             "temperature": s.temperature,
             "seed": s.seed,
             "num_samples": s.num_samples,
-            **about(config, labels, guides),
+            **about(config, wanted, strengths, guides),
             "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
         },
     )
 
-    def compute(first: int, count: int) -> Arrays:
+    def compute(first: int, count: int, scale: float) -> Arrays:
         counted.nfe = 0
         chosen = in_turn(labels, first, count)
+        conditions = wanted.of(first, count, config, codec, model.sde)
         x = sample(
-            held(conditional(counted, chosen, config, guides), config, codec),
+            held(conditional(counted, conditions, chosen, config, guides, scale), config, codec),
             sampler,
             (count, *shape),
             times,
@@ -249,10 +255,18 @@ def run_sampling(
         return {**found, "arr_1": chosen.numpy()} if labels else found
 
     def work(folder: Path) -> dict[str, Any]:
-        joined = in_batches(folder, s.num_samples, s.batch_size, processes, compute, "batches")
+        parts = []
+        for i, scale in enumerate(strengths):
+            of_scale = partial(compute, scale=scale)
+            where = folder / f"scale-{i}" if len(strengths) > 1 else folder
+            parts.append(in_batches(where, s.num_samples, s.batch_size, processes, of_scale, "batches"))
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if processes.main:
             write_arrays(folder / "samples.npz", {name: joined[name] for name in ("arr_0", "arr_1") if name in joined})
-            columns = len(labels) if 1 < len(labels) <= min(32, s.num_samples) else None  # a column for each class
+            # a column for each class or prompt; or a row for each scale
+            asked = len(wanted.prompts) or len(labels)
+            columns = asked if 1 < asked <= min(32, s.num_samples) else None
+            columns = s.num_samples if len(strengths) > 1 and s.num_samples <= 32 else columns
             write_pictures(joined["arr_0"], codec, folder, columns)
             if s.single_png and isinstance(codec, PixelCodec):
                 for i, image in enumerate(codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
@@ -279,6 +293,7 @@ def run_likelihood(
     checkpoint: Path,
     base: Path,
     processes: Processes,
+    text: Text | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Bits/dim (nats for vectors) of a split as the section eval says, into a folder below `base`.
 
@@ -290,7 +305,7 @@ def run_likelihood(
     """
     e = config.eval
     if e.estimate == "bound" or (e.estimate == "auto" and not config.training.continuous):
-        return run_bound(model, config, split, codec, checkpoint, base, processes)
+        return run_bound(model, config, split, codec, checkpoint, base, processes, text)
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     law, dequantised = _dequantiser(model, config, codec, checkpoint, base.parent)
     repeats = e.dequantizations if law else 1
@@ -320,8 +335,8 @@ def run_likelihood(
     unit = 1 / (math.prod(split.shape) * math.log(2)) if codec.levels else 1.0
 
     def compute(first: int, count: int, tighter: float = 1.0, probes: int = e.probes) -> Arrays:
-        k, y = split[torch.arange(first, first + count) % n]
-        model = labelled(config, whole, y)
+        index = torch.arange(first, first + count) % n
+        k, model = split[index][0], given(config, whole, split, index, text, codec)
         where = {"seed": e.seed, "first": first}
         solver = {"rtol": e.rtol / tighter, "atol": e.atol / tighter, "method": e.ode_method}
         options = {**where, **solver, "probe": e.probe, "probes": probes}
@@ -369,7 +384,7 @@ def run_likelihood(
             finer = batches(folder / "solver", checks, compute=again, description="solver")["value"]
             errors["solver"] = float(np.abs(finer - joined["value"][:checks])[~failed[:checks]].mean())
         if e.heat_map:
-            write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes)
+            write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes, text)
         if processes.main:
             kept = {"bits_per_dim" if codec.levels else "nats": values, "std_error": std_error}
             write_arrays(folder / "likelihood.npz", {**kept, "log_prob": joined["log_prob"].reshape(repeats, n).T})
@@ -450,6 +465,7 @@ def write_heat_map(
     folder: Path,
     count: int,
     processes: Processes,
+    text: Text | None = None,
 ) -> None:
     """The first images beside the bits of their pixels, `heat_map.png` and, (count, C, H, W), `heat_map.npz`.
 
@@ -460,15 +476,16 @@ def write_heat_map(
     e = config.eval
 
     def compute(first: int, number: int) -> Arrays:
-        k, y = split[torch.arange(first, first + number)]
+        index = torch.arange(first, first + number)
+        k, _ = split[index]
         u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
         with torch.no_grad():
             x, log_q = law(k, u)
         probes = None if e.probe == "exact" else e.probes
         solver = Solver(e.ode_method, e.rtol, e.atol)
-        found = heat_map(
-            labelled(config, model, y), x, probes=probes, t_min=law.t_min, solver=solver, seed=e.seed, first=first
-        )
+        told_model = given(config, model, split, index, text, codec)
+        where = {"seed": e.seed, "first": first}
+        found = heat_map(told_model, x, probes=probes, t_min=law.t_min, solver=solver, **where)
         return {"bits": ((log_q - found.log_prob) / math.log(2)).cpu().numpy(), "k": k.cpu().numpy()}
 
     joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, "heat map")
@@ -491,6 +508,7 @@ def run_bound(
     checkpoint: Path,
     base: Path,
     processes: Processes,
+    text: Text | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """The variational bound of a split, bits/dim of its levels (nats for vectors), into a folder below `base`.
 
@@ -526,9 +544,9 @@ def run_bound(
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
-        k, y = split[torch.arange(first, first + count)]
+        k, _ = split[torch.arange(first, first + count)]
         found = chain_bound(
-            labelled(config, counted, y),
+            given(config, counted, split, torch.arange(first, first + count), text, codec),
             codec.encode(k).to(torch.float32),
             times,
             variance=config.sampling.variance,

@@ -5,7 +5,6 @@ Results are folders as those of `evaluate`: batches are on disk as they are done
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec
 from .conditions import in_turn, labelled, sampled_labels, told
-from .data import Split
+from .data import Split, digest
 from .dequantisation import uniform_numbers
 from .evaluate import (
     Arrays,
@@ -52,7 +51,7 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
     """
     square = len(shape) == 3 and shape[-1] == shape[-2]
     channels = shape[0] if len(shape) == 3 else None
-    (x, _), _ = read(path, shape[-1] if square else None, channels, memory=2**62)
+    x = read(path, shape[-1] if square else None, channels, memory=2**62)[0].x
     assert isinstance(x, Tensor)
     if tuple(x.shape[1:]) != shape or (x.dtype == torch.uint8) != isinstance(codec, PixelCodec):
         kind = "uint8 images" if isinstance(codec, PixelCodec) else "floats"
@@ -281,9 +280,8 @@ def run_interpolation(
 
 def fingerprint(split: Split) -> str:
     """sha256 of a split's examples, so that the same command on other files is another result."""
-    x = split.x
-    assert isinstance(x, Tensor)
-    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+    assert isinstance(split.x, Tensor)
+    return digest(split.x)
 
 
 def _road(model: ScoreModel, config: ConfigDict) -> dict[str, Any]:

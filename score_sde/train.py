@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -26,19 +27,21 @@ from torch.optim import Optimizer
 
 from . import checkpoint, losses, time_laws
 from . import config as configs
-from .build import build_trained, takes_labels
+from .build import build_trained, is_classifier
 from .codecs import Codec
-from .data import Data, Split, batch
+from .data import Data, Split, batch, batch_indices
+from .data_conditions import left_out, low_resolution, of_data
 from .ema import ema_decay, ema_update
-from .model import ScoreModel, absent
+from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier
 from .objectives import PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
 from .parallel import Processes
 from .sdes import SDE
+from .text import Text
 from .time_laws import SecondMoments, TimeLaw
 
 # What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
-_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION = 0, 2, 3, 5, 7
+_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION, _AUGMENTATION = 0, 2, 3, 5, 7, 8
 
 
 Trained = ScoreModel | NoisyClassifier
@@ -146,10 +149,14 @@ def draw(
     flip: bool,
     purpose: int = _TRAINING,
     law: TimeLaw | None = None,
+    text: Text | None = None,
 ) -> Batch:
-    """One process' part of the batch of step `step`: data, times and noise, all from (seed, step), and from `law`."""
+    """One process' part of the batch of step `step`: data, times and noise, all from (seed, step), and from `law`.
+
+    `text` is of the data's captions, for a model that takes them.
+    """
     n, seed = config.training.batch_size, config.seed
-    k, y = batch(split, step, n, seed, flip, part)
+    k, _ = batch(split, step, n, seed, flip, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
     source, truncation = generator(seed, step, purpose), config.training.soft_truncation
     law, drawn = law or time_law(config), numbers(n, source)
@@ -165,16 +172,22 @@ def draw(
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    condition = {"label": y} if takes_labels(config) and y is not None else {}
-    if purpose == _TRAINING and config.model.class_conditional and condition:
-        u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part].to(k.device)
-        condition = {name: without(value, u < config.training.condition_dropout) for name, value in condition.items()}
+    condition = of_data(config, split, batch_indices(len(split), n, step, seed)[part], text)
+    if purpose == _TRAINING and condition and not is_classifier(config):
+        u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part]
+        condition = left_out(condition, u < config.training.condition_dropout)
+    if config.model.super_resolution:
+        u = time_laws.uniform_numbers(n, generator(seed, step, _AUGMENTATION + purpose))[part]
+        source = generator(seed, step, _AUGMENTATION + purpose + 1, k.device)
+        spread = partial(_normal_part, n=n, part=part, generator=source)
+        level = config.training.augmentation * u
+        condition |= low_resolution(k, config.model.super_resolution, codec, sde, level, spread)
     return Batch(x0, times.t[part], times.weight[part], z, v, condition)
 
 
-def without(value: Tensor, dropped: Tensor) -> Tensor:
-    """A condition (B, ...) left out for the examples where `dropped`, (B,), is true."""
-    return torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), absent(value), value)
+def _normal_part(like: Tensor, n: int, part: slice, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers for one process' part of n examples."""
+    return torch.randn((n, *like.shape[1:]), generator=generator, device=like.device, dtype=like.dtype)[part]
 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
@@ -276,9 +289,11 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 
 
 @torch.no_grad()
-def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
+def evaluate_loss(
+    state: State, config: ConfigDict, split: Split, codec: Codec, text: Text | None = None
+) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
-    b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
+    b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
     loss, measured = build_objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
@@ -292,9 +307,11 @@ def train(
     codec: Codec,
     processes: Processes,
     stop: Callable[[], bool] = lambda: False,
+    text: Text | None = None,
 ) -> Iterator[Metrics]:
     """Train, or go on from the workdir's newest checkpoint, to step training.n_iters; yield what there is to report.
 
+    `text` is of the data's captions, for a model that takes them.
     Writes checkpoints every snapshot_freq steps, at the end and where `stop()` turns true. Raises FloatingPointError
     where the loss is not finite, and leaves the last checkpoint as it was.
     """
@@ -321,6 +338,7 @@ def train(
         gpu = [processes.device.index] if processes.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=gpu)
     split, held_out = data.train.to(processes.device), data.test.to(processes.device)
+    text = None if text is None else text.to(processes.device)
     records: list[Record] = []
     since, clock = state.step, time.perf_counter()
 
@@ -359,7 +377,7 @@ def train(
             return
         seed_dropout(config.seed, state.step, processes)
         flip = config.data.random_flip
-        b = draw(config, split, codec, state.model.sde, state.step, part, flip=flip, law=state.law)
+        b = draw(config, split, codec, state.model.sde, state.step, part, flip=flip, law=state.law, text=text)
         records.append(train_step(state, objective, b, config))
         if state.law is not None:  # the next step's times hang on these losses: this law alone waits for the device
             state.law.update(processes.gather(b.t), processes.gather(records[-1].measure))
@@ -369,7 +387,7 @@ def train(
             yield report()
         if processes.main and (state.step % t.eval_freq == 0 or last):
             before = time.perf_counter()
-            yield Metrics(state.step, evaluate_loss(state, config, held_out, codec))
+            yield Metrics(state.step, evaluate_loss(state, config, held_out, codec, text))
             clock += time.perf_counter() - before
         if state.step % t.snapshot_freq == 0 or last:
             before = time.perf_counter()
