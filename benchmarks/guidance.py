@@ -127,7 +127,7 @@ def taught(data: Data, images: Tensor, label: Tensor, seed: int) -> float:
         )
         return 100 * float(pupil.score(test.x.flatten(1).numpy() / top, test.y.numpy()))
     torch.manual_seed(seed)
-    training = Training(seed=seed, epochs=20, images=len(images))
+    training = Training(seed=seed, epochs=max(3, 30_000 // len(images)))
     network = nn.Sequential(convolutions(training.widths), nn.Linear(training.widths[-1], data.num_classes))
     train(network, Data(Split(images, label), data.test, data.levels, data.num_classes), training)
     with torch.no_grad():
@@ -201,8 +201,9 @@ def tables(results: Results, data: Data, who: Judge, name: str, count: int, pupi
     if pupils:
         pairs = [("as many real images", found["real"])]
         pairs += [(f"{kind}, scale {scale:g}", found[key_of(kind, scale)]) for kind, scale in TAUGHT[name]]
-        rows = [(who, cell(here["taught"], 1)) for who, here in pairs] + [("chance", f"{chance:.1f}")]  # type: ignore[misc]
-        blocks[f"{name}_taught"] = table((f"trained on {pupils} of", "right of real held-out images, %"), rows)
+        scored = [(whose, cell(here["taught"], 1)) for whose, here in pairs]
+        scored.append(("chance", f"{chance:.1f}"))
+        blocks[f"{name}_taught"] = table((f"trained on {pupils} of", "right of real held-out images, %"), scored)
     return blocks
 
 
