@@ -45,11 +45,11 @@ SCALES: dict[str, dict[str, tuple[float, ...]]] = {
     "digits": {
         "no label": (0,),
         "unguided": (1,),
-        "classifier-free": (0.5, 1.5, 2, 3, 5, 8),
-        "in an interval": (2, 3, 5, 8),
-        "rescaled": (2, 3, 5, 8),
-        "autoguidance": (1.5, 2, 3, 5),
-        "classifier": (0.5, 1, 2, 4, 8),
+        "classifier-free": (0.5, 1.5, 2, 3, 5),
+        "in an interval": (2, 3, 5),
+        "rescaled": (2, 3, 5),
+        "autoguidance": (1.5, 2, 3),
+        "classifier": (1, 2, 4, 8),
     },
     "cifar10": {
         "no label": (0,),
