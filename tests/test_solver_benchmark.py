@@ -56,6 +56,8 @@ def test_the_field_of_many_dimensions_is_like_images_and_its_ends_are_the_closed
     name, model = list(problems.fields())[which]
     field = problems.mixture_problem(name, model, count=2)
     assert isinstance(model, Gaussian) and model.shape == (3072,)
+    assert 200 < float(model.variances.max()) < 300 and 0.001 < float(model.variances.median()) < 0.01
+    assert float(model.variances.mean()) == pytest.approx(1 / 4)
     first, last = (torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min))
     torch.testing.assert_close(field.end, model.flow(field.start, first, last), rtol=0, atol=1e-9)
     pixels = field.end.square().mean()  # of variance 1/4, up to the few large directions of two states
