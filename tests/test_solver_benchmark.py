@@ -1,6 +1,7 @@
 """The benchmark of samplers measures what it says: errors, budgets, distances of laws, and where the default loses."""
 
 import math
+import os
 from functools import partial
 from pathlib import Path
 
@@ -29,6 +30,7 @@ from score_sde import (
 )
 from score_sde.closed_form import Gaussian
 from score_sde.codecs import PixelCodec
+from score_sde.data import load_data
 from score_sde.scan import gaussian_fit
 
 # of NumPy's and of their own options
@@ -56,10 +58,38 @@ def test_the_field_of_many_dimensions_is_like_images_and_its_ends_are_the_closed
     name, model = list(problems.fields())[which]
     field = problems.mixture_problem(name, model, count=2)
     assert isinstance(model, Gaussian) and model.shape == (3072,)
+    assert 200 < float(model.variances.max()) < 300 and 0.001 < float(model.variances.median()) < 0.01
+    assert float(model.variances.mean()) == pytest.approx(1 / 4)
     first, last = (torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min))
     torch.testing.assert_close(field.end, model.flow(field.start, first, last), rtol=0, atol=1e-9)
     pixels = field.end.square().mean()  # of variance 1/4, up to the few large directions of two states
     assert field.doubt < 1e-9 and 0.05 < float(pixels) < 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "SCORE_SDE_CIFAR10" not in os.environ,
+    reason="needs the environment variable SCORE_SDE_CIFAR10: a folder that holds CIFAR-10's official files",
+)
+def test_the_field_stands_for_the_gaussian_of_cifar10s_images() -> None:
+    """Its large variances, and what the default gains over noise prediction alone, and by how much it errs."""
+    train = load_data("cifar10", os.environ["SCORE_SDE_CIFAR10"]).train.x
+    assert isinstance(train, Tensor)
+    variances = torch.linalg.eigvalsh(gaussian_fit(train[:10_000], PixelCodec())[1])
+    assert float(variances.max()) == pytest.approx(220, rel=0.05)
+    assert float(variances.mean()) == pytest.approx(0.25, rel=0.05)
+    (_, field), *_ = problems.fields()
+    alone = UniPC(3, predict="noise", start="lower", short=25)
+    found = []
+    for model in (field, Gaussian(field.sde, torch.zeros(3072).double(), variances)):
+        x = torch.randn(16, 3072, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        ends = model.flow(x, *(torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min)))  # type: ignore[operator]
+        problem = problems.Problem("", model, model.sde, x, ends, 0.0)
+        sampler, grid = recommended(model.sde, 20)
+        found.append([problems.distances(errors.walk(problem, s, grid)[0], ends).median() for s in (sampler, alone)])
+    for default, noise in found:
+        assert noise > 4 * default
+    assert 0.5 < float(found[0][0] / found[1][0]) < 2
 
 
 @pytest.mark.parametrize(
