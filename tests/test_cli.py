@@ -38,7 +38,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Thirty-odd colourful images of 8x8 in an .npz."""
     path = tmp_path_factory.mktemp("data") / "images.npz"
     k = np.random.default_rng(0).integers(0, 256, (37, 8, 8, 3)).astype(np.uint8)
-    np.savez(path, x=k)
+    np.savez(path, x=k, y=np.arange(37) % 3)
     return path
 
 
@@ -68,6 +68,9 @@ def test_each_config_runs_each_mode(
     assert "Gaussian baseline" in capsys.readouterr().out
     assert run(words(name, "train", workdir, images)) == 0
     assert find(workdir).stem == "000000001"
+    if name.startswith("classifier"):
+        assert "accuracy/sigma" in (workdir / "log.txt").read_text()
+        return
     assert run(words(name, "sample", workdir, images)) == 0
     (folder,) = (workdir / "samples").glob("000000001-*")
     x = np.load(folder / "samples.npz")["arr_0"]
