@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = load(Path(__file__).with_name("vp_cifar_small.py"))
     training = config.training
     training.objective = "cross_entropy"
-    training.n_iters = 800
+    training.n_iters = 500
     training.batch_size = 64
     model = config.model
     model.attn_resolutions = ()
