@@ -16,7 +16,7 @@ from . import model as models
 from .chains import DDPM, SMLD
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .model import Preconditioned, ScoreModel, TimeMap
-from .networks import MLP, NCSN, NCSNv2, UNet
+from .networks import MLP, NCSN, DiT, NCSNv2, UNet
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
     DDIM,
@@ -215,6 +215,26 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
     return UNet(shape[0], **{**shared, **options})
 
 
+def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The transformer of Peebles & Xie 2023."""
+    m = config.model
+    return DiT(
+        shape[0],
+        patch=m.patch_size,
+        width=m.hidden,
+        depth=m.depth,
+        heads=m.hidden // m.head_channels if m.head_channels else m.num_heads,
+        dropout=m.dropout,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
+        out_channels=2 * shape[0] if m.learned_variance else None,
+        classes=m.num_classes,
+        image_channels=m.image_channels,
+        text_width=m.text_width,
+        pooled_width=m.pooled_width,
+    )
+
+
 def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
     return NCSN(shape[0], levels=config.model.num_scales, **_refinenet(config))
@@ -241,6 +261,7 @@ NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ddpm": _ddpm,
     "ncsnpp": _ncsnpp,
     "adm": _adm,
+    "dit": _dit,
     "ncsn": _ncsn,
     "ncsnv2": _ncsnv2,
     "mlp": _mlp,

@@ -178,7 +178,7 @@ def default_config() -> ConfigDict:
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
-                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), adm, ncsn, ncsnv2, mlp for vectors
+                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++, NCSN++), adm, dit, ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
                 "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
                 "label": "time",  # what it is told of t: 999 t, sigma/alpha, 4 log(sigma/alpha), or the chain's index
@@ -220,8 +220,9 @@ def default_config() -> ConfigDict:
                 "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
                 "nonlinearity": "swish",
                 "fourier_features": (),  # n: sin and cos of 2^n pi x join the image's channels
-                "hidden": 128,  # mlp: width
-                "depth": 3,  # mlp: hidden layers
+                "hidden": 128,  # mlp, dit: width
+                "depth": 3,  # mlp: hidden layers; dit: blocks
+                "patch_size": 2,  # dit: pixels of a patch's side
                 "ema_rate": 0.9999,  # decay of the moving average of the weights, per step
                 "ema_halflife": 0,  # its half-life in training examples instead; 0: use ema_rate
             },
@@ -285,7 +286,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes
         eval.importance_samples eval.draws interpolation.pairs dequantizer.n_iters dequantizer.batch_size
         dequantizer.layers dequantizer.hidden model.num_scales model.nf model.num_res_blocks model.num_heads
-        model.hidden model.depth""",
+        model.hidden model.depth model.patch_size""",
     ),
     "at least 2": (lambda v: v >= 2, "interpolation.steps"),
     "at least 0": (
@@ -444,8 +445,8 @@ def validate(config: ConfigDict) -> None:
     )
     refuse(
         m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
-        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm or mlp, "
-        "and model.conditional=True",
+        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm, dit or "
+        "mlp, and model.conditional=True",
     )
     refuse(
         not m.class_conditional and (m.num_classes > 0 or len(s.labels) > 0 or s.guidance != 1),
@@ -545,7 +546,7 @@ def validate(config: ConfigDict) -> None:
         refinenet and m.nf < 2,
         f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}",
     )
-    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "ncsn", "ncsnv2")
+    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "dit", "ncsn", "ncsnv2")
     refuse(
         fourier and m.label != "sigma",
         f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",

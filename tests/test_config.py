@@ -91,7 +91,7 @@ def test_every_config_loads_locked_and_survives_json(path: Path, tmp_path: Path)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_a_model_that_samples(path: Path) -> None:
     tiny = TINY | {"model.ch_mult": "1,1,1"} if path.stem.startswith("ncsn") else TINY
-    config = load(path, {"model.hidden": "8"} if "toy" in path.stem else tiny)
+    config = load(path, {"model.hidden": "8"} if "toy" in path.stem else tiny | {"model.hidden": "8"})
     shape = (2,) if config.model.name == "mlp" else (config.data.num_channels, 8, 8)
     if config.model.name == "ddpm":
         config.model.nf = 32  # its GroupNorm has 32 groups
@@ -475,7 +475,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
 
 def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    for name in ("UNet", "MLP"):
+    for name in ("UNet", "MLP", "DiT"):
         monkeypatch.setattr(build, name, lambda *sizes, **options: made.append((sizes, options)))
     # No value is a default's.
     keys = """nf=24 ch_mult=1,3 num_res_blocks=5 attn_resolutions=2 dropout=0.3 nonlinearity=elu resamp_with_conv=0
@@ -483,7 +483,7 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
         learned_variance=1 fourier_features=3,4 scale_shift=1 num_heads=3
         class_conditional=1 num_classes=6 image_channels=3 text_width=7 pooled_width=8
-        head_channels=4 attend_each=1"""
+        head_channels=4 attend_each=1 patch_size=3"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
     overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
@@ -505,6 +505,11 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     )
     fixed = dict(embedding="transformer", skip_rescale=False, project=False, norm_eps=1e-5, init_scale=0.4)
     assert made.pop() == ((2,), both | fixed)
+
+    build_network(load(VP, {**overrides, "model.name": "dit", "model.label": "time", "model.hidden": "24"}), (2, 4, 6))
+    told = {key: both[key] for key in ("classes", "image_channels", "text_width", "pooled_width", "out_channels")}
+    told |= {key: both[key] for key in ("dropout", "centered", "checkpoint_activations")}
+    assert made.pop() == ((2,), told | dict(patch=3, width=24, depth=7, heads=6))
 
     for name in ("ddpm", "ncsnpp", "adm"):
         build_network(load(VP, {"model.name": name, "model.conditional": "0"}), (2, 4, 6))

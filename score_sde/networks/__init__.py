@@ -1,7 +1,8 @@
 """Networks: modules F(x, label) built from numbers. They know neither an SDE, nor sigma, nor a config."""
 
+from .dit import DiT
 from .mlp import MLP
 from .refinenet import NCSN, NCSNv2
 from .unet import UNet
 
-__all__ = ["MLP", "NCSN", "NCSNv2", "UNet"]
+__all__ = ["MLP", "NCSN", "DiT", "NCSNv2", "UNet"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -60,6 +60,19 @@ def group_norm(channels: int, groups: int | None, eps: float = 1e-6) -> nn.Group
     elif channels % groups:
         raise ValueError(f"{channels} channels do not divide into groups={groups}; change width or use groups=None")
     return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """(B, C, ...) with the border repeated behind it until every size is a multiple."""
+    excess = [-size % multiple for size in x.shape[2:]]
+    return F.pad(x, [n for e in reversed(excess) for n in (0, e)], mode="replicate") if any(excess) else x
+
+
+def cropped(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first (B, C, *size) of x."""
+    for axis, n in enumerate(size, start=2):
+        x = x.narrow(axis, 0, n)
+    return x
 
 
 class Dropout(nn.Module):

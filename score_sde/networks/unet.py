@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves
 from .conditions import Conditional
-from .layers import ACTIVATIONS, Activation, conv
+from .layers import ACTIVATIONS, Activation, conv, cropped, padded
 from .levels import DownLevel, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
 from .resample import Taps
@@ -67,7 +66,7 @@ class UNet(Conditional):
         channels: int,
         *,
         width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
+        multipliers: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 4,
         attention: Sequence[int] = (16,),
         image_size: int = 32,
@@ -133,7 +132,7 @@ class UNet(Conditional):
         )
         self.centered = centered
         self.multiple = 2 ** (len(multipliers) - 1)
-        widths = [width * m for m in multipliers]
+        widths = [round(width * m) for m in multipliers]
         attends = [image_size // 2**i in attention for i in range(len(widths))]
 
         # Parts are made in the order in which they run, which is also the order of score_sde_pytorch's parameters.
@@ -184,7 +183,7 @@ class UNet(Conditional):
 
     def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
         told = self.told(x, **condition)
-        height, width = x.shape[-2:]
+        size = x.shape[2:]
         x = self._prepared(x)
         shown = x if self.waves is None else self.waves(x)
         if told.image is not None:
@@ -200,12 +199,9 @@ class UNet(Conditional):
         for level in self.up:
             h, gathered = level(h, embedded, told.text, gathered, skips)
         out: Tensor = gathered if self.head is None else self.head(h)
-        return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
+        return cropped(out, size)
 
     def _prepared(self, x: Tensor) -> Tensor:
         """x, padded and centred."""
-        height, width = x.shape[-2:]
-        excess = (-width % self.multiple, -height % self.multiple)
-        if any(excess):
-            x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
+        x = padded(x, self.multiple)
         return x if self.centered else 2 * x - 1
