@@ -62,6 +62,7 @@ LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
     "time": lambda m: models.label_time,
     "sigma": lambda m: models.label_sigma,
     "log_sigma": lambda m: models.label_log_sigma,
+    "edm": lambda m: models.label_edm,
     "index": lambda m: partial(_label_index, n=m.num_scales),
 }
 EMBEDDINGS: dict[str, Literal["sinusoidal", "fourier"]] = {"positional": "sinusoidal", "fourier": "fourier"}

@@ -59,8 +59,8 @@ def default_config() -> ConfigDict:
                 "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
                 "likelihood_weighting": False,  # weight the noise error by (g/sigma)² instead of 1
                 "reduce_mean": True,  # a loss is a mean over dimensions; False: half the sum
-                # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), or for chains
-                # second_moment (of their losses; unbiased)
+                # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), edm (EDM's log-normal
+                # sigma with EDM's weight), or for chains second_moment (of their losses; unbiased)
                 "time": "uniform",
                 "condition_dropout": 0.1,  # fraction of examples that are trained on without their label
                 "low_discrepancy": False,  # spread the times of a batch evenly
@@ -181,7 +181,8 @@ def default_config() -> ConfigDict:
                 "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++, NCSN++), adm, dit, ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
                 "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
-                "label": "time",  # what it is told of t: 999 t, sigma/alpha, 4 log(sigma/alpha), or the chain's index
+                # told of t: 999 t, sigma/alpha, 4 log(sigma/alpha), edm: log(sigma/alpha)/4, or the chain's index
+                "label": "time",
                 "sigma_data": 0.5,  # root mean square of the data as the model sees them; for rule edm
                 "sigma_min": 0.01,  # noise at t = 0 (vesde, edm)
                 "sigma_max": 50.0,  # noise at t = 1 (vesde, edm)
@@ -477,6 +478,11 @@ def validate(config: ConfigDict) -> None:
     refuse(
         t.time == "log_snr" and t.likelihood_weighting,
         "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False",
+    )
+    refuse(
+        t.time == "edm" and (t.likelihood_weighting or m.rule != "edm"),
+        "training.time=edm has EDM's weight, by model.sigma_data: set training.likelihood_weighting=False and "
+        "model.rule=edm",
     )
     refuse(
         t.objective in TWICE and t.compile,

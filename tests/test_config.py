@@ -302,6 +302,8 @@ CONTRADICTIONS = [
     ("eval.steps=1", "eval.steps must be 0 or at least 2, got 1"),
     ("training.time=importance", "set training.likelihood_weighting=True"),
     ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    ("training.time=edm", "set training.likelihood_weighting=False and model.rule=edm"),
+    ("training.time=edm model.rule=edm training.likelihood_weighting=1", "has EDM's weight, by model.sigma_data"),
     ("training.objective=sliced_vr training.compile=1", "second derivatives, which torch.compile does not"),
     ("training.objective=finite_difference training.precision=bfloat16", "set training.precision=float32"),
     ("training.objective=finite_difference", "difference of two dropout masks for a derivative: set model.dropout=0"),

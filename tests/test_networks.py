@@ -1,6 +1,7 @@
 """Networks: resampling by its definition, blocks by their formulas, the U-Net: sizes, gradients and switches."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -396,6 +397,43 @@ def test_parameter_counts_are_adm_s(options, millions):
         network = UNet(3, **{**ADM, "width": 256, "blocks": 2, "out_channels": 6, "classes": 1000, **options})
     count = sum(p.numel() for p in network.parameters()) / 1e6
     assert round(count, 1 if millions < 100 else 0) == millions
+
+
+EDM = {  # the options of EDM's three networks, and what these are told of the noise levels 0.03 and 7
+    "vp": ({"width": 16, "multipliers": (2, 2, 2)}, lambda sigma: sigma.log() / 4),
+    "ve": (
+        {"width": 16, "multipliers": (2, 2, 2), "embedding": "fourier", "fourier_scale": 4.0, "fir": (1, 3, 3, 1),
+         "progressive_input": "residual"},
+        lambda sigma: sigma,
+    ),
+    "adm": ({**ADM, "width": 32, "multipliers": (1, 2), "classes": 5, "head_channels": 64}, lambda s: s.log() / 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_outputs_of_edm_s_networks(name):
+    """Recorded from NVlabs/edm; `data/nets/README.md` says how."""
+    options, label = EDM[name]
+    network = UNet(3, **{**options, "blocks": 1, "attention": (4,), "image_size": 8}).eval()
+    random = np.random.RandomState(0)
+    for key, value in sorted(network.state_dict().items()):
+        drawn = 0.2 * random.standard_normal(value.shape) + (value.ndim == 1 and key.endswith("weight"))
+        value.copy_(torch.from_numpy(drawn))
+    x = torch.from_numpy(np.random.RandomState(1).standard_normal((2, 3, 8, 8))).float()
+    told = {"label": torch.tensor([1, 4])} if name == "adm" else {}
+    with np.load(Path(__file__).parent / "data" / "nets" / "edm_networks.npz") as file, torch.no_grad():
+        found = network(x, label(torch.tensor([0.03, 7.0])), **told)
+        torch.testing.assert_close(found, torch.from_numpy(file[name]), rtol=0, atol=1e-4)  # of size 2; float32
+
+
+@pytest.mark.parametrize(("name", "millions"), [("vp", 55.7), ("ve", 56.4), ("adm", 295.9)])
+def test_parameter_counts_are_edm_s(name, millions):
+    """Karras et al. 2022, section 4 and table 7 of the appendix."""
+    more = {"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "image_size": 64}
+    options = {**EDM[name][0], "width": 128, **({**more, "classes": 1000} if name == "adm" else {})}
+    with torch.device("meta"):
+        network = UNet(3, **options)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
 
 
 def test_on_the_way_up_attention_may_follow_each_block():
