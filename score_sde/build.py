@@ -116,13 +116,18 @@ def build_chain(config: ConfigDict) -> DDPM | SMLD:
 
 
 def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The network for examples of `shape`, (C, H, W) for U-Nets and (D,) for the MLP; its weights depend on seed alone.
+    """The network for examples of `shape`; its weights depend on seed alone.
+
+    (D,) for the MLP, (C, L), (C, H, W) or (C, D, H, W) for U-Nets and (C, H, W) for the others.
 
     Raises ValueError where network and shape do not fit.
     """
     m = config.model
-    if len(shape) != (1 if m.name == "mlp" else 3):
-        wanted = "vectors, (D,)" if m.name == "mlp" else "images, (C, H, W)"
+    wanted, ranks = {
+        "mlp": ("vectors, (D,)", (1,)),
+        **{name: ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4)) for name in UNETS},
+    }.get(m.name, ("images, (C, H, W)", (3,)))
+    if len(shape) not in ranks:
         raise ValueError(f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -192,6 +197,7 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
     """What all of them have in common, and the options in which they differ."""
     m = config.model
     shared: dict[str, Any] = dict(
+        dimensions=len(shape) - 1,
         width=m.nf,
         multipliers=m.ch_mult,
         blocks=m.num_res_blocks,
@@ -258,6 +264,7 @@ def _refinenet(config: ConfigDict) -> dict[str, Any]:
     )
 
 
+UNETS = ("ddpm", "ncsnpp", "adm")
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ddpm": _ddpm,
     "ncsnpp": _ncsnpp,

@@ -491,7 +491,7 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
-    both |= dict(scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
+    both |= dict(dimensions=2, scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
     both |= dict(image_channels=3, text_width=7, pooled_width=8, head_channels=4, attend_each=True)
 
     build_network(load(VP, overrides), (2, 4, 6))
@@ -524,6 +524,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     assert made.pop() == ((9,), mlp)
 
 
+def test_the_shape_of_the_data_says_of_how_many_dimensions_a_network_is() -> None:
+    for shape in [(2, 16), (3, 8, 8), (1, 4, 8, 4)]:
+        network = build_network(load(VP, TINY), shape)
+        assert network.first.weight.ndim == len(shape) + 1  # type: ignore[union-attr]
+        assert network(torch.zeros(2, *shape), torch.zeros(2)).shape == (2, *shape)
+
+
 def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> None:
     alpha, sigma = torch.tensor([0.8]), torch.tensor([0.5])
     config = load(VP, {**TINY, "model.rule": "edm", "model.sigma_data": "0.7", "model.label": "log_sigma"})
@@ -537,8 +544,12 @@ def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> 
 
 def test_a_network_that_does_not_fit_the_data_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"model.name=ncsnpp is for images, \(C, H, W\), but the data have shape \(2,\)"
+        ValueError, match=r"model.name=ncsnpp is for images, \(C, H, W\), signals, .*, but the data have shape \(2,\)"
     ):
         build_network(load(VP), (2,))
+    with pytest.raises(
+        ValueError, match=r"model.name=dit is for images, \(C, H, W\), but the data have shape \(1, 64\)"
+    ):
+        build_network(load(VP, {"model.name": "dit"}), (1, 64))
     with pytest.raises(ValueError, match="model.name=mlp is for vectors"):
         build_network(load(VP.with_name("vp_toy.py")), (3, 8, 8))

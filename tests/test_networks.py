@@ -210,6 +210,36 @@ def test_resampling_keeps_a_constant_image_and_the_memory_format(make):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+def along(axis: int, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A map of signals along one axis of x (1, 1, ...)."""
+    lines = x.movedim(axis, -1)
+    out = layer(lines.reshape(-1, 1, lines.shape[-1])).reshape(*lines.shape[:-1], -1)
+    return out.movedim(-1, axis)
+
+
+@pytest.mark.parametrize("taps", [None, (1, 3, 3, 1), (1, 2, 5)], ids=str)
+@pytest.mark.parametrize("make", [down, up, ConvDown, ConvUp])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_resampling_of_images_and_volumes_is_that_of_signals_in_each_direction(make, taps, dimensions):
+    line = make(1, 1, taps, 1).double() if isinstance(make, type) else in_float64(lambda: make(taps, 1))
+    whole = make(1, 1, taps, dimensions) if isinstance(make, type) else in_float64(lambda: make(taps, dimensions))
+    whole.double()
+    if isinstance(make, type):  # taps of 1 + 2 + 5 are no float32 numbers
+        for layer, d in ((line, 1), (whole, dimensions)):
+            exact = in_float64(lambda d=d: make(1, 1, taps, d))
+            for name, value in layer.named_buffers():
+                value.copy_(dict(exact.named_buffers())[name])
+        weight = line.conv.weight
+        for _ in range(dimensions - 1):
+            weight = weight[..., None] * line.conv.weight[0, 0]
+        whole.conv.weight = nn.Parameter(weight)
+    x = numbers(1, 1, 4, 6, 8)[..., :8] if dimensions == 3 else numbers(1, 1, 4, 6)
+    expected = x
+    for axis in range(2, 2 + dimensions):
+        expected = along(axis, line, expected)
+    torch.testing.assert_close(whole(x), expected, rtol=0, atol=1e-13)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers and blocks
 
@@ -489,6 +519,48 @@ def test_any_size_is_padded_by_the_border_and_cropped(pyramid, size):
         expected = network(torch.from_numpy(padded), label)[..., : size[0], : size[1]]
     assert out.shape == x.shape
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"block": "ddpm"}, {"scale_shift": True, "attend_each": True}, {"progressive_input": "input_skip"}],
+    ids=["biggan", "ddpm", "adm", "pyramid"],
+)
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_what_is_constant_in_one_more_direction_is_seen_as_without_it(dimensions, options):
+    """Kernels that look along the other directions alone: the U-Net in d + 1 dimensions then is that in d."""
+    less, more = (small(**options, dimensions=d, image_channels=1) for d in (dimensions, dimensions + 1))
+    state = {}
+    for name, value in less.state_dict().items():
+        if value.ndim == 2 + dimensions and "label" not in name:
+            wide = torch.zeros(more.state_dict()[name].shape, dtype=value.dtype)
+            wide[:, :, wide.shape[2] // 2] = value
+            value = wide
+        state[name] = value
+    more.load_state_dict(state)
+    x, image = numbers(2, 3, *(6, 8)[:dimensions]), numbers(2, 1, *(6, 8)[:dimensions], seed=1)
+    out = less(x, labels(less), image=image)
+    repeated = [v[:, :, None].expand(-1, -1, 4, *v.shape[2:]).contiguous() for v in (x, image)]
+    wide = more(repeated[0], labels(more), image=repeated[1])
+    torch.testing.assert_close(wide, out[:, :, None].expand(wide.shape), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(13,), (5, 4, 7)], ids=str)
+@pytest.mark.parametrize("fir", [None, (1, 3, 3, 1)], ids=str)
+def test_signals_and_volumes_of_any_size_are_padded_by_the_border_and_cropped(size, fir):
+    network = small(dimensions=len(size), multipliers=(1, 1, 2), fir=fir, progressive="residual")
+    x, label = numbers(2, 3, *size), labels(network)
+    padded = np.pad(x.numpy(), [(0, 0), (0, 0), *((0, -n % 4) for n in size)], mode="edge")
+    expected = network(torch.from_numpy(padded), label)[(..., *(slice(n) for n in size))]
+    assert torch.equal(network(x, label), expected)
+
+
+@pytest.mark.parametrize(("size", "mode"), [((6,), "linear"), ((4, 6, 8), "trilinear")])
+def test_a_lower_resolution_of_signals_and_volumes_is_interpolated(size, mode):
+    network = small(dimensions=len(size), image_channels=1)
+    low, x = numbers(2, 1, *(n // 2 for n in size), seed=1), numbers(2, 3, *size)
+    whole = F.interpolate(low, size=size, mode=mode, align_corners=False)
+    torch.testing.assert_close(network(x, labels(network), image=low), network(x, labels(network), image=whole))
 
 
 def test_attention_belongs_to_a_level_whatever_the_size():

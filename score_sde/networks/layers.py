@@ -32,11 +32,25 @@ def variance_scaling_(weight: Tensor, scale: float = 1.0) -> None:
     weight.uniform_(-bound, bound)
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of signals, images and volumes
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
 def conv(
-    inputs: int, outputs: int, size: int, *, stride: int = 1, padding: int | None = None, scale: float = 1.0
-) -> nn.Conv2d:
-    """A size x size convolution that keeps height and width unless told otherwise; bias 0."""
-    layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    scale: float = 1.0,
+    dimensions: int = 2,
+) -> Convolution:
+    """A convolution of `size` in each direction, which keeps the lengths unless told otherwise; bias 0."""
+    kind = CONVOLUTIONS[dimensions - 1]
+    layer = kind(inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)
     variance_scaling_(layer.weight, scale)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
