@@ -15,11 +15,12 @@ from score_sde.closed_form import Mixture
 from score_sde.codecs import codec_of
 from score_sde.config import load as load_config
 from score_sde.data import load_data
+from score_sde.data_conditions import left_out
 from score_sde.guidance import Guided, both
 from score_sde.model import Preconditioned, absent, of_examples
 from score_sde.networks import MLP, Encoder, UNet
 from score_sde.samplers import EmbeddedODE, Heun
-from score_sde.train import draw, without
+from score_sde.train import draw
 from tests.test_train import image_config
 
 SDE = VPSDE()
@@ -69,7 +70,8 @@ def test_what_stands_for_no_condition() -> None:
     assert absent(torch.tensor([True, False])).tolist() == [False, False]
     assert absent(torch.tensor([1.5])).tolist() == [0.0]
     value = torch.arange(1.0, 7.0).reshape(3, 2)
-    assert without(value, torch.tensor([True, False, True])).tolist() == [[0, 0], [3, 4], [0, 0]]
+    found = left_out({"pooled": value}, torch.tensor([True, False, True]))
+    assert found["pooled"].tolist() == [[0, 0], [3, 4], [0, 0]]
 
 
 def test_no_label_is_all_of_the_mixture() -> None:

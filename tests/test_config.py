@@ -129,10 +129,10 @@ SLIPS = [
     ("trainig.n_iters", "5", "did you mean 'training.n_iters'?"),
     ("lr", "1e-3", "did you mean 'optim.lr'?"),
     ("training.lr", "1e-3", "did you mean 'optim.lr'?"),
-    ("training.xyz", "5", "unknown config key 'training.xyz'; the section training has accumulate, batch_size"),
+    ("training.xyz", "5", "unknown config key 'training.xyz'; the section training has accumulate, augmentation, "),
     ("xyz", "5", "there are seed, device and the sections data, dequantizer, eval, interpolation, inverse, model, "
         "optim, sampling, training"),
-    ("training", "5", "'training' is a section; set a key of it: accumulate, batch_size"),
+    ("training", "5", "'training' is a section; set a key of it: accumulate, augmentation, "),
     ("eval.enable_bpd", "true", "use --mode likelihood instead"),
     ("training.n_iters", "many", "training.n_iters must be an integer, got 'many'"),
     ("training.n_iters", "1.5", "training.n_iters must be an integer, got 1.5"),
