@@ -211,4 +211,4 @@ def test_slips_are_answered_with_the_remedy(
     vectors = words("vp_toy", "inpaint", tmp_path / "toy", colours)
     assert run([*vectors[:2], "--mode", "train", *vectors[4:]]) == 0
     assert run([*vectors, "--mask", str(mask)]) == 2
-    assert "--mode inpaint is for images, and the data have shape (2,)" in capsys.readouterr().err
+    assert "--mode inpaint is for images, and data.dataset=" in capsys.readouterr().err
