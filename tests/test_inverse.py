@@ -438,6 +438,18 @@ def test_more_resampling_brings_repaint_nearer_to_the_posterior() -> None:
     assert errors[0] > 0.3 and errors[1] < 0.7 * errors[0] and errors[2] < 0.4 * errors[1], errors
 
 
+def test_resampling_does_not_forget_an_observation_with_noise() -> None:
+    """Walks repeated where nothing is replaced any more would drift to the prior, of variance 1."""
+    sde, n = VPSDE(), 2000
+    cov = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    model, grid = Gaussian(sde, torch.zeros(2, dtype=torch.float64), cov), times.log_snr(sde, 30)
+    y = torch.tensor([[1.5, 0.0]], dtype=torch.float64).expand(n, 2)
+    observation = Observation(Mask(torch.tensor([True, False])), y, 0.2)
+    x = sample(model, Projected(Ancestral("large"), observation, 8), (n, 2), grid, dtype=torch.float64, denoise=True)
+    assert x[:, 0].mean().item() == pytest.approx(1.5 / 1.04, abs=0.08)
+    assert x[:, 0].var().item() < 3 * 0.04  # twice, and more for the length of the step in which y becomes the noisier
+
+
 def test_both_parts_of_a_predictor_corrector_are_projected() -> None:
     sde, t, s = VESDE(), time(0.3), time(0.2)
     x, observation = numbers(4, 3, seed=1), Observation(FIRST, numbers(4, 3, seed=2))
