@@ -290,7 +290,10 @@ def test_guidance_stands_on_models_with_conditions() -> None:
     model, x, t = mixture(VPSDE()), numbers(2, 3, seed=1), time(0.5)
     component = Gaussian(VPSDE(), -MEAN, 0.3 * COV)
     observation = Observation(ROWS, numbers(2, 2, seed=2), 0.1)
-    close(pigdm(model.given(label=1), observation)(x, t).data, pigdm(component, observation)(x, t).data)
+    for method in (pigdm, ddnm):
+        expected = method(component, observation)(x, t).data
+        close(method(model.given(label=1), observation)(x, t).data, expected)
+        close(method(model, observation).given(label=1)(x, t).data, expected)
 
 
 @pytest.mark.parametrize("sampler", [Heun(), Ancestral(), Multistep(2), EmbeddedODE(1e-6, 1e-6)], ids=name)
