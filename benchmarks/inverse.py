@@ -33,7 +33,8 @@ from score_sde.latent_modes import as_trained
 from score_sde.metrics import psnr
 from score_sde.model import ScoreModel
 
-from .laws import Features, spread
+from .judges import judge
+from .laws import spread
 from .timing import Table, machine
 
 Look = Callable[[Tensor], Tensor]  # uint8 levels (N, C, H, W) -> (N, D)
@@ -53,12 +54,9 @@ def tasks(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, Spectral]:
     return found
 
 
-def features_of(dataset: str) -> Look | None:
-    """Those of a classifier of digits; None for other data."""
-    if dataset != "digits":
-        return None
-    found = Features()
-    return lambda k: found(k.flatten(1).double() / found.top)
+def features_of(dataset: str, path: str) -> Look | None:
+    """Those of the judge of digits or of CIFAR-10, whose training takes minutes once; None for other data."""
+    return judge(dataset, path or None).features if dataset in ("digits", "cifar10") else None
 
 
 def relative_distance(features: Look, k: Tensor, truth: Tensor) -> float:
@@ -100,7 +98,7 @@ def measure(
     data = load_data(d.dataset, d.path or None, image_size=d.image_size or None, num_channels=d.num_channels or None)
     if data.levels is None:
         raise ValueError(f"these are tasks of images, and data.dataset={d.dataset} holds floats")
-    codec, features = PixelCodec(data.levels, d.centered), features_of(d.dataset)
+    codec, features = PixelCodec(data.levels, d.centered), features_of(d.dataset, d.path)
     truth = data.test[torch.arange(images)][0]
     x0 = as_trained(truth, codec, config, 0)
     grid, listed = build_times(config, model.sde, model, data.shape), tasks(config, data.shape)
