@@ -32,7 +32,7 @@ from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import dequantiser_path, reported, run_likelihood, run_sampling
 from .images import grid, histogram, write_png
-from .inverse_modes import TASKS, operator_for, read_observed, restoring_line, run_restoring
+from .inverse_modes import TASKS, restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
 from .ode import GaveUp
@@ -187,7 +187,9 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     elif options.mode in ("encode", "decode", "interpolate"):
         _latents(options, model, config, data, codec, path, workdir, processes)
     elif options.mode in TASKS:
-        _restore(options, model, config, data, codec, path, workdir, processes)
+        given = (workdir / "restored", processes, options.input, options.mask)
+        folder, result = run_restoring(options.mode, model, config, data, codec, path, *given)
+        log.info("%s: %s", restoring_line(result), folder)
     else:
         split = {"test": data.test, "train": data.train}[config.eval.split]
         text = _captions(config, data, workdir, processes) if told(config) else None
@@ -369,29 +371,6 @@ def _latents(
     unit = " levels of a pixel" if codec.levels else ""
     off = f"; the ends are off by {result['ends_rms_error']:.3g}{unit} (RMS)" if between is not None else ""
     log.info("%d rows of %d, NFE %.0f%s: %s", result["pairs"], result["steps"], result["nfe"], off, folder)
-
-
-def _restore(
-    options: argparse.Namespace,
-    model: ScoreModel,
-    config: ConfigDict,
-    data: Data,
-    codec: Codec,
-    path: Path,
-    workdir: Path,
-    processes: Processes,
-) -> None:
-    """The modes inpaint, colorize, superresolve and deblur."""
-    split, source = {"test": data.test, "train": data.train}[config.eval.split], None
-    operator = operator_for(options.mode, config, data.shape, options.mask)
-    if options.input is not None:
-        split = read_observed(options.input, options.mode, operator, data.shape, codec)
-        source = f"sha256 {fingerprint(split)}"
-    base = workdir / "restored"
-    folder, result = run_restoring(
-        options.mode, model, config, split, operator, data.shape, codec, path, base, processes, source
-    )
-    log.info("%s: %s", restoring_line(result), folder)
 
 
 def _log_to(workdir: Path) -> None:
