@@ -250,14 +250,14 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
 
     def read() -> Data:
         size, channels = d.image_size or None, d.num_channels or None
-        return load_data(d.dataset, d.path or None, image_size=size, num_channels=channels)
+        return load_data(d.dataset, d.path or None, image_size=size, num_channels=channels, length=d.length)
 
     if not processes.main:
         processes.barrier()  # the main process downloads, if it must, and the others then find the files
     data = read()
     if processes.main:
         processes.barrier()
-    return data, codec_of(data.levels, d.centered)
+    return data, codec_of(data.levels, d.centered, data.rate)
 
 
 def run_training(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:

@@ -169,10 +169,11 @@ def default_config() -> ConfigDict:
                 "steps": 9,  # images in a row, with both ends
             },
             "data": {
-                "dataset": "cifar10",  # files: a folder or zip of images, a .npy or .npz at data.path
+                "dataset": "cifar10",  # files: a folder or zip of images, a folder of .wav, a .npy or .npz at data.path
                 "path": "",  # where the data lie; "": the usual place, data/
                 "image_size": 32,  # files are cropped to a square of this size; 0: left as they are
                 "num_channels": 3,  # files are made grey (1) or RGB (3); 0: as they are
+                "length": 0,  # the first samples of .wav files that are taken; 0: all, if all are as long
                 "random_flip": True,  # mirror training images with probability 1/2
                 "centered": True,  # pixels in [-1, 1]; False: [0, 1]
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
@@ -296,7 +297,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
         sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
         model.text_width model.pooled_width model.head_channels
-        eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
+        eval.check_images eval.heat_map data.image_size data.num_channels data.length model.init_scale
+        model.ema_halflife
         optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (

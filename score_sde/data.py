@@ -21,7 +21,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from . import cifar10, files
+from . import cifar10, files, signals
 from .files import Stream
 from .toys import TOYS
 
@@ -59,12 +59,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes."""
+    """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes.
+
+    `rate` is the sample rate of recordings.
+    """
 
     train: Split
     test: Split
     levels: int | None = 256
     num_classes: int = 0
+    rate: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,15 +86,17 @@ def load_data(
     *,
     image_size: int | None = None,
     num_channels: int | None = None,
+    length: int | None = None,
     memory: int = 4 << 30,
 ) -> Data:
     """The data set `name`, in any case: a row of `_DATASETS`, or "files" for what you have at `path`.
 
     Args:
         path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
-            .npy or a .npz. The others need none.
+            folder of .wav recordings, a .npy or a .npz. The others need none.
         image_size: "files" crops images to their central square and resizes it to this; None or 0 keeps their size.
         num_channels: "files" makes images grey (1) or RGB (3); None or 0 follows the first image.
+        length: "files" takes the first samples of recordings, this many; None or 0: all must have the same length.
         memory: "files" of more bytes than this stay on disk and are read batch by batch.
 
     Raises ValueError for an unknown name, with the nearest one, and for files that are not what they should be;
@@ -102,7 +108,7 @@ def load_data(
     if name.lower() == "files":
         if path is None:
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
-        return _files(path, image_size or None, num_channels or None, memory)
+        return _files(path, image_size or None, num_channels or None, length or None, memory)
     names = [*_DATASETS, "files"]
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
     raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, and all are {', '.join(names)}")
@@ -159,9 +165,13 @@ def _toy(name: str) -> Callable[[Path | None], Data]:
     return lambda path: Data(Split(TOYS[name](20_000, 0)), Split(TOYS[name](4_000, 1)), levels=None)
 
 
-def _files(path: Path, image_size: int | None, num_channels: int | None, memory: int) -> Data:
+def _files(path: Path, image_size: int | None, num_channels: int | None, length: int | None, memory: int) -> Data:
     """What is at `path`; where nothing says what is held out, a tenth is, chosen by `_hold_out`."""
-    train_part, test_part = files.read(path, image_size, num_channels, memory)
+    rate = None
+    if path.is_dir() and signals.recordings(path):
+        train_part, test_part, rate = signals.read(path, length)
+    else:
+        train_part, test_part = files.read(path, image_size, num_channels, memory)
     train = Split(*train_part)
     if test_part is None:
         if len(train) < 2:
@@ -173,7 +183,8 @@ def _files(path: Path, image_size: int | None, num_channels: int | None, memory:
             raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
     example = train[torch.zeros(1, dtype=torch.int64)][0]
     classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
-    return Data(train, test, levels=256 if example.dtype == torch.uint8 else None, num_classes=max(classes, default=0))
+    levels = 256 if example.dtype == torch.uint8 else None
+    return Data(train, test, levels, num_classes=max(classes, default=0), rate=rate)
 
 
 def _hold_out(split: Split, size: int) -> tuple[Split, Split]:

@@ -115,11 +115,13 @@ def test_every_config_builds_a_model_that_samples(path: Path) -> None:
         ("ddpm_cifar", 35_218_947),
         ("ncsn_cifar", 30_117_635),
         ("ncsnv2_cifar", 29_694_083),
+        ("church_256", 65_574_421),
     ],
 )
-def test_cifar_networks_have_the_reference_size(name: str, count: int) -> None:
+def test_networks_have_the_reference_size(name: str, count: int) -> None:
     with torch.device("meta"):
-        network = build_network(load(VP.with_name(f"{name}.py")), (3, 32, 32))
+        config = load(VP.with_name(f"{name}.py"))
+        network = build_network(config, (3, config.data.image_size, config.data.image_size))
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == count
 
 
