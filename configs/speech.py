@@ -37,7 +37,7 @@ def get_config() -> ConfigDict:
     model = config.model
     model.rule = "edm"
     model.label = "log_sigma"
-    model.sigma_data = 0.1
+    model.sigma_data = 0.06
     model.class_conditional = True
     model.nf = 16
     model.ch_mult = (1, 2, 2, 4, 4, 8, 8, 8, 8)

@@ -457,6 +457,11 @@ def validate(config: ConfigDict) -> None:
         "model.class_conditional=True",
     )
     refuse(
+        max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"),
+        "model.image_channels, model.text_width and model.pooled_width are of networks that are told images or texts: "
+        f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}",
+    )
+    refuse(
         0 < s.guidance_high <= s.guidance_low,
         f"sampling.guidance_low={s.guidance_low:g} must be below sampling.guidance_high={s.guidance_high:g}",
     )

@@ -304,6 +304,10 @@ CONTRADICTIONS = [
     ("eval.steps=1", "eval.steps must be 0 or at least 2, got 1"),
     ("training.time=importance", "set training.likelihood_weighting=True"),
     ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    (
+        "model.name=ncsnv2 model.image_channels=3 model.dropout=0",
+        "to ddpm, ncsnpp, adm or dit, not ncsnv2",
+    ),
     ("training.time=edm", "set training.likelihood_weighting=False and model.rule=edm"),
     ("training.time=edm model.rule=edm training.likelihood_weighting=1", "has EDM's weight, by model.sigma_data"),
     ("training.objective=sliced_vr training.compile=1", "second derivatives, which torch.compile does not"),
@@ -521,6 +525,7 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         assert options["embedding"] is None and options["out_channels"] is None
 
     vectors = {"model.name": "mlp", "data.dataset": "ring", "data.random_flip": "0"}
+    vectors |= {f"model.{key}": "0" for key in ("image_channels", "text_width", "pooled_width")}
     build_network(load(VP, {**overrides, **vectors}), (9,))
     mlp = dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3, out_features=18, classes=6)
     assert made.pop() == ((9,), mlp)
