@@ -1,5 +1,6 @@
 """Configs: every file builds, and every slip is answered by one sentence that names it and the remedy."""
 
+import math
 import re
 from pathlib import Path
 
@@ -545,6 +546,8 @@ def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> 
     assert edm.rule(alpha, sigma) == models.predict_edm(alpha, sigma, 0.7)
     assert edm.scale(alpha, sigma, alpha) == models.unit_variance(alpha, sigma, alpha, 0.7)
     assert edm.label(alpha, sigma, alpha) == models.label_log_sigma(alpha, sigma, alpha)
+    theirs = build_model(load(VP, {**TINY, "model.label": "edm"}), (3, 8, 8))
+    assert theirs.label(alpha, sigma, alpha).item() == pytest.approx(math.log(0.5 / 0.8) / 4)
     plain = build_model(load(VP, {**TINY, "model.rule": "v"}), (3, 8, 8))
     assert (plain.rule, plain.scale, plain.label) == (models.predict_v, models.unscaled, models.label_time)
 
