@@ -400,7 +400,7 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
 
     def read() -> Data:
         size, channels = d.image_size or None, d.num_channels or None
-        data = load_data(d.dataset, d.path or None, image_size=size, num_channels=channels)
+        data = load_data(d.dataset, d.path or None, image_size=size, num_channels=channels, length=d.length)
         return leave_out(data, [caption.strip() for caption in d.leave_out.split(",") if caption.strip()])
 
     if not processes.main:
@@ -408,7 +408,7 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
     data = read()
     if processes.main:
         processes.barrier()
-    return data, codec_of(data.levels, d.centered)
+    return data, codec_of(data.levels, d.centered, data.rate)
 
 
 def run_training(
