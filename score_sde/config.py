@@ -489,13 +489,13 @@ def validate(config: ConfigDict) -> None:
     encodes = t.objective == AUTOENCODE
     refuse(
         encodes and (m.name != "ncsnpp" or d.dataset in TOYS),
-        "training.objective=autoencoder makes one of images, of ncsnpp's blocks: set model.name=ncsnpp and data.dataset "
-        "to images",
+        "training.objective=autoencoder makes one of images, of ncsnpp's blocks: set model.name=ncsnpp and "
+        "data.dataset to images",
     )
     refuse(
         encodes and len(m.ch_mult) < 2,
-        f"training.objective=autoencoder halves the images at every level but the last: give model.ch_mult two or more, "
-        f"not {m.ch_mult}",
+        f"training.objective=autoencoder halves the images at every level but the last: give model.ch_mult two or "
+        f"more, not {m.ch_mult}",
     )
     refuse(
         encodes and (d.uniform_dequantization or m.class_conditional or m.super_resolution > 0 or bool(m.text_encoder)),
@@ -516,8 +516,8 @@ def validate(config: ConfigDict) -> None:
     )
     refuse(
         coded and (d.uniform_dequantization or not d.centered),
-        "data.autoencoder gives the model codes, without levels and around 0: set data.uniform_dequantization=False and "
-        "data.centered=True",
+        "data.autoencoder gives the model codes, without levels and around 0: set data.uniform_dequantization=False "
+        "and data.centered=True",
     )
     refuse(
         coded and (s.clip_denoised or e.clip_denoised or s.threshold > 0),

@@ -295,7 +295,8 @@ def evaluate_loss(
     state: State, config: ConfigDict, split: Split, codec: Codec, text: Text | None = None
 ) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
-    b = draw(config, split, codec, sde_of(state.ema, config), 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
+    sde = sde_of(state.ema, config)
+    b = draw(config, split, codec, sde, 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
     loss, measured = build_objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
