@@ -1,6 +1,6 @@
-"""Handwritten digits enlarged to 32x32, in pixels: what latent_digits is compared with at equal training time.
+"""Handwritten digits enlarged to 32x32, in pixels: what latent_digits32 is compared with at equal training time.
 
-vp_digits' recipe with three levels in place of two, as autoencoder_digits has, and batches of 32.
+vp_digits' recipe with three levels in place of two, as autoencoder_digits32 has, and batches of 32.
 """
 
 from pathlib import Path

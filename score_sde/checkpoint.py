@@ -245,7 +245,7 @@ def load_autoencoder(
     if not isinstance(found, ConvolutionalAutoencoder):
         raise ValueError(
             f"{path} is no autoencoder: train one with training.objective=autoencoder, such as "
-            "configs/autoencoder_digits.py"
+            "configs/autoencoder_digits32.py"
         )
     return found
 

@@ -79,7 +79,7 @@ def open_autoencoder(
     if not where.exists():
         raise FileNotFoundError(
             f"data.autoencoder={where}: there is no such file or folder; train one there first, such as "
-            "configs/autoencoder_digits.py"
+            "configs/autoencoder_digits32.py"
         )
     if where.suffix == ".py":
         made, sha256 = _from_file(where)

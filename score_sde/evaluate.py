@@ -44,7 +44,7 @@ from .dequantisation import (
 from .guidance import clip, threshold
 from .heat_maps import heat_map
 from .images import heat, histogram, write_grid, write_png
-from .latent_bound import LatentBound, in_bits, latent_bound
+from .latent_bounds import LatentBound, in_bits, latent_bound
 from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel
 from .ode import Solver

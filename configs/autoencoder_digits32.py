@@ -1,4 +1,4 @@
-"""An autoencoder of digits enlarged to 32x32, for models of its codes (latent_digits): 4 x 8 x 8 numbers an image.
+"""An autoencoder of digits enlarged to 32x32, for models of its codes (latent_digits32): 4 x 8 x 8 numbers an image.
 
 KL-regularised (Kingma & Welling 2014; Rombach et al. 2022, section 3.1), of this package's U-Net blocks, trained by its
 evidence bound: pixels of 17 levels under a normal law whose width is learned. No adversary and no perceptual loss, of

@@ -50,7 +50,13 @@ class LatentBound(NamedTuple):
 
 
 def latent_bound(
-    codec: AutoencoderCodec, k: Tensor, log_prob: Callable[[Tensor], Likelihood], *, seed: int = 0, first: int = 0
+    codec: AutoencoderCodec,
+    k: Tensor,
+    log_prob: Callable[[Tensor], Likelihood],
+    *,
+    seed: int = 0,
+    first: int = 0,
+    noise: Tensor | None = None,
 ) -> LatentBound:
     """The bound for uint8 images k (B, C, H, W).
 
@@ -61,6 +67,7 @@ def latent_bound(
             ``lambda y: log_likelihood(model, y)``.
         seed: example i's draw of the code depends on (seed, first + i) alone.
         first: index of the batch's first example.
+        noise: (B, c, h, w), standard normal numbers of which to make the code, in place of the seed.
 
     Raises ValueError for an autoencoder whose codes are points: without a posterior there is no bound.
     """
@@ -70,8 +77,9 @@ def latent_bound(
             "the autoencoder's codes have no spread, q(z | x) is a point, and the bound needs its entropy: take an "
             "autoencoder whose encode returns standard deviations above 0"
         )
-    noise = noise_source(tuple(mean.shape), seed + _APART, first, mean.dtype, mean.device)
-    y = mean + std * noise(mean)
+    if noise is None:
+        noise = noise_source(tuple(mean.shape), seed + _APART, first, mean.dtype, mean.device)(mean)
+    y = mean + std * noise
     found = log_prob(y)
     return LatentBound(-codec.log_prob(k, y), -found.log_prob, entropy(std), found.std_error, found.nfe)
 
