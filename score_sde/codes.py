@@ -263,7 +263,11 @@ def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
     deviation = getattr(source.autoencoder, "deviation", None)
     if deviation is None:
         deviation = _measured_deviation(source, data.train, codes, device)
-    return codes | {"mean": mean, "std": std, "deviation": torch.as_tensor(deviation).detach().cpu().double()}
+    return codes | {
+        "mean": mean,
+        "std": std,
+        "deviation": torch.as_tensor(deviation, dtype=torch.float64).detach().cpu(),
+    }
 
 
 def _measured_deviation(source: Source, split: Split, codes: dict[str, Tensor], device: torch.device) -> Tensor:

@@ -91,7 +91,7 @@ def test_digits32_are_digits_four_times_as_large() -> None:
     line = torch.tensor([1 / 8, 3 / 4, 1 / 8])
     wanted = torch.nn.functional.conv2d(padded, torch.outer(line, line)[None, None])
     off = (shrink(large.test.x, 4).float() - wanted).abs()
-    assert off.max() <= 1 and off.mean() < 0.2  # rounded twice, to half a level each
+    assert off.max() <= 1 and off.mean() < 0.25  # rounded twice, to half a level each
 
 
 @pytest.mark.parametrize("weight", [1.0, 0.25])
@@ -194,9 +194,7 @@ def test_the_decoder_s_deviation_is_measured_where_it_has_none(tmp_path: Path) -
     _, statistics = codes_of(source, data, tmp_path, mirror=False)
     x = source.pixels.encode(data.train.x[:1000])  # type: ignore[index]
     mean, std = source.autoencoder.encode(x)
-    squares = [
-        (source.autoencoder.decode(mean + std * torch.randn(mean.shape)) - x).square().mean() for _ in range(5)
-    ]
+    squares = [(source.autoencoder.decode(mean + std * torch.randn(mean.shape)) - x).square().mean() for _ in range(5)]
     assert statistics.deviation == pytest.approx(float(torch.stack(squares).mean().sqrt()), rel=0.01)
     source.autoencoder.deviation = 0.123  # type: ignore[attr-defined]
     assert codes_of(source, data, tmp_path / "told", mirror=False)[1].deviation == 0.123
@@ -212,13 +210,13 @@ def test_codes_of_another_autoencoder_other_images_or_a_broken_file_are_made_ane
         return of_source.autoencoder.asked - before  # type: ignore[attr-defined]
 
     assert count(source) == 0
-    assert count(halves("b" * 64)) > 1797
+    assert count(halves("b" * 64)) == 1797
     other = replace(data, test=replace(data.test, x=data.test.x.flip(0)))  # type: ignore[union-attr]
-    assert count(source, other) > 1797
-    assert count(source, mirror=True) > 1797 + 1497 and count(source, mirror=True) == 0
+    assert count(source, other) == 1797
+    assert count(source, mirror=True) == 1797 + 1497 and count(source, mirror=True) == 0
     for path in tmp_path.glob("*.safetensors"):
         path.write_bytes(path.read_bytes()[:1000])
-    assert count(source) > 1797 and count(source) == 0
+    assert count(source) == 1797 and count(source) == 0
 
 
 def test_mirrored_images_are_encoded_too(tmp_path: Path) -> None:
@@ -431,7 +429,9 @@ def test_an_autoencoder_that_changed_since_is_refused(trained: tuple[Path, Path]
     assert command("autoencoder_digits32", "train", changed, "--config.training.n_iters=4") == 0
     for mode in ("sample", "likelihood", "train"):
         words = refused("latent_digits32", mode, workdir, of(changed), "--config.training.n_iters=4")
-        assert re.search("codes of another autoencoder, sha256 .* give back the one that the codes were made with", words)
+        assert re.search(
+            "codes of another autoencoder, sha256 .* give back the one that the codes were made with", words
+        )
     words = refused("latent_digits32", "sample", workdir, "--config.data.autoencoder=")
     assert re.search("is a model of codes, and the config says pixels: set data.autoencoder=", words)
 
@@ -455,7 +455,12 @@ def test_a_model_resumed_on_other_images_is_refused(trained: tuple[Path, Path], 
         ("latent_digits32", "inpaint", ["--mask", "x.png"], "--mode inpaint works on pixels"),
         ("latent_digits32", "dequantize", [], "--mode dequantize works on pixels"),
         ("latent_digits32", "sample", [], "there is no such file or folder; train one there first"),
-        ("latent_digits32", "train", ["--config.data.uniform_dequantization=true"], "data.uniform_dequantization=False"),
+        (
+            "latent_digits32",
+            "train",
+            ["--config.data.uniform_dequantization=true"],
+            "data.uniform_dequantization=False",
+        ),
         ("latent_digits32", "train", ["--config.data.centered=false"], "codes, without levels and around 0"),
         ("latent_digits32", "sample", ["--config.sampling.clip_denoised=true"], "no range to be held to"),
         ("latent_digits32", "likelihood", ["--config.eval.importance_samples=2"], "not of pixels one by one"),

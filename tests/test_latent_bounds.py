@@ -52,7 +52,7 @@ def bound_of(autoencoder: nn.Module, x: Tensor, mean: Tensor, std: Tensor) -> tu
     one = torch.ones((), dtype=torch.float64)
 
     def density(y: Tensor) -> Likelihood:
-        prior = lambda z: model.log_prob(z, one)  # noqa: E731
+        prior = lambda z: model.log_prob(z, one)
         return log_likelihood(model, y, probe="exact", t_min=1e-7, rtol=1e-8, atol=1e-8, prior_log_prob=prior)
 
     each = [
