@@ -458,7 +458,7 @@ def test_a_model_resumed_on_other_images_is_refused(trained: tuple[Path, Path], 
         (
             "latent_digits32",
             "train",
-            ["--config.data.uniform_dequantization=true"],
+            ["--config.data.uniform_dequantization=1"],
             "data.uniform_dequantization=False",
         ),
         ("latent_digits32", "train", ["--config.data.centered=false"], "codes, without levels and around 0"),
