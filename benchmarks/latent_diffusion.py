@@ -227,9 +227,9 @@ def run(runs: Path, count: int, seeds: int, images: int, picture: Path | None) -
 def main() -> None:
     p = argparse.ArgumentParser("python -m benchmarks.latent_diffusion", description=__doc__.partition("\n")[0])
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where the workdirs are")
-    p.add_argument("--samples", type=int, default=300)
+    p.add_argument("--samples", type=int, default=200)
     p.add_argument("--seeds", type=int, default=3)
-    p.add_argument("--images", type=int, default=100, help="held-out images whose bits/dim are computed")
+    p.add_argument("--images", type=int, default=50, help="held-out images whose bits/dim are computed")
     p.add_argument("--fill", action="store_true", help="put the results into docs/latent_diffusion.md, with a picture")
     options = p.parse_args()
     torch.set_num_threads(1)
