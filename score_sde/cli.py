@@ -175,7 +175,7 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if processes.main:
             print(scan(data, codec))
         return 0
-    source, images = None, data
+    source, images, config.data.autoencoder_sha256 = None, data, ""
     if config.data.autoencoder:
         source = open_autoencoder(config.data.autoencoder, data.levels, data.shape, processes.device)
         config.data.autoencoder_sha256 = source.sha256
@@ -561,7 +561,7 @@ class Show:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
         self.device, self.bar = device, bar
         self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
-        self.held_out = data.test[torch.arange(min(_PICTURES // 2, len(data.test)))][0]
+        self.held_out = data.test
         if config.model.super_resolution or text is not None:
             held_out, text = data.test.to(device), None if text is None else text.to(device)
             index = torch.arange(_PICTURES) % len(held_out)
@@ -602,7 +602,8 @@ class Show:
         for weights in ("ema", "raw"):
             if is_autoencoder(self.config):
                 found = checkpoint.load_autoencoder(path, weights == "ema", self.device)
-                pairs = _reconstructions(found, self.held_out.to(self.device), self.codec)
+                k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
+                pairs = _reconstructions(found, k.to(self.device), self.codec)
                 folder.mkdir(parents=True, exist_ok=True)
                 write_png(pairs, folder / f"{weights}.png")
                 self.writer.add_image(f"reconstructions/{weights}", pairs, step)

@@ -413,6 +413,28 @@ def test_a_resumed_model_of_codes_is_the_uninterrupted_one(trained: tuple[Path, 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
+def test_classes_and_classifiers_are_of_codes_too(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    autoencoder, one = trained[0], "--config.training.n_iters=1"
+    classes = [of(autoencoder), one, "--config.model.class_conditional=true", "--config.data.random_flip=true"]
+    assert command("latent_digits32", "train", tmp_path / "model", *classes) == 0
+    judge = [of(autoencoder), one, "--config.training.objective=cross_entropy"]
+    assert command("latent_digits32", "train", tmp_path / "judge", *judge) == 0
+    wanted = ["--config.sampling.labels=3,5", "--config.sampling.guidance=2"]
+    assert command("latent_digits32", "sample", tmp_path / "model", *classes, *wanted) == 0
+    drawn = np.load(only(tmp_path, "model/samples/0*/samples.npz"))
+    assert drawn["arr_0"].shape == (6, 8, 8, 1) and drawn["arr_1"].tolist() == [3, 5] * 3
+    guided = [of(autoencoder), *wanted, f"--config.sampling.classifier={tmp_path / 'judge'}"]
+    workdir = tmp_path / "unconditional"
+    shutil.copytree(trained[1], workdir)
+    assert command("latent_digits32", "sample", workdir, *guided) == 0
+    changed = tmp_path / "changed"
+    shutil.copytree(autoencoder, changed)
+    assert command("autoencoder_digits32", "train", changed, "--config.training.n_iters=4") == 0
+    assert command("latent_digits32", "train", tmp_path / "other", of(changed), *judge[1:]) == 0
+    guided[-1] = f"--config.sampling.classifier={tmp_path / 'other'}"
+    assert "is of codes of data.autoencoder" in refused("latent_digits32", "sample", workdir, *guided)
+
+
 def refused(config: str, mode: str, workdir: Path, *more: str) -> str:
     with pytest.MonkeyPatch.context() as patch:
         said: list[str] = []
