@@ -74,14 +74,15 @@ def frechet(x: Tensor, y: Tensor) -> float:
     return float((x.mean(0) - y.mean(0)).square().sum() + a.trace() + b.trace() - 2 * root)
 
 
-def judge(dataset: str, path: str | Path | None = None, kept: Path = JUDGES) -> Judge:
+def judge(dataset: str, path: str | Path | None = None, kept: Path = JUDGES, size: int | None = None) -> Judge:
     """The judge of "digits" or "cifar10", whose files are at `path`; what takes minutes to train is kept in `kept`.
 
+    `size` is the images', where they are shrunk.
     Raises ValueError for another data set.
     """
     if dataset not in _JUDGES:
         raise ValueError(f"there is no judge of {dataset!r}, only of {', '.join(_JUDGES)}")
-    return _JUDGES[dataset](load_data(dataset, path), kept)
+    return _JUDGES[dataset](load_data(dataset, path, image_size=size), kept)
 
 
 def _digits(data: Data, kept: Path) -> Judge:
@@ -129,7 +130,7 @@ def convolutional(data: Data, kept: Path, training: Training = Training()) -> Ju
         torch.manual_seed(training.seed)
         network = nn.Sequential(convolutions(training.widths), nn.Linear(training.widths[-1], 10))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a quarter faster
-    key = hashlib.sha256(f"{training}, {len(data.train)} images".encode()).hexdigest()[:12]
+    key = hashlib.sha256(f"{training}, {len(data.train)} images{_size(data)}".encode()).hexdigest()[:12]
     file = kept / f"cifar10-{key}.safetensors"
     if file.is_file():
         network.load_state_dict(load_file(file))
@@ -140,6 +141,11 @@ def convolutional(data: Data, kept: Path, training: Training = Training()) -> Ju
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
         partial.replace(file)
     return Judge(data, network[0], network[1], "a convolutional network")
+
+
+def _size(data: Data) -> str:
+    """Of shrunk images, for the name of the file."""
+    return "" if data.shape[-1] == 32 else f" of {data.shape[-1]}"
 
 
 def train(network: nn.Module, data: Data, training: Training) -> None:

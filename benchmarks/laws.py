@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from score_sde.codecs import PixelCodec
 from score_sde.samplers.base import noise_source
 from score_sde.scan import gaussian_fit
 
-from .errors import BUDGETS, LONG, walk, within
+from .errors import BUDGETS, LONG, Recall, Run, anew, walk, within
 from .judges import Judge
 from .problems import Problem, Trained, mixtures
 from .reports import mean
@@ -23,8 +23,9 @@ from .timing import Table
 
 SAMPLES, DIGITS, SEEDS = 1024, 200, 3
 VALUES = 2**18  # of the states in one walk: more go no faster
+TRUTH = "another sample of the data"
 Law = Subject | Adaptive
-End = tuple[str, int, Tensor]
+End = tuple[str, int, Callable[[], Tensor]]
 
 
 def walked(problem: Problem, sampler: Sampler, grid: Tensor, seed: int) -> tuple[Tensor, float]:
@@ -35,7 +36,7 @@ def walked(problem: Problem, sampler: Sampler, grid: Tensor, seed: int) -> tuple
 
 
 def ends(problem: Problem, subjects: Sequence[Law], budgets: Sequence[int], seed: int) -> Iterator[End]:
-    """Where the default and the subjects take the problem's states, with their names and budgets."""
+    """Names, budgets, and what finds where the subjects take the problem's states."""
     for subject in subjects:
         if isinstance(subject, Adaptive):
             tried = []
@@ -43,17 +44,19 @@ def ends(problem: Problem, subjects: Sequence[Law], budgets: Sequence[int], seed
                 tried.append(walked(problem, sampler, times.uniform(problem.sde, 1), seed))
                 if tried[-1][1] > max(budgets):
                     break
-            yield from ((str(subject), budget, x) for budget, (x, _) in within(budgets, tried, lambda run: run[1]))
+            for budget, (x, _) in within(budgets, tried, lambda run: run[1]):
+                yield str(subject), budget, lambda x=x: x  # type: ignore[misc]
             continue
         for budget in budgets:
             grid = subject.times(problem.sde, budget, subject.grid or "log_snr")
             if grid is not None:
-                yield str(subject), budget, walked(problem, subject.sampler, grid, seed)[0]
+                yield str(subject), budget, lambda s=subject, grid=grid: walked(problem, s.sampler, grid, seed)[0]  # type: ignore[misc]
 
 
 def default(problem: Problem, budgets: Sequence[int]) -> Iterator[End]:
     """The same of the default."""
-    return ((DEFAULT, budget, walked(problem, *recommended(problem.sde, budget), 0)[0]) for budget in budgets)
+    for budget in budgets:
+        yield DEFAULT, budget, lambda b=budget: walked(problem, *recommended(problem.sde, b), 0)[0]  # type: ignore[misc]
 
 
 def spread(values: Sequence[float]) -> str:
@@ -79,10 +82,13 @@ def of_mixtures(
             start = sde.prior((count, *model.shape), noise)
             problem = Problem(name, model, sde, start, start, math.nan)
             own = int(torch.randint(2**31, (), generator=g))  # of the samplers' noise: not that of the data
-            truth = [("another sample of the data", budget, other) for budget in once]
-            for who, budget, x in (*truth, *default(problem, once), *ends(problem, subjects, once, own)):
+            for budget in once:
+                found.setdefault((TRUTH, budget), [[] for _ in range(seeds)])[seed].append(
+                    sliced_wasserstein(other, aim)
+                )
+            for who, budget, find in (*default(problem, once), *ends(problem, subjects, once, own)):
                 cell = found.setdefault((who, budget), [[] for _ in range(seeds)])
-                cell[seed].append(sliced_wasserstein(x, aim))
+                cell[seed].append(sliced_wasserstein(find(), aim))
     whole = {key: [mean(values) for values in cell if len(values) == len(known)] for key, cell in found.items()}
     names = dict.fromkeys(who for who, _ in found)
     rows = [(who, *(spread(whole[who, b]) if whole.get((who, b)) else "" for b in budgets)) for who in names]
@@ -101,6 +107,7 @@ def of_images(
     budgets: Sequence[int] = BUDGETS,
     count: int = DIGITS,
     seeds: int = SEEDS,
+    recall: Recall = anew,
 ) -> Table:
     """Fréchet distance of a trained model's images from real ones, beside that of real images, and of a Gaussian.
 
@@ -129,8 +136,10 @@ def of_images(
         if seed == 0 and LONG in budgets:
             mine = [s for s in subjects if s.maker == OURS and isinstance(s, Subject)]
             runs += ends(here, mine, [LONG], own)
-        for who, budget, x in runs:
-            found.setdefault((who, budget), []).append(distance(x))
+        for who, budget, find in runs:
+            row = Run(who, "law", data, budget)
+            row = recall(start, row, lambda row, find=find: row._replace(median=distance(find())))  # type: ignore[misc]
+            found.setdefault((who, budget), []).append(row.median)
     fixed = [("real images, held out", real), ("a Gaussian fitted to the images", gaussian)]
     rows = [(who, *[spread(values)] * len(budgets)) for who, values in fixed]
     names = dict.fromkeys(who for who, _ in found)

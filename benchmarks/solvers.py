@@ -21,7 +21,7 @@ from threadpoolctl import threadpool_limits
 from examples.pages import fill
 
 from . import peer as peers
-from .errors import JUDGED, LONG, Kept, Measure, Run, adaptive, compare, fitted, measure
+from .errors import JUDGED, LONG, Kept, Measure, Run, adaptive, anew, compare, fitted, measure
 from .judges import judge
 from .laws import of_images, of_mixtures
 from .peer import Peer
@@ -31,7 +31,7 @@ from .subjects import LISTED, adaptive_flows, deterministic, few, stochastic
 from .timing import Table, machine
 
 REST = (5, 50, 100)
-FEW_BUDGETS, FEW_IMAGES = (5, 10, 20, 50), 500  # of laws of large images
+FEW_BUDGETS, FEW_IMAGES = (5, 10, 20), 500  # of laws of large images
 
 
 def parser() -> argparse.ArgumentParser:
@@ -106,15 +106,17 @@ def run(arguments: Sequence[str]) -> list[Table]:
         if block:
             blocks[block] = str(table)
 
+    kept = Kept(options.keep) if options.keep else None
     if options.laws:
         blocks["laws_machine"] = where
+        recall = kept.recall if kept else anew
         show(of_mixtures(stochastic(peer)), "law_of_mixtures")
         for model in map(trained, options.model):
             if model.data == "digits":
-                show(of_images(model, judge("digits"), stochastic(peer)), "law_of_digits")
+                show(of_images(model, judge("digits"), stochastic(peer), recall=recall), "law_of_digits")
             elif model.data == "cifar10":
                 known = judge("cifar10", model.path)
-                show(of_images(model, known, few(peer), FEW_BUDGETS, FEW_IMAGES, 1), "law_of_cifar10")
+                show(of_images(model, known, few(peer), FEW_BUDGETS, FEW_IMAGES, 1, recall), "law_of_cifar10")
     else:
         problems = [mixture_problem(*named, chosen=True) for named in mixtures()]
         problems += [mixture_problem(*named, count=IMAGES, chosen=True) for named in fields()]
@@ -122,7 +124,7 @@ def run(arguments: Sequence[str]) -> list[Table]:
         problems += [trained_problem(workdir) for workdir in options.model]
         show(listing(problems), "problems")
         blocks["machine"] = where
-        keep: Measure = Kept(options.keep) if options.keep else measure
+        keep: Measure = kept or measure
         runs, best = measured(problems, peer, keep)
         for problem in problems:
             show(summary([run for run in runs if run.problem == problem.name], problem.name, best))

@@ -1,4 +1,4 @@
-"""A classifier of noisy CIFAR-10 images, for classifier guidance of vp_cifar_small and its like, in half an hour.
+"""A classifier of noisy CIFAR-10 images, for classifier guidance of vp_cifar_small and its like.
 
 The way down of a U-Net (Dhariwal & Nichol 2021, section 4.3), told the noise level; SDE and law of t are the model's.
 """
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     config = load(Path(__file__).with_name("vp_cifar_small.py"))
     training = config.training
     training.objective = "cross_entropy"
-    training.n_iters = 3000
+    training.n_iters = 500
     training.batch_size = 64
     model = config.model
     model.attn_resolutions = ()

@@ -18,7 +18,7 @@ from .autoencoder import ConvolutionalAutoencoder
 from .chains import DDPM, SMLD
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .model import Preconditioned, ScoreModel, TimeMap
-from .networks import MLP, NCSN, CodeDecoder, CodeEncoder, Encoder, NCSNv2, UNet
+from .networks import MLP, NCSN, CodeDecoder, CodeEncoder, DiT, Encoder, NCSNv2, UNet
 from .noisy_classifier import NoisyClassifier
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
@@ -66,6 +66,7 @@ LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
     "time": lambda m: models.label_time,
     "sigma": lambda m: models.label_sigma,
     "log_sigma": lambda m: models.label_log_sigma,
+    "edm": lambda m: models.label_edm,
     "index": lambda m: partial(_label_index, n=m.num_scales),
 }
 EMBEDDINGS: dict[str, Literal["sinusoidal", "fourier"]] = {"positional": "sinusoidal", "fourier": "fourier"}
@@ -121,13 +122,18 @@ def build_chain(config: ConfigDict) -> DDPM | SMLD:
 
 
 def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The network for examples of `shape`, (C, H, W) for U-Nets and (D,) for the MLP; its weights depend on seed alone.
+    """The network for examples of `shape`; its weights depend on seed alone.
+
+    (D,) for the MLP, (C, L), (C, H, W) or (C, D, H, W) for U-Nets and (C, H, W) for the others.
 
     Raises ValueError where network and shape do not fit.
     """
     m = config.model
-    if len(shape) != (1 if m.name == "mlp" else 3):
-        wanted = "vectors, (D,)" if m.name == "mlp" else "images, (C, H, W)"
+    wanted, ranks = {
+        "mlp": ("vectors, (D,)", (1,)),
+        **{name: ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4)) for name in UNETS},
+    }.get(m.name, ("images, (C, H, W)", (3,)))
+    if len(shape) not in ranks:
         raise ValueError(f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -197,6 +203,7 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
     """What all of them have in common, and the options in which they differ."""
     m = config.model
     shared: dict[str, Any] = dict(
+        dimensions=len(shape) - 1,
         width=m.nf,
         multipliers=m.ch_mult,
         blocks=m.num_res_blocks,
@@ -221,6 +228,26 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Modu
     return UNet(shape[0], **{**shared, **options})
 
 
+def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The transformer of Peebles & Xie 2023."""
+    m = config.model
+    return DiT(
+        shape[0],
+        patch=m.patch_size,
+        width=m.hidden,
+        depth=m.depth,
+        heads=m.hidden // m.head_channels if m.head_channels else m.num_heads,
+        dropout=m.dropout,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
+        out_channels=2 * shape[0] if m.learned_variance else None,
+        classes=m.num_classes,
+        image_channels=m.image_channels,
+        text_width=m.text_width,
+        pooled_width=m.pooled_width,
+    )
+
+
 def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
     return NCSN(shape[0], levels=config.model.num_scales, **_refinenet(config))
@@ -243,10 +270,12 @@ def _refinenet(config: ConfigDict) -> dict[str, Any]:
     )
 
 
+UNETS = ("ddpm", "ncsnpp", "adm")
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
     "ddpm": _ddpm,
     "ncsnpp": _ncsnpp,
     "adm": _adm,
+    "dit": _dit,
     "ncsn": _ncsn,
     "ncsnv2": _ncsnv2,
     "mlp": _mlp,

@@ -27,7 +27,7 @@ from . import config as configs
 from .autoencoder import ConvolutionalAutoencoder
 from .build import build_sde, is_autoencoder, is_classifier, resolve_classes, resolve_conditions
 from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
-from .codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
+from .codes import Source, as_asked, as_drawn, check_codes, codec_from, codes_of, open_autoencoder
 from .conditions import Wanted, check_conditions, given, load_guides, sampled_labels, told
 from .data import Data, Split, leave_out, load_data
 from .demo import summary
@@ -52,10 +52,10 @@ score_sde: score-based generative modelling with stochastic differential equatio
 
 modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
-  train        train, or go on from the workdir's newest checkpoint
-  sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp; of what
-               --prompt TEXT says (--negative TEXT: what not), or enlarged from --input FILE_OR_FOLDER, if the model
-               knows texts or smaller images; --scales 0,1,2.5 gives a row for each scale of guidance
+  train        train, or go on from the workdir's newest checkpoint; a model, or a classifier to guide one
+  sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp; of classes
+               by sampling.labels, of what --prompt TEXT says (--negative TEXT: what not), or enlarged from --input
+               FILE_OR_FOLDER; guided by sampling.guidance, or with --scales 0,1,2.5 by each of these scales
   likelihood   bits/dim of held-out data under it, with its errors: exact by the probability-flow ODE, or a
                variational bound (eval.estimate; by default the bound for models of a chain's steps)
   encode       latents of held-out data, or of your own (--input FILE_OR_FOLDER), by the probability-flow ODE, and how
@@ -622,7 +622,7 @@ def _warn(config: ConfigDict, data: Data, codec: Codec) -> None:
     d, m = config.data, config.model
     unscaled = config.training.sde in ("vesde", "edm")
     for sentence in disagreements(
-        data,
+        as_drawn(data),
         codec,
         image_size=d.image_size,
         num_channels=d.num_channels,

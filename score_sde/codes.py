@@ -190,6 +190,15 @@ def as_asked(data: Data, codec: AutoencoderCodec, device: torch.device | str) ->
     return replace(data, train=part(data.train), test=part(data.test), levels=None)
 
 
+def as_drawn(data: Data) -> Data:
+    """The data, of codes with one draw of each training example, as steps see them."""
+    x, std = data.train.x, data.train.std
+    if std is None or not isinstance(x, Tensor):
+        return data
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return replace(data, train=replace(data.train, x=x + std * noise, std=None))
+
+
 def codec_from(path: Path, source: Source, config: ConfigDict) -> AutoencoderCodec:
     """What is between the pixels and a checkpoint's model, whose autoencoder must be `source`; see `check_codes`."""
     check_codes(path, config)

@@ -63,7 +63,9 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
 
 def _found(where: str, key: str, what: str) -> Path:
     try:
-        return checkpoint.find(where)
+        path = checkpoint.find(where)
+        checkpoint.read_card(path)
+        return path
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{key}={where}: {error}; train {what} there first") from None
 

@@ -65,8 +65,8 @@ def default_config() -> ConfigDict:
                 "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
                 "likelihood_weighting": False,  # weight the noise error by (g/sigma)² instead of 1
                 "reduce_mean": True,  # a loss is a mean over dimensions; False: half the sum
-                # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), or for chains
-                # second_moment (of their losses; unbiased)
+                # law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), edm (EDM's log-normal
+                # sigma with EDM's weight), or for chains second_moment (of their losses; unbiased)
                 "time": "uniform",
                 "condition_dropout": 0.1,  # fraction of examples that are trained on without their label
                 "augmentation": 0.0,  # super_resolution: noise that image up to this time, at random
@@ -211,10 +211,11 @@ def default_config() -> ConfigDict:
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
-                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++ and NCSN++), adm, ncsn, ncsnv2, mlp for vectors
+                "name": "ncsnpp",  # network: ddpm, ncsnpp (DDPM++, NCSN++), adm, dit, ncsn, ncsnv2, mlp for vectors
                 "rule": "noise",  # what the network's output means
                 "learned_variance": False,  # it has twice the channels: the other half sets the reverse steps' variance
-                "label": "time",  # what it is told of t: 999 t, sigma/alpha, 4 log(sigma/alpha), or the chain's index
+                # told of t: 999 t, sigma/alpha, 4 log(sigma/alpha), edm: log(sigma/alpha)/4, or the chain's index
+                "label": "time",
                 "sigma_data": 0.5,  # root mean square of the data as the model sees them; for rule edm
                 "sigma_min": 0.01,  # noise at t = 0 (vesde, edm)
                 "sigma_max": 50.0,  # noise at t = 1 (vesde, edm)
@@ -258,8 +259,9 @@ def default_config() -> ConfigDict:
                 "init_scale": 0.0,  # of the last layer of each block; 0: blocks begin as the identity
                 "nonlinearity": "swish",
                 "fourier_features": (),  # n: sin and cos of 2^n pi x join the image's channels
-                "hidden": 128,  # mlp: width
-                "depth": 3,  # mlp: hidden layers
+                "hidden": 128,  # mlp, dit: width
+                "depth": 3,  # mlp: hidden layers; dit: blocks
+                "patch_size": 2,  # dit: pixels of a patch's side
                 "ema_rate": 0.9999,  # decay of the moving average of the weights, per step
                 "ema_halflife": 0,  # its half-life in training examples instead; 0: use ema_rate
             },
@@ -325,7 +327,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         eval.importance_samples eval.draws interpolation.pairs dequantizer.n_iters dequantizer.batch_size
         dequantizer.layers dequantizer.hidden inverse.factor inverse.iterations inverse.resamplings
         inverse.particles model.num_scales model.nf model.num_res_blocks model.num_heads
-        model.hidden model.depth model.code_channels""",
+        model.hidden model.depth model.patch_size model.code_channels""",
     ),
     "at least 2": (lambda v: v >= 2, "interpolation.steps"),
     "at least 0": (
@@ -542,8 +544,8 @@ def validate(config: ConfigDict) -> None:
     )
     refuse(
         m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
-        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm or mlp, "
-        "and model.conditional=True",
+        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm, dit or "
+        "mlp, and model.conditional=True",
     )
     refuse(
         not (m.class_conditional or classifies) and m.num_classes > 0,
@@ -563,7 +565,7 @@ def validate(config: ConfigDict) -> None:
         bool(s.classifier) and (bool(s.guidance_checkpoint) or s.guidance_rescale > 0),
         "sampling.classifier guides by itself: leave sampling.guidance_checkpoint and sampling.guidance_rescale alone",
     )
-    networks = ("ddpm", "ncsnpp")
+    networks = ("ddpm", "ncsnpp", "adm", "dit")
     refuse(
         (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks,
         f"model.super_resolution and model.text_encoder are for {' and '.join(networks)}, not model.name={m.name}",
@@ -593,6 +595,11 @@ def validate(config: ConfigDict) -> None:
     refuse(
         t.time == "log_snr" and t.likelihood_weighting,
         "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False",
+    )
+    refuse(
+        t.time == "edm" and (t.likelihood_weighting or m.rule != "edm"),
+        "training.time=edm has EDM's weight, by model.sigma_data: set training.likelihood_weighting=False and "
+        "model.rule=edm",
     )
     refuse(
         t.objective in TWICE and t.compile,
@@ -662,7 +669,7 @@ def validate(config: ConfigDict) -> None:
         refinenet and m.nf < 2,
         f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}",
     )
-    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "ncsn", "ncsnv2")
+    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "dit", "ncsn", "ncsnv2")
     refuse(
         fourier and m.label != "sigma",
         f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",

@@ -94,6 +94,14 @@ def likelihood(sde: SDE, t: Tensor) -> Tensor:
     return (sde.g(t) / sde.sigma(t)) ** 2
 
 
+def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """1 + (sigma/alpha)²/sigma_data²: EDM's lambda(sigma), of the data's error, for the noise's; rule "edm"'s F by 1.
+
+    Karras et al. 2022 (arXiv:2206.00364), table 1: lambda = (sigma² + sigma_data²)/(sigma sigma_data)².
+    """
+    return 1 + (sde.sigma(t) / (sde.alpha(t) * sigma_data)) ** 2
+
+
 def _bits(sde: SDE, x0: Tensor, term: Tensor) -> Tensor:
     """N times a chain's term in nats, in bits per dimension."""
     return term * (getattr(sde, "steps") / (x0[0].numel() * math.log(2)))  # noqa: B009 (no SDE but a chain's has steps)

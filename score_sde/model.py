@@ -294,6 +294,11 @@ def label_log_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
     return 4 * torch.log(sigma / alpha)
 
 
+def label_edm(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
+    """log(sigma/alpha)/4: EDM's c_noise (Karras et al. 2022, table 1)."""
+    return torch.log(sigma / alpha) / 4
+
+
 def unscaled(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
     """1: the network sees x itself."""
     return torch.ones_like(alpha)

@@ -86,6 +86,7 @@ DECODED = ("hybrid", "vlb")  # those of a chain's bound, which ask for the rever
 TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
     "uniform": lambda t: time_laws.uniform,
     "log_snr": lambda t: time_laws.log_snr,
+    "edm": lambda t: time_laws.log_normal,
     "importance": lambda t: time_laws.importance(losses.likelihood if t.likelihood_weighting else losses.simple),
 }
 
@@ -103,6 +104,8 @@ class Objective(nn.Module):
         self.model = model
         self.estimate = OBJECTIVES[t.objective](config, codec or VectorCodec())
         self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
+        if t.time == "edm":
+            self.weight = partial(losses.edm, sigma_data=config.model.sigma_data)
         self.sum = not t.reduce_mean
         self.levels: Tensor | None = None
         if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
@@ -201,5 +204,5 @@ def learned_law(config: ConfigDict) -> time_laws.SecondMoments | None:
 
 
 def importance_weighted(config: ConfigDict) -> bool:
-    """Whether times' importance weights enter the loss: "log_snr" is an objective of its own and leaves them out."""
+    """Whether times' importance weights enter the loss: "log_snr" and "edm" are objectives of their own, without."""
     return bool(config.training.time in ("importance", "second_moment") or config.training.soft_truncation > 0)

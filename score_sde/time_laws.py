@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from scipy.special import ndtr
 from torch import Tensor, nn
 
 from .sdes import SDE
@@ -57,6 +58,17 @@ def log_snr(sde: SDE, u: Tensor) -> Times:
     t = sde.time(first + (last - first) * u).clamp(sde.t_min, 1.0)  # the inverse is exact to rounding only
     # -(log SNR)' = (g/sigma)² for every linear SDE: differentiate alpha²/sigma² with the moment equations.
     density = (sde.g(t) / sde.sigma(t)) ** 2 / (first - last)
+    return Times(t, 1 / ((1 - sde.t_min) * density))
+
+
+def log_normal(sde: SDE, u: Tensor, mean: float = -1.2, std: float = 1.2) -> Times:
+    """log(sigma/alpha) normal (Karras et al. 2022, table 1: P_mean, P_std), between its values at t_min and 1."""
+    low, high = ((-snr / 2 - mean) / std for snr in _log_snr_ends(sde))
+    below, within = ndtr(low), ndtr(high) - ndtr(low)
+    place = torch.special.ndtri(below + within * u).clamp(low, high)
+    t = sde.time(-2 * (mean + std * place)).clamp(sde.t_min, 1.0)
+    # d log(sigma/alpha)/dt = (g/sigma)²/2, as in log_snr
+    density = torch.exp(-(place**2) / 2) / (math.sqrt(2 * math.pi) * std * within) * (sde.g(t) / sde.sigma(t)) ** 2 / 2
     return Times(t, 1 / ((1 - sde.t_min) * density))
 
 

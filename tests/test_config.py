@@ -91,7 +91,7 @@ def test_every_config_loads_locked_and_survives_json(path: Path, tmp_path: Path)
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda p: p.stem)
 def test_every_config_builds_a_model_that_samples(path: Path) -> None:
     tiny = TINY | {"model.ch_mult": "1,1,1"} if path.stem.startswith("ncsn") else TINY
-    config = load(path, {"model.hidden": "8"} if "toy" in path.stem else tiny)
+    config = load(path, {"model.hidden": "8"} if "toy" in path.stem else tiny | {"model.hidden": "8"})
     shape = (2,) if config.model.name == "mlp" else (config.data.num_channels, 8, 8)
     if config.model.name == "ddpm":
         config.model.nf = 32  # its GroupNorm has 32 groups
@@ -129,10 +129,10 @@ SLIPS = [
     ("trainig.n_iters", "5", "did you mean 'training.n_iters'?"),
     ("lr", "1e-3", "did you mean 'optim.lr'?"),
     ("training.lr", "1e-3", "did you mean 'optim.lr'?"),
-    ("training.xyz", "5", "unknown config key 'training.xyz'; the section training has accumulate, batch_size"),
+    ("training.xyz", "5", "unknown config key 'training.xyz'; the section training has accumulate, augmentation, "),
     ("xyz", "5", "there are seed, device and the sections data, dequantizer, eval, interpolation, inverse, model, "
         "optim, sampling, training"),
-    ("training", "5", "'training' is a section; set a key of it: accumulate, batch_size"),
+    ("training", "5", "'training' is a section; set a key of it: accumulate, augmentation, "),
     ("eval.enable_bpd", "true", "use --mode likelihood instead"),
     ("training.n_iters", "many", "training.n_iters must be an integer, got 'many'"),
     ("training.n_iters", "1.5", "training.n_iters must be an integer, got 1.5"),
@@ -302,6 +302,8 @@ CONTRADICTIONS = [
     ("eval.steps=1", "eval.steps must be 0 or at least 2, got 1"),
     ("training.time=importance", "set training.likelihood_weighting=True"),
     ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    ("training.time=edm", "set training.likelihood_weighting=False and model.rule=edm"),
+    ("training.time=edm model.rule=edm training.likelihood_weighting=1", "has EDM's weight, by model.sigma_data"),
     ("training.objective=sliced_vr training.compile=1", "second derivatives, which torch.compile does not"),
     ("training.objective=finite_difference training.precision=bfloat16", "set training.precision=float32"),
     ("training.objective=finite_difference", "difference of two dropout masks for a derivative: set model.dropout=0"),
@@ -386,9 +388,10 @@ def test_sde_is_what_the_config_says(settings: str, sde: object) -> None:
         ("method=dpm_solver++ eta=1", Multistep(2, eta=1.0)),
         ("method=deis order=3", Multistep(3, "noise")),
         ("method=unipc order=3 unipc_variant=b1 predict=noise", UniPC(3, "b1", "noise")),
-        ("method=fast steps=8", Multistep(3, "noise", start="lower")),
-        ("method=fast steps=14", UniPC(2, predict="noise", start="lower", short=25)),
-        ("method=fast steps=15", UniPC(3, predict="noise", start="lower", short=25)),
+        ("method=fast steps=6", Multistep(3, "both", start="lower")),
+        ("method=fast steps=7", UniPC(2, predict="both", start="lower", short=25)),
+        ("method=fast steps=14", UniPC(2, predict="both", start="lower", short=25)),
+        ("method=fast steps=15", UniPC(3, predict="both", start="lower", short=25)),
         ("method=embedded rtol=1e-3", EmbeddedODE(1e-3, 1e-5)),
         ("method=adaptive_sde sde_rtol=0.05 sde_atol=0.01", AdaptiveSDE(0.05, 0.01)),
     ],
@@ -475,7 +478,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
 
 def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    for name in ("UNet", "MLP"):
+    for name in ("UNet", "MLP", "DiT"):
         monkeypatch.setattr(build, name, lambda *sizes, **options: made.append((sizes, options)))
     # No value is a default's.
     keys = """nf=24 ch_mult=1,3 num_res_blocks=5 attn_resolutions=2 dropout=0.3 nonlinearity=elu resamp_with_conv=0
@@ -483,13 +486,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
         learned_variance=1 fourier_features=3,4 scale_shift=1 num_heads=3
         class_conditional=1 num_classes=6 image_channels=3 text_width=7 pooled_width=8
-        head_channels=4 attend_each=1"""
+        head_channels=4 attend_each=1 patch_size=3"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
     overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
-    both |= dict(scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
+    both |= dict(dimensions=2, scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
     both |= dict(image_channels=3, text_width=7, pooled_width=8, head_channels=4, attend_each=True)
 
     build_network(load(VP, overrides), (2, 4, 6))
@@ -506,6 +509,11 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     fixed = dict(embedding="transformer", skip_rescale=False, project=False, norm_eps=1e-5, init_scale=0.4)
     assert made.pop() == ((2,), both | fixed)
 
+    build_network(load(VP, {**overrides, "model.name": "dit", "model.label": "time", "model.hidden": "24"}), (2, 4, 6))
+    told = {key: both[key] for key in ("classes", "image_channels", "text_width", "pooled_width", "out_channels")}
+    told |= {key: both[key] for key in ("dropout", "centered", "checkpoint_activations")}
+    assert made.pop() == ((2,), told | dict(patch=3, width=24, depth=7, heads=6))
+
     for name in ("ddpm", "ncsnpp", "adm"):
         build_network(load(VP, {"model.name": name, "model.conditional": "0"}), (2, 4, 6))
         options = made.pop()[1]
@@ -515,6 +523,13 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     build_network(load(VP, {**overrides, **vectors}), (9,))
     mlp = dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3, out_features=18, classes=6)
     assert made.pop() == ((9,), mlp)
+
+
+def test_the_shape_of_the_data_says_of_how_many_dimensions_a_network_is() -> None:
+    for shape in [(2, 16), (3, 8, 8), (1, 4, 8, 4)]:
+        network = build_network(load(VP, TINY), shape)
+        assert network.first.weight.ndim == len(shape) + 1  # type: ignore[union-attr]
+        assert network(torch.zeros(2, *shape), torch.zeros(2)).shape == (2, *shape)
 
 
 def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> None:
@@ -530,8 +545,12 @@ def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> 
 
 def test_a_network_that_does_not_fit_the_data_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"model.name=ncsnpp is for images, \(C, H, W\), but the data have shape \(2,\)"
+        ValueError, match=r"model.name=ncsnpp is for images, \(C, H, W\), signals, .*, but the data have shape \(2,\)"
     ):
         build_network(load(VP), (2,))
+    with pytest.raises(
+        ValueError, match=r"model.name=dit is for images, \(C, H, W\), but the data have shape \(1, 64\)"
+    ):
+        build_network(load(VP, {"model.name": "dit"}), (1, 64))
     with pytest.raises(ValueError, match="model.name=mlp is for vectors"):
         build_network(load(VP.with_name("vp_toy.py")), (3, 8, 8))

@@ -59,7 +59,8 @@ def test_a_digits_config_trained_in_full_reaches_what_is_stated(
 
 
 def test_every_digits_config_is_held_to_its_numbers() -> None:
-    assert sorted(REACHED) == sorted(path.stem for path in (ROOT / "configs").glob("*_digits.py"))
+    named = {path.stem for path in (ROOT / "configs").glob("*_digits.py")}
+    assert sorted(REACHED) == sorted(named - {"classifier_digits", "cond_digits"})  # of which docs/guidance.md tells
 
 
 @pytest.mark.parametrize("name", REACHED)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
-from scipy.stats import kstest
+from scipy.stats import kstest, truncnorm
 from torch import Tensor
 
-from score_sde import DDPM, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
+from score_sde import DDPM, EDMSDE, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
 from score_sde.closed_form import Gaussian, Mixture
-from score_sde.losses import denoising, likelihood, simple
+from score_sde.losses import denoising, edm, likelihood, simple
 from score_sde.model import RuleName, label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP
 from score_sde.sdes import like
@@ -22,6 +22,7 @@ from score_sde.time_laws import (
     TimeLaw,
     discrete,
     importance,
+    log_normal,
     log_snr,
     low_discrepancy,
     soft_truncation,
@@ -191,6 +192,7 @@ LAWS: dict[str, TimeLaw] = {
     "log_snr": log_snr,
     "importance(likelihood)": importance(likelihood),
     "importance(rising)": importance(rising),
+    "log_normal": partial(log_normal, mean=-0.5, std=4.0),
 }
 EVERY_LAW = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 
@@ -218,6 +220,9 @@ def test_times_have_the_density_they_claim() -> None:
         "importance(rising)": lambda t: (
             (t + 1.5 * t**2 - sde.t_min - 1.5 * sde.t_min**2) / (2.5 - sde.t_min - 1.5 * sde.t_min**2)
         ),
+        "log_normal": lambda t: truncnorm.cdf(
+            -sde.log_snr(torch.from_numpy(t)).numpy() / 2, *((-e / 2 + 0.5) / 4 for e in (first, last)), -0.5, 4
+        ),
     }
     for law in LAWS:
         t = LAWS[law](sde, uniform_numbers(20_000, g)).t.numpy()
@@ -225,6 +230,17 @@ def test_times_have_the_density_they_claim() -> None:
         # and not only at random: the map from u is the inverse of the distribution function
         u = torch.linspace(0.001, 0.999, 999, dtype=torch.float64)
         np.testing.assert_allclose(cdfs[law](LAWS[law](sde, u).t.numpy()), u.numpy(), atol=1e-4)
+
+
+def test_edm_s_noise_is_log_normal_and_its_weight_is_one_of_the_network_s_own_error() -> None:
+    sde, sigma_data = EDMSDE(t_min=0.0), 0.7
+    t = log_normal(sde, uniform_numbers(20_000, torch.Generator().manual_seed(0))).t
+    assert kstest(sde.sigma(t).log().numpy(), "norm", (-1.2, 1.2)).pvalue > 1e-3
+    # the network's target has unit variance: F's error, by rule "edm", is the noise's error over the rule's gain
+    for curve in SDES:
+        times = torch.tensor([0.1, 0.6], dtype=torch.float64)
+        (_, _), (_, gain) = predict_edm(curve.alpha(times), curve.sigma(times), sigma_data)
+        torch.testing.assert_close(edm(curve, times, sigma_data), 1 / gain**2)
 
 
 def test_the_ends_of_u_stay_inside_the_law() -> None:

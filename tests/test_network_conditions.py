@@ -9,7 +9,7 @@ from torch import Tensor
 
 from score_sde import VPSDE, guide
 from score_sde.model import Preconditioned, absent
-from score_sde.networks import UNet
+from score_sde.networks import DiT, UNet
 from score_sde.networks.blocks import Attention, Style, Text
 from tests.oracles import numbers
 from tests.test_conditions import awake
@@ -17,6 +17,7 @@ from tests.test_networks import STYLE
 
 NETWORKS = {
     "unet": lambda **options: UNet(2, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, **options),
+    "dit": lambda **options: DiT(2, width=16, depth=2, heads=2, **options),
 }
 BUILT = pytest.mark.parametrize("name", NETWORKS)
 TOLD: dict[str, dict[str, int]] = {

@@ -1,6 +1,7 @@
 """Networks: resampling by its definition, blocks by their formulas, the U-Net: sizes, gradients and switches."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -209,6 +210,36 @@ def test_resampling_keeps_a_constant_image_and_the_memory_format(make):
     assert out.is_contiguous(memory_format=torch.channels_last)
 
 
+def along(axis: int, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """A map of signals along one axis of x (1, 1, ...)."""
+    lines = x.movedim(axis, -1)
+    out = layer(lines.reshape(-1, 1, lines.shape[-1])).reshape(*lines.shape[:-1], -1)
+    return out.movedim(-1, axis)
+
+
+@pytest.mark.parametrize("taps", [None, (1, 3, 3, 1), (1, 2, 5)], ids=str)
+@pytest.mark.parametrize("make", [down, up, ConvDown, ConvUp])
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_resampling_of_images_and_volumes_is_that_of_signals_in_each_direction(make, taps, dimensions):
+    line = make(1, 1, taps, 1).double() if isinstance(make, type) else in_float64(lambda: make(taps, 1))
+    whole = make(1, 1, taps, dimensions) if isinstance(make, type) else in_float64(lambda: make(taps, dimensions))
+    whole.double()
+    if isinstance(make, type):  # taps of 1 + 2 + 5 are no float32 numbers
+        for layer, d in ((line, 1), (whole, dimensions)):
+            exact = in_float64(lambda d=d: make(1, 1, taps, d))
+            for name, value in layer.named_buffers():
+                value.copy_(dict(exact.named_buffers())[name])
+        weight = line.conv.weight
+        for _ in range(dimensions - 1):
+            weight = weight[..., None] * line.conv.weight[0, 0]
+        whole.conv.weight = nn.Parameter(weight)
+    x = numbers(1, 1, 4, 6, 8)[..., :8] if dimensions == 3 else numbers(1, 1, 4, 6)
+    expected = x
+    for axis in range(2, 2 + dimensions):
+        expected = along(axis, line, expected)
+    torch.testing.assert_close(whole(x), expected, rtol=0, atol=1e-13)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Layers and blocks
 
@@ -398,6 +429,43 @@ def test_parameter_counts_are_adm_s(options, millions):
     assert round(count, 1 if millions < 100 else 0) == millions
 
 
+EDM = {  # the options of EDM's three networks, and what these are told of the noise levels 0.03 and 7
+    "vp": ({"width": 16, "multipliers": (2, 2, 2)}, lambda sigma: sigma.log() / 4),
+    "ve": (
+        {"width": 16, "multipliers": (2, 2, 2), "embedding": "fourier", "fourier_scale": 4.0, "fir": (1, 3, 3, 1),
+         "progressive_input": "residual"},
+        lambda sigma: sigma,
+    ),
+    "adm": ({**ADM, "width": 32, "multipliers": (1, 2), "classes": 5, "head_channels": 64}, lambda s: s.log() / 4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", EDM)
+def test_outputs_of_edm_s_networks(name):
+    """Recorded from NVlabs/edm; `data/nets/README.md` says how."""
+    options, label = EDM[name]
+    network = UNet(3, **{**options, "blocks": 1, "attention": (4,), "image_size": 8}).eval()
+    random = np.random.RandomState(0)
+    for key, value in sorted(network.state_dict().items()):
+        drawn = 0.2 * random.standard_normal(value.shape) + (value.ndim == 1 and key.endswith("weight"))
+        value.copy_(torch.from_numpy(drawn))
+    x = torch.from_numpy(np.random.RandomState(1).standard_normal((2, 3, 8, 8))).float()
+    told = {"label": torch.tensor([1, 4])} if name == "adm" else {}
+    with np.load(Path(__file__).parent / "data" / "nets" / "edm_networks.npz") as file, torch.no_grad():
+        found = network(x, label(torch.tensor([0.03, 7.0])), **told)
+        torch.testing.assert_close(found, torch.from_numpy(file[name]), rtol=0, atol=1e-4)  # of size 2; float32
+
+
+@pytest.mark.parametrize(("name", "millions"), [("vp", 55.7), ("ve", 56.4), ("adm", 295.9)])
+def test_parameter_counts_are_edm_s(name, millions):
+    """Karras et al. 2022, section 4 and table 7 of the appendix."""
+    more = {"width": 192, "multipliers": (1, 2, 3, 4), "blocks": 3, "attention": (32, 16, 8), "image_size": 64}
+    options = {**EDM[name][0], "width": 128, **({**more, "classes": 1000} if name == "adm" else {})}
+    with torch.device("meta"):
+        network = UNet(3, **options)
+    assert round(sum(p.numel() for p in network.parameters()) / 1e6, 1) == millions
+
+
 def test_on_the_way_up_attention_may_follow_each_block():
     network, once = small(attend_each=True, blocks=2), small(blocks=2)
     assert [len(level.attentions) for level in network.up] == [2, 0]
@@ -451,6 +519,48 @@ def test_any_size_is_padded_by_the_border_and_cropped(pyramid, size):
         expected = network(torch.from_numpy(padded), label)[..., : size[0], : size[1]]
     assert out.shape == x.shape
     assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"block": "ddpm"}, {"scale_shift": True, "attend_each": True}, {"progressive_input": "input_skip"}],
+    ids=["biggan", "ddpm", "adm", "pyramid"],
+)
+@pytest.mark.parametrize("dimensions", [1, 2])
+def test_what_is_constant_in_one_more_direction_is_seen_as_without_it(dimensions, options):
+    """Kernels that look along the other directions alone: the U-Net in d + 1 dimensions then is that in d."""
+    less, more = (small(**options, dimensions=d, image_channels=1) for d in (dimensions, dimensions + 1))
+    state = {}
+    for name, value in less.state_dict().items():
+        if value.ndim == 2 + dimensions and "label" not in name:
+            wide = torch.zeros(more.state_dict()[name].shape, dtype=value.dtype)
+            wide[:, :, wide.shape[2] // 2] = value
+            value = wide
+        state[name] = value
+    more.load_state_dict(state)
+    x, image = numbers(2, 3, *(6, 8)[:dimensions]), numbers(2, 1, *(6, 8)[:dimensions], seed=1)
+    out = less(x, labels(less), image=image)
+    repeated = [v[:, :, None].expand(-1, -1, 4, *v.shape[2:]).contiguous() for v in (x, image)]
+    wide = more(repeated[0], labels(more), image=repeated[1])
+    torch.testing.assert_close(wide, out[:, :, None].expand(wide.shape), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("size", [(13,), (5, 4, 7)], ids=str)
+@pytest.mark.parametrize("fir", [None, (1, 3, 3, 1)], ids=str)
+def test_signals_and_volumes_of_any_size_are_padded_by_the_border_and_cropped(size, fir):
+    network = small(dimensions=len(size), multipliers=(1, 1, 2), fir=fir, progressive="residual")
+    x, label = numbers(2, 3, *size), labels(network)
+    padded = np.pad(x.numpy(), [(0, 0), (0, 0), *((0, -n % 4) for n in size)], mode="edge")
+    expected = network(torch.from_numpy(padded), label)[(..., *(slice(n) for n in size))]
+    assert torch.equal(network(x, label), expected)
+
+
+@pytest.mark.parametrize(("size", "mode"), [((6,), "linear"), ((4, 6, 8), "trilinear")])
+def test_a_lower_resolution_of_signals_and_volumes_is_interpolated(size, mode):
+    network = small(dimensions=len(size), image_channels=1)
+    low, x = numbers(2, 1, *(n // 2 for n in size), seed=1), numbers(2, 3, *size)
+    whole = F.interpolate(low, size=size, mode=mode, align_corners=False)
+    torch.testing.assert_close(network(x, labels(network), image=low), network(x, labels(network), image=whole))
 
 
 def test_attention_belongs_to_a_level_whatever_the_size():

@@ -1,7 +1,9 @@
 """The benchmark of samplers measures what it says: errors, budgets, distances of laws, and where the default loses."""
 
 import math
-from functools import partial
+import os
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,7 @@ from score_sde import (
 )
 from score_sde.closed_form import Gaussian
 from score_sde.codecs import PixelCodec
+from score_sde.data import load_data
 from score_sde.scan import gaussian_fit
 
 # of NumPy's and of their own options
@@ -56,10 +59,54 @@ def test_the_field_of_many_dimensions_is_like_images_and_its_ends_are_the_closed
     name, model = list(problems.fields())[which]
     field = problems.mixture_problem(name, model, count=2)
     assert isinstance(model, Gaussian) and model.shape == (3072,)
+    assert 200 < float(model.variances.max()) < 300 and 0.001 < float(model.variances.median()) < 0.01
+    assert float(model.variances.mean()) == pytest.approx(1 / 4)
     first, last = (torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min))
     torch.testing.assert_close(field.end, model.flow(field.start, first, last), rtol=0, atol=1e-9)
     pixels = field.end.square().mean()  # of variance 1/4, up to the few large directions of two states
     assert field.doubt < 1e-9 and 0.05 < float(pixels) < 1
+
+
+@torch.no_grad()
+def of_both_and_of_noise(model: Gaussian, nfe: int) -> tuple[float, float]:
+    """The default's median error, and that of the same sampler with noise prediction alone."""
+    x = torch.randn(16, *model.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = model.flow(x, *(torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min)))
+    problem = problems.Problem("", model, model.sde, x, ends, 0.0)
+    sampler, grid = recommended(model.sde, nfe)
+    assert isinstance(sampler, UniPC)
+    both, noise = (
+        float(problems.distances(errors.walk(problem, s, grid)[0], ends).median())
+        for s in (sampler, replace(sampler, predict="noise"))
+    )
+    return both, noise
+
+
+@pytest.mark.parametrize("nfe", [10, 20, 35])
+def test_the_default_gains_by_both_predictions_where_a_few_of_many_dimensions_are_large(nfe: int) -> None:
+    (_, field), *_ = problems.fields()
+    assert isinstance(field, Gaussian)
+    both, noise = of_both_and_of_noise(field, nfe)
+    assert both < noise / 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "SCORE_SDE_CIFAR10" not in os.environ,
+    reason="needs the environment variable SCORE_SDE_CIFAR10: a folder that holds CIFAR-10's official files",
+)
+def test_the_field_stands_for_the_gaussian_of_cifar10s_images() -> None:
+    """Its large variances, what the default gains over noise prediction alone, and how far it ends from the truth."""
+    train = load_data("cifar10", os.environ["SCORE_SDE_CIFAR10"]).train.x
+    assert isinstance(train, Tensor)
+    variances = torch.linalg.eigvalsh(gaussian_fit(train[:10_000], PixelCodec())[1])
+    assert float(variances.max()) == pytest.approx(220, rel=0.05)
+    assert float(variances.mean()) == pytest.approx(0.25, rel=0.05)
+    (_, field), *_ = problems.fields()
+    assert isinstance(field, Gaussian)
+    image = Gaussian(field.sde, torch.zeros(3072, dtype=torch.float64), variances)
+    (a, _), (b, noise) = (of_both_and_of_noise(model, 20) for model in (field, image))
+    assert b < noise / 4 and 0.5 < a / b < 2
 
 
 @pytest.mark.parametrize(
@@ -211,23 +258,58 @@ def test_spreads() -> None:
     assert laws.spread([1.0, math.inf]) == laws.spread([math.nan]) == "not finite"
 
 
-def test_laws_of_images_fall_to_that_of_the_gaussian_that_is_sampled_and_are_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A model that is the Gaussian of the digits: few steps leave its samples farther away than its own."""
-    known = judge("digits")
-    mean, covariance = gaussian_fit(known.train, PixelCodec(17))
+known = cache(judge)
+
+
+def gaussian_of_digits() -> problems.Trained:
+    """A model that is the Gaussian of the digits."""
+    mean, covariance = gaussian_fit(known("digits").train, PixelCodec(17))
     model = Gaussian(VPSDE(), mean.flatten().float(), covariance.float())
-    flat = from_score(model.sde, lambda x, t: model.score(x.flatten(1), t).reshape(x.shape))
-    trained = problems.Trained(flat, model.sde, "digits", "", True, (1, 8, 8))
+    images = from_score(model.sde, lambda x, t: model.score(x.flatten(1), t).reshape(x.shape))
+    return problems.Trained(images, model.sde, "digits", "", True, (1, 8, 8))
+
+
+def test_laws_of_images_fall_to_that_of_the_gaussian_that_is_sampled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained = gaussian_of_digits()
     monkeypatch.setattr(laws, "VALUES", 64 * 60)  # walks of 60 digits
     ancestral = Subject("ours", "ancestral", Ancestral(), "log_snr")
-    table = laws.of_images(trained, known, [ancestral], (5, 50), count=150, seeds=2)
+
+    def measured() -> laws.Table:
+        return laws.of_images(
+            trained, known("digits"), [ancestral], (5, 50), 150, 2, errors.Kept(tmp_path / "rows").recall
+        )
+
+    table = measured()
     cells = {row[0]: [float(cell.split(" ± ")[0]) for cell in row[1:]] for row in table.rows}
     real, gaussian = cells["real images, held out"], cells["a Gaussian fitted to the images"]
     assert real[0] < gaussian[0] == gaussian[1] and cells[DEFAULT][1] == pytest.approx(gaussian[0], rel=0.2)
     assert cells[str(ancestral)][0] > 1.5 * cells[str(ancestral)][1]
     assert "150 images against the 1497 of training" in table.notes[0] and "no FID" in table.notes[0]
+    monkeypatch.setattr(laws, "walk", None)  # nothing is left to run
+    assert measured() == table
+
+
+def test_the_command_has_a_table_of_laws_for_every_model_with_a_judge(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digits = gaussian_of_digits()
+    names = {"a": digits, "b": digits._replace(data="cifar10"), "c": digits._replace(data="ring")}
+    monkeypatch.setattr(solvers, "trained", lambda workdir: names[str(workdir)])
+    monkeypatch.setattr(solvers, "judge", lambda data, path="": known("digits"))
+    monkeypatch.setattr(solvers, "of_mixtures", lambda subjects: laws.Table("mixtures", (), [], []))
+    monkeypatch.setattr(solvers, "stochastic", lambda peer: [])
+    monkeypatch.setattr(solvers, "few", lambda peer: [])
+    monkeypatch.setattr(laws, "LISTED", [])
+    monkeypatch.setattr(solvers, "FEW_BUDGETS", (5, 10))
+    page = tmp_path / "page.md"
+    blocks = ("laws_machine", "law_of_mixtures", "law_of_digits", "law_of_cifar10")
+    page.write_text("".join(f"<!-- SOLVERS: {name} -->\n<!-- /SOLVERS -->\n" for name in blocks))
+    _, first, second = solvers.run(["--laws", "--model", *names, "--page", str(page)])
+    assert first.title == "Fréchet distance, network: digits" and second.head == ("", "5", "10")
+    assert second.title == "Fréchet distance, network: cifar10" and second.notes[0].startswith("500 images")
+    assert str(first) in page.read_text() and str(second) in page.read_text()
 
 
 def test_walks_in_parts_end_where_whole_ones_do_and_count_the_same(

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -316,10 +316,18 @@ def test_both_predictions_are_that_of_the_data_below_the_turn_and_of_the_noise_a
     low, high = grid[sde.log_snr(grid) < TURN], grid[sde.log_snr(grid) >= TURN]
     assert torch.equal(ends("both", x, low), ends("data", x, low))
     assert torch.equal(ends("both", x, high), ends("noise", x, high))
-    turned = [list(make(order, predict=p, start="lower").walk(model, x, grid, refuse)) for p in ("data", "both")]  # type: ignore[arg-type]
+    data, both = (list(make(order, predict=p, start="lower").walk(model, x, grid, refuse)) for p in ("data", "both"))  # type: ignore[arg-type]
     turn = int((sde.log_snr(grid[:-1]) < TURN).sum())
-    assert all(torch.equal(a, b) for a, b in zip(*(walk[:turn] for walk in turned), strict=True))
-    assert not torch.equal(turned[0][turn], turned[1][turn])
+    assert all(torch.equal(a, b) for a, b in zip(data[:turn], both[:turn], strict=True))
+    # The step after them starts from the same state, UniPC's corrected by data, and takes the same estimates' noise.
+    estimates = [model(data[i - 1], grid[i]) for i in range(turn, turn - order, -1)]
+    rule: Literal["exact", "b2"] = "exact" if make is Multistep else "b2"
+    by: dict[str, tuple[float, Tensor]] = {}
+    for kind in ("data", "noise"):
+        keep, _, *row = plan(point(sde, grid), [min(order, i + 1) for i in range(20)], [kind] * 20, rule)[turn]  # type: ignore[list-item]
+        by[kind] = keep, sum((w * part(e, kind) for w, e in zip(row, estimates, strict=True)), torch.zeros(()))  # type: ignore[arg-type]
+    state = (data[turn] - by["data"][1]) / by["data"][0]
+    close(both[turn], by["noise"][0] * state + by["noise"][1])
     for predict, where in (("data", math.inf), ("noise", -math.inf)):
         monkeypatch.setattr(exponential, "TURN", where)
         assert torch.equal(ends("both", x, grid), ends(predict, x, grid))
@@ -724,7 +732,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (lambda: Langevin(norm="all"), 'norm must be "example" or "batch", got \'all\''),  # type: ignore[arg-type]
         (lambda: AnnealedLangevin(steps=0), "at least 1 step, got snr 0.16 and steps 0"),
         (lambda: UniPC(0), "order must be 1, 2 or 3, got 0"),
-        (lambda: Multistep(predict="score"), 'predict must be "data" or "noise"'),  # type: ignore[arg-type]
+        (lambda: Multistep(predict="score"), "predict must be one of data, noise, both"),  # type: ignore[arg-type]
         (lambda: Multistep(2, "noise", eta=1.0), 'eta must be 0, or above with predict="data"'),
         (lambda: Multistep(eta=-1), "eta must be 0, or above"),
         (lambda: UniPC(2, "b3"), 'variant must be "b1" or "b2"'),  # type: ignore[arg-type]

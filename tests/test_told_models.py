@@ -186,6 +186,35 @@ def test_what_a_model_of_images_cannot_do_is_said(
     assert words in capsys.readouterr().err
 
 
+SMALLER = {
+    "cascade_digits_4": 4,
+    "cascade_digits_8": 8,
+    "cascade_cifar_8": 4,
+    "cascade_cifar_16": 8,
+    "cascade_cifar_32": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "names", [("cascade_digits_4", "cascade_digits_8"), ("cascade_cifar_8", "cascade_cifar_16", "cascade_cifar_32")]
+)
+def test_the_configs_of_a_cascade_run_as_one(names: tuple[str, ...], tmp_path: Path) -> None:
+    for i, image in enumerate(pixels(12, 16, 16, 3)):
+        save(tmp_path / "images" / str(i % 3) / f"{i}.png", image)
+    for i, name in enumerate(names):
+        more = [f"--config.data.image_size={SMALLER[name]}", f"--config.sampling.base={tmp_path / names[i - 1]}"][
+            : i + 1
+        ]
+        if "cifar" in name:
+            more += ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images'}"]
+        where = dict(workdir=tmp_path / name, config=f"configs/{name}.py")
+        assert modes("train", where["workdir"], *more, "--config.model.attn_resolutions=4", config=where["config"]) == 0
+    assert modes("sample", where["workdir"], *more, config=where["config"]) == 0
+    for name in names:
+        with np.load(latest(tmp_path / name) / "samples.npz") as found:
+            assert found["arr_0"].shape[:3] == (6, SMALLER[name], SMALLER[name])
+
+
 # Text
 
 
@@ -263,3 +292,15 @@ def test_another_encoder_or_data_without_captions_are_refused(
     assert "keeps no captions" in capsys.readouterr().err
     assert modes("sample", tmp_path / "new", "--config.model.text_encoder=nothing", "--prompt=a dog") == 2
     assert "there is no text encoder in nothing" in capsys.readouterr().err
+
+
+def test_the_config_of_text_runs(tmp_path: Path) -> None:
+    left_out = load_config("configs/text_cifar_16.py").data.leave_out.split(",")
+    for i, image in enumerate(pixels(24, 8, 8, 3)):
+        save(tmp_path / "images" / f"{i:02d}.png", image)
+        (tmp_path / "images" / f"{i:02d}.txt").write_text([*left_out, "a cat"][i % 21])
+    more = ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images'}", "--config.data.image_size=8"]
+    more += [f"--config.model.text_encoder={bert(tmp_path / 'bert')}", "--config.model.attn_resolutions=4"]
+    config = "configs/text_cifar_16.py"
+    assert modes("train", tmp_path / "run", *more, config=config) == 0
+    assert modes("sample", tmp_path / "run", *more, "--prompt=a moving van", config=config) == 0

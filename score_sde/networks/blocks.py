@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .layers import Dropout, conv, group_norm, linear
+from .layers import Convolution, Dropout, conv, group_norm, linear
 from .resample import Repeat, Taps
 
 BlockKind = Literal["ddpm", "biggan"]
@@ -37,11 +37,16 @@ class Style:
     head_channels: int = 0  # of a head, which then says how many there are; 0: `heads` says
     norm_eps: float = 1e-6
     project: bool = True  # the shortcut of a block that resamples has a convolution even where the widths agree
+    dimensions: int = 2  # 1: signals (B, C, L), 2: images (B, C, H, W), 3: volumes (B, C, D, H, W)
     text_width: int = 0  # of the tokens that attention looks at beside the pixels; 0: none
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Group normalisation by the network's rule."""
         return group_norm(channels, self.groups, self.norm_eps)
+
+    def conv(self, inputs: int, outputs: int, size: int, scale: float = 1.0) -> Convolution:
+        """A convolution of the network's dimensions."""
+        return conv(inputs, outputs, size, scale=scale, dimensions=self.dimensions)
 
     def heads_of(self, channels: int) -> int:
         """How many heads attention has; ValueError if they do not divide the channels."""
@@ -150,17 +155,17 @@ class ResidualBlock(nn.Module):
         super().__init__()
         self.norm1 = style.norm(inputs)
         self.resample = resample
-        self.conv1 = conv(inputs, outputs, 3)
+        self.conv1 = style.conv(inputs, outputs, 3)
         self.label = None
         if style.label_width is not None:
             self.label = linear(style.label_width, 2 * outputs if style.scale_shift else outputs)
         self.norm2 = style.norm(outputs)
         self.dropout = Dropout(style.dropout)
-        self.conv2 = conv(outputs, outputs, 3, scale=style.init_scale)
+        self.conv2 = style.conv(outputs, outputs, 3, scale=style.init_scale)
         # the published code starts the projection of DDPM's block smaller, like those of the attention
         projection_scale = 0.1 if style.block == "ddpm" else 1.0
         same = inputs == outputs and not (resample and style.project)
-        self.shortcut = nn.Identity() if same else conv(inputs, outputs, 1, scale=projection_scale)
+        self.shortcut = nn.Identity() if same else style.conv(inputs, outputs, 1, scale=projection_scale)
         self.style = style
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
@@ -177,7 +182,7 @@ class ResidualBlock(nn.Module):
             h, x = self.conv1(self.resample(h)), self.shortcut(self.resample(x))
         else:
             h, x = self.conv1(h), self.shortcut(x)
-        told = None if self.label is None else self.label(label)[:, :, None, None]
+        told = None if self.label is None else self.label(label).unflatten(1, (-1, *(1,) * (x.ndim - 2)))
         if told is None:
             h = self.norm2(h)
         elif self.style.scale_shift:
@@ -224,13 +229,13 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = style.heads_of(channels)
         self.norm = style.norm(channels)
-        self.qkv = conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
-        self.out = conv(channels, channels, 1, scale=style.init_scale)
+        self.qkv = style.conv(channels, 3 * channels, 1, scale=0.2)  # as three maps of C to C channels with scale 0.1
+        self.out = style.conv(channels, channels, 1, scale=style.init_scale)
         self.text = linear(style.text_width, 2 * channels) if style.text_width else None
         self.style = style
 
     def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
-        # (B, H W, 3 heads C); the fast kernels want the channels of a pixel side by side
+        # (B, pixels, 3 heads C); the fast kernels want the channels of a pixel side by side
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
         if self.text is None or text is None:
             h = attend(qkv, self.heads)
@@ -245,7 +250,7 @@ class Head(nn.Module):
     def __init__(self, inputs: int, outputs: int, style: Style, scale: float) -> None:
         super().__init__()
         self.norm = style.norm(inputs)
-        self.conv = conv(inputs, outputs, 3, scale=scale)
+        self.conv = style.conv(inputs, outputs, 3, scale=scale)
         self.activation = style.activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -85,6 +85,6 @@ class Encoder(nn.Module):
         embedded = self.embed(time)
         h, skips = self.first(x), list[Any]()
         for level in self.down:
-            h, _ = level(h, embedded, x, skips)
-        h = self.activation(self.norm(self.middle(h, embedded)))
+            h, _ = level(h, embedded, None, x, skips)
+        h = self.activation(self.norm(self.middle(h, embedded, None)))
         return self.out(h.mean((2, 3)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -32,11 +32,25 @@ def variance_scaling_(weight: Tensor, scale: float = 1.0) -> None:
     weight.uniform_(-bound, bound)
 
 
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)  # of signals, images and volumes
+Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
+CONVOLVE = (F.conv1d, F.conv2d, F.conv3d)
+TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+
+
 def conv(
-    inputs: int, outputs: int, size: int, *, stride: int = 1, padding: int | None = None, scale: float = 1.0
-) -> nn.Conv2d:
-    """A size x size convolution that keeps height and width unless told otherwise; bias 0."""
-    layer = nn.Conv2d(inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)
+    inputs: int,
+    outputs: int,
+    size: int,
+    *,
+    stride: int = 1,
+    padding: int | None = None,
+    scale: float = 1.0,
+    dimensions: int = 2,
+) -> Convolution:
+    """A convolution of `size` in each direction, which keeps the lengths unless told otherwise; bias 0."""
+    kind = CONVOLUTIONS[dimensions - 1]
+    layer = kind(inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)
     variance_scaling_(layer.weight, scale)
     nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
     return layer
@@ -60,6 +74,19 @@ def group_norm(channels: int, groups: int | None, eps: float = 1e-6) -> nn.Group
     elif channels % groups:
         raise ValueError(f"{channels} channels do not divide into groups={groups}; change width or use groups=None")
     return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def padded(x: Tensor, multiple: int) -> Tensor:
+    """(B, C, ...) with the border repeated behind it until every size is a multiple."""
+    excess = [-size % multiple for size in x.shape[2:]]
+    return F.pad(x, [n for e in reversed(excess) for n in (0, e)], mode="replicate") if any(excess) else x
+
+
+def cropped(x: Tensor, size: Sequence[int]) -> Tensor:
+    """The first (B, C, *size) of x."""
+    for axis, n in enumerate(size, start=2):
+        x = x.narrow(axis, 0, n)
+    return x
 
 
 class Dropout(nn.Module):

@@ -101,16 +101,18 @@ class UpLevel(nn.Module):
 
 def step_down(channels: int, style: Style) -> nn.Module:
     """What halves the resolution between two levels."""
-    if style.block == "biggan":
-        return ResidualBlock(channels, channels, style, down(style.fir))
-    return ConvDown(channels, channels, style.fir) if style.resample_conv else down(style.fir)
+    if style.block == "ddpm" and style.resample_conv:
+        return ConvDown(channels, channels, style.fir, style.dimensions)
+    shrink = down(style.fir, style.dimensions)
+    return ResidualBlock(channels, channels, style, shrink) if style.block == "biggan" else shrink
 
 
 def step_up(channels: int, style: Style) -> nn.Module:
     """What doubles the resolution between two levels."""
-    if style.block == "biggan":
-        return ResidualBlock(channels, channels, style, up(style.fir))
-    return ConvUp(channels, channels, style.fir) if style.resample_conv else up(style.fir)
+    if style.block == "ddpm" and style.resample_conv:
+        return ConvUp(channels, channels, style.fir, style.dimensions)
+    enlarge = up(style.fir, style.dimensions)
+    return ResidualBlock(channels, channels, style, enlarge) if style.block == "biggan" else enlarge
 
 
 def take(step: nn.Module, h: Tensor, label: Tensor | None) -> Tensor:

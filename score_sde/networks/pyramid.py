@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import Head, Style
-from .layers import conv
 from .resample import ConvDown, ConvUp, down, up
 
 Combine = Literal["sum", "cat"]
@@ -30,8 +29,8 @@ class InputSkip(nn.Module):
 
     def __init__(self, image: int, features: int, combine: Combine, style: Style) -> None:
         super().__init__()
-        self.shrink = down(style.fir)
-        self.conv = conv(image, features, 1)
+        self.shrink = down(style.fir, style.dimensions)
+        self.conv = style.conv(image, features, 1)
         self.combine = combine
 
     def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +44,7 @@ class InputResidual(nn.Module):
 
     def __init__(self, above: int, features: int, style: Style) -> None:
         super().__init__()
-        self.shrink = ConvDown(above, features, style.fir)
+        self.shrink = ConvDown(above, features, style.fir, style.dimensions)
         self.style = style
 
     def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,7 +58,7 @@ class OutputSkip(nn.Module):
     def __init__(self, features: int, image: int, style: Style) -> None:
         super().__init__()
         self.head = Head(features, image, style, style.init_scale)
-        self.enlarge = up(style.fir)
+        self.enlarge = up(style.fir, style.dimensions)
 
     def forward(self, h: Tensor, pyramid: Tensor | None) -> tuple[Tensor, Tensor]:
         image = self.head(h)
@@ -82,7 +81,7 @@ class OutputResidual(nn.Module):
 
     def __init__(self, below: int, features: int, style: Style) -> None:
         super().__init__()
-        self.enlarge = ConvUp(below, features, style.fir)
+        self.enlarge = ConvUp(below, features, style.fir, style.dimensions)
         self.style = style
 
     def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,5 +1,5 @@
 """One U-Net, whose options are DDPM's (Ho et al. 2020), DDPM++'s and NCSN++'s (Song et al. 2021, appendix H) and ADM's
-(Dhariwal & Nichol 2021, section 3)."""
+(Dhariwal & Nichol 2021, section 3); of images, signals or volumes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves
 from .conditions import Conditional
-from .layers import ACTIVATIONS, Activation, conv
+from .layers import ACTIVATIONS, Activation, cropped, padded
 from .levels import DownLevel, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
 from .resample import Taps
@@ -25,10 +24,12 @@ ProgressiveInput = Literal["none", "input_skip", "residual"]
 class UNet(Conditional):
     """F(x, time, /, **condition) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
 
+    With `dimensions` 1 it is of signals, (B, channels, L), and with 3 of volumes, (B, channels, D, H, W).
+
     `time` is a label of the time, (B,); the conditions are those of `Conditional`.
 
-    The network knows neither an SDE nor what its output means. Height and width may be anything: they are padded
-    inside to multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
+    The network knows neither an SDE nor what its output means. Lengths may be anything: they are padded inside to
+    multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
 
     Args:
         width: channels of the first convolution; level i has width * multipliers[i] and 1/2^i of the resolution.
@@ -66,8 +67,9 @@ class UNet(Conditional):
         self,
         channels: int,
         *,
+        dimensions: int = 2,
         width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
+        multipliers: Sequence[float] = (1, 2, 2, 2),
         blocks: int = 4,
         attention: Sequence[int] = (16,),
         image_size: int = 32,
@@ -129,11 +131,12 @@ class UNet(Conditional):
             head_channels=head_channels,
             norm_eps=norm_eps,
             project=project,
+            dimensions=dimensions,
             text_width=text_width,
         )
         self.centered = centered
         self.multiple = 2 ** (len(multipliers) - 1)
-        widths = [width * m for m in multipliers]
+        widths = [round(width * m) for m in multipliers]
         attends = [image_size // 2**i in attention for i in range(len(widths))]
 
         # Parts are made in the order in which they run, which is also the order of score_sde_pytorch's parameters.
@@ -147,7 +150,7 @@ class UNet(Conditional):
             raise ValueError("classes, images and pooled texts need an embedding to be added to: set embedding")
         self.learn_conditions(4 * time_width, act, classes, image_channels, text_width, pooled_width)
         self.waves = Waves(fourier_features) if len(fourier_features) else None
-        self.first = conv(channels * (1 + 2 * len(fourier_features)) + image_channels, width, 3)
+        self.first = style.conv(channels * (1 + 2 * len(fourier_features)) + image_channels, width, 3)
 
         skips = [width]  # channels of what the way down leaves for the way up
         pyramid = channels
@@ -184,7 +187,7 @@ class UNet(Conditional):
 
     def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
         told = self.told(x, **condition)
-        height, width = x.shape[-2:]
+        size = x.shape[2:]
         x = self._prepared(x)
         shown = x if self.waves is None else self.waves(x)
         if told.image is not None:
@@ -200,12 +203,9 @@ class UNet(Conditional):
         for level in self.up:
             h, gathered = level(h, embedded, told.text, gathered, skips)
         out: Tensor = gathered if self.head is None else self.head(h)
-        return out if out.shape[-2:] == (height, width) else out[..., :height, :width]
+        return cropped(out, size)
 
     def _prepared(self, x: Tensor) -> Tensor:
         """x, padded and centred."""
-        height, width = x.shape[-2:]
-        excess = (-width % self.multiple, -height % self.multiple)
-        if any(excess):
-            x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
+        x = padded(x, self.multiple)
         return x if self.centered else 2 * x - 1

@@ -1,0 +1,134 @@
+"""A transformer of image patches: DiT with adaLN-Zero (Peebles & Xie 2023, arXiv:2212.09748, section 3)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .blocks import LabelEmbedding, Sinusoidal, Text, attend
+from .conditions import Conditional
+from .layers import Dropout, conv, cropped, linear, padded
+
+
+class DiT(Conditional):
+    """F(x, time, /, **condition) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
+
+    `time` is a label of the time, (B,), of the size of 999 t; the conditions are those of `Conditional`. Height and
+    width may be anything: they are padded inside to multiples of `patch`, by repeating the border, and cropped.
+
+    Args:
+        patch: pixels of a token's side.
+        width, depth, heads: channels of a token, blocks, heads of attention. The paper's S is 384, 12, 6; B 768, 12,
+            12; L 1024, 24, 16; XL 1152, 28, 16.
+        embedding: of the time: "transformer" with the paper's frequencies, "sinusoidal" with DDPM's (see `Sinusoidal`).
+        dropout: of both branches of each block; the paper has none.
+        centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
+        checkpoint_activations: recompute blocks in the backward pass, which saves memory.
+        classes, image_channels, text_width, pooled_width: as in `UNet`; tokens of the text are more keys and values.
+
+    Raises ValueError for heads or positions that do not divide the width.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        patch: int = 2,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        embedding: Literal["transformer", "sinusoidal"] = "transformer",
+        dropout: float = 0.0,
+        centered: bool = True,
+        checkpoint_activations: bool = False,
+        out_channels: int | None = None,
+        classes: int = 0,
+        image_channels: int = 0,
+        text_width: int = 0,
+        pooled_width: int = 0,
+    ) -> None:
+        super().__init__()
+        if width % heads or width % 4:
+            raise ValueError(f"width={width} must be divisible by heads={heads}, and by 4 for the positions")
+        self.patch, self.centered, self.recompute = patch, centered, checkpoint_activations
+        self.embed = LabelEmbedding(Sinusoidal(256, ends=embedding == "sinusoidal"), width, F.silu)
+        self.learn_conditions(width, F.silu, classes, image_channels, text_width, pooled_width)
+        if self.classes is not None:
+            with torch.no_grad():
+                self.classes.table.mul_(0.02)  # the published deviation
+        self.first = conv(channels + image_channels, width, patch, stride=patch, padding=0)
+        self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, text_width) for _ in range(depth))
+        self.modulation = linear(width, 2 * width, scale=0.0)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.last = linear(width, patch**2 * (out_channels or channels), scale=0.0)
+
+    def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
+        told, size = self.told(x, **condition), x.shape[2:]
+        shown = padded(x if told.image is None else torch.cat([x, told.image], dim=1), self.patch)
+        h = self.first(shown if self.centered else 2 * shown - 1)  # (B, width, rows, columns)
+        rows, columns = h.shape[2:]
+        h = h.flatten(2).transpose(1, 2) + positions(rows, columns, h)
+        label = self.embed(time, told.embedding)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                h = checkpoint(block, h, label, told.text, use_reentrant=False)
+            else:
+                h = block(h, label, told.text)
+        shift, scale = self.modulation(label)[:, None].chunk(2, dim=2)
+        h = self.last(self.norm(h) * (1 + scale) + shift)
+        pixels = h.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))  # (B, R, C, p, p, channels)
+        return cropped(pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), size)
+
+
+class DiTBlock(nn.Module):
+    """x + gate attention(norm(x) (1 + scale) + shift), then the same with two layers in place of the attention.
+
+    All six of gates, scales and shifts are linear in the label, and 0 at first: adaLN-Zero.
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float, text_width: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.modulation = linear(width, 6 * width, scale=0.0)
+        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.qkv = linear(width, 3 * width)
+        self.text = linear(text_width, 2 * width) if text_width else None
+        self.out = linear(width, width)
+        self.hidden = linear(width, 4 * width)
+        self.last = linear(4 * width, width)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, label: Tensor, text: Text | None) -> Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = self.modulation(label)[:, None].chunk(6, dim=2)
+        qkv = self.qkv(self.norm(x) * (1 + scale) + shift)
+        if self.text is None or text is None:
+            h = attend(qkv, self.heads)
+        else:
+            h = attend(qkv, self.heads, self.text(text.tokens), text.mask)
+        x = x + gate * self.dropout(self.out(h))
+        h = F.gelu(self.hidden(self.norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        return x + gate2 * self.dropout(self.last(h))
+
+
+def positions(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows columns, width) of like's type, for like (B, width, ...): half the channels tell the column, half the row.
+
+    Sines, then cosines of the coordinate times 10000^(-i/(width/4)), in the published order.
+    """
+    quarter = like.shape[1] // 4
+    wide = torch.promote_types(like.dtype, torch.float32)
+    index = torch.arange(quarter, dtype=wide, device=like.device)
+    frequencies = torch.exp(index * (-math.log(10_000) / quarter))
+
+    def waves(n: int) -> Tensor:
+        angles = torch.arange(n, dtype=wide, device=like.device)[:, None] * frequencies
+        return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+    column = waves(columns)[None].expand(rows, -1, -1)
+    row = waves(rows)[:, None].expand(-1, columns, -1)
+    return torch.cat([column, row], dim=2).flatten(0, 1).to(like.dtype)

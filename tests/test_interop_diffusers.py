@@ -1,0 +1,148 @@
+"""Networks of diffusers' with random weights: read by the key map they give the same numbers, in float64."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from score_sde import interop_diffusers
+from score_sde.interop_diffusers import load_network, network_from
+from score_sde.networks import DiT, UNet
+from score_sde.networks.dit import positions
+from tests.oracles import numbers
+
+diffusers = pytest.importorskip("diffusers")
+
+UNETS: dict[str, dict[str, Any]] = {
+    "adm": dict(
+        sample_size=16,
+        out_channels=6,
+        block_out_channels=(16, 24, 40),
+        down_block_types=("ResnetDownsampleBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+        layers_per_block=2,
+        downsample_type="resnet",
+        upsample_type="resnet",
+        attention_head_dim=8,
+        norm_num_groups=8,
+        attn_norm_num_groups=8,
+        resnet_time_scale_shift="scale_shift",
+        num_class_embeds=5,
+    ),
+    "ddpm": dict(  # the options of google/ddpm-cifar10-32
+        sample_size=16,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        attention_head_dim=None,
+        norm_num_groups=8,
+        norm_eps=1e-6,
+    ),
+}
+DITS: dict[str, Any] = dict(
+    num_attention_heads=2, attention_head_dim=8, in_channels=3, out_channels=6, num_layers=2, sample_size=8,
+    num_embeds_ada_norm=4, norm_eps=1e-6,
+)  # fmt: skip
+
+
+def awake(model: torch.nn.Module) -> torch.nn.Module:
+    """Weights of order 1 everywhere, also where they start at zero."""
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=g))
+    return model.double().eval()
+
+
+def unet(name: str = "adm", **changes: Any) -> torch.nn.Module:
+    return awake(diffusers.UNet2DModel(**{**UNETS[name], **changes}))
+
+
+def dit(**changes: Any) -> torch.nn.Module:
+    """Theirs with one embedding of time and class for all blocks, as published models have it."""
+    model = awake(diffusers.DiTTransformer2DModel(**{**DITS, **changes}))
+    for block in model.transformer_blocks[1:]:
+        block.norm1.emb.load_state_dict(model.transformer_blocks[0].norm1.emb.state_dict())
+    side = 8 // model.config["patch_size"]
+    exact = positions(side, side, torch.zeros(1, 16, dtype=torch.float64))[None]
+    torch.testing.assert_close(exact, model.pos_embed.pos_embed, rtol=0, atol=1e-6)
+    model.pos_embed.pos_embed = exact  # before they are rounded to float32
+    return model
+
+
+def config_of(model: Any, **changes: Any) -> dict[str, Any]:
+    return {**model.config, "_class_name": type(model).__name__, **changes}
+
+
+def read(model: Any, **changes: Any) -> UNet | DiT:
+    return network_from(model.state_dict(), config_of(model, **changes)).double()
+
+
+# Theirs embeds times in float32, whatever the network is: at 0 without error, and within 731 * 2^-24 at others.
+TIMES = pytest.mark.parametrize(("time", "tolerance"), [([0.0, 0.0, 0.0], 1e-10), ([1.0, 30.0, 731.0], 1e-3)])
+
+
+@TIMES
+@pytest.mark.parametrize("name", UNETS)
+def test_unets_are_theirs(name: str, time: list[float], tolerance: float) -> None:
+    theirs, x, t = unet(name), numbers(3, 3, 16, 16), torch.tensor(time, dtype=torch.float64)
+    told = {"class_labels": torch.tensor([4, 0, 2])} if name == "adm" else {}
+    ours = read(theirs)(x, t, **({"label": told["class_labels"]} if told else {}))
+    wanted = theirs(x, t, **told).sample
+    assert wanted.std() > 0.1
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=tolerance)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in read(theirs).parameters())
+
+
+@TIMES
+@pytest.mark.parametrize("changes", [{}, {"patch_size": 4, "out_channels": None}], ids=str)
+def test_transformers_are_theirs_with_and_without_a_class(
+    changes: dict[str, Any], time: list[float], tolerance: float
+) -> None:
+    theirs, x, t = dit(**changes), numbers(3, 3, 8, 8), torch.tensor(time, dtype=torch.float64)
+    label = torch.tensor([3, 4, 0])  # 4 is theirs for none
+    wanted = theirs(x, timestep=t, class_labels=label).sample
+    assert wanted.std() > 0.1
+    ours = read(theirs)(x, t, label=torch.where(label == 4, -1, label))
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=tolerance)
+
+
+def test_a_folder_is_read_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    theirs, x, t = dit().float().eval(), numbers(3, 3, 8, 8).float(), torch.tensor([0.0, 3.0, 40.0])
+    theirs.save_pretrained(tmp_path)
+    wanted = theirs(x, timestep=t, class_labels=torch.tensor([0, 1, 2])).sample
+    monkeypatch.setitem(__import__("sys").modules, "diffusers", None)
+    ours = load_network(tmp_path)(x, t, label=torch.tensor([0, 1, 2]))
+    torch.testing.assert_close(ours, wanted, rtol=1e-3, atol=1e-4)
+    with pytest.raises(FileNotFoundError, match="there is no .*config.json: give the folder"):
+        load_network(tmp_path / "absent")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "must be one of UNet2DModel, DiTTransformer2DModel, got UNet2DCond"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type of .* must be 'positional'"),
+        ({"up_block_types": ("UpBlock2D",) * 3}, "blocks of a UNet2DModel must be .* to be read here"),
+        ({"attn_norm_num_groups": None}, "attn_norm_num_groups"),
+        ({"num_class_embeds": None}, "1 tensors that the network does not know, such as class_embedding.weight"),
+        ({"layers_per_block": 3}, "the weights lack down_blocks.0.resnets.2.norm1.weight"),
+        ({"num_class_embeds": 9}, r"the config makes classes.table \(9, 64\), the weights \(5, 64\)"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        read(unet(), **changes)
+
+
+def test_embeddings_that_differ_from_block_to_block_are_refused() -> None:
+    model = dit()
+    model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias.data += 1
+    with pytest.raises(ValueError, match="the blocks have different timestep_embedder.linear_2.bias"):
+        read(model)
+    assert set(interop_diffusers._BUILDERS) == {"UNet2DModel", "DiTTransformer2DModel"}
