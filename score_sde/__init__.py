@@ -7,8 +7,9 @@ line.
 from . import closed_form, dequantisation, inverse, losses, outliers, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
-from .checkpoint import load, load_classifier
+from .checkpoint import load, load_autoencoder, load_classifier
 from .classification import Classification, classify
+from .codecs import AutoencoderCodec
 from .continuous_bound import ContinuousBound, variational_bound
 from .dequantisation import fit_dequantiser, log_probability
 from .diffusions import Diffusion, backward, paths
@@ -16,6 +17,7 @@ from .flows import Flow, NetworkVelocity, score_flow
 from .guidance import classifier, clip, guide, threshold
 from .heat_maps import HeatMap, heat_map
 from .inverse import Observation, Projected, ddnm, dps, moment_matching, observe, pigdm, twisted
+from .latent_bounds import LatentBound, latent_bound
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
@@ -74,6 +76,7 @@ __all__ = [
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "AutoencoderCodec",
     "Bound",
     "Churn",
     "Classification",
@@ -90,6 +93,7 @@ __all__ = [
     "HeatMap",
     "Heun",
     "Langevin",
+    "LatentBound",
     "LearnedVPSDE",
     "Likelihood",
     "MonotoneSchedule",
@@ -129,7 +133,9 @@ __all__ = [
     "implicit",
     "inverse",
     "langevin_dynamics",
+    "latent_bound",
     "load",
+    "load_autoencoder",
     "load_classifier",
     "log_likelihood",
     "log_probability",

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from . import model as models
+from .autoencoder import ConvolutionalAutoencoder
 from .chains import DDPM, SMLD
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .model import Preconditioned, ScoreModel, TimeMap
-from .networks import MLP, NCSN, DiT, Encoder, NCSNv2, UNet
+from .networks import MLP, NCSN, CodeDecoder, CodeEncoder, DiT, Encoder, NCSNv2, UNet
 from .noisy_classifier import NoisyClassifier
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
@@ -105,6 +106,7 @@ GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "arcsinh": times.arcsinh,
 }
 CLASSIFY = "cross_entropy"  # the objective of classifiers
+AUTOENCODE = "autoencoder"  # that of autoencoders
 FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
 FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
 
@@ -311,6 +313,11 @@ def is_classifier(config: ConfigDict) -> bool:
     return bool(config.training.objective == CLASSIFY)
 
 
+def is_autoencoder(config: ConfigDict) -> bool:
+    """Whether the config trains an autoencoder instead of a score model."""
+    return bool(config.training.objective == AUTOENCODE)
+
+
 def takes_labels(config: ConfigDict) -> bool:
     """Whether training is given the examples' labels."""
     return bool(config.model.class_conditional) or is_classifier(config)
@@ -367,8 +374,52 @@ def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     )
 
 
-def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned | NoisyClassifier:
+def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the codes of an autoencoder of images of `shape`: each level but the last halves height and width.
+
+    Raises ValueError for what cannot be halved so often.
+    """
+    factor = 2 ** (len(config.model.ch_mult) - 1)
+    if len(shape) != 3 or any(size % factor for size in shape[1:]):
+        raise ValueError(
+            f"an autoencoder of {len(config.model.ch_mult)} levels (model.ch_mult) is for images whose height and "
+            f"width are multiples of {factor}, but the data have shape {tuple(shape)}"
+        )
+    return config.model.code_channels, *(size // factor for size in shape[1:])
+
+
+def build_autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> ConvolutionalAutoencoder:
+    """The autoencoder of images of `shape`, with fresh networks of `_ncsnpp`'s blocks."""
+    m, codes = config.model, code_shape(config, shape)
+    options: dict[str, Any] = dict(
+        width=m.nf,
+        multipliers=m.ch_mult,
+        blocks=m.num_res_blocks,
+        attention=m.attn_resolutions,
+        image_size=max(shape[1:]),
+        dropout=m.dropout,
+        block=m.resblock_type,
+        fir=m.fir_kernel if m.fir else None,
+        resample_conv=m.resamp_with_conv,
+        skip_rescale=m.skip_rescale,
+        activation=m.nonlinearity,
+        heads=m.num_heads,
+        centered=config.data.centered,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = CodeEncoder(shape[0], 2 * codes[0], **options)
+        decoder = CodeDecoder(shape[0], codes[0], **options)
+    return ConvolutionalAutoencoder(encoder, decoder, centered=config.data.centered)
+
+
+Trained = Preconditioned | NoisyClassifier | ConvolutionalAutoencoder
+
+
+def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Trained:
     """What the config trains, with a fresh network for examples of `shape`."""
+    if is_autoencoder(config):
+        return build_autoencoder(config, shape)
     return build_classifier(config, shape) if is_classifier(config) else build_model(config, shape)
 
 

@@ -24,13 +24,15 @@ from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
-from .build import build_sde, is_classifier, resolve_classes, resolve_conditions
-from .codecs import Codec, PixelCodec, codec_of
+from .autoencoder import ConvolutionalAutoencoder
+from .build import build_sde, is_autoencoder, is_classifier, resolve_classes, resolve_conditions
+from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
+from .codes import Source, as_asked, as_drawn, check_codes, codec_from, codes_of, open_autoencoder
 from .conditions import Wanted, check_conditions, given, load_guides, sampled_labels, told
 from .data import Data, Split, leave_out, load_data
 from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
-from .evaluate import dequantiser_path, reported, run_likelihood, run_sampling
+from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
 from .images import grid, histogram, write_png
 from .inverse_modes import TASKS, restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
@@ -67,7 +69,7 @@ modes
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, latents/,
-                  decoded/, interpolations/, restored/, tensorboard/, log.txt
+                  decoded/, interpolations/, restored/, codes/ (of data.autoencoder), tensorboard/, log.txt
 what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
 several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
@@ -173,11 +175,22 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if processes.main:
             print(scan(data, codec))
         return 0
+    source, images, config.data.autoencoder_sha256 = None, data, ""
+    if config.data.autoencoder:
+        source = open_autoencoder(config.data.autoencoder, data.levels, data.shape, processes.device)
+        config.data.autoencoder_sha256 = source.sha256
+        log.info("autoencoder: %s, codes of shape %s", source.where, source.shape)
     if options.mode == "train":
+        if source is not None:
+            data, codec = _codes(source, data, config, workdir, processes)
         return run_training(config, workdir, data, codec, processes, _captions(config, data, workdir, processes))
     if options.mode == "demo":
         return _demo(config, workdir, data, codec, processes)
-    model, path = _model(options.checkpoint or workdir, options.mode, config, data, processes)
+    shape = data.shape if source is None else source.shape
+    model, path = _model(options.checkpoint or workdir, options.mode, config, shape, processes)
+    if source is not None:
+        codec = codec_from(path, source, config)
+        data = as_asked(data, codec, processes.device)
     if options.mode == "sample":
         folder = _sample(options, model, config, data.shape, codec, path, workdir, processes)
         log.info("%d samples: %s", config.sampling.num_samples, folder)
@@ -185,13 +198,13 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if processes.main:
             log.info("dequantizer: %s", run_dequantizing(model, config, data.train, codec, path, workdir, processes))
     elif options.mode in ("encode", "decode", "interpolate"):
-        _latents(options, model, config, data, codec, path, workdir, processes)
+        _latents(options, model, config, data, codec, path, workdir, processes, images)
     elif options.mode in TASKS:
         given = (workdir / "restored", processes, options.input, options.mask)
         folder, result = run_restoring(options.mode, model, config, data, codec, path, *given)
         log.info("%s: %s", restoring_line(result), folder)
     else:
-        split = {"test": data.test, "train": data.train}[config.eval.split]
+        split = {"test": images.test, "train": images.train}[config.eval.split]
         text = _captions(config, data, workdir, processes) if told(config) else None
         folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes, text)
         what = (result[key] for key in ("images", "split", "estimate"))
@@ -199,11 +212,42 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         if "diffusion" in result:
             parts = [result[key] for key in ("prior", "diffusion", "reconstruction")]
             log.info("of it prior %.4f + diffusion %.4f (the rate), reconstruction %.4f (the distortion)", *parts)
+        if "entropy" in result:
+            parts = [f"{result[key]:.4f} ± {result['errors_of_parts'][key]:.4f}" for key in LATENT]
+            log.info("at most so many: the reconstruction's %s + the latent's %s - the posterior's entropy %s", *parts)
     return 0
 
 
+def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, processes: Processes) -> tuple[Data, Codec]:
+    """The data as codes, from the workdir's file of them, which the main process makes if it is not there.
+
+    Raises ValueError where the workdir's model was trained on other codes.
+    """
+    begun, _ = checkpoint.newest(workdir)
+    if begun is not None:
+        check_codes(begun, config)
+    if not processes.main:
+        processes.barrier()
+    coded, statistics = codes_of(source, data, workdir / "codes", config.data.random_flip, processes.main)
+    if processes.main:
+        processes.barrier()
+    if begun is not None:
+        check_codes(begun, config, statistics)
+    return coded, AutoencoderCodec(source.autoencoder, statistics, source.pixels)
+
+
 def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
-    """Refuse an --input that nobody would read, a decode without one, and the modes of models for a classifier."""
+    """Refuse an --input that nobody would read, a decode without one, and the modes of models for what is none."""
+    if is_autoencoder(config) and options.mode not in ("scan", "train"):
+        raise ValueError(
+            f"{options.config} is of an autoencoder, and --mode {options.mode} of models: train a model of its codes, "
+            "with --config.data.autoencoder=WORKDIR (its own bound is eval_loss in its log, in bits/dim)"
+        )
+    if config.data.autoencoder and options.mode in (*TASKS, "dequantize", "demo"):
+        raise ValueError(
+            f"--mode {options.mode} works on pixels, and data.autoencoder={config.data.autoencoder} makes this a model "
+            "of codes: take a model of pixels"
+        )
     if is_classifier(config) and options.mode not in ("scan", "train"):
         raise ValueError(
             f"{options.config} is of a classifier, and --mode {options.mode} of models: take the config of a model, "
@@ -345,8 +389,9 @@ def _latents(
     path: Path,
     workdir: Path,
     processes: Processes,
+    images: Data,
 ) -> None:
-    """The modes encode, decode and interpolate."""
+    """The modes encode, decode and interpolate; of a model of codes, `data`, of these images."""
     m = config.model
     if m.super_resolution or (m.text_encoder and config.eval.conditional):
         what = "smaller images" if m.super_resolution else "captions, unless --config.eval.conditional=false"
@@ -358,8 +403,10 @@ def _latents(
         return
     split, source = {"test": data.test, "train": data.train}[config.eval.split], None
     if options.input is not None:
-        split = read_examples(options.input, data.shape, codec)
+        split = read_examples(options.input, images.shape, codec.pixels or codec)
         source = f"sha256 {fingerprint(split)}"
+        if isinstance(codec, AutoencoderCodec):
+            split = as_asked(replace(images, test=split), codec, processes.device).test
     if options.mode == "encode":
         folder, result = run_encoding(model, config, split, codec, path, workdir / "latents", processes, source)
         log.info("%s: %s", round_trip(result), folder)
@@ -493,6 +540,7 @@ class Show:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
         self.device, self.bar = device, bar
         self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
+        self.held_out = data.test
         if config.model.super_resolution or text is not None:
             held_out, text = data.test.to(device), None if text is None else text.to(device)
             index = torch.arange(_PICTURES) % len(held_out)
@@ -522,11 +570,23 @@ class Show:
             log.info("checkpoint: %s", m.checkpoint)
             if self.config.training.snapshot_sampling and not is_classifier(self.config):
                 self._pictures(m.checkpoint, m.step)
+        if "eval_psnr" in m.scalars:
+            parts = (m.scalars[f"eval_{name}"] for name in ("reconstruction_bits", "kl_bits", "psnr"))
+            log.info("step %d: held-out reconstruction %.3f + KL %.3f bits/dim, PSNR %.1f dB", m.step, *parts)
 
     def _pictures(self, path: Path, step: int) -> None:
-        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid."""
+        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid; of an autoencoder
+        held-out images, each beside what the mean of its code decodes to."""
         folder = self.workdir / "samples" / f"step-{step:09d}"
         for weights in ("ema", "raw"):
+            if is_autoencoder(self.config):
+                found = checkpoint.load_autoencoder(path, weights == "ema", self.device)
+                k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
+                pairs = _reconstructions(found, k.to(self.device), self.codec)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(pairs, folder / f"{weights}.png")
+                self.writer.add_image(f"reconstructions/{weights}", pairs, step)
+                continue
             model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
             classes = 0 if self.shown is not None else self.config.model.num_classes
             picture = _picture(self.shown(model) if self.shown else model, self.shape, self.codec, classes)
@@ -541,7 +601,7 @@ def _warn(config: ConfigDict, data: Data, codec: Codec) -> None:
     d, m = config.data, config.model
     unscaled = config.training.sde in ("vesde", "edm")
     for sentence in disagreements(
-        data,
+        as_drawn(data),
         codec,
         image_size=d.image_size,
         num_channels=d.num_channels,
@@ -578,30 +638,41 @@ def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: i
     """
     steps = getattr(model.sde, "steps", None)
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
-    count = _PICTURES if isinstance(codec, PixelCodec) else 4096
-    if not isinstance(codec, PixelCodec) and shape != (2,):
+    pixels = codec.pixels
+    count = _PICTURES if pixels is not None else 4096
+    if pixels is None and shape != (2,):
         return None
     columns = classes if 1 < classes <= 32 else None
-    if columns and isinstance(codec, PixelCodec):
+    if columns and pixels is not None:
         count = _PICTURES // columns * columns
     if classes:
         model = model.given(label=torch.arange(count) % classes)
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
-    if not isinstance(codec, PixelCodec):
+    if pixels is None:
         return histogram(x)
-    return grid(codec.display(x), columns, zoom=max(1, 32 // shape[-1]))
+    return grid(pixels.display(x), columns, zoom=max(1, 32 // x.shape[-1]))
+
+
+@torch.no_grad()
+def _reconstructions(autoencoder: ConvolutionalAutoencoder, k: Tensor, codec: Codec) -> Tensor:
+    """A grid of images, each beside what the mean of its code decodes to."""
+    assert isinstance(codec, PixelCodec)
+    back = codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))
+    pairs = torch.stack([k, back], 1).flatten(0, 1)
+    return grid(codec.display(pairs), min(8, len(pairs)), zoom=max(1, 32 // k.shape[-1]))
 
 
 def _model(
-    where: str | Path, mode: str, config: ConfigDict, data: Data, processes: Processes
+    where: str | Path, mode: str, config: ConfigDict, example: tuple[int, ...], processes: Processes
 ) -> tuple[ScoreModel, Path]:
     """The model to sample from or to evaluate, on this process' device, and the checkpoint it is from."""
     path = checkpoint.find(where)
     weights = (config.sampling if mode == "sample" else config.eval).weights
     foreign = path.suffix != checkpoint.SUFFIX
-    shape = data.shape if foreign else checkpoint.read_card(path).shape
-    if shape != data.shape:
-        raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {data.shape}")
+    check_codes(path, config)
+    shape = example if foreign else checkpoint.read_card(path).shape
+    if shape != example:
+        raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {example}")
     check_conditions(path, config, mode)
     log.info("checkpoint: %s (%s weights)", path, weights)
     return checkpoint.load(path, _theirs(config) if foreign else None, weights == "ema", processes.device), path
@@ -620,7 +691,7 @@ def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes
     code = run_training(config, workdir, data, codec, processes)
     if code:
         return code
-    model, path = _model(workdir, "sample", config, data, processes)
+    model, path = _model(workdir, "sample", config, data.shape, processes)
     guides = load_guides(config, model, data.shape, processes.device)
     folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes, guides)
     _, result = run_likelihood(model, config, data.test, codec, path, workdir / "likelihood", processes)

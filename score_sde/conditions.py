@@ -78,6 +78,7 @@ def _check_kin(path: Path, key: str, config: ConfigDict, shape: tuple[int, ...],
         ("examples of shape", card.shape, shape),
         ("data.dataset", theirs.data.dataset, config.data.dataset),
         ("data.centered", theirs.data.centered, config.data.centered),
+        ("codes of data.autoencoder", theirs.data.autoencoder_sha256[:12], config.data.autoencoder_sha256[:12]),
     ]
     if config.model.class_conditional and theirs.model.num_classes:
         pairs.append(("classes, as many as", theirs.model.num_classes, config.model.num_classes))

@@ -24,6 +24,7 @@ import torch
 from ml_collections import ConfigDict
 
 from .build import (
+    AUTOENCODE,
     CHAINS,
     CLASSIFY,
     CORRECTORS,
@@ -55,8 +56,10 @@ def default_config() -> ConfigDict:
                 "batch_size": 128,  # examples per step, in total over all processes and accumulated parts
                 "accumulate": 1,  # parts in which a batch is computed, to save memory
                 # estimator of the score's error; for chains also hybrid or vlb, their bound; cross_entropy trains a
-                # classifier of noisy examples in the model's place, for sampling.classifier
+                # classifier of noisy examples in the model's place, for sampling.classifier, and autoencoder one of
+                # images, for data.autoencoder
                 "objective": "denoising",
+                "kl_weight": 1.0,  # autoencoder: of the codes' divergence from N(0, I); 1: the evidence's bound
                 "projections": 1,  # random directions per example, for the sliced objectives
                 "projection": "rademacher",  # their law
                 "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
@@ -204,6 +207,10 @@ def default_config() -> ConfigDict:
                 "random_flip": True,  # mirror training images with probability 1/2
                 "centered": True,  # pixels in [-1, 1]; False: [0, 1]
                 "leave_out": "",  # captions, separated by commas, whose examples are not trained on
+                # model the codes of an autoencoder of these images: the workdir or checkpoint of one, a folder of
+                # diffusers' AutoencoderKL, or a Python file with get_autoencoder()
+                "autoencoder": "",
+                "autoencoder_sha256": "",  # of that one, found by itself
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
@@ -240,6 +247,7 @@ def default_config() -> ConfigDict:
                 "progressive_combine": "sum",  # how that input joins
                 "class_conditional": False,  # tell the network the example's class, too
                 "num_classes": 0,  # of them; 0: as many as the data have
+                "code_channels": 4,  # of an autoencoder's codes
                 "super_resolution": 0,  # give it the image at 1/2, 1/4, ... of its size: this factor; 0: not
                 "text_encoder": "",  # give it the caption, by the text encoder in this folder
                 "text_length": 32,  # tokens of a caption at most
@@ -299,7 +307,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.weights": ("ema", "raw"),
     "interpolation.between": ("images", "seeds"),
     "inverse.method": ("pigdm", "ddnm", "dps", "moment_matching", "projection", "repaint", "twisted"),
-    "data.dataset": ("cifar10", "digits", "files", *TOYS),
+    "data.dataset": ("cifar10", "digits", "digits32", "files", *TOYS),
     "model.name": tuple(NETWORKS),
     "model.rule": RULES,
     "model.label": tuple(LABELS),
@@ -322,7 +330,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         eval.importance_samples eval.draws interpolation.pairs dequantizer.n_iters dequantizer.batch_size
         dequantizer.layers dequantizer.hidden inverse.factor inverse.iterations inverse.resamplings
         inverse.particles model.num_scales model.nf model.num_res_blocks model.num_heads
-        model.hidden model.depth model.patch_size""",
+        model.hidden model.depth model.patch_size model.code_channels""",
     ),
     "at least 2": (lambda v: v >= 2, "interpolation.steps"),
     "at least 0": (
@@ -333,7 +341,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         model.text_width model.pooled_width model.head_channels model.text_length
         eval.check_images eval.heat_map data.image_size data.num_channels data.length model.init_scale
         model.ema_halflife
-        inverse.noise optim.weight_decay optim.warmup training.soft_truncation""",
+        inverse.noise training.kl_weight optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
@@ -483,6 +491,49 @@ def validate(config: ConfigDict) -> None:
         s.threshold > 0 and (s.clip_denoised or d.dataset in TOYS),
         f"sampling.threshold={s.threshold:g} draws pixels into their range: set it to 0 for vectors, and "
         "sampling.clip_denoised=False, which would hold them there first",
+    )
+    encodes = t.objective == AUTOENCODE
+    refuse(
+        encodes and (m.name != "ncsnpp" or d.dataset in TOYS),
+        "training.objective=autoencoder makes one of images, of ncsnpp's blocks: set model.name=ncsnpp and "
+        "data.dataset to images",
+    )
+    refuse(
+        encodes and len(m.ch_mult) < 2,
+        f"training.objective=autoencoder halves the images at every level but the last: give model.ch_mult two or "
+        f"more, not {m.ch_mult}",
+    )
+    refuse(
+        encodes and (d.uniform_dequantization or m.class_conditional or m.super_resolution > 0 or bool(m.text_encoder)),
+        "training.objective=autoencoder decodes levels, and is told nothing beside the image: set "
+        "data.uniform_dequantization=False, model.class_conditional=False, model.super_resolution=0 and "
+        "model.text_encoder=''",
+    )
+    refuse(
+        encodes and (discrete or t.sde == "learned" or t.time != "uniform" or t.soft_truncation > 0),
+        "training.objective=autoencoder knows no noise levels: leave training.sde, training.continuous, training.time "
+        "and training.soft_truncation alone",
+    )
+    coded = bool(d.autoencoder)
+    refuse(
+        coded and (encodes or d.dataset in TOYS or m.super_resolution > 0),
+        "data.autoencoder is for models of codes of images, not for vectors, another autoencoder or "
+        "model.super_resolution: leave it empty",
+    )
+    refuse(
+        coded and (d.uniform_dequantization or not d.centered),
+        "data.autoencoder gives the model codes, without levels and around 0: set data.uniform_dequantization=False "
+        "and data.centered=True",
+    )
+    refuse(
+        coded and (s.clip_denoised or e.clip_denoised or s.threshold > 0),
+        "data.autoencoder gives the model codes, which have no range to be held to: set sampling.clip_denoised=False, "
+        "eval.clip_denoised=False and sampling.threshold=0",
+    )
+    refuse(
+        coded and (e.dequantization != "uniform" or e.importance_samples > 1 or e.heat_map > 0),
+        "data.autoencoder gives the model codes, and the bits of their bound are not of pixels one by one: leave "
+        "eval.dequantization, eval.importance_samples and eval.heat_map alone",
     )
     classifies = t.objective == CLASSIFY
     refuse(

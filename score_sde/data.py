@@ -35,13 +35,15 @@ _ORDER, _FLIPS = 0, 1
 class Split:
     """Examples x, uint8 (N, C, H, W) or float32 (N, *shape), and labels y: int64 (N,), float32 (N, K) or none.
 
-    `caption` (N,) int64 are places in the data's `captions`, or none.
+    `caption` (N,) int64 are places in the data's `captions`, or none. With `std`, of x's shape, examples are the normal
+    laws N(x, std²) of an autoencoder's codes.
     """
 
     x: Tensor | Stream
     y: Tensor | None = None
     device: torch.device | str = "cpu"
     caption: Tensor | None = None
+    std: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -60,8 +62,8 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors there; what a Stream reads will follow."""
         x = self.x.to(device) if isinstance(self.x, Tensor) else self.x
-        y, caption = (None if v is None else v.to(device) for v in (self.y, self.caption))
-        return Split(x, y, device, caption)
+        y, caption, std = (None if v is None else v.to(device) for v in (self.y, self.caption, self.std))
+        return Split(x, y, device, caption, std)
 
 
 @dataclass(frozen=True)
@@ -235,6 +237,18 @@ def _digits(path: Path | None) -> Data:
     return Data(train, test, levels=17, num_classes=10)
 
 
+def _digits32(path: Path | None) -> Data:
+    """The same four times as large, 1 x 32 x 32: bilinear, with pixels as squares, rounded to the 17 levels."""
+    data = _digits(path)
+
+    def enlarged(split: Split) -> Split:
+        assert isinstance(split.x, Tensor)
+        large = F.interpolate(split.x.float(), scale_factor=4, mode="bilinear", align_corners=False)
+        return replace(split, x=large.round().to(torch.uint8))
+
+    return replace(data, train=enlarged(data.train), test=enlarged(data.test))
+
+
 def _toy(name: str) -> Callable[[Path | None], Data]:
     """20,000 points to train on and 4,000 held out; new ones may be drawn from `TOYS` at will."""
     return lambda path: Data(Split(TOYS[name](20_000, 0)), Split(TOYS[name](4_000, 1)), levels=None)
@@ -281,5 +295,6 @@ def _subset(split: Split, index: Tensor) -> Split:
 _DATASETS: dict[str, Callable[[Path | None], Data]] = {
     "cifar10": _cifar10,
     "digits": _digits,
+    "digits32": _digits32,
     **{name: _toy(name) for name in TOYS},
 }

@@ -28,7 +28,7 @@ from . import signals
 from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
-from .codecs import Codec, PixelCodec
+from .codecs import AutoencoderCodec, Codec, PixelCodec
 from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
 from .continuous_bound import variational_bound
 from .data import Split
@@ -45,6 +45,7 @@ from .dequantisation import (
 from .guidance import clip, threshold
 from .heat_maps import heat_map
 from .images import heat, histogram, write_grid, write_png
+from .latent_bounds import LatentBound, in_bits, latent_bound
 from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel
 from .ode import Solver
@@ -53,6 +54,7 @@ from .samplers import sample
 from .text import Text
 
 Arrays = dict[str, np.ndarray]
+LATENT = ("reconstruction", "latent", "entropy")  # parts of the bound of a model of codes
 _VERSIONS = {"score_sde": score_sde.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -176,8 +178,8 @@ def write_pictures(values: np.ndarray, codec: Codec, folder: Path, columns: int 
 
     Of recordings (N, 1, length) the first 256 are .wav files, 000000.wav and so on, at the sample rate of the data.
     """
-    if isinstance(codec, PixelCodec):
-        images = codec.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
+    if codec.pixels is not None:
+        images = codec.pixels.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
         write_grid(images, folder / "grid.png", columns, zoom=max(1, 32 // images.shape[-1]))
     elif values.shape[1:] == (2,):
         write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
@@ -238,7 +240,8 @@ def run_sampling(
             "seed": s.seed,
             "num_samples": s.num_samples,
             **about(config, wanted, strengths, guides),
-            "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
+            "rounding": "floor(levels * v), v in [0, 1]" if codec.pixels is not None else "none",
+            **({"decoded_by": config.data.autoencoder_sha256} if config.data.autoencoder else {}),
         },
     )
 
@@ -275,8 +278,8 @@ def run_sampling(
             columns = asked if 1 < asked <= min(32, s.num_samples) else None
             columns = s.num_samples if len(strengths) > 1 and s.num_samples <= 32 else columns
             write_pictures(joined["arr_0"], codec, folder, columns)
-            if s.single_png and isinstance(codec, PixelCodec):
-                for i, image in enumerate(codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
+            if s.single_png and codec.pixels is not None:
+                for i, image in enumerate(codec.pixels.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
                     write_png(image, folder / f"{i:06d}.png")
         return {"nfe": float(joined["nfe"].mean())}
 
@@ -309,22 +312,30 @@ def run_likelihood(
     in nats, and `std_error`, in nats over probes or draws; the stamp has their mean, and its errors apart (see
     `reported`). Row j of the work is image j % n in dequantisation j // n, so that a run that was stopped early has
     gone once over as many images as it could.
+
+    Of a model of codes, whose `split` are the images, it is the bound of `latent_bound`, in bits/dim of the pixels,
+    with its three parts (images, dequantisations) beside it; a dequantisation then is a draw of the code, and a chain's
+    bound takes the place of log p(y).
     """
     e = config.eval
-    if e.estimate == "bound" or (e.estimate == "auto" and not config.training.continuous):
+    latent, chain = isinstance(codec, AutoencoderCodec), e.estimate == "bound"
+    chain = chain or (e.estimate == "auto" and not config.training.continuous)
+    if chain and not latent:
         return run_bound(model, config, split, codec, checkpoint, base, processes, text)
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     law, dequantised = _dequantiser(model, config, codec, checkpoint, base.parent)
-    repeats = e.dequantizations if law else 1
-    ode = e.estimate != "sde_bound"
-    keys = ("ode_method", "rtol", "atol", "probe", "probes", "check_images") if ode else ("draws",)
+    repeats = e.dequantizations if law or latent else 1
+    levels = None if codec.pixels is None else codec.pixels.levels
+    ode = e.estimate != "sde_bound" and not chain
+    of_ode = ("ode_method", "rtol", "atol", "probe", "probes", "check_images")
+    keys: tuple[str, ...] = of_ode if ode else ("steps", "terms") if chain else ("draws",)
+    road = "probability-flow ODE" if ode else "variational bound of the " + ("chain" if chain else "SDE")
     made_from = stamp(
         checkpoint,
         e.weights,
         {
             "sde": repr(model.sde),
-            "estimate": ("probability-flow ODE" if ode else "variational bound of the SDE")
-            + dequantised.pop("sentence"),
+            "estimate": road + dequantised.pop("sentence"),
             **{key: e[key] for key in ("split", "seed", *keys)},
             **dequantised,
             "t_min": law.t_min if law else e.t_min,
@@ -333,13 +344,13 @@ def run_likelihood(
             "importance_samples": e.importance_samples,
             "heat_map": e.heat_map,
             "given_labels": told(config),
-            "levels": codec.levels,
-            "unit": "bits/dim" if codec.levels else "nats",
+            "levels": levels,
+            "unit": "bits/dim" if levels else "nats",
         },
     )
     split, whole = split.to(processes.device), model
     # Bits per dimension of -1 nat; vectors stay in nats.
-    unit = 1 / (math.prod(split.shape) * math.log(2)) if codec.levels else 1.0
+    unit = 1 / (math.prod(split.shape) * math.log(2)) if levels else 1.0
 
     def compute(first: int, count: int, tighter: float = 1.0, probes: int = e.probes) -> Arrays:
         index = torch.arange(first, first + count) % n
@@ -347,18 +358,33 @@ def run_likelihood(
         where = {"seed": e.seed, "first": first}
         solver = {"rtol": e.rtol / tighter, "atol": e.atol / tighter, "method": e.ode_method}
         options = {**where, **solver, "probe": e.probe, "probes": probes}
-        found: LogProbability | Likelihood
-        if ode and law:
+
+        def log_density(y: Tensor) -> Likelihood:
+            """The model's, or a lower bound on it, of floats."""
+            if ode:
+                return log_likelihood(model, y, t_min=e.t_min, **options)
+            if chain:
+                times, variance = build_bound_times(config, model.sde), config.sampling.variance
+                of_chain = chain_bound(model, y, times, variance=variance, terms=e.terms or None, **where)
+                return Likelihood(-of_chain.total, of_chain.std_error, y, of_chain.times.shape[-1] + 1)
+            bound = variational_bound(model, y, t_min=e.t_min, draws=e.draws, **where)
+            return Likelihood(-bound.total, bound.std_error, y, e.draws)
+
+        found: LogProbability | Likelihood | LatentBound
+        if isinstance(codec, AutoencoderCodec):
+            found = latent_bound(codec, k, log_density, **where)
+        elif ode and law:
             found = log_probability(model, k, law, samples=e.importance_samples, **options)
         elif ode:
-            found = log_likelihood(model, k.to(torch.float32), t_min=e.t_min, **options)
+            found = log_density(k.to(torch.float32))
         else:
             u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
             x, log_q = law(k, u) if law else (k.to(torch.float32), torch.zeros(()))
-            bound = variational_bound(model, x, t_min=e.t_min, draws=e.draws, **where)
-            nats = -bound.total - (log_q.flatten(1).sum(1) if law else 0)
-            found = Likelihood(nats, bound.std_error, x, e.draws)
+            found = log_density(x)
+            found = found._replace(log_prob=found.log_prob - (log_q.flatten(1).sum(1) if law else 0))
         arrays = {"value": -unit * found.log_prob, "log_prob": found.log_prob, "std_error": found.std_error}
+        if isinstance(found, LatentBound):
+            arrays |= in_bits(found, math.prod(split.shape))
         return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([found.nfe])}
 
     def progress(bar: tqdm, done: list[Arrays]) -> None:
@@ -373,9 +399,12 @@ def run_likelihood(
         mean, error = mean_and_error(values[~failed].mean(1))
         std_error = joined["std_error"].reshape(repeats, n).T
         errors: dict[str, float | None] = {"images": error}
+        if latent and repeats > 1:  # the part of it that other draws of the codes would change
+            errors["codes"] = _error_of_mean(values[~failed].std(1, ddof=1) / math.sqrt(repeats))
         checks = min(e.check_images, n) if ode else 0
         if not ode:
-            errors["draws"] = unit * _error_of_mean(std_error[~failed])
+            if not chain or e.terms:
+                errors["draws"] = unit * _error_of_mean(std_error[~failed])
         elif e.probe == "exact" or e.probes > 1:
             errors["probes"] = unit * _error_of_mean(std_error[~failed])
         elif checks:
@@ -393,12 +422,17 @@ def run_likelihood(
         if e.heat_map:
             write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes, text)
         if processes.main:
-            kept = {"bits_per_dim" if codec.levels else "nats": values, "std_error": std_error}
-            write_arrays(folder / "likelihood.npz", {**kept, "log_prob": joined["log_prob"].reshape(repeats, n).T})
+            kept = {"bits_per_dim" if levels else "nats": values, "std_error": std_error}
+            more = {name: joined[name].reshape(repeats, n).T for name in ("log_prob", *LATENT) if name in joined}
+            write_arrays(folder / "likelihood.npz", {**kept, **more})
+        parts = {name: joined[name].reshape(repeats, n)[:, ~failed].mean(0) for name in LATENT if name in joined}
+        each = {name: mean_and_error(part) for name, part in parts.items()}
         return {
             "mean": mean,
             "standard_error": error,
             "errors": {name: None if value is None or math.isnan(value) else value for name, value in errors.items()},
+            **{name: found[0] for name, found in each.items()},
+            **({"errors_of_parts": {name: found[1] for name, found in each.items()}} if each else {}),
             "nfe": float(joined["nfe"].mean()),
             "failed": np.flatnonzero(failed).tolist(),
         }
@@ -444,7 +478,8 @@ def _dequantiser(
         for key, usual in (("dequantization", "uniform"), ("importance_samples", 1), ("heat_map", 0)):
             if e[key] != usual:
                 raise ValueError(f"eval.{key}={e[key]} is for pixels, and these data are floats: set it to {usual}")
-        return None, {"sentence": ""}
+        coded = isinstance(codec, AutoencoderCodec)
+        return None, {"sentence": ", a bound with the autoencoder's reconstruction and entropy" if coded else ""}
     law: Dequantiser
     about: dict[str, Any] = {}
     if e.dequantization == "uniform":

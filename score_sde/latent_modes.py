@@ -130,7 +130,9 @@ def run_encoding(
             found["labels"] = y.cpu().numpy()
         if isinstance(codec, PixelCodec):
             found["same"] = (codec.decode(back) == k).double().flatten(1).mean(1).cpu().numpy()
-            found["pairs"] = channels_last(torch.stack([k, codec.decode(back)], 1)[:shown].flatten(0, 1))
+        if codec.pixels is not None:  # of a code, what it decodes to beside what its latent does
+            image = k if isinstance(codec, PixelCodec) else codec.decode(k)
+            found["pairs"] = channels_last(torch.stack([image, codec.decode(back)], 1)[:shown].flatten(0, 1))
         return found
 
     def work(folder: Path) -> dict[str, Any]:

@@ -27,24 +27,21 @@ from torch.optim import Optimizer
 
 from . import checkpoint, losses, time_laws
 from . import config as configs
-from .build import build_trained, is_classifier
-from .codecs import Codec
+from .autoencoder import ConvolutionalAutoencoder
+from .build import Trained, build_sde, build_trained, code_shape, is_autoencoder, is_classifier
+from .codecs import AutoencoderCodec, Codec
 from .data import Data, Split, batch, batch_indices
 from .data_conditions import left_out, low_resolution, of_data
 from .ema import ema_decay, ema_update
 from .model import ScoreModel
-from .noisy_classifier import NoisyClassifier
-from .objectives import PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
+from .objectives import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
 from .parallel import Processes
 from .sdes import SDE
 from .text import Text
 from .time_laws import SecondMoments, TimeLaw
 
 # What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
-_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION, _AUGMENTATION = 0, 2, 3, 5, 7, 8
-
-
-Trained = ScoreModel | NoisyClassifier
+_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION, _AUGMENTATION, _CODES = 0, 2, 3, 5, 7, 8, 13
 
 
 @dataclass
@@ -93,7 +90,7 @@ class Record(NamedTuple):
     step: int
     learning_rate: float
     grad_norm: Tensor
-    measure: Tensor  # per example: mean squared error of the noise, unweighted; of classifiers 1 where they are right
+    measure: Tensor  # per example: mean squared error of the noise, unweighted, or what else the objective measures
     loss: Tensor
     t: Tensor
 
@@ -166,8 +163,13 @@ def draw(
     noise = generator(seed, step, purpose + 1, k.device)
     shape, floats = (n, *k.shape[1:]), torch.float32
     u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
-    z = torch.randn(shape, generator=noise, device=k.device, dtype=floats)[part]
+    of_noise = (n, *code_shape(config, split.shape)) if is_autoencoder(config) else shape
+    z = torch.randn(of_noise, generator=noise, device=k.device, dtype=floats)[part]
     x0 = codec.encode(k, u).to(floats)
+    if split.std is not None:  # examples are laws of codes, of which each step has a draw of its own
+        source = generator(seed, step, _CODES + purpose, k.device)
+        index = batch_indices(len(split), n, step, seed)[part].to(k.device)
+        x0 = x0 + split.std[index] * _normal_part(x0, n, part, source)
     m = config.training.projections if config.training.objective in PROJECTED else 0
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
@@ -293,11 +295,24 @@ def evaluate_loss(
     state: State, config: ConfigDict, split: Split, codec: Codec, text: Text | None = None
 ) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
-    b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
+    sde = sde_of(state.ema, config)
+    b = draw(config, split, codec, sde, 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
     loss, measured = build_objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
+    if is_autoencoder(config):
+        return {"eval_loss": float(loss.mean()), **parts_of(measured, "eval_")}
     return {"eval_loss": float(loss.mean()), f"eval_{measure(config)}": float(measured.mean())}
+
+
+def parts_of(measured: Tensor, prefix: str = "") -> dict[str, float]:
+    """Means of an autoencoder's PARTS, (B, 3)."""
+    return {prefix + name: float(value) for name, value in zip(PARTS, measured.double().mean(0), strict=True)}
+
+
+def sde_of(model: Trained | ScoreModel, config: ConfigDict) -> SDE:
+    """Whose times the loop draws: the model's, which may learn it; an autoencoder does not look at them."""
+    return build_sde(config) if isinstance(model, ConvolutionalAutoencoder) else model.sde
 
 
 def train(
@@ -332,8 +347,8 @@ def train(
     share = t.batch_size // processes.world
     part = slice(processes.rank * share, (processes.rank + 1) * share)
     if t.compile:
-        state.model.network.compile()  # type: ignore[union-attr]
-    objective = build_objective(state.model, config, codec)
+        getattr(state.model, "network", state.model).compile()
+    objective, sde = build_objective(state.model, config, codec), sde_of(state.model, config)
     if processes.world > 1:
         gpu = [processes.device.index] if processes.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=gpu)
@@ -344,7 +359,7 @@ def train(
 
     def report() -> Metrics:
         nonlocal since, clock
-        check_finite(records, state.model.sde)
+        check_finite(records, sde)
         seconds = max(time.perf_counter() - clock, 1e-9)
         scalars = {
             "training_loss": float(torch.cat([r.loss for r in records]).mean()),
@@ -353,17 +368,21 @@ def train(
             "images_per_second": (state.step - since) * t.batch_size / seconds,
         }
         measured = torch.cat([r.measure for r in records]).cpu()
-        levels = by_noise_level(state.model.sde, torch.cat([r.t for r in records]), measured)
-        scalars |= {f"{measure(config)}/{name}": value for name, value in levels.items()}
+        if is_autoencoder(config):
+            scalars |= parts_of(measured)
+        else:
+            levels = by_noise_level(sde, torch.cat([r.t for r in records]), measured)
+            scalars |= {f"{measure(config)}/{name}": value for name, value in levels.items()}
         records.clear()
         since, clock = state.step, time.perf_counter()
         return Metrics(state.step, scalars)
 
     def snapshot() -> Path:
-        check_finite(records, state.model.sde)
+        check_finite(records, sde)
         path = checkpoint.checkpoint_path(workdir, state.step)
         if processes.main:
-            card = checkpoint.Card(configs.to_json(config), data.shape, state.step)
+            codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
+            card = checkpoint.Card(configs.to_json(config), data.shape, state.step, codes)
             checkpoint.save(path, card, state.model, state.ema, state.optimizer, state.law)
             checkpoint.prune(workdir, t.keep_last, t.keep_every * t.snapshot_freq)
         processes.barrier()
@@ -376,8 +395,8 @@ def train(
                 yield Metrics(state.step, checkpoint=snapshot())
             return
         seed_dropout(config.seed, state.step, processes)
-        flip = config.data.random_flip
-        b = draw(config, split, codec, state.model.sde, state.step, part, flip=flip, law=state.law, text=text)
+        flip = config.data.random_flip and split.std is None  # codes are there of both
+        b = draw(config, split, codec, sde, state.step, part, flip=flip, law=state.law, text=text)
         records.append(train_step(state, objective, b, config))
         if state.law is not None:  # the next step's times hang on these losses: this law alone waits for the device
             state.law.update(processes.gather(b.t), processes.gather(records[-1].measure))
