@@ -148,8 +148,8 @@ _DRAWN = {  # the samplers of the plot, each on the grid that is best for it, th
 
 
 def draw(runs: Sequence[Run], problems: Sequence[Problem], best: dict[str, str], file: Path) -> None:
-    """Median error against evaluations: the mean over the mixtures that the peer can do, and each trained model."""
-    panels = {"exact scores of mixtures": {p.name for p in problems if not p.network and known(p.sde)}}
+    """Median error against evaluations: the mean over the exact scores that the peer can do, and each trained model."""
+    panels = {"exact scores": {p.name for p in problems if not p.network and known(p.sde)}}
     panels |= {p.name: {p.name} for p in problems if p.network}
     figure = Figure(figsize=(3.6 * len(panels), 3.9), layout="constrained")
     for place, (title, names) in enumerate(panels.items()):

@@ -80,6 +80,7 @@ def groups(problems: Sequence[Problem]) -> dict[str, set[str]]:
         "chosen on": lambda p: p.chosen,
         "held out": lambda p: not p.chosen,
         "exact scores": lambda p: not p.network,
+        "3072 dimensions": lambda p: p.name.startswith("3072-D"),
         "networks": lambda p: p.network,
     }
     found = {name: {p.name for p in problems if belongs(p)} for name, belongs in named.items()}
