@@ -1,9 +1,10 @@
 """Spoken words: a folder of .wav files, one word each, by a U-Net of signals.
 
 No paper's table. The first second of each recording at 8,000 samples per second, the words' classes being the
-sub-folders; such a folder is made by `python -m examples.speech --out FOLDER`, with espeak-ng. As vp_digits: VP SDE,
-EDM's preconditioning (Karras et al. 2022), t uniform in log SNR. sigma_data is the root mean square of the recordings,
-which --mode scan reports. The U-Net halves the length eight times, and its attention sees 32 places.
+sub-folders; such a folder is made by `python -m examples.speech --out FOLDER`, with espeak-ng. EDM's noise and
+preconditioning (Karras et al. 2022), t uniform in log SNR; sigma_data and sigma_max are what --mode scan suggests for
+these recordings, and should be set to what it suggests for others. The U-Net halves the length eight times, and its
+attention sees 32 places.
 """
 
 from ml_collections import ConfigDict
@@ -15,6 +16,7 @@ def get_config() -> ConfigDict:
     config = default_config()
 
     training = config.training
+    training.sde = "edm"
     training.n_iters = 20_000
     training.batch_size = 32
     training.time = "log_snr"
@@ -25,6 +27,7 @@ def get_config() -> ConfigDict:
     sampling = config.sampling
     sampling.method = "fast"
     sampling.steps = 60
+    sampling.t_min = 0.0
     sampling.num_samples = 20
 
     config.eval.batch_size = 16
@@ -38,6 +41,9 @@ def get_config() -> ConfigDict:
     model.rule = "edm"
     model.label = "log_sigma"
     model.sigma_data = 0.06
+    model.sigma_min = 0.0005
+    model.sigma_max = 12.0
+    model.t_min = 0.0
     model.class_conditional = True
     model.nf = 16
     model.ch_mult = (1, 2, 2, 4, 4, 8, 8, 8, 8)

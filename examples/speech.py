@@ -6,6 +6,11 @@ Ubuntu, ``apt install espeak-ng``. What it says goes through ``configs/speech.py
     python -m examples.speech --out speech
     python main.py --config configs/speech.py --mode train --config.data.path=speech
     python main.py --config configs/speech.py --mode sample --config.data.path=speech
+    python -m examples.speech --out speech --judge runs/speech
+
+The last judges the newest samples of a workdir: how many a classifier of spectrograms, fitted to the recordings trained
+on, takes for their word, and how far their mean spectrum is from that of the held-out recordings; beside both, noise of
+the recordings' loudness.
 """
 
 from __future__ import annotations
@@ -20,9 +25,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.signal import resample_poly
+from scipy.signal import resample_poly, stft
+from sklearn.linear_model import LogisticRegression
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from score_sde import signals
+from score_sde.data import load_data
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("en-us+m1", "en-us+m3", "en-us+m7", "en-gb+f2", "en-gb+f4")
@@ -42,10 +53,49 @@ def spoken(word: str, voice: str, pitch: int, speed: int) -> np.ndarray:
     return x[np.argmax(np.abs(x) > 0.01 * np.abs(x).max()) :]
 
 
+def spectrogram(x: Tensor) -> np.ndarray:
+    """Signals (N, 1, length) to decibels (N, 16, 16): 16 bands of frequency by 16 stretches of time."""
+    _, _, z = stft(x[:, 0].numpy(), nperseg=256)
+    power = torch.from_numpy(np.abs(z) ** 2)[:, None, 1:]
+    return 10 * torch.log10(adaptive_avg_pool2d(power, (16, 16))[:, 0] + 1e-9).numpy()
+
+
+def judge(folder: Path, workdir: Path) -> str:
+    """What the newest samples of a workdir are like, beside held-out recordings of the folder and noise."""
+    files = sorted(workdir.glob("samples/*/samples.npz"), key=lambda path: path.stat().st_mtime)
+    if not files:
+        raise SystemExit(f"there are no samples in {workdir}: run --mode sample first")
+    with np.load(files[-1]) as found:
+        samples, labels = torch.from_numpy(found["arr_0"]), found["arr_1"]
+    data = load_data("files", folder, length=samples.shape[-1])
+    (x, y), (held_out, words) = (split[torch.arange(len(split))] for split in (data.train, data.test))
+    assert y is not None and words is not None
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+    classifier.fit(spectrogram(x).reshape(len(x), -1), y)
+    noise = x.std() * torch.randn(samples.shape, generator=torch.Generator().manual_seed(0))
+    real = spectrogram(held_out).mean((0, 2))
+    lines = ["|  | taken for their word | mean spectrum off by |", "| --- | --- | --- |"]
+    for name, signal, wanted in [
+        ("held-out recordings", held_out, words.numpy()),
+        (f"{len(samples)} samples", samples, labels),
+        ("noise", noise, labels),
+    ]:
+        decibels = spectrogram(signal)
+        right = (classifier.predict(decibels.reshape(len(signal), -1)) == wanted).mean()
+        off = np.sqrt(np.mean((decibels.mean((0, 2)) - real) ** 2))
+        lines.append(f"| {name} | {100 * right:.0f} % | {off:.1f} dB |")
+    return "\n".join(lines)
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER")
-    folder = parser.parse_args(arguments).out
+    parser.add_argument("--judge", type=Path, metavar="WORKDIR", help="a workdir whose newest samples are judged")
+    chosen = parser.parse_args(arguments)
+    folder = chosen.out
+    if chosen.judge is not None:
+        print(judge(folder, chosen.judge))
+        return
     if shutil.which("espeak-ng") is None:
         parser.error("there is no espeak-ng: install it, as by apt install espeak-ng")
     for word in WORDS:

@@ -215,7 +215,7 @@ def disagreements(
             f"pixels reach {int(k.max())} of {codec.levels - 1}: if that is their white, multiply them by "
             f"{(codec.levels - 1) // max(1, int(k.max()))}"
         )
-    if not codec.levels and not 0.1 <= rms <= 10:
+    if not codec.levels and not sigma_max and not 0.1 <= rms <= 10:
         found.append(
             f"the data's root mean square is {rms:.3g}, and noise levels are made for about 1: divide the data by it, "
             f"or save pixels as uint8"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from score_sde import VPSDE, guide
 from score_sde.model import Preconditioned, absent
-from score_sde.networks import DiT, UNet
+from score_sde.networks import MLP, DiT, UNet
 from score_sde.networks.blocks import Attention, Style, Text
 from tests.oracles import numbers
 from tests.test_conditions import awake
@@ -191,9 +191,9 @@ def test_guidance_asks_both_in_one_batch(name: str) -> None:
     ],
 )
 def test_what_a_network_was_not_built_for_is_refused(name: str, condition: str, key: str) -> None:
-    x, t = inputs()
-    with pytest.raises(ValueError, match=rf"the network knows no .* {condition}: .*{key}"):
-        built(name)(x, t, **{condition: conditions()[condition]})
+    for network, (x, t) in [(built(name), inputs()), (MLP(4).double(), (numbers(3, 4), inputs()[1]))]:
+        with pytest.raises(ValueError, match=rf"the network knows no .* {condition}: .*{key}"):
+            network(x, t, **{condition: conditions()[condition]})
 
 
 @BUILT

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from examples.speech import judge
 from score_sde import signals
 from score_sde.cli import run
 from score_sde.data import load_data
@@ -100,7 +101,8 @@ def test_a_model_of_tones_draws_each_class_s_tone_as_recordings(tmp_path: Path) 
     settings = {
         "data.path": tmp_path / "tones", "data.length": 0, "training.n_iters": 200, "training.batch_size": 32,
         "training.eval_freq": 200, "training.snapshot_sampling": "false", "training.condition_dropout": 0,
-        "model.sigma_data": 0.35, "model.nf": 8, "model.ch_mult": "1,2", "model.attn_resolutions": "16",
+        "model.sigma_data": 0.35, "model.sigma_min": 0.01, "model.sigma_max": 6, "model.nf": 8,
+        "model.ch_mult": "1,2", "model.attn_resolutions": "16",
         "model.ema_halflife": 1000, "optim.lr": 6e-3, "optim.warmup": 20, "sampling.num_samples": 20,
         "sampling.steps": 16, "eval.num_images": 2, "eval.check_images": 0, "eval.rtol": 1e-1, "eval.atol": 1e-1,
     }  # fmt: skip
@@ -118,3 +120,29 @@ def test_a_model_of_tones_draws_each_class_s_tone_as_recordings(tmp_path: Path) 
         right += abs(int(power.argmax()) - wanted) <= 1
     assert right >= 18  # of noise three in 17 would have their greatest power there
     assert run([*command, "--mode", "likelihood"]) == 0
+
+
+def test_samples_are_judged_by_their_words_and_their_spectrum(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+
+    def tones(periods: int, n: int) -> np.ndarray:
+        phase = generator.uniform(0, 2 * math.pi, (n, 1))
+        loud = generator.uniform(0.2, 0.6, (n, 1))
+        x = loud * np.sin(2 * math.pi * periods * np.arange(2048) / 2048 + phase)
+        return x + 0.01 * generator.standard_normal(x.shape)
+
+    for label, (name, periods) in enumerate({"high": 700, "low": 200}.items()):
+        for i, tone in enumerate(tones(periods, 20)):
+            save(tmp_path / "tones" / name / f"{i}.wav", (32767 * tone).round())
+        x = tones(periods, 6).astype(np.float32)[:, None]
+        for kind, told in (("right", label), ("wrong", 1 - label)):
+            folder = tmp_path / f"{kind}-{label}" / "samples" / "1"
+            folder.mkdir(parents=True)
+            np.savez(folder / "samples.npz", arr_0=x, arr_1=np.full(6, told))
+    rows = {kind: judge(tmp_path / "tones", tmp_path / kind).splitlines() for kind in ("right-0", "wrong-1")}
+    held_out, samples, noise = (row.split("|") for row in rows["right-0"][2:])
+    assert held_out[2].strip() == samples[2].strip() == "100 %"
+    assert float(held_out[3].split()[0]) == 0 < float(samples[3].split()[0]) < float(noise[3].split()[0])
+    assert rows["wrong-1"][3].split("|")[2].strip() == "0 %"
+    with pytest.raises(SystemExit, match="run --mode sample first"):
+        judge(tmp_path / "tones", tmp_path)

@@ -220,7 +220,7 @@ class Attention(nn.Module):
     """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, with C channels per head.
 
     Tokens of a text, if the style has some, are more keys and values (Nichol et al. 2021, arXiv:2112.10741, section
-    3.1; Saharia et al. 2022, arXiv:2205.11487, appendix D.3.1): without any, pixels are left to attend to.
+    3.1; Saharia et al. 2022, arXiv:2205.11487): without any, pixels are left to attend to.
 
     Raises ValueError for a number of channels that the heads do not divide.
     """

@@ -38,13 +38,6 @@ class ClassEmbedding(nn.Module):
         return self.table[label.clamp_min(0)] * (label >= 0)[:, None]
 
 
-def told_class(classes: ClassEmbedding | None, label: Any, batch: int) -> Tensor | None:
-    """The classes' embedding, (B, outputs). Raises ValueError for a label that a network without classes is given."""
-    if classes is None and label is not None:
-        raise ValueError("the network knows no classes, and was given a label: train one with model.class_conditional")
-    return None if classes is None else classes(label, batch)
-
-
 class Told(NamedTuple):
     """Conditions as a network uses them; a part that it was not built for is None."""
 
@@ -58,13 +51,13 @@ class Conditional(nn.Module):
 
     label: a class, or (B,) of them; it is added to the time's embedding.
     image: (B, C', ...) of any size, brought to x's by interpolation (bicubic for images, Saharia et al. 2021,
-        arXiv:2104.07636, section 2.4) and put behind x's channels; in x's range.
+        arXiv:2104.07636) and put behind x's channels; in x's range.
     augmentation: (B,) in [0, 1], how far noise was added to `image`, added to the time's embedding (Ho et al. 2022,
-        arXiv:2106.15282, section 4.2: the time of its diffusion); 0 is none.
+        arXiv:2106.15282, conditioning augmentation: the time of its diffusion); 0 is none.
     text: (B, L, D) tokens, for the attention; with `mask` (B, L), False where there is none. Without a mask, tokens of
         zeros are none.
     pooled: (B, P), a summary of the text, mapped linearly and added to the time's embedding (Saharia et al. 2022,
-        arXiv:2205.11487, section 2.4).
+        arXiv:2205.11487).
 
     None is what `model.absent` says: -1, zeros, False. Raises ValueError for a condition that it has no part for or
     that is of another shape.
@@ -79,10 +72,10 @@ class Conditional(nn.Module):
         self,
         outputs: int,
         activation: Callable[[Tensor], Tensor],
-        classes: int,
-        image_channels: int,
-        text_width: int,
-        pooled_width: int,
+        classes: int = 0,
+        image_channels: int = 0,
+        text_width: int = 0,
+        pooled_width: int = 0,
     ) -> None:
         """Make the parts; `outputs` is the width of the time's embedding, and 0 of anything is none of it."""
         self.classes = ClassEmbedding(classes, outputs) if classes else None
@@ -106,7 +99,13 @@ class Conditional(nn.Module):
         pooled: Tensor | None = None,
     ) -> Told:
         """The conditions of a batch x as this network uses them."""
-        parts = [told_class(self.classes, label, len(x))]
+        parts = []
+        if self.classes is not None:
+            parts.append(self.classes(label, len(x)))
+        elif label is not None:
+            raise ValueError(
+                "the network knows no classes, and was given a label: train one with model.class_conditional"
+            )
         low = self._image(x, image, augmentation)
         if self.augmentation is not None:
             level = torch.as_tensor(0.0 if augmentation is None else augmentation)
@@ -122,8 +121,7 @@ class Conditional(nn.Module):
         elif pooled is not None:
             _check(pooled, "pooled", (len(x), self.pooled.in_features))
             parts.append(self.pooled(pooled.to(self.pooled.weight)))
-        known = [part for part in parts if part is not None]
-        return Told(sum(known[1:], known[0]) if known else None, low, self._text(x, text, mask))
+        return Told(sum(parts[1:], parts[0]) if parts else None, low, self._text(x, text, mask))
 
     def _image(self, x: Tensor, image: Tensor | None, augmentation: Tensor | None) -> Tensor | None:
         if not self.image_channels:

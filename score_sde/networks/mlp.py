@@ -9,12 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Fourier, LabelEmbedding, Sinusoidal
-from .conditions import ClassEmbedding, told_class
+from .conditions import Conditional
 from .layers import Dropout, linear
 
 
-class MLP(nn.Module):
-    """F(x, time, label) -> a tensor of x's shape, (B, features), or (B, out_features); time and label as in `UNet`.
+class MLP(Conditional):
+    """F(x, time, /, **condition) -> a tensor of x's shape, (B, features), or (B, out_features); as in `UNet`.
+
+    Of the conditions it can be told `label`.
 
     `depth` residual layers of `width` channels. Sinusoidal embeddings suit labels as 999 t, Fourier ones positive
     labels as sigma.
@@ -35,7 +37,7 @@ class MLP(nn.Module):
         super().__init__()
         label = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
         self.embed = LabelEmbedding(label, width, F.silu)
-        self.classes = ClassEmbedding(classes, width) if classes else None
+        self.learn_conditions(width, F.silu, classes)
         self.first = linear(features, width)
         # Slopes of order 1 and kinks all over the data: with `linear`'s slopes of order 1/sqrt(width) and no biases the
         # layer is all but affine at first, and training begins with a long plateau where the model is a Gaussian.
@@ -44,8 +46,8 @@ class MLP(nn.Module):
         self.layers = nn.ModuleList(MLPLayer(width, dropout) for _ in range(depth))
         self.last = linear(width, out_features or features, scale=0.0)
 
-    def forward(self, x: Tensor, time: Tensor, /, label: Any = None) -> Tensor:
-        embedded = self.embed(time, told_class(self.classes, label, len(x)))
+    def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
+        embedded = self.embed(time, self.told(x, **condition).embedding)
         h = self.first(x)
         for layer in self.layers:
             h = layer(h, embedded)
