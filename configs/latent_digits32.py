@@ -15,7 +15,7 @@ def get_config() -> ConfigDict:
     config = load(Path(__file__).with_name("vp_digits.py"))
 
     training = config.training
-    training.n_iters = 1000
+    training.n_iters = 500
 
     data = config.data
     data.dataset = "digits32"
