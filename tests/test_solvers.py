@@ -732,7 +732,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (lambda: Langevin(norm="all"), 'norm must be "example" or "batch", got \'all\''),  # type: ignore[arg-type]
         (lambda: AnnealedLangevin(steps=0), "at least 1 step, got snr 0.16 and steps 0"),
         (lambda: UniPC(0), "order must be 1, 2 or 3, got 0"),
-        (lambda: Multistep(predict="score"), 'predict must be one of data, noise'),  # type: ignore[arg-type]
+        (lambda: Multistep(predict="score"), "predict must be one of data, noise"),  # type: ignore[arg-type]
         (lambda: Multistep(2, "noise", eta=1.0), 'eta must be 0, or above with predict="data"'),
         (lambda: Multistep(eta=-1), "eta must be 0, or above"),
         (lambda: UniPC(2, "b3"), 'variant must be "b1" or "b2"'),  # type: ignore[arg-type]
