@@ -1,7 +1,7 @@
 """Flows to be solved: models, noise to start from, and where the probability flow takes it.
 
-`mixtures` had a part in choosing the package's default sampler, and so had the digits; `held_out` and every other
-trained model had none.
+`mixtures` and `fields` had a part in choosing the package's default sampler, and so had the digits; `held_out` and
+every other trained model had none.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 from score_sde import SDE, VESDE, VPSDE, CosineSDE, EmbeddedODE, Multistep, ScoreModel, Solver, SubVPSDE, UniPC, times
 from score_sde import config as configs
 from score_sde.checkpoint import find, load, read_card
-from score_sde.closed_form import Mixture
+from score_sde.closed_form import Gaussian, Mixture
 from score_sde.ode import integrate
 from score_sde.samplers.base import noise_source
 from score_sde.samplers.deterministic import velocity
@@ -57,6 +57,14 @@ def mixtures() -> Iterator[tuple[str, Mixture]]:
             yield f"{d}-D, {name}", Mixture(sde, range(1, 9), means, torch.exp(2 * log_std))
 
 
+def fields() -> Iterator[tuple[str, Mixture]]:
+    """A Gaussian of many dimensions, a few of them large, in its principal axes: variances fall as rank^(-3/2), 1/4 in
+    the mean, about as those of CIFAR-10's images do (220 the largest, 0.0015 the median)."""
+    variances = torch.arange(1, 3073, dtype=torch.float64) ** -1.5
+    for name, sde in {"VP": VPSDE(), "VE": VESDE()}.items():
+        yield f"3072-D, {name}", Gaussian(sde, torch.zeros_like(variances), variances / variances.mean() / 4)
+
+
 def held_out() -> Iterator[tuple[str, Mixture]]:
     """Five Gaussians in space, full covariances, deviations from 0.05 to 0.5; and two moons, which are curved."""
     g = torch.Generator().manual_seed(1)
@@ -83,19 +91,36 @@ def mixture_problem(name: str, model: Mixture, count: int = PATHS, *, chosen: bo
     return Problem(name, model, sde, start, end, float(distances(end, again).median()), chosen)
 
 
+class Trained(NamedTuple):
+    """A trained model, the SDE to the t at which sampling ends, as the demo's does, and the data that it is of."""
+
+    model: ScoreModel
+    sde: SDE
+    data: str
+    path: str
+    centered: bool
+    shape: tuple[int, ...]
+
+
+def trained(workdir: Path) -> Trained:
+    """Vectors' models in float64."""
+    card = read_card(find(workdir))
+    data = configs.from_text(card.config, str(workdir)).data
+    model = load(workdir).double() if len(card.shape) == 1 else load(workdir)
+    sde = replace(model.sde, t_min=max(model.sde.t_min, 1e-3))
+    return Trained(model, sde, data.dataset, data.path, data.centered, card.shape)
+
+
 @torch.no_grad()
 def trained_problem(workdir: Path, count: int = 0, seed: int = 0) -> Problem:
-    """A trained model from noise to t = 1e-3, as the demo samples; by default of as many paths as it is worth.
+    """A trained model from noise to data; by default of as many paths as it is worth.
 
     Converged in 300 steps of order 4 (vectors: 1200, in float64); again in as many of order 3, on another grid.
     """
-    card = read_card(find(workdir))
-    data = configs.from_text(card.config, str(workdir)).data.dataset
-    vectors, large = len(card.shape) == 1, math.prod(card.shape) > 1000
-    model = load(workdir).double() if vectors else load(workdir)
-    sde = replace(model.sde, t_min=max(model.sde.t_min, 1e-3))
+    model, sde, data, _, _, shape = trained(workdir)
+    vectors, large = len(shape) == 1, math.prod(shape) > 1000
     count = count or (PATHS if vectors else LARGE_IMAGES if large else IMAGES)
-    start = _start(sde, (count, *card.shape), seed, torch.float64 if vectors else torch.float32)
+    start = _start(sde, (count, *shape), seed, torch.float64 if vectors else torch.float32)
     n = 1200 if vectors else 300
     *_, end = UniPC(3, predict="noise").walk(model, start, times.arcsinh(sde, n), refuse)
     *_, again = Multistep(3).walk(model, start, times.log_snr(sde, n), refuse)

@@ -180,7 +180,7 @@ SUBJECTS = {
     "Multistep 3, noise": Subject(Multistep(3, "noise"), multistep(singlestep), scheduler=DETERMINISTIC["DEIS 3"]),
     "UniPC 2": Subject(UniPC(2), unipc(), scheduler=DETERMINISTIC["UniPC 2"]),
     "UniPC 3": Subject(UniPC(3), unipc(singlestep_3), scheduler=DETERMINISTIC["UniPC 3"]),
-    "default below 10": Subject(fast(9), multistep(), scheduler=DETERMINISTIC["DEIS 3"]),
+    "default below 7": Subject(fast(6), multistep(), scheduler=DETERMINISTIC["DEIS 3"]),
     "default from 15": Subject(fast(STEPS), unipc(), scheduler=DETERMINISTIC["UniPC 3, noise"]),
 }
 

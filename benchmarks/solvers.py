@@ -21,15 +21,17 @@ from threadpoolctl import threadpool_limits
 from examples.pages import fill
 
 from . import peer as peers
-from .errors import JUDGED, LONG, Kept, Measure, Run, adaptive, compare, fitted, measure
-from .laws import of_digits, of_mixtures
+from .errors import JUDGED, LONG, Kept, Measure, Run, adaptive, anew, compare, fitted, measure
+from .judges import judge
+from .laws import of_images, of_mixtures
 from .peer import Peer
-from .problems import Problem, held_out, mixture_problem, mixtures, trained_problem
+from .problems import IMAGES, Problem, fields, held_out, mixture_problem, mixtures, trained, trained_problem
 from .reports import best_grids, draw, losses, of_fits, summary, verdict
-from .subjects import LISTED, adaptive_flows, deterministic, stochastic
+from .subjects import LISTED, adaptive_flows, deterministic, few, stochastic
 from .timing import Table, machine
 
 REST = (5, 50, 100)
+FEW_BUDGETS, FEW_IMAGES = (5, 10, 20), 500  # of laws of large images
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +49,7 @@ def measured(problems: Sequence[Problem], peer: Peer | None, measure: Measure) -
     """Everyone on every problem, and the grid on which each is best.
 
     On every grid at 7 to 35 evaluations, and on the best one at the others; 1000 of the default and a few alone. On
-    large models on that grid only, and of the default and these few alone at 5, 50 and 100.
+    large models on that grid and the default's only, and of the default and these few alone at 5, 50 and 100.
     """
     subjects, small = deterministic(peer), [p for p in problems if not p.large]
     runs = [r for p in small for r in compare(p, [(s, s.grids()) for s in subjects], JUDGED, measure)]
@@ -56,7 +58,8 @@ def measured(problems: Sequence[Problem], peer: Peer | None, measure: Measure) -
     listed = [(s, grids) for s, grids in on_best if str(s) in map(str, LISTED)]
     for problem in problems:
         if problem.large:
-            runs += compare(problem, on_best, JUDGED, measure) + compare(problem, listed, REST, measure)
+            two = [(s, grids if s.grid else sorted({*grids, "arcsinh"})) for s, grids in on_best]
+            runs += compare(problem, two, JUDGED, measure) + compare(problem, listed, REST, measure)
         else:
             runs += compare(problem, on_best, REST, measure) + compare(problem, listed, (LONG,), measure)
         runs += [r for s in adaptive_flows(peer) for r in adaptive(problem, s, (*JUDGED, *REST), measure)]
@@ -103,18 +106,25 @@ def run(arguments: Sequence[str]) -> list[Table]:
         if block:
             blocks[block] = str(table)
 
+    kept = Kept(options.keep) if options.keep else None
     if options.laws:
         blocks["laws_machine"] = where
+        recall = kept.recall if kept else anew
         show(of_mixtures(stochastic(peer)), "law_of_mixtures")
-        for problem in filter(lambda problem: problem.chosen, map(trained_problem, options.model)):
-            show(of_digits(problem, stochastic(peer)), "law_of_digits")
+        for model in map(trained, options.model):
+            if model.data == "digits":
+                show(of_images(model, judge("digits"), stochastic(peer), recall=recall), "law_of_digits")
+            elif model.data == "cifar10":
+                known = judge("cifar10", model.path)
+                show(of_images(model, known, few(peer), FEW_BUDGETS, FEW_IMAGES, 1, recall), "law_of_cifar10")
     else:
         problems = [mixture_problem(*named, chosen=True) for named in mixtures()]
+        problems += [mixture_problem(*named, count=IMAGES, chosen=True) for named in fields()]
         problems += [mixture_problem(*named) for named in held_out()]
         problems += [trained_problem(workdir) for workdir in options.model]
         show(listing(problems), "problems")
         blocks["machine"] = where
-        keep: Measure = Kept(options.keep) if options.keep else measure
+        keep: Measure = kept or measure
         runs, best = measured(problems, peer, keep)
         for problem in problems:
             show(summary([run for run in runs if run.problem == problem.name], problem.name, best))

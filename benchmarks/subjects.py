@@ -162,6 +162,12 @@ def stochastic(peer: Peer | None) -> list[Subject | Adaptive]:
     return found
 
 
+def few(peer: Peer | None) -> list[Subject | Adaptive]:
+    """Of those the ancestral sampler, and the peer's reverse diffusion, which from 20 steps is its best."""
+    chosen = (f"{OURS}: ancestral", f"{PEER}: reverse diffusion")
+    return [subject for subject in stochastic(peer) if str(subject) in chosen]
+
+
 _THEIRS = {name: Subject("diffusers", name, sampler, "log_snr") for name, sampler in DETERMINISTIC.items()}
 LISTED = [  # a few known ones on the grids of their papers
     Subject(OURS, "DDIM", DDIM(), "quadratic"),

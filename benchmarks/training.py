@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from score_sde.codecs import codec_of
 from score_sde.data import Split
 from score_sde.ema import ema_decay, ema_update
-from score_sde.train import Objective, draw, make_state, train_step, update
+from score_sde.objectives import build_objective
+from score_sde.train import draw, make_state, sde_of, train_step, update
 
 from .peer import Peer, config_for, parameters
 from .timing import Clock, Table, Times, milliseconds, ratio
@@ -121,10 +122,10 @@ def _ours(
         split, codec = Split(pixels).to(clock.device), codec_of(256, config.data.centered)
     else:
         split, codec = Split(torch.randn(max(256, t.batch_size), *shape, generator=g)).to(clock.device), codec_of(None)
-    objective = Objective(state.model, config)
+    objective, sde = build_objective(state.model, config), sde_of(state.model, config)
 
     def whole() -> None:
-        b = draw(config, split, codec, state.model.sde, state.step, slice(None), flip=config.data.random_flip)
+        b = draw(config, split, codec, sde, state.step, slice(None), flip=config.data.random_flip)
         train_step(state, objective, b, config)
 
     return network, optimize, whole, parameters(net)

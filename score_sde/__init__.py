@@ -4,23 +4,27 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, dequantisation, losses, outliers, score_matching, time_laws
+from . import closed_form, dequantisation, inverse, losses, outliers, score_matching, time_laws
 from .bounds import Bound, chain_bound
 from .chains import DDPM, SMLD
-from .checkpoint import load
+from .checkpoint import load, load_autoencoder, load_classifier
 from .classification import Classification, classify
+from .codecs import AutoencoderCodec
 from .continuous_bound import ContinuousBound, variational_bound
 from .dequantisation import fit_dequantiser, log_probability
 from .diffusions import Diffusion, backward, paths
 from .flows import Flow, NetworkVelocity, score_flow
-from .guidance import clip, guide, threshold
+from .guidance import classifier, clip, guide, threshold
 from .heat_maps import HeatMap, heat_map
+from .inverse import Observation, Projected, ddnm, dps, moment_matching, observe, pigdm, twisted
+from .latent_bounds import LatentBound, latent_bound
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .likelihood import Likelihood, log_likelihood
 from .losses import denoising
 from .metrics import sliced_wasserstein
 from .model import Estimate, Preconditioned, ScoreModel, from_score
 from .noise_levels import NoiseLevels
+from .noisy_classifier import NoisyClassifier
 from .ode import Solver
 from .samplers import (
     DDIM,
@@ -72,6 +76,7 @@ __all__ = [
     "AdaptiveSDE",
     "Ancestral",
     "AnnealedLangevin",
+    "AutoencoderCodec",
     "Bound",
     "Churn",
     "Classification",
@@ -88,14 +93,18 @@ __all__ = [
     "HeatMap",
     "Heun",
     "Langevin",
+    "LatentBound",
     "LearnedVPSDE",
     "Likelihood",
     "MonotoneSchedule",
     "Multistep",
     "NetworkVelocity",
     "NoiseLevels",
+    "NoisyClassifier",
+    "Observation",
     "Preconditioned",
     "PredictorCorrector",
+    "Projected",
     "ReverseDiffusion",
     "Sampler",
     "ScoreModel",
@@ -104,12 +113,15 @@ __all__ = [
     "UniPC",
     "backward",
     "chain_bound",
+    "classifier",
     "classify",
     "clip",
     "closed_form",
+    "ddnm",
     "denoising",
     "denoising_at",
     "dequantisation",
+    "dps",
     "explicit",
     "finite_difference",
     "fisher_divergence",
@@ -119,13 +131,20 @@ __all__ = [
     "guide",
     "heat_map",
     "implicit",
+    "inverse",
     "langevin_dynamics",
+    "latent_bound",
     "load",
+    "load_autoencoder",
+    "load_classifier",
     "log_likelihood",
     "log_probability",
     "losses",
+    "moment_matching",
+    "observe",
     "outliers",
     "paths",
+    "pigdm",
     "projections",
     "recommended",
     "sample",
@@ -136,5 +155,6 @@ __all__ = [
     "threshold",
     "time_laws",
     "times",
+    "twisted",
     "variational_bound",
 ]

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,10 +14,12 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from . import model as models
+from .autoencoder import ConvolutionalAutoencoder
 from .chains import DDPM, SMLD
 from .learned import LearnedVPSDE, MonotoneSchedule
 from .model import Preconditioned, ScoreModel, TimeMap
-from .networks import MLP, NCSN, DiT, NCSNv2, UNet
+from .networks import MLP, NCSN, CodeDecoder, CodeEncoder, DiT, Encoder, NCSNv2, UNet
+from .noisy_classifier import NoisyClassifier
 from .ode import ADAPTIVE, FIXED
 from .samplers import (
     DDIM,
@@ -41,6 +44,7 @@ from .samplers import (
 )
 from .samplers.short import fast
 from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
+from .text import encoder_hash, widths
 
 SDES: dict[str, Callable[[ConfigDict], SDE]] = {
     "vpsde": lambda m: VPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
@@ -101,6 +105,8 @@ GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
     "karras": times.karras,
     "arcsinh": times.arcsinh,
 }
+CLASSIFY = "cross_entropy"  # the objective of classifiers
+AUTOENCODE = "autoencoder"  # that of autoencoders
 FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
 FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
 
@@ -277,15 +283,144 @@ NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
 
 
 def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
-    """Put the data's number of classes into the config of a class-conditional model."""
+    """Put the data's number of classes into the config of a class-conditional model, or of a classifier."""
     m = config.model
-    if not m.class_conditional:
+    if not takes_labels(config):
         return
     if classes == 0:
-        raise ValueError(f"{name} has no classes: set model.class_conditional=False, or take data with labels")
+        whose = "model.class_conditional=False" if m.class_conditional else "training.objective=denoising"
+        raise ValueError(f"{name} has no classes: set {whose}, or take data with labels")
     if m.num_classes not in (0, classes):
         raise ValueError(f"model.num_classes={m.num_classes}, but {name} has {classes}: leave it 0")
     m.num_classes = classes
+
+
+def resolve_conditions(config: ConfigDict, channels: int) -> None:
+    """Put what a text encoder, or an image at a lower resolution, asks of the network into the config.
+
+    Raises FileNotFoundError where there is no encoder.
+    """
+    m = config.model
+    if m.super_resolution:
+        m.image_channels = channels
+    if m.text_encoder:
+        m.text_width, m.pooled_width = widths(m.text_encoder)
+        m.text_sha256 = encoder_hash(Path(m.text_encoder))
+
+
+def is_classifier(config: ConfigDict) -> bool:
+    """Whether the config trains a classifier of noisy examples instead of a score model."""
+    return bool(config.training.objective == CLASSIFY)
+
+
+def is_autoencoder(config: ConfigDict) -> bool:
+    """Whether the config trains an autoencoder instead of a score model."""
+    return bool(config.training.objective == AUTOENCODE)
+
+
+def takes_labels(config: ConfigDict) -> bool:
+    """Whether training is given the examples' labels."""
+    return bool(config.model.class_conditional) or is_classifier(config)
+
+
+def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassifier:
+    """The classifier of noisy examples of `shape`, with a fresh network: the MLP, or the U-Net's way down."""
+    m, network = config.model, Encoder if len(shape) == 3 else MLP
+    if (m.name == "mlp") != (network is MLP):
+        raise ValueError(f"model.name={m.name} does not classify examples of shape {tuple(shape)}: use mlp for vectors")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        made = _classifying_mlp(config, shape) if network is MLP else _encoder(config, shape)
+    scale = partial(models.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else models.unscaled
+    return NoisyClassifier(made, build_sde(config), m.num_classes, LABELS[m.label](m), scale)
+
+
+def _classifying_mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    m = config.model
+    return MLP(
+        shape[0],
+        width=m.hidden,
+        depth=m.depth,
+        embedding=EMBEDDINGS[m.embedding_type],
+        fourier_scale=m.fourier_scale,
+        dropout=m.dropout,
+        out_features=m.num_classes,
+    )
+
+
+def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The way down of `_ncsnpp`, without its pyramids."""
+    m = config.model
+    return Encoder(
+        shape[0],
+        m.num_classes,
+        width=m.nf,
+        multipliers=m.ch_mult,
+        blocks=m.num_res_blocks,
+        attention=m.attn_resolutions,
+        image_size=max(shape[1:]),
+        dropout=m.dropout,
+        block=m.resblock_type,
+        embedding=EMBEDDINGS[m.embedding_type],
+        fourier_scale=m.fourier_scale,
+        fir=m.fir_kernel if m.fir else None,
+        resample_conv=m.resamp_with_conv,
+        skip_rescale=m.skip_rescale,
+        activation=m.nonlinearity,
+        init_scale=m.init_scale,
+        centered=config.data.centered,
+        scale_shift=m.scale_shift,
+        heads=m.num_heads,
+    )
+
+
+def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the codes of an autoencoder of images of `shape`: each level but the last halves height and width.
+
+    Raises ValueError for what cannot be halved so often.
+    """
+    factor = 2 ** (len(config.model.ch_mult) - 1)
+    if len(shape) != 3 or any(size % factor for size in shape[1:]):
+        raise ValueError(
+            f"an autoencoder of {len(config.model.ch_mult)} levels (model.ch_mult) is for images whose height and "
+            f"width are multiples of {factor}, but the data have shape {tuple(shape)}"
+        )
+    return config.model.code_channels, *(size // factor for size in shape[1:])
+
+
+def build_autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> ConvolutionalAutoencoder:
+    """The autoencoder of images of `shape`, with fresh networks of `_ncsnpp`'s blocks."""
+    m, codes = config.model, code_shape(config, shape)
+    options: dict[str, Any] = dict(
+        width=m.nf,
+        multipliers=m.ch_mult,
+        blocks=m.num_res_blocks,
+        attention=m.attn_resolutions,
+        image_size=max(shape[1:]),
+        dropout=m.dropout,
+        block=m.resblock_type,
+        fir=m.fir_kernel if m.fir else None,
+        resample_conv=m.resamp_with_conv,
+        skip_rescale=m.skip_rescale,
+        activation=m.nonlinearity,
+        heads=m.num_heads,
+        centered=config.data.centered,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = CodeEncoder(shape[0], 2 * codes[0], **options)
+        decoder = CodeDecoder(shape[0], codes[0], **options)
+    return ConvolutionalAutoencoder(encoder, decoder, centered=config.data.centered)
+
+
+Trained = Preconditioned | NoisyClassifier | ConvolutionalAutoencoder
+
+
+def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Trained:
+    """What the config trains, with a fresh network for examples of `shape`."""
+    if is_autoencoder(config):
+        return build_autoencoder(config, shape)
+    return build_classifier(config, shape) if is_classifier(config) else build_model(config, shape)
 
 
 def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import config as configs
-from .build import build_model
+from .autoencoder import ConvolutionalAutoencoder
+from .build import Trained, build_trained
 from .interop import load_score_sde_file
 from .model import ScoreModel
+from .noisy_classifier import NoisyClassifier
 
 FORMAT = "score_sde 1"
 SUFFIX = ".safetensors"
@@ -32,14 +34,19 @@ SUFFIX = ".safetensors"
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says of itself: the config (as JSON text), the shape of an example, and the step."""
+    """What a checkpoint says of itself: the config (as JSON text), the shape of an example, and the step.
+
+    `codes`, of a model of an autoencoder's codes, are their statistics, as JSON text.
+    """
 
     config: str
     shape: tuple[int, ...]
     step: int
+    codes: str = ""
 
     def header(self) -> dict[str, str]:
-        return {"format": FORMAT, "config": self.config, "shape": json.dumps(self.shape), "step": str(self.step)}
+        known = {"format": FORMAT, "config": self.config, "shape": json.dumps(self.shape), "step": str(self.step)}
+        return {**known, "codes": self.codes} if self.codes else known
 
 
 def save(
@@ -77,7 +84,8 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{path} is truncated or not a safetensors file ({error}); take another checkpoint") from error
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this package (format {header.get('format')!r}, not {FORMAT!r})")
-    return Card(header["config"], tuple(json.loads(header["shape"])), int(header["step"]))
+    shape, step = tuple(json.loads(header["shape"])), int(header["step"])
+    return Card(header["config"], shape, step, header.get("codes", ""))
 
 
 def restore(
@@ -196,13 +204,56 @@ def load(
         ema: take the averaged weights (default) or the raw ones.
         map_location: device of the result.
 
-    Raises FileNotFoundError where nothing is, ValueError for a file that is broken or does not fit its config.
+    Raises FileNotFoundError where nothing is, ValueError for a file that is broken, does not fit its config or holds a
+    classifier or an autoencoder.
     """
     path = find(path)
     if path.suffix != SUFFIX:
         return load_score_sde_file(path, config, ema, map_location)
+    model = _load(path, ema, map_location)
+    if isinstance(model, NoisyClassifier):
+        raise ValueError(f"{path} is a classifier: sample from a model, with --config.sampling.classifier={path}")
+    if isinstance(model, ConvolutionalAutoencoder):
+        raise ValueError(f"{path} is an autoencoder: train a model of its codes, with --config.data.autoencoder={path}")
+    return model
+
+
+def load_classifier(path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu") -> NoisyClassifier:
+    """The classifier of noisy examples in a workdir or checkpoint, in eval mode: ``classifier(model, it, label=y)``.
+
+    Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds a model.
+    """
+    path = find(path)
+    found = _load(path, ema, map_location)
+    if not isinstance(found, NoisyClassifier):
+        raise ValueError(
+            f"{path} is no classifier: train one with training.objective=cross_entropy, such as "
+            "configs/classifier_digits.py"
+        )
+    return found
+
+
+def load_autoencoder(
+    path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu"
+) -> ConvolutionalAutoencoder:
+    """The autoencoder in a workdir or checkpoint, in eval mode.
+
+    Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds none.
+    """
+    path = find(path)
+    found = _load(path, ema, map_location)
+    if not isinstance(found, ConvolutionalAutoencoder):
+        raise ValueError(
+            f"{path} is no autoencoder: train one with training.objective=autoencoder, such as "
+            "configs/autoencoder_digits32.py"
+        )
+    return found
+
+
+def _load(path: Path, ema: bool, map_location: str | torch.device) -> Trained:
+    """What a checkpoint of ours holds, in eval mode."""
     card = read_card(path)
-    model = build_model(configs.from_text(card.config, str(path)), card.shape)
+    model = build_trained(configs.from_text(card.config, str(path)), card.shape)
     prefix = "ema/" if ema else "model/"
     with safe_open(path, "pt") as file:
         found = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118

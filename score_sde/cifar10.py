@@ -17,7 +17,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,19 @@ _FOLDERS = ("cifar-10-batches-py", "cifar-10-batches-bin")
 _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _TRAIN, _TEST = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
 
-Part = tuple[Tensor, Tensor]  # images uint8 (N, 3, 32, 32), labels int64 (N,)
+
+class Part(NamedTuple):
+    """Images uint8 (N, 3, 32, 32), labels int64 (N,), and the file names, of which the binary version has none."""
+
+    x: Tensor
+    y: Tensor
+    names: list[str]
+
+
+def caption(name: str) -> str:
+    """A file's own word as a caption: "a tabby cat" of `tabby_cat_s_000001.png`, "an airbus" of `airbus_s_...`."""
+    noun = name.rsplit("_s_", 1)[0].replace("_", " ").lower()
+    return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"
 
 
 def read(path: Path, url: str = URL, md5: str = MD5) -> tuple[Part, Part]:
@@ -117,27 +129,31 @@ def _part(contents: Contents, source: Path, names: tuple[str, ...]) -> Part:
             batches.append(_binary_batch(binary, f"{source}/{name}.bin"))
         else:
             raise FileNotFoundError(f"{source} holds no {name} or {name}.bin: unpack the archive from {URL} again")
-    images, labels = (np.concatenate(arrays) for arrays in zip(*batches, strict=True))
-    return torch.from_numpy(images).reshape(-1, 3, 32, 32), torch.from_numpy(labels)
+    images, labels = (np.concatenate(arrays) for arrays in zip(*(batch[:2] for batch in batches), strict=True))
+    named = [name for batch in batches for name in batch[2]]
+    return Part(torch.from_numpy(images).reshape(-1, 3, 32, 32), torch.from_numpy(labels), named)
 
 
-def _python_batch(pickled: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _python_batch(pickled: bytes, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     try:
         batch = _ArrayUnpickler(io.BytesIO(pickled), encoding="bytes").load()
         fields = {k.decode() if isinstance(k, bytes) else k: v for k, v in batch.items()}
         images, labels = fields["data"], np.asarray(fields["labels"], dtype=np.int64)
+        names = [n.decode() if isinstance(n, bytes) else str(n) for n in fields.get("filenames", [])]
     except Refused as error:
         raise ValueError(f"{name} asks to load {error}, which no file of CIFAR-10 does: it is refused") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{name} is no batch of CIFAR-10 ({type(error).__name__}: {error})") from error
-    return _checked(images, labels, name)
+    if len(names) not in (0, len(labels)):
+        raise ValueError(f"{name} should hold as many file names as labels, got {len(names)} and {len(labels)}")
+    return (*_checked(images, labels, name), names)
 
 
-def _binary_batch(rows: bytes, name: str) -> tuple[np.ndarray, np.ndarray]:
+def _binary_batch(rows: bytes, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
     if len(rows) % 3073:
         raise ValueError(f"{name} is no batch of CIFAR-10: its {len(rows)} bytes are not a multiple of 3073")
     table = np.frombuffer(rows, dtype=np.uint8).reshape(-1, 3073)
-    return _checked(table[:, 1:], table[:, 0].astype(np.int64), name)
+    return (*_checked(table[:, 1:], table[:, 0].astype(np.int64), name), [])
 
 
 def _checked(images: Any, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:

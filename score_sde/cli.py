@@ -8,7 +8,9 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,24 +18,30 @@ from typing import Any
 import numpy as np
 import torch
 from ml_collections import ConfigDict
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
-from .build import build_sde, resolve_classes
-from .codecs import Codec, PixelCodec, codec_of
-from .data import Data, Split, load_data
+from .autoencoder import ConvolutionalAutoencoder
+from .build import build_sde, is_autoencoder, is_classifier, resolve_classes, resolve_conditions
+from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
+from .codes import Source, as_asked, as_drawn, check_codes, codec_from, codes_of, open_autoencoder
+from .conditions import Wanted, check_conditions, given, load_guides, sampled_labels, told
+from .data import Data, Split, leave_out, load_data
 from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
-from .evaluate import dequantiser_path, reported, run_likelihood, run_sampling
+from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
 from .images import grid, histogram, write_png
+from .inverse_modes import TASKS, restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
 from .ode import GaveUp
 from .parallel import Processes
 from .samplers import Heun, sample, times
 from .scan import disagreements, scan
+from .text import HuggingFaceEncoder, Text, embed
 from .toys import EXACT, TOYS
 from .train import Metrics, noise_floor, train
 
@@ -44,8 +52,10 @@ score_sde: score-based generative modelling with stochastic differential equatio
 
 modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
-  train        train, or go on from the workdir's newest checkpoint
-  sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp
+  train        train, or go on from the workdir's newest checkpoint; a model, or a classifier to guide one
+  sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp; of classes
+               by sampling.labels, of what --prompt TEXT says (--negative TEXT: what not), or enlarged from --input
+               FILE_OR_FOLDER; guided by sampling.guidance, or with --scales 0,1,2.5 by each of these scales
   likelihood   bits/dim of held-out data under it, with its errors: exact by the probability-flow ODE, or a
                variational bound (eval.estimate; by default the bound for models of a chain's steps)
   encode       latents of held-out data, or of your own (--input FILE_OR_FOLDER), by the probability-flow ODE, and how
@@ -53,16 +63,20 @@ modes
   decode       the images of latents, --input FILE such as the latents.npz of encode
   interpolate  rows of images between held-out ones, your own (--input FILE_OR_FOLDER) or draws
                (--config.interpolation.between=seeds)
+  inpaint      fill in held-out images, or your own (--input FILE_OR_FOLDER), where --mask FILE is black; also
+               colorize, superresolve (your own are the small ones) and deblur, by the section inverse
   dequantize   fit a flow to it that dequantises pixels, for likelihood with eval.dequantization=variational
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, latents/,
-                  decoded/, interpolations/, tensorboard/, log.txt
+                  decoded/, interpolations/, restored/, codes/ (of data.autoencoder), tensorboard/, log.txt
 what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
 several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
 
-MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", "dequantize", "demo")
+MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *TASKS, "dequantize", "demo")
+
+_PICTURES = 64  # in the grids that training draws
 
 log = logging.getLogger("score_sde")
 
@@ -138,6 +152,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--workdir", default=None)
     parser.add_argument("--checkpoint", default=None)
     parser.add_argument("--input", default=None, type=Path)
+    parser.add_argument("--mask", default=None, type=Path)
+    parser.add_argument("--prompt", action="append", default=[])
+    parser.add_argument("--negative", default=None)
+    parser.add_argument("--scales", default="")
     return parser
 
 
@@ -152,42 +170,214 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         log.info("workdir: %s", workdir)
     data, codec = _data(config, processes)
     resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
+    resolve_conditions(config, data.shape[0])
     if options.mode == "scan":
         if processes.main:
             print(scan(data, codec))
         return 0
+    source, images, config.data.autoencoder_sha256 = None, data, ""
+    if config.data.autoencoder:
+        source = open_autoencoder(config.data.autoencoder, data.levels, data.shape, processes.device)
+        config.data.autoencoder_sha256 = source.sha256
+        log.info("autoencoder: %s, codes of shape %s", source.where, source.shape)
     if options.mode == "train":
-        return run_training(config, workdir, data, codec, processes)
+        if source is not None:
+            data, codec = _codes(source, data, config, workdir, processes)
+        return run_training(config, workdir, data, codec, processes, _captions(config, data, workdir, processes))
     if options.mode == "demo":
         return _demo(config, workdir, data, codec, processes)
-    model, path = _model(options.checkpoint or workdir, options.mode, config, data, processes)
+    shape = data.shape if source is None else source.shape
+    model, path = _model(options.checkpoint or workdir, options.mode, config, shape, processes)
+    if source is not None:
+        codec = codec_from(path, source, config)
+        data = as_asked(data, codec, processes.device)
     if options.mode == "sample":
-        folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
+        folder = _sample(options, model, config, data.shape, codec, path, workdir, processes)
         log.info("%d samples: %s", config.sampling.num_samples, folder)
     elif options.mode == "dequantize":
         if processes.main:
             log.info("dequantizer: %s", run_dequantizing(model, config, data.train, codec, path, workdir, processes))
     elif options.mode in ("encode", "decode", "interpolate"):
-        _latents(options, model, config, data, codec, path, workdir, processes)
+        _latents(options, model, config, data, codec, path, workdir, processes, images)
+    elif options.mode in TASKS:
+        given = (workdir / "restored", processes, options.input, options.mask)
+        folder, result = run_restoring(options.mode, model, config, data, codec, path, *given)
+        log.info("%s: %s", restoring_line(result), folder)
     else:
-        split = {"test": data.test, "train": data.train}[config.eval.split]
-        folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes)
+        split = {"test": images.test, "train": images.train}[config.eval.split]
+        text = _captions(config, data, workdir, processes) if told(config) else None
+        folder, result = run_likelihood(model, config, split, codec, path, workdir / "likelihood", processes, text)
         what = (result[key] for key in ("images", "split", "estimate"))
         log.info("%s (%d %s examples; %s): %s", reported(result), *what, folder)
         if "diffusion" in result:
             parts = [result[key] for key in ("prior", "diffusion", "reconstruction")]
             log.info("of it prior %.4f + diffusion %.4f (the rate), reconstruction %.4f (the distortion)", *parts)
+        if "entropy" in result:
+            parts = [f"{result[key]:.4f} ± {result['errors_of_parts'][key]:.4f}" for key in LATENT]
+            log.info("at most so many: the reconstruction's %s + the latent's %s - the posterior's entropy %s", *parts)
     return 0
 
 
+def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, processes: Processes) -> tuple[Data, Codec]:
+    """The data as codes, from the workdir's file of them, which the main process makes if it is not there.
+
+    Raises ValueError where the workdir's model was trained on other codes.
+    """
+    begun, _ = checkpoint.newest(workdir)
+    if begun is not None:
+        check_codes(begun, config)
+    if not processes.main:
+        processes.barrier()
+    coded, statistics = codes_of(source, data, workdir / "codes", config.data.random_flip, processes.main)
+    if processes.main:
+        processes.barrier()
+    if begun is not None:
+        check_codes(begun, config, statistics)
+    return coded, AutoencoderCodec(source.autoencoder, statistics, source.pixels)
+
+
 def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
-    """Refuse an --input that nobody would read, and a decode without one."""
+    """Refuse an --input that nobody would read, a decode without one, and the modes of models for what is none."""
+    if is_autoencoder(config) and options.mode not in ("scan", "train"):
+        raise ValueError(
+            f"{options.config} is of an autoencoder, and --mode {options.mode} of models: train a model of its codes, "
+            "with --config.data.autoencoder=WORKDIR (its own bound is eval_loss in its log, in bits/dim)"
+        )
+    if config.data.autoencoder and options.mode in (*TASKS, "dequantize", "demo"):
+        raise ValueError(
+            f"--mode {options.mode} works on pixels, and data.autoencoder={config.data.autoencoder} makes this a model "
+            "of codes: take a model of pixels"
+        )
+    if is_classifier(config) and options.mode not in ("scan", "train"):
+        raise ValueError(
+            f"{options.config} is of a classifier, and --mode {options.mode} of models: take the config of a model, "
+            "with --config.sampling.classifier=WORKDIR"
+        )
     if options.mode == "decode" and options.input is None:
         raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
     seeds = options.mode == "interpolate" and config.interpolation.between == "seeds"
-    if options.input is not None and (seeds or options.mode not in ("encode", "decode", "interpolate")):
+    if options.mask is not None and options.mode != "inpaint":
+        raise ValueError(f"--mode {options.mode} reads no --mask, got {options.mask}; leave it out")
+    enlarges = options.mode == "sample" and config.model.super_resolution
+    reads = options.mode in ("encode", "decode", "interpolate", *TASKS) or enlarges
+    if options.input is not None and (seeds or not reads):
         what = "interpolation.between=seeds" if seeds else f"--mode {options.mode}"
         raise ValueError(f"{what} reads no --input, got {options.input}; leave it out")
+    for name, value in (("--prompt", options.prompt), ("--negative", options.negative), ("--scales", options.scales)):
+        if value and options.mode != "sample":
+            raise ValueError(f"{name} is of --mode sample, and this is --mode {options.mode}; leave it out")
+    if (options.prompt or options.negative) and not config.model.text_encoder:
+        name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
+        raise ValueError(
+            f"{name} {value!r} is for a model of text, which this is not: train one with model.text_encoder"
+        )
+    if options.negative and not options.prompt:
+        raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")
+    guided = config.model.class_conditional or config.sampling.classifier or config.sampling.guidance_checkpoint
+    if options.scales and not (guided or options.prompt):
+        raise ValueError(
+            f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "
+            "sampling.classifier or sampling.guidance_checkpoint"
+        )
+
+
+def _captions(config: ConfigDict, data: Data, workdir: Path, processes: Processes) -> Text | None:
+    """What the model is told of the data's captions, each encoded once and kept in the workdir; None if of none."""
+    m = config.model
+    if not m.text_encoder:
+        return None
+    if not data.captions:
+        raise ValueError(
+            f"model.text_encoder needs captions, and data.dataset={config.data.dataset} has none: put a NAME.txt "
+            "beside each image, or a metadata.jsonl; of CIFAR-10 take the python version"
+        )
+    return _embedded(config, data.captions, workdir, processes)
+
+
+def _embedded(config: ConfigDict, captions: Sequence[str], workdir: Path, processes: Processes) -> Text:
+    """The captions' embeddings, on every process; the main one encodes those that the workdir's file lacks."""
+    m = config.model
+    cache = workdir / "text" / f"{m.text_sha256[:16]}-{m.text_length}.safetensors"
+    encoder = HuggingFaceEncoder(m.text_encoder, length=m.text_length, device=processes.device)
+    if not processes.main:
+        processes.barrier()
+    found = embed(encoder, captions, cache)
+    if processes.main:
+        processes.barrier()
+    return found
+
+
+def _sample(
+    options: argparse.Namespace,
+    model: ScoreModel,
+    config: ConfigDict,
+    shape: tuple[int, ...],
+    codec: Codec,
+    path: Path,
+    workdir: Path,
+    processes: Processes,
+) -> Path:
+    """--mode sample; of a cascade, the samples of the stage before first."""
+    guides = load_guides(config, model, shape, processes.device)
+    wanted = Wanted(sampled_labels(config, guides), tuple(options.prompt))
+    if options.prompt:
+        unwanted = [options.negative] if options.negative else []
+        wanted = wanted._replace(text=_embedded(config, [*options.prompt, *unwanted], workdir, processes))
+    if config.model.super_resolution:
+        wanted = wanted._replace(images=_smaller(options, config, shape, codec, processes))
+    scales = _scales(options.scales)
+    folder, _ = run_sampling(model, config, shape, codec, path, workdir / "samples", processes, guides, wanted, scales)
+    return folder
+
+
+def _smaller(
+    options: argparse.Namespace, config: ConfigDict, shape: tuple[int, ...], codec: Codec, processes: Processes
+) -> Tensor:
+    """The images that a model of super-resolution enlarges: those of --input, or the samples of sampling.base.
+
+    The stage before has its own config, and the number, classes, prompts and seed of this one.
+    """
+    s, factor = config.sampling, config.model.super_resolution
+    small = (shape[0], *(size // factor for size in shape[1:]))
+    if options.input is not None:
+        found = read_examples(options.input, small, codec).x
+        assert isinstance(found, Tensor)
+        s.num_samples = min(s.num_samples, len(found))
+        return found
+    if not s.base:
+        raise ValueError(
+            "the model enlarges images: give it some, --input FILE_OR_FOLDER, or the stage before, "
+            "--config.sampling.base=WORKDIR"
+        )
+    path = checkpoint.find(s.base)
+    card = checkpoint.read_card(path)
+    if card.shape != small:
+        raise ValueError(f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be enlarged")
+    theirs = configs.from_text(card.config, str(path))
+    for key in ("num_samples", "batch_size", "seed", "labels"):
+        theirs.sampling[key] = s[key]
+    resolve_conditions(theirs, card.shape[0])
+    log.info("the stage before: %s", path)
+    model = checkpoint.load(path, ema=theirs.sampling.weights == "ema", map_location=processes.device)
+    workdir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
+    plain = argparse.Namespace(prompt=options.prompt if theirs.model.text_encoder else [], negative=options.negative)
+    plain.input, plain.scales = None, ""
+    own = codec_of(codec.levels, theirs.data.centered)
+    folder = _sample(plain, model, theirs, card.shape, own, path, workdir, processes)
+    log.info("%d samples: %s", s.num_samples, folder)
+    with np.load(folder / "samples.npz") as samples:
+        return torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2).contiguous()
+
+
+def _scales(text: str) -> list[float]:
+    """ "0,1,2.5" as numbers."""
+    try:
+        found = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--scales must be numbers such as 0,1,2.5, got {text!r}") from None
+    if any(not 0 <= scale < math.inf for scale in found):
+        raise ValueError(f"--scales must be at least 0, got {text}")
+    return found
 
 
 def _latents(
@@ -199,8 +389,13 @@ def _latents(
     path: Path,
     workdir: Path,
     processes: Processes,
+    images: Data,
 ) -> None:
-    """The modes encode, decode and interpolate."""
+    """The modes encode, decode and interpolate; of a model of codes, `data`, of these images."""
+    m = config.model
+    if m.super_resolution or (m.text_encoder and config.eval.conditional):
+        what = "smaller images" if m.super_resolution else "captions, unless --config.eval.conditional=false"
+        raise ValueError(f"--mode {options.mode} keeps no {what}, which this model is given")
     if options.mode == "decode":
         given = (options.input, data.shape, codec, path, workdir / "decoded", processes)
         folder, result = run_decoding(model, config, *given)
@@ -208,8 +403,10 @@ def _latents(
         return
     split, source = {"test": data.test, "train": data.train}[config.eval.split], None
     if options.input is not None:
-        split = read_examples(options.input, data.shape, codec)
+        split = read_examples(options.input, images.shape, codec.pixels or codec)
         source = f"sha256 {fingerprint(split)}"
+        if isinstance(codec, AutoencoderCodec):
+            split = as_asked(replace(images, test=split), codec, processes.device).test
     if options.mode == "encode":
         folder, result = run_encoding(model, config, split, codec, path, workdir / "latents", processes, source)
         log.info("%s: %s", round_trip(result), folder)
@@ -250,7 +447,8 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
 
     def read() -> Data:
         size, channels = d.image_size or None, d.num_channels or None
-        return load_data(d.dataset, d.path or None, image_size=size, num_channels=channels, length=d.length)
+        data = load_data(d.dataset, d.path or None, image_size=size, num_channels=channels, length=d.length)
+        return leave_out(data, [caption.strip() for caption in d.leave_out.split(",") if caption.strip()])
 
     if not processes.main:
         processes.barrier()  # the main process downloads, if it must, and the others then find the files
@@ -260,15 +458,22 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
     return data, codec_of(data.levels, d.centered, data.rate)
 
 
-def run_training(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:
+def run_training(
+    config: ConfigDict,
+    workdir: Path,
+    data: Data,
+    codec: Codec,
+    processes: Processes,
+    text: Text | None = None,
+) -> int:
     """--mode train: the loop of `train.train`, shown as a bar, lines of a log, TensorBoard scalars and grids."""
     n, step = config.training.n_iters, 0
     if processes.main:
         _remember(config, workdir)
         _warn(config, data, codec)
     with Stop() as stop, tqdm(total=n, desc="training", unit="step", disable=not processes.main) as bar:
-        show = Show(config, workdir, data, codec, processes.device, bar) if processes.main else None
-        for m in train(config, workdir, data, codec, processes, stop):
+        show = Show(config, workdir, data, codec, processes.device, bar, text) if processes.main else None
+        for m in train(config, workdir, data, codec, processes, stop, text):
             step = m.step
             if show is not None:
                 show(m)
@@ -323,12 +528,25 @@ class Show:
     """Shows what the training loop yields: on the bar, in the log, and in TensorBoard."""
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, data: Data, codec: Codec, device: torch.device, bar: tqdm
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        data: Data,
+        codec: Codec,
+        device: torch.device,
+        bar: tqdm,
+        text: Text | None,
     ) -> None:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
         self.device, self.bar = device, bar
+        self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
+        self.held_out = data.test
+        if config.model.super_resolution or text is not None:
+            held_out, text = data.test.to(device), None if text is None else text.to(device)
+            index = torch.arange(_PICTURES) % len(held_out)
+            self.shown = partial(given, config, split=held_out, index=index, text=text, codec=codec)
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
-        self.floor = _floor(config) if config.data.dataset in EXACT else {}
+        self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}
         if self.floor:
             log.info("irreducible error by noise level: %s", _line(self.floor))
 
@@ -346,17 +564,32 @@ class Show:
             log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
         for name, value in m.scalars.items():
             self.writer.add_scalar(name, value, m.step)
+        if "eval_accuracy" in m.scalars:
+            log.info("step %d: right of %.1f %% of held-out examples", m.step, 100 * m.scalars["eval_accuracy"])
         if m.checkpoint is not None:
             log.info("checkpoint: %s", m.checkpoint)
-            if self.config.training.snapshot_sampling:
+            if self.config.training.snapshot_sampling and not is_classifier(self.config):
                 self._pictures(m.checkpoint, m.step)
+        if "eval_psnr" in m.scalars:
+            parts = (m.scalars[f"eval_{name}"] for name in ("reconstruction_bits", "kl_bits", "psnr"))
+            log.info("step %d: held-out reconstruction %.3f + KL %.3f bits/dim, PSNR %.1f dB", m.step, *parts)
 
     def _pictures(self, path: Path, step: int) -> None:
-        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid."""
+        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid; of an autoencoder
+        held-out images, each beside what the mean of its code decodes to."""
         folder = self.workdir / "samples" / f"step-{step:09d}"
         for weights in ("ema", "raw"):
+            if is_autoencoder(self.config):
+                found = checkpoint.load_autoencoder(path, weights == "ema", self.device)
+                k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
+                pairs = _reconstructions(found, k.to(self.device), self.codec)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(pairs, folder / f"{weights}.png")
+                self.writer.add_image(f"reconstructions/{weights}", pairs, step)
+                continue
             model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
-            picture = _picture(model, self.shape, self.codec)
+            classes = 0 if self.shown is not None else self.config.model.num_classes
+            picture = _picture(self.shown(model) if self.shown else model, self.shape, self.codec, classes)
             if picture is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_png(picture, folder / f"{weights}.png")
@@ -368,7 +601,7 @@ def _warn(config: ConfigDict, data: Data, codec: Codec) -> None:
     d, m = config.data, config.model
     unscaled = config.training.sde in ("vesde", "edm")
     for sentence in disagreements(
-        data,
+        as_drawn(data),
         codec,
         image_size=d.image_size,
         num_channels=d.num_channels,
@@ -398,27 +631,49 @@ def _floor(config: ConfigDict) -> dict[str, float]:
     return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
 
 
-def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec) -> torch.Tensor | None:
-    """A grid of 64 images, or where 4096 points of the plane fall; None for other data."""
+def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: int) -> torch.Tensor | None:
+    """A grid of 64 images, or where 4096 points of the plane fall; None for other data.
+
+    Of a class-conditional model as many images as there are classes in 64, a column for each.
+    """
     steps = getattr(model.sde, "steps", None)
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
-    count = 64 if isinstance(codec, PixelCodec) else 4096
-    if not isinstance(codec, PixelCodec) and shape != (2,):
+    pixels = codec.pixels
+    count = _PICTURES if pixels is not None else 4096
+    if pixels is None and shape != (2,):
         return None
+    columns = classes if 1 < classes <= 32 else None
+    if columns and pixels is not None:
+        count = _PICTURES // columns * columns
+    if classes:
+        model = model.given(label=torch.arange(count) % classes)
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
-    return grid(codec.display(x), zoom=max(1, 32 // shape[-1])) if isinstance(codec, PixelCodec) else histogram(x)
+    if pixels is None:
+        return histogram(x)
+    return grid(pixels.display(x), columns, zoom=max(1, 32 // x.shape[-1]))
+
+
+@torch.no_grad()
+def _reconstructions(autoencoder: ConvolutionalAutoencoder, k: Tensor, codec: Codec) -> Tensor:
+    """A grid of images, each beside what the mean of its code decodes to."""
+    assert isinstance(codec, PixelCodec)
+    back = codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))
+    pairs = torch.stack([k, back], 1).flatten(0, 1)
+    return grid(codec.display(pairs), min(8, len(pairs)), zoom=max(1, 32 // k.shape[-1]))
 
 
 def _model(
-    where: str | Path, mode: str, config: ConfigDict, data: Data, processes: Processes
+    where: str | Path, mode: str, config: ConfigDict, example: tuple[int, ...], processes: Processes
 ) -> tuple[ScoreModel, Path]:
     """The model to sample from or to evaluate, on this process' device, and the checkpoint it is from."""
     path = checkpoint.find(where)
     weights = (config.sampling if mode == "sample" else config.eval).weights
     foreign = path.suffix != checkpoint.SUFFIX
-    shape = data.shape if foreign else checkpoint.read_card(path).shape
-    if shape != data.shape:
-        raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {data.shape}")
+    check_codes(path, config)
+    shape = example if foreign else checkpoint.read_card(path).shape
+    if shape != example:
+        raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {example}")
+    check_conditions(path, config, mode)
     log.info("checkpoint: %s (%s weights)", path, weights)
     return checkpoint.load(path, _theirs(config) if foreign else None, weights == "ema", processes.device), path
 
@@ -436,8 +691,9 @@ def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes
     code = run_training(config, workdir, data, codec, processes)
     if code:
         return code
-    model, path = _model(workdir, "sample", config, data, processes)
-    folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes)
+    model, path = _model(workdir, "sample", config, data.shape, processes)
+    guides = load_guides(config, model, data.shape, processes.device)
+    folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes, guides)
     _, result = run_likelihood(model, config, data.test, codec, path, workdir / "likelihood", processes)
     if processes.main:
         seconds, samples = time.perf_counter() - begin, np.load(folder / "samples.npz")

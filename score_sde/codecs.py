@@ -12,18 +12,26 @@ log2(levels) - 1, per dimension.
 `width` (1 or 2, the length of the model's interval) and `levels` are what `Likelihood.bits_per_dim` needs for that.
 
 Back, both encodings are undone by one rule: k = floor(levels v), clamped. See `PixelCodec.decode`.
+
+A model of an autoencoder's codes sees none of this: its state is a normalised code, and `AutoencoderCodec` is between
+that and the pixels. Every codec says by `pixels` what images it decodes to, if it does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import math
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor
 
+from .autoencoder import Autoencoder, log_prob
+
 # Float32 holds 2 v - 1 to 2^-17 of a level of 256, and decoding adds as much again: within this margin, in levels, of
 # a bin's lower edge decoding still finds the bin, and u stays twice as far from its upper edge.
 _MARGIN = 2.0**-15
+_TOGETHER = 256  # images that an autoencoder decodes together
 
 
 @dataclass(frozen=True)
@@ -39,6 +47,11 @@ class PixelCodec:
     def __post_init__(self) -> None:
         if not 2 <= self.levels <= 256:
             raise ValueError(f"levels must be between 2 and 256, got {self.levels}")
+
+    @property
+    def pixels(self) -> PixelCodec:
+        """Itself: what it decodes to are images."""
+        return self
 
     @property
     def width(self) -> float:
@@ -88,6 +101,7 @@ class VectorCodec:
     levels: None = None
     width: float = 1.0
     rate: int | None = None
+    pixels: None = None
 
     def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
         """k itself; continuous data need no dequantisation, so u is not used."""
@@ -98,7 +112,85 @@ class VectorCodec:
         return x
 
 
-Codec = PixelCodec | VectorCodec
+@dataclass(frozen=True)
+class Statistics:
+    """Of an autoencoder's codes, over the training images: mean and standard deviation of each channel, and that of a
+    pixel around what its image's code decodes to, in the units that the autoencoder sees."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    deviation: float
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Statistics:
+        """What `to_json` wrote, to the last bit."""
+        found = json.loads(text)
+        return cls(tuple(found["mean"]), tuple(found["std"]), found["deviation"])
+
+
+class AutoencoderCodec:
+    """Images by way of an autoencoder: the model's state is y = (z - mean)/std, the code z with unit variance.
+
+    A split of codes holds y, floats, so `encode` leaves them as they are, and `levels` is None; `posterior` makes them
+    of images and `decode` images of them.
+
+    Args:
+        autoencoder: see `Autoencoder`; its parameters' device is where images and codes are taken to.
+        statistics: of its codes. Raises ValueError unless all deviations are above 0.
+        pixels: what the autoencoder sees of uint8 images.
+    """
+
+    levels: None = None
+    width: float = 1.0
+
+    def __init__(self, autoencoder: Autoencoder, statistics: Statistics, pixels: PixelCodec) -> None:
+        if not all(0 < value < math.inf for value in (*statistics.std, statistics.deviation)):
+            raise ValueError(f"statistics of codes must have deviations above 0, got {statistics}")
+        self.autoencoder, self.statistics, self.pixels = autoencoder, statistics, pixels
+
+    def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
+        """k itself, a normalised code; u is not used."""
+        return k
+
+    @torch.no_grad()
+    def posterior(self, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of q(y | k), (B, c, h, w), for uint8 images k (B, C, H, W)."""
+        mean, std = self.autoencoder.encode(self.pixels.encode(k))
+        return (mean - self._of_channels(self.statistics.mean, mean)) / self._of_channels(
+            self.statistics.std, mean
+        ), std / self._of_channels(self.statistics.std, std)
+
+    @torch.no_grad()
+    def decode(self, y: Tensor) -> Tensor:
+        """uint8 images of normalised codes, a few at a time."""
+        return torch.cat([self.pixels.decode(self.decoded(part)) for part in y.split(_TOGETHER)])
+
+    def decoded(self, y: Tensor) -> Tensor:
+        """The mean of p(x | y), images as the autoencoder sees them."""
+        scale, shift = (self._of_channels(v, y) for v in (self.statistics.std, self.statistics.mean))
+        return self.autoencoder.decode(scale * y + shift)
+
+    @torch.no_grad()
+    def log_prob(self, k: Tensor, y: Tensor) -> Tensor:
+        """log P(k | y), (B,) nats, of the levels k, by the normal law around the decoded image."""
+        x, decoded = self.pixels.encode(k).to(y.dtype), self.decoded(y)
+        deviation = torch.tensor(self.statistics.deviation, dtype=torch.float64)
+        return log_prob(x, decoded, deviation.to(y), self.pixels.levels, self.pixels.width)
+
+    @staticmethod
+    def _of_channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+        if len(values) != like.shape[1]:
+            raise ValueError(
+                f"the codes have {like.shape[1]} channels and their statistics {len(values)}: this is another "
+                "autoencoder than the one that they were measured of"
+            )
+        return torch.tensor(values, dtype=torch.float64).to(like).reshape(1, -1, *[1] * (like.ndim - 2))
+
+
+Codec = PixelCodec | VectorCodec | AutoencoderCodec
 
 
 def codec_of(levels: int | None, centered: bool = True, rate: int | None = None) -> Codec:

@@ -24,7 +24,9 @@ import torch
 from ml_collections import ConfigDict
 
 from .build import (
+    AUTOENCODE,
     CHAINS,
+    CLASSIFY,
     CORRECTORS,
     FITTABLE,
     FITTED,
@@ -36,7 +38,7 @@ from .build import (
     RULES,
     SDES,
 )
-from .objectives import DECODED, OBJECTIVES, TIME_LAWS, TWICE
+from .objectives import DECODED, NAMES, TIME_LAWS, TWICE
 from .ode import ADAPTIVE, EACH, FIXED
 from .toys import TOYS
 
@@ -53,7 +55,11 @@ def default_config() -> ConfigDict:
                 "n_iters": 1_300_000,  # training stops after this many steps
                 "batch_size": 128,  # examples per step, in total over all processes and accumulated parts
                 "accumulate": 1,  # parts in which a batch is computed, to save memory
-                "objective": "denoising",  # estimator of the score's error; for chains also hybrid or vlb, their bound
+                # estimator of the score's error; for chains also hybrid or vlb, their bound; cross_entropy trains a
+                # classifier of noisy examples in the model's place, for sampling.classifier, and autoencoder one of
+                # images, for data.autoencoder
+                "objective": "denoising",
+                "kl_weight": 1.0,  # autoencoder: of the codes' divergence from N(0, I); 1: the evidence's bound
                 "projections": 1,  # random directions per example, for the sliced objectives
                 "projection": "rademacher",  # their law
                 "difference_step": 0.05,  # objective finite_difference: its step, in units of sigma(t)
@@ -63,6 +69,7 @@ def default_config() -> ConfigDict:
                 # sigma with EDM's weight), or for chains second_moment (of their losses; unbiased)
                 "time": "uniform",
                 "condition_dropout": 0.1,  # fraction of examples that are trained on without their label
+                "augmentation": 0.0,  # super_resolution: noise that image up to this time, at random
                 "low_discrepancy": False,  # spread the times of a batch evenly
                 "soft_truncation": 0.0,  # k: a batch's smallest time has density tau^-k; 0: always model.t_min
                 "precision": "float32",  # bfloat16: the network runs in autocast
@@ -98,7 +105,7 @@ def default_config() -> ConfigDict:
                 "temperature": 1.0,
                 "eta": 0.0,  # ddim, dpm_solver++: 0 draws no noise, 1 is ancestral sampling, the reverse SDE
                 "order": 2,  # of dpm_solver, dpm_solver++, deis and unipc: 1, 2 or 3
-                "predict": "data",  # what dpm_solver and unipc interpolate: data or noise
+                "predict": "data",  # what dpm_solver and unipc interpolate: data or noise; unipc also both in turn
                 "unipc_variant": "b2",  # its B(h): b1 is h, b2 is exp(h) - 1
                 "churn": 40.0,  # edm: how much noise is put back over the walk (S_churn)
                 "churn_low": 0.05,  # where sigma/alpha lies between this (S_tmin)
@@ -121,10 +128,17 @@ def default_config() -> ConfigDict:
                 "weights": "ema",  # of the network: their moving average, or raw
                 # of class-conditional models: the classes of the samples, in turn; (): all; -1: none
                 "labels": (),
-                # classifier-free guidance: 0 ignores the label, 1 is the conditional model, above 1 strengthens it
+                # scale of guidance. Classifier-free: 0 ignores the label, 1 is the conditional model, above 1
+                # strengthens it; by a classifier: 0 ignores it, 1 is the model given the label by Bayes' rule
                 "guidance": 1.0,
-                "guidance_low": 0.0,  # guided where sigma/alpha lies between this (elsewhere the scale is 1)
+                "base": "",  # super_resolution: workdir or checkpoint of the model whose samples are enlarged
+                "augmentation": 0.0,  # and the time up to which these are noised first
+                "guidance_low": 0.0,  # guided where sigma/alpha lies between this, elsewhere not
                 "guidance_high": 0.0,  # and this; 0: no upper end
+                "guidance_rescale": 0.0,  # classifier-free: how far, up to 1, the contrast is brought back
+                # the weaker model of autoguidance, a workdir or checkpoint, in place of the model without label
+                "guidance_checkpoint": "",
+                "classifier": "",  # of noisy examples: the workdir or checkpoint of one, for classifier guidance
             },
             "eval": {
                 "split": "test",  # whose bits/dim or log-likelihood
@@ -168,14 +182,35 @@ def default_config() -> ConfigDict:
                 "pairs": 8,
                 "steps": 9,  # images in a row, with both ends
             },
+            "inverse": {  # --mode inpaint, colorize, superresolve and deblur, with the section sampling
+                # pigdm, ddnm; dps, moment_matching; projection, repaint (for samplers of single steps); or twisted,
+                # particles on sampling's grid
+                "method": "pigdm",
+                "noise": 0.0,  # standard deviation of noise in what is seen, where black to white is 1
+                "factor": 4,  # superresolve: how many times larger
+                "blur": 1.0,  # deblur: standard deviation of the Gaussian, in pixels
+                # pigdm, twisted, and ddnm with noise: of the data, whose covariance they take for this times I. 1 is
+                # the paper's; pigdm overshoots in smooth directions, where images vary much more: 10 is safer
+                "variance": 1.0,
+                "rate": 100.0,  # dps: the paper's step size times the number of steps
+                "iterations": 3,  # moment_matching: of conjugate gradients
+                "resamplings": 5,  # repaint: how often each step is walked
+                "particles": 8,  # twisted: for each image
+            },
             "data": {
                 "dataset": "cifar10",  # files: a folder or zip of images, a folder of .wav, a .npy or .npz at data.path
                 "path": "",  # where the data lie; "": the usual place, data/
-                "image_size": 32,  # files are cropped to a square of this size; 0: left as they are
+                # files are cropped to a square of this size, other images shrunk to it; 0: left as they are
+                "image_size": 32,
                 "num_channels": 3,  # files are made grey (1) or RGB (3); 0: as they are
                 "length": 0,  # the first samples of .wav files that are taken; 0: all, if all are as long
                 "random_flip": True,  # mirror training images with probability 1/2
                 "centered": True,  # pixels in [-1, 1]; False: [0, 1]
+                "leave_out": "",  # captions, separated by commas, whose examples are not trained on
+                # model the codes of an autoencoder of these images: the workdir or checkpoint of one, a folder of
+                # diffusers' AutoencoderKL, or a Python file with get_autoencoder()
+                "autoencoder": "",
+                "autoencoder_sha256": "",  # of that one, found by itself
                 "uniform_dequantization": False,  # train on (k + u)/levels instead of k/(levels - 1)
             },
             "model": {
@@ -212,6 +247,11 @@ def default_config() -> ConfigDict:
                 "progressive_combine": "sum",  # how that input joins
                 "class_conditional": False,  # tell the network the example's class, too
                 "num_classes": 0,  # of them; 0: as many as the data have
+                "code_channels": 4,  # of an autoencoder's codes
+                "super_resolution": 0,  # give it the image at 1/2, 1/4, ... of its size: this factor; 0: not
+                "text_encoder": "",  # give it the caption, by the text encoder in this folder
+                "text_length": 32,  # tokens of a caption at most
+                "text_sha256": "",  # of that encoder, found by itself
                 "image_channels": 0,  # of an image that it is told beside (a lower resolution); 0: none
                 "text_width": 0,  # of the tokens of a text that it is told; 0: none
                 "pooled_width": 0,  # of a summary of the text; 0: none
@@ -246,7 +286,7 @@ def default_config() -> ConfigDict:
 # What names may be. The dicts are build.py's.
 CHOICES: dict[str, tuple[str, ...]] = {
     "training.sde": tuple(SDES),
-    "training.objective": tuple(OBJECTIVES),
+    "training.objective": NAMES,
     "training.projection": ("rademacher", "gaussian", "sphere"),
     "training.time": (*TIME_LAWS, "second_moment"),
     "training.precision": ("float32", "bfloat16"),
@@ -255,7 +295,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "sampling.corrector": tuple(CORRECTORS),
     "sampling.variance": ("small", "large", "learned"),
     "sampling.grid": (*GRIDS, FITTED),
-    "sampling.predict": ("data", "noise"),
+    "sampling.predict": ("data", "noise", "both"),
     "sampling.unipc_variant": ("b1", "b2"),
     "sampling.ode_method": ADAPTIVE + FIXED,
     "sampling.weights": ("ema", "raw"),
@@ -266,7 +306,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "eval.ode_method": (EACH, *ADAPTIVE),
     "eval.weights": ("ema", "raw"),
     "interpolation.between": ("images", "seeds"),
-    "data.dataset": ("cifar10", "digits", "files", *TOYS),
+    "inverse.method": ("pigdm", "ddnm", "dps", "moment_matching", "projection", "repaint", "twisted"),
+    "data.dataset": ("cifar10", "digits", "digits32", "files", *TOYS),
     "model.name": tuple(NETWORKS),
     "model.rule": RULES,
     "model.label": tuple(LABELS),
@@ -287,8 +328,9 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps
         sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes
         eval.importance_samples eval.draws interpolation.pairs dequantizer.n_iters dequantizer.batch_size
-        dequantizer.layers dequantizer.hidden model.num_scales model.nf model.num_res_blocks model.num_heads
-        model.hidden model.depth model.patch_size""",
+        dequantizer.layers dequantizer.hidden inverse.factor inverse.iterations inverse.resamplings
+        inverse.particles model.num_scales model.nf model.num_res_blocks model.num_heads
+        model.hidden model.depth model.patch_size model.code_channels""",
     ),
     "at least 2": (lambda v: v >= 2, "interpolation.steps"),
     "at least 0": (
@@ -296,24 +338,28 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """seed sampling.seed eval.seed training.keep_every sampling.temperature sampling.eta sampling.step_lr
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
         sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
-        model.text_width model.pooled_width model.head_channels
+        model.text_width model.pooled_width model.head_channels model.text_length
         eval.check_images eval.heat_map data.image_size data.num_channels data.length model.init_scale
         model.ema_halflife
-        optim.weight_decay optim.warmup training.soft_truncation""",
+        inverse.noise training.kl_weight optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
         """sampling.snr sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol eval.rtol eval.atol
         model.sigma_data model.sigma_min model.sigma_max model.beta_min model.beta_max model.fourier_scale
-        optim.lr optim.eps training.difference_step dequantizer.lr""",
+        optim.lr optim.eps training.difference_step dequantizer.lr inverse.blur inverse.variance inverse.rate""",
     ),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,
         "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
     ),
-    "between 0 and 1": (lambda v: 0 <= v <= 1, "optim.decay sampling.threshold training.condition_dropout"),
+    "between 0 and 1": (
+        lambda v: 0 <= v <= 1,
+        """optim.decay sampling.threshold sampling.augmentation sampling.guidance_rescale training.condition_dropout
+        training.augmentation""",
+    ),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
-    "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps"),
+    "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps model.super_resolution"),
 }
 
 # score_sde's keys that are something else here.
@@ -446,15 +492,92 @@ def validate(config: ConfigDict) -> None:
         f"sampling.threshold={s.threshold:g} draws pixels into their range: set it to 0 for vectors, and "
         "sampling.clip_denoised=False, which would hold them there first",
     )
+    encodes = t.objective == AUTOENCODE
+    refuse(
+        encodes and (m.name != "ncsnpp" or d.dataset in TOYS),
+        "training.objective=autoencoder makes one of images, of ncsnpp's blocks: set model.name=ncsnpp and "
+        "data.dataset to images",
+    )
+    refuse(
+        encodes and len(m.ch_mult) < 2,
+        f"training.objective=autoencoder halves the images at every level but the last: give model.ch_mult two or "
+        f"more, not {m.ch_mult}",
+    )
+    refuse(
+        encodes and (d.uniform_dequantization or m.class_conditional or m.super_resolution > 0 or bool(m.text_encoder)),
+        "training.objective=autoencoder decodes levels, and is told nothing beside the image: set "
+        "data.uniform_dequantization=False, model.class_conditional=False, model.super_resolution=0 and "
+        "model.text_encoder=''",
+    )
+    refuse(
+        encodes and (discrete or t.sde == "learned" or t.time != "uniform" or t.soft_truncation > 0),
+        "training.objective=autoencoder knows no noise levels: leave training.sde, training.continuous, training.time "
+        "and training.soft_truncation alone",
+    )
+    coded = bool(d.autoencoder)
+    refuse(
+        coded and (encodes or d.dataset in TOYS or m.super_resolution > 0),
+        "data.autoencoder is for models of codes of images, not for vectors, another autoencoder or "
+        "model.super_resolution: leave it empty",
+    )
+    refuse(
+        coded and (d.uniform_dequantization or not d.centered),
+        "data.autoencoder gives the model codes, without levels and around 0: set data.uniform_dequantization=False "
+        "and data.centered=True",
+    )
+    refuse(
+        coded and (s.clip_denoised or e.clip_denoised or s.threshold > 0),
+        "data.autoencoder gives the model codes, which have no range to be held to: set sampling.clip_denoised=False, "
+        "eval.clip_denoised=False and sampling.threshold=0",
+    )
+    refuse(
+        coded and (e.dequantization != "uniform" or e.importance_samples > 1 or e.heat_map > 0),
+        "data.autoencoder gives the model codes, and the bits of their bound are not of pixels one by one: leave "
+        "eval.dequantization, eval.importance_samples and eval.heat_map alone",
+    )
+    classifies = t.objective == CLASSIFY
+    refuse(
+        classifies and (m.name not in ("ncsnpp", "mlp") or not m.conditional or m.class_conditional),
+        "training.objective=cross_entropy trains a classifier that is told the time and not the class: set model.name "
+        "to ncsnpp (its way down) or mlp, model.conditional=True and model.class_conditional=False",
+    )
+    refuse(
+        classifies and t.sde == "learned",
+        "training.objective=cross_entropy learns no noise schedule: give training.sde the SDE of the model that it is "
+        "to guide",
+    )
     refuse(
         m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
         "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm, dit or "
         "mlp, and model.conditional=True",
     )
     refuse(
-        not m.class_conditional and (m.num_classes > 0 or len(s.labels) > 0 or s.guidance != 1),
-        "model.num_classes, sampling.labels and sampling.guidance are of class-conditional models: set "
-        "model.class_conditional=True",
+        not (m.class_conditional or classifies) and m.num_classes > 0,
+        "model.num_classes is of class-conditional models and classifiers: set model.class_conditional=True",
+    )
+    refuse(
+        not m.class_conditional and not s.classifier and len(s.labels) > 0,
+        "sampling.labels are of class-conditional models, or for a classifier: set model.class_conditional=True, or "
+        "sampling.classifier to the workdir of one",
+    )
+    refuse(
+        not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
+        f"sampling.guidance={s.guidance:g} has nothing to guide by: take a class-conditional model "
+        "(model.class_conditional=True), or set sampling.classifier or sampling.guidance_checkpoint",
+    )
+    refuse(
+        bool(s.classifier) and (bool(s.guidance_checkpoint) or s.guidance_rescale > 0),
+        "sampling.classifier guides by itself: leave sampling.guidance_checkpoint and sampling.guidance_rescale alone",
+    )
+    networks = ("ddpm", "ncsnpp", "adm", "dit")
+    refuse(
+        (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks,
+        f"model.super_resolution and model.text_encoder are for {' and '.join(networks)}, not model.name={m.name}",
+    )
+    refuse(
+        m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or bool(s.base)),
+        "training.augmentation, sampling.augmentation and sampling.base are of models that enlarge images: set "
+        "model.super_resolution",
     )
     refuse(
         max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"),
@@ -464,10 +587,6 @@ def validate(config: ConfigDict) -> None:
     refuse(
         0 < s.guidance_high <= s.guidance_low,
         f"sampling.guidance_low={s.guidance_low:g} must be below sampling.guidance_high={s.guidance_high:g}",
-    )
-    refuse(
-        s.guidance != 1 and t.condition_dropout == 0,
-        "sampling.guidance needs a model that knows examples without label: set training.condition_dropout",
     )
     refuse(
         s.churn_low > s.churn_high,

@@ -11,13 +11,15 @@ Values are as stored: `codecs.py` scales them. A data set is a function path -> 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
@@ -31,11 +33,17 @@ _ORDER, _FLIPS = 0, 1
 
 @dataclass(frozen=True)
 class Split:
-    """Examples x, uint8 (N, C, H, W) or float32 (N, *shape), and labels y: int64 (N,), float32 (N, K) or none."""
+    """Examples x, uint8 (N, C, H, W) or float32 (N, *shape), and labels y: int64 (N,), float32 (N, K) or none.
+
+    `caption` (N,) int64 are places in the data's `captions`, or none. With `std`, of x's shape, examples are the normal
+    laws N(x, std²) of an autoencoder's codes.
+    """
 
     x: Tensor | Stream
     y: Tensor | None = None
     device: torch.device | str = "cpu"
+    caption: Tensor | None = None
+    std: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.x)
@@ -54,13 +62,15 @@ class Split:
     def to(self, device: torch.device | str) -> Split:
         """The same split with its tensors there; what a Stream reads will follow."""
         x = self.x.to(device) if isinstance(self.x, Tensor) else self.x
-        return Split(x, None if self.y is None else self.y.to(device), device)
+        y, caption, std = (None if v is None else v.to(device) for v in (self.y, self.caption, self.std))
+        return Split(x, y, device, caption, std)
 
 
 @dataclass(frozen=True)
 class Data:
     """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes.
 
+    `captions`, each once, are what the splits' `caption` names; () where examples have none.
     `rate` is the sample rate of recordings.
     """
 
@@ -68,6 +78,7 @@ class Data:
     test: Split
     levels: int | None = 256
     num_classes: int = 0
+    captions: tuple[str, ...] = ()
     rate: int | None = None
 
     @property
@@ -94,7 +105,8 @@ def load_data(
     Args:
         path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
             folder of .wav recordings, a .npy or a .npz. The others need none.
-        image_size: "files" crops images to their central square and resizes it to this; None or 0 keeps their size.
+        image_size: "files" crops images to their central square and resizes it to this, the others shrink theirs by
+            an integer factor; None or 0 keeps their size.
         num_channels: "files" makes images grey (1) or RGB (3); None or 0 follows the first image.
         length: "files" takes the first samples of recordings, this many; None or 0: all must have the same length.
         memory: "files" of more bytes than this stay on disk and are read batch by batch.
@@ -104,7 +116,8 @@ def load_data(
     """
     path = Path(path).expanduser() if path else None
     if name.lower() in _DATASETS:
-        return _DATASETS[name.lower()](path)
+        data = _DATASETS[name.lower()](path)
+        return _shrunk(data, image_size or None) if len(data.shape) == 3 else data
     if name.lower() == "files":
         if path is None:
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
@@ -147,9 +160,73 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
 
 
+def digest(*tensors: Tensor) -> str:
+    """sha256 of tensors' numbers, for stamps."""
+    whole = hashlib.sha256()
+    for tensor in tensors:
+        whole.update(tensor.cpu().contiguous().numpy().tobytes())
+    return whole.hexdigest()
+
+
+def leave_out(data: Data, captions: Sequence[str]) -> Data:
+    """The data without the training examples that have one of these captions; the held-out ones stay.
+
+    Raises ValueError for a caption that no example has.
+    """
+    for caption in captions:
+        if caption not in data.captions:
+            near = difflib.get_close_matches(caption, data.captions, n=1, cutoff=0.0)
+            hint = f"the nearest is {near[0]!r}" if near else "none has a caption"
+            raise ValueError(f"data.leave_out: no example has the caption {caption!r}: {hint}")
+    if not captions:
+        return data
+    assert data.train.caption is not None
+    places = torch.tensor([data.captions.index(caption) for caption in captions])
+    kept = (~torch.isin(data.train.caption, places)).nonzero()[:, 0]
+    return replace(data, train=_subset(data.train, kept))
+
+
+def shrink(images: Tensor, factor: int) -> Tensor:
+    """uint8 images (N, C, H, W) at 1/factor of their size: means of factor x factor pixels, rounded.
+
+    Raises ValueError where the factor divides height or width not.
+    """
+    if any(size % factor for size in images.shape[2:]):
+        raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} cannot be shrunk by a factor of {factor}")
+    parts = [F.avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in images.split(5_000)]
+    return torch.cat(parts)
+
+
+def _shrunk(data: Data, size: int | None) -> Data:
+    """The data with square images of this size, where it is smaller than theirs."""
+    own = data.shape[-1]
+    if size is None or size >= own:
+        return data
+    if own % size:
+        raise ValueError(f"data.image_size={size} must divide the images' size, {own}")
+
+    def part(split: Split) -> Split:
+        assert isinstance(split.x, Tensor)
+        return replace(split, x=shrink(split.x, own // size))
+
+    return replace(data, train=part(data.train), test=part(data.test))
+
+
 def _cifar10(path: Path | None) -> Data:
     train, test = cifar10.read(path or Path("data"))
-    return Data(Split(*train), Split(*test), levels=256, num_classes=10)
+    named = [[cifar10.caption(name) for name in part.names] or None for part in (train, test)]
+    return _captioned(Data(Split(train.x, train.y), Split(test.x, test.y), 256, num_classes=10), *named)
+
+
+def _captioned(data: Data, train: Sequence[str] | None, test: Sequence[str] | None) -> Data:
+    """The data with a caption for every example of a split, or none for None."""
+    known = {caption: i for i, caption in enumerate(sorted({*(train or ()), *(test or ())}))}
+
+    def part(split: Split, each: Sequence[str] | None) -> Split:
+        places = None if each is None else torch.tensor([known[caption] for caption in each], dtype=torch.int64)
+        return replace(split, caption=places)
+
+    return replace(data, train=part(data.train, train), test=part(data.test, test), captions=tuple(known))
 
 
 def _digits(path: Path | None) -> Data:
@@ -158,6 +235,18 @@ def _digits(path: Path | None) -> Data:
     x = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
     train, test = _hold_out(Split(x, torch.from_numpy(digits.target.astype(np.int64))), 300)
     return Data(train, test, levels=17, num_classes=10)
+
+
+def _digits32(path: Path | None) -> Data:
+    """The same four times as large, 1 x 32 x 32: bilinear, with pixels as squares, rounded to the 17 levels."""
+    data = _digits(path)
+
+    def enlarged(split: Split) -> Split:
+        assert isinstance(split.x, Tensor)
+        large = F.interpolate(split.x.float(), scale_factor=4, mode="bilinear", align_corners=False)
+        return replace(split, x=large.round().to(torch.uint8))
+
+    return replace(data, train=enlarged(data.train), test=enlarged(data.test))
 
 
 def _toy(name: str) -> Callable[[Path | None], Data]:
@@ -172,19 +261,20 @@ def _files(path: Path, image_size: int | None, num_channels: int | None, length:
         train_part, test_part, rate = signals.read(path, length)
     else:
         train_part, test_part = files.read(path, image_size, num_channels, memory)
-    train = Split(*train_part)
-    if test_part is None:
-        if len(train) < 2:
-            raise ValueError(f"{path} holds one example: at least two are needed, one to train on and one to hold out")
-        train, test = _hold_out(train, max(1, len(train) // 10))
-    else:
-        test = Split(*test_part)
-        if test.shape != train.shape:
-            raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
+    train_part, test_part = files.read(path, image_size, num_channels, memory)
+    train, test = Split(train_part.x, train_part.y), Split(*(test_part or train_part)[:2])
+    if test_part is None and len(train) < 2:
+        raise ValueError(f"{path} holds one example: at least two are needed, one to train on and one to hold out")
+    if test.shape != train.shape:
+        raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
     example = train[torch.zeros(1, dtype=torch.int64)][0]
     classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
-    levels = 256 if example.dtype == torch.uint8 else None
-    return Data(train, test, levels, num_classes=max(classes, default=0), rate=rate)
+    data = Data(train, test, 256 if example.dtype == torch.uint8 else None, max(classes, default=0), rate=rate)
+    data = _captioned(data, train_part.captions, (test_part or train_part).captions)
+    if test_part is None:
+        train, test = _hold_out(data.train, max(1, len(train) // 10))
+        data = replace(data, train=train, test=test)
+    return data
 
 
 def _hold_out(split: Split, size: int) -> tuple[Split, Split]:
@@ -194,15 +284,17 @@ def _hold_out(split: Split, size: int) -> tuple[Split, Split]:
 
 
 def _subset(split: Split, index: Tensor) -> Split:
-    y = None if split.y is None else split.y[index]
+    y, caption = (None if v is None else v[index] for v in (split.y, split.caption))
     if isinstance(split.x, Tensor):
-        return Split(split.x[index], y)
+        return Split(split.x[index], y, caption=caption)
     stream, names = split.x, index.tolist()
-    return Split(Stream((len(names), *split.shape), lambda rows: stream.read([names[r] for r in rows])), y)
+    x = Stream((len(names), *split.shape), lambda rows: stream.read([names[r] for r in rows]))
+    return Split(x, y, caption=caption)
 
 
 _DATASETS: dict[str, Callable[[Path | None], Data]] = {
     "cifar10": _cifar10,
     "digits": _digits,
+    "digits32": _digits32,
     **{name: _toy(name) for name in TOYS},
 }

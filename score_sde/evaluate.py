@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,8 @@ from . import signals
 from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
-from .codecs import Codec, PixelCodec
+from .codecs import AutoencoderCodec, Codec, PixelCodec
+from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
 from .continuous_bound import variational_bound
 from .data import Split
 from .dequantisation import (
@@ -41,16 +42,19 @@ from .dequantisation import (
     truncation_time,
     uniform_numbers,
 )
-from .guidance import clip, guide, threshold
+from .guidance import clip, threshold
 from .heat_maps import heat_map
 from .images import heat, histogram, write_grid, write_png
+from .latent_bounds import LatentBound, in_bits, latent_bound
 from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel
 from .ode import Solver
 from .parallel import Processes
 from .samplers import sample
+from .text import Text
 
 Arrays = dict[str, np.ndarray]
+LATENT = ("reconstruction", "latent", "entropy")  # parts of the bound of a model of codes
 _VERSIONS = {"score_sde": score_sde.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -174,8 +178,8 @@ def write_pictures(values: np.ndarray, codec: Codec, folder: Path, columns: int 
 
     Of recordings (N, 1, length) the first 256 are .wav files, 000000.wav and so on, at the sample rate of the data.
     """
-    if isinstance(codec, PixelCodec):
-        images = codec.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
+    if codec.pixels is not None:
+        images = codec.pixels.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
         write_grid(images, folder / "grid.png", columns, zoom=max(1, 32 // images.shape[-1]))
     elif values.shape[1:] == (2,):
         write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
@@ -207,14 +211,19 @@ def run_sampling(
     checkpoint: Path,
     base: Path,
     processes: Processes,
+    guides: Guides | None = None,
+    wanted: Wanted | None = None,
+    scales: Sequence[float] = (),
 ) -> tuple[Path, dict[str, Any]]:
     """Samples as the section sampling says, into a folder below `base`: `samples.npz` (`arr_0`), a grid, a stamp.
 
-    Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Of class-conditional
-    models `arr_1` has the labels, (N,), and a guided evaluation, of twice as many examples, is counted as one.
+    Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Where classes are
+    sampled `arr_1` has the labels, (N,). With `scales` of guidance, in place of sampling.guidance, there are as many
+    times N, the same noise with each scale in turn. A guided evaluation is counted as one, whatever guides by it.
     """
-    s = config.sampling
-    labels = sampled_labels(config)
+    s, guides = config.sampling, guides or Guides()
+    wanted = wanted or Wanted(sampled_labels(config, guides))
+    labels, strengths = wanted.labels, list(scales) or [s.guidance]
     counted = Counted(model)
     sampler, times = build_sampler(config), build_times(config, model.sde, counted, shape)
     made_from = stamp(
@@ -230,17 +239,18 @@ def run_sampling(
             "temperature": s.temperature,
             "seed": s.seed,
             "num_samples": s.num_samples,
-            "labels": labels,
-            "guidance": [s.guidance, s.guidance_low, s.guidance_high] if labels else None,
-            "rounding": "floor(levels * v), v in [0, 1]" if isinstance(codec, PixelCodec) else "none",
+            **about(config, wanted, strengths, guides),
+            "rounding": "floor(levels * v), v in [0, 1]" if codec.pixels is not None else "none",
+            **({"decoded_by": config.data.autoencoder_sha256} if config.data.autoencoder else {}),
         },
     )
 
-    def compute(first: int, count: int) -> Arrays:
+    def compute(first: int, count: int, scale: float) -> Arrays:
         counted.nfe = 0
-        chosen = torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
+        chosen = in_turn(labels, first, count)
+        conditions = wanted.of(first, count, config, codec, model.sde)
         x = sample(
-            held(conditional(counted, chosen, config) if labels else counted, config, codec),
+            held(conditional(counted, conditions, chosen, config, guides, scale), config, codec),
             sampler,
             (count, *shape),
             times,
@@ -255,13 +265,21 @@ def run_sampling(
         return {**found, "arr_1": chosen.numpy()} if labels else found
 
     def work(folder: Path) -> dict[str, Any]:
-        joined = in_batches(folder, s.num_samples, s.batch_size, processes, compute, "batches")
+        parts = []
+        for i, scale in enumerate(strengths):
+            of_scale = partial(compute, scale=scale)
+            where = folder / f"scale-{i}" if len(strengths) > 1 else folder
+            parts.append(in_batches(where, s.num_samples, s.batch_size, processes, of_scale, "batches"))
+        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if processes.main:
             write_arrays(folder / "samples.npz", {name: joined[name] for name in ("arr_0", "arr_1") if name in joined})
-            columns = len(labels) if 1 < len(labels) <= min(32, s.num_samples) else None  # a column for each class
+            # a column for each class or prompt; or a row for each scale
+            asked = len(wanted.prompts) or len(labels)
+            columns = asked if 1 < asked <= min(32, s.num_samples) else None
+            columns = s.num_samples if len(strengths) > 1 and s.num_samples <= 32 else columns
             write_pictures(joined["arr_0"], codec, folder, columns)
-            if s.single_png and isinstance(codec, PixelCodec):
-                for i, image in enumerate(codec.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
+            if s.single_png and codec.pixels is not None:
+                for i, image in enumerate(codec.pixels.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
                     write_png(image, folder / f"{i:06d}.png")
         return {"nfe": float(joined["nfe"].mean())}
 
@@ -277,27 +295,6 @@ def held(model: ScoreModel, config: ConfigDict, codec: Codec) -> ScoreModel:
     return threshold(model, s.threshold, *codec.range) if s.threshold > 0 else model
 
 
-def sampled_labels(config: ConfigDict) -> list[int]:
-    """The classes to sample in turn; none of a model without them."""
-    m, chosen = config.model, list(config.sampling.labels)
-    if not m.class_conditional:
-        return []
-    for label in chosen:
-        if not -1 <= label < m.num_classes:
-            raise ValueError(
-                f"sampling.labels: there is no class {label}; there are 0 to {m.num_classes - 1}, -1 for none"
-            )
-    return chosen or list(range(m.num_classes))
-
-
-def conditional(model: ScoreModel, labels: Tensor, config: ConfigDict) -> ScoreModel:
-    """The model given its examples' labels, (B,), and guided as the section sampling says."""
-    s, told = config.sampling, model.given(label=labels)
-    if s.guidance == 1:
-        return told
-    return guide(told, model.given(label=None), s.guidance, low=s.guidance_low, high=s.guidance_high or math.inf)
-
-
 def run_likelihood(
     model: ScoreModel,
     config: ConfigDict,
@@ -306,6 +303,7 @@ def run_likelihood(
     checkpoint: Path,
     base: Path,
     processes: Processes,
+    text: Text | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Bits/dim (nats for vectors) of a split as the section eval says, into a folder below `base`.
 
@@ -314,55 +312,79 @@ def run_likelihood(
     in nats, and `std_error`, in nats over probes or draws; the stamp has their mean, and its errors apart (see
     `reported`). Row j of the work is image j % n in dequantisation j // n, so that a run that was stopped early has
     gone once over as many images as it could.
+
+    Of a model of codes, whose `split` are the images, it is the bound of `latent_bound`, in bits/dim of the pixels,
+    with its three parts (images, dequantisations) beside it; a dequantisation then is a draw of the code, and a chain's
+    bound takes the place of log p(y).
     """
     e = config.eval
-    if e.estimate == "bound" or (e.estimate == "auto" and not config.training.continuous):
-        return run_bound(model, config, split, codec, checkpoint, base, processes)
+    latent, chain = isinstance(codec, AutoencoderCodec), e.estimate == "bound"
+    chain = chain or (e.estimate == "auto" and not config.training.continuous)
+    if chain and not latent:
+        return run_bound(model, config, split, codec, checkpoint, base, processes, text)
     n = min(e.num_images, len(split)) if e.num_images else len(split)
-    law, about = _dequantiser(model, config, codec, checkpoint, base.parent)
-    repeats = e.dequantizations if law else 1
-    ode = e.estimate != "sde_bound"
-    keys = ("ode_method", "rtol", "atol", "probe", "probes", "check_images") if ode else ("draws",)
+    law, dequantised = _dequantiser(model, config, codec, checkpoint, base.parent)
+    repeats = e.dequantizations if law or latent else 1
+    levels = None if codec.pixels is None else codec.pixels.levels
+    ode = e.estimate != "sde_bound" and not chain
+    of_ode = ("ode_method", "rtol", "atol", "probe", "probes", "check_images")
+    keys: tuple[str, ...] = of_ode if ode else ("steps", "terms") if chain else ("draws",)
+    road = "probability-flow ODE" if ode else "variational bound of the " + ("chain" if chain else "SDE")
     made_from = stamp(
         checkpoint,
         e.weights,
         {
             "sde": repr(model.sde),
-            "estimate": ("probability-flow ODE" if ode else "variational bound of the SDE") + about.pop("sentence"),
+            "estimate": road + dequantised.pop("sentence"),
             **{key: e[key] for key in ("split", "seed", *keys)},
-            **about,
+            **dequantised,
             "t_min": law.t_min if law else e.t_min,
             "images": n,
             "dequantizations": repeats,
             "importance_samples": e.importance_samples,
             "heat_map": e.heat_map,
             "given_labels": told(config),
-            "levels": codec.levels,
-            "unit": "bits/dim" if codec.levels else "nats",
+            "levels": levels,
+            "unit": "bits/dim" if levels else "nats",
         },
     )
     split, whole = split.to(processes.device), model
     # Bits per dimension of -1 nat; vectors stay in nats.
-    unit = 1 / (math.prod(split.shape) * math.log(2)) if codec.levels else 1.0
+    unit = 1 / (math.prod(split.shape) * math.log(2)) if levels else 1.0
 
     def compute(first: int, count: int, tighter: float = 1.0, probes: int = e.probes) -> Arrays:
-        k, y = split[torch.arange(first, first + count) % n]
-        model = labelled(config, whole, y)
+        index = torch.arange(first, first + count) % n
+        k, model = split[index][0], given(config, whole, split, index, text, codec)
         where = {"seed": e.seed, "first": first}
         solver = {"rtol": e.rtol / tighter, "atol": e.atol / tighter, "method": e.ode_method}
         options = {**where, **solver, "probe": e.probe, "probes": probes}
-        found: LogProbability | Likelihood
-        if ode and law:
+
+        def log_density(y: Tensor) -> Likelihood:
+            """The model's, or a lower bound on it, of floats."""
+            if ode:
+                return log_likelihood(model, y, t_min=e.t_min, **options)
+            if chain:
+                times, variance = build_bound_times(config, model.sde), config.sampling.variance
+                of_chain = chain_bound(model, y, times, variance=variance, terms=e.terms or None, **where)
+                return Likelihood(-of_chain.total, of_chain.std_error, y, of_chain.times.shape[-1] + 1)
+            bound = variational_bound(model, y, t_min=e.t_min, draws=e.draws, **where)
+            return Likelihood(-bound.total, bound.std_error, y, e.draws)
+
+        found: LogProbability | Likelihood | LatentBound
+        if isinstance(codec, AutoencoderCodec):
+            found = latent_bound(codec, k, log_density, **where)
+        elif ode and law:
             found = log_probability(model, k, law, samples=e.importance_samples, **options)
         elif ode:
-            found = log_likelihood(model, k.to(torch.float32), t_min=e.t_min, **options)
+            found = log_density(k.to(torch.float32))
         else:
             u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
             x, log_q = law(k, u) if law else (k.to(torch.float32), torch.zeros(()))
-            bound = variational_bound(model, x, t_min=e.t_min, draws=e.draws, **where)
-            nats = -bound.total - (log_q.flatten(1).sum(1) if law else 0)
-            found = Likelihood(nats, bound.std_error, x, e.draws)
+            found = log_density(x)
+            found = found._replace(log_prob=found.log_prob - (log_q.flatten(1).sum(1) if law else 0))
         arrays = {"value": -unit * found.log_prob, "log_prob": found.log_prob, "std_error": found.std_error}
+        if isinstance(found, LatentBound):
+            arrays |= in_bits(found, math.prod(split.shape))
         return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([found.nfe])}
 
     def progress(bar: tqdm, done: list[Arrays]) -> None:
@@ -377,9 +399,12 @@ def run_likelihood(
         mean, error = mean_and_error(values[~failed].mean(1))
         std_error = joined["std_error"].reshape(repeats, n).T
         errors: dict[str, float | None] = {"images": error}
+        if latent and repeats > 1:  # the part of it that other draws of the codes would change
+            errors["codes"] = _error_of_mean(values[~failed].std(1, ddof=1) / math.sqrt(repeats))
         checks = min(e.check_images, n) if ode else 0
         if not ode:
-            errors["draws"] = unit * _error_of_mean(std_error[~failed])
+            if not chain or e.terms:
+                errors["draws"] = unit * _error_of_mean(std_error[~failed])
         elif e.probe == "exact" or e.probes > 1:
             errors["probes"] = unit * _error_of_mean(std_error[~failed])
         elif checks:
@@ -395,36 +420,25 @@ def run_likelihood(
             finer = batches(folder / "solver", checks, compute=again, description="solver")["value"]
             errors["solver"] = float(np.abs(finer - joined["value"][:checks])[~failed[:checks]].mean())
         if e.heat_map:
-            write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes)
+            write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes, text)
         if processes.main:
-            kept = {"bits_per_dim" if codec.levels else "nats": values, "std_error": std_error}
-            write_arrays(folder / "likelihood.npz", {**kept, "log_prob": joined["log_prob"].reshape(repeats, n).T})
+            kept = {"bits_per_dim" if levels else "nats": values, "std_error": std_error}
+            more = {name: joined[name].reshape(repeats, n).T for name in ("log_prob", *LATENT) if name in joined}
+            write_arrays(folder / "likelihood.npz", {**kept, **more})
+        parts = {name: joined[name].reshape(repeats, n)[:, ~failed].mean(0) for name in LATENT if name in joined}
+        each = {name: mean_and_error(part) for name, part in parts.items()}
         return {
             "mean": mean,
             "standard_error": error,
             "errors": {name: None if value is None or math.isnan(value) else value for name, value in errors.items()},
+            **{name: found[0] for name, found in each.items()},
+            **({"errors_of_parts": {name: found[1] for name, found in each.items()}} if each else {}),
             "nfe": float(joined["nfe"].mean()),
             "failed": np.flatnonzero(failed).tolist(),
         }
 
     label = f"{checkpoint.stem}-{e.weights}-{e.split}"
     return once(base, label, made_from, "likelihood.npz", processes, work)
-
-
-def told(config: ConfigDict) -> bool:
-    """Whether the model is evaluated given each example's label."""
-    return bool(config.model.class_conditional and config.eval.conditional)
-
-
-def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> ScoreModel:
-    """The model, if it is conditional given the examples' labels. Raises ValueError where there are none."""
-    if not told(config):
-        return model
-    if label is None:
-        raise ValueError(
-            "the model is class-conditional, and these examples have no labels: set eval.conditional=False"
-        )
-    return model.given(label=label)
 
 
 def _error_of_mean(each: np.ndarray) -> float:
@@ -464,7 +478,8 @@ def _dequantiser(
         for key, usual in (("dequantization", "uniform"), ("importance_samples", 1), ("heat_map", 0)):
             if e[key] != usual:
                 raise ValueError(f"eval.{key}={e[key]} is for pixels, and these data are floats: set it to {usual}")
-        return None, {"sentence": ""}
+        coded = isinstance(codec, AutoencoderCodec)
+        return None, {"sentence": ", a bound with the autoencoder's reconstruction and entropy" if coded else ""}
     law: Dequantiser
     about: dict[str, Any] = {}
     if e.dequantization == "uniform":
@@ -492,6 +507,7 @@ def write_heat_map(
     folder: Path,
     count: int,
     processes: Processes,
+    text: Text | None = None,
 ) -> None:
     """The first images beside the bits of their pixels, `heat_map.png` and, (count, C, H, W), `heat_map.npz`.
 
@@ -502,15 +518,16 @@ def write_heat_map(
     e = config.eval
 
     def compute(first: int, number: int) -> Arrays:
-        k, y = split[torch.arange(first, first + number)]
+        index = torch.arange(first, first + number)
+        k, _ = split[index]
         u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
         with torch.no_grad():
             x, log_q = law(k, u)
         probes = None if e.probe == "exact" else e.probes
         solver = Solver(e.ode_method, e.rtol, e.atol)
-        found = heat_map(
-            labelled(config, model, y), x, probes=probes, t_min=law.t_min, solver=solver, seed=e.seed, first=first
-        )
+        told_model = given(config, model, split, index, text, codec)
+        where = {"seed": e.seed, "first": first}
+        found = heat_map(told_model, x, probes=probes, t_min=law.t_min, solver=solver, **where)
         return {"bits": ((log_q - found.log_prob) / math.log(2)).cpu().numpy(), "k": k.cpu().numpy()}
 
     joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, "heat map")
@@ -533,6 +550,7 @@ def run_bound(
     checkpoint: Path,
     base: Path,
     processes: Processes,
+    text: Text | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """The variational bound of a split, bits/dim of its levels (nats for vectors), into a folder below `base`.
 
@@ -568,9 +586,9 @@ def run_bound(
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
-        k, y = split[torch.arange(first, first + count)]
+        k, _ = split[torch.arange(first, first + count)]
         found = chain_bound(
-            labelled(config, counted, y),
+            given(config, counted, split, torch.arange(first, first + count), text, codec),
             codec.encode(k).to(torch.float32),
             times,
             variance=config.sampling.variance,

@@ -3,7 +3,9 @@
 Images may lie at any depth. What lies under `train/` is for training, and under `test/` held out; where there is no
 `train/`, all are one set. Where all images lie in sub-folders, and these are two or more, the sub-folders are the
 classes, numbered by name. A `dataset.json` at the top, as in EDM's zips, gives labels instead: {"labels":
-[["00000/img00000000.png", 6], ...]}, ints or lists of floats, or null. Nothing here unpickles anything.
+[["00000/img00000000.png", 6], ...]}, ints or lists of floats, or null. Captions are in text files beside the images,
+`cat.txt` beside `cat.png`, or in a `metadata.jsonl` of lines {"file_name": "cat.png", "text": "a cat"}, with names from
+where it lies. Nothing here unpickles anything.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +31,7 @@ from torch import Tensor
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 _EXAMPLES, _LABELS = ("arr_0", "x", "images", "data"), ("arr_1", "y", "labels")
 _PARTS = ("x_train", "y_train", "x_test", "y_test")
+_CAPTIONS = ("text", "caption", "prompt")  # keys of metadata.jsonl
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,12 @@ class Stream:
         return self.read(index.tolist())
 
 
-Part = tuple[Tensor | Stream, Tensor | None]  # examples and labels
+class Part(NamedTuple):
+    """Examples, and the labels and captions that they have."""
+
+    x: Tensor | Stream
+    y: Tensor | None = None
+    captions: list[str] | None = None
 
 
 def read(
@@ -77,7 +86,7 @@ def read(
         on_disk = path.stat().st_size > memory
         with _reading(path):
             array = np.load(path, mmap_mode="r" if on_disk else None, allow_pickle=False)
-        return (_examples(array, num_channels, path), None), None
+        return Part(_examples(array, num_channels, path)), None
     if path.suffix == ".npz":
         return _npz(path, num_channels)
     raise ValueError(f"{path} is neither a folder nor an image, nor a .zip, .npy or .npz file")
@@ -145,13 +154,14 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
 
     listed = json.loads(source.contents("dataset.json")).get("labels") if "dataset.json" in names else None
     label = dict(listed) if listed else class_folders(train, test, source.path)
-    shape = source.decode(train[0]).shape
+    shape, captions = source.decode(train[0]).shape, _captions(source, names, images)
 
     def part(chosen: list[str]) -> Part:
         load = partial(source.read, chosen, shape)
         on_disk = len(chosen) * math.prod(shape) > memory
         x = Stream((len(chosen), *shape), load) if on_disk else load(range(len(chosen)))
-        return x, named_labels(label, chosen, source.path) if label else None
+        y = named_labels(label, chosen, source.path) if label else None
+        return Part(x, y, [captions[n] for n in chosen] if captions else None)
 
     return part(train), part(test) if test else None
 
@@ -182,6 +192,34 @@ def named_labels(label: Mapping[str, int | list[float]], names: list[str], path:
     return _labels(np.array([label[n] for n in names]), len(names), path)
 
 
+def _captions(source: _Images, names: list[str], images: list[str]) -> dict[str, str]:
+    """The caption of every image; nothing where none has one."""
+    found: dict[str, str] = {}
+    for name in names:
+        if name.rsplit("/", 1)[-1] == "metadata.jsonl":
+            folder = name.removesuffix("metadata.jsonl")
+            for number, line in enumerate(source.contents(name).decode().splitlines(), 1):
+                found |= _metadata(line, folder, f"{name} in {source.path}, line {number}")
+    beside, there = {n: n.rsplit(".", 1)[0] + ".txt" for n in images}, set(names)
+    found |= {n: source.contents(txt).decode().strip() for n, txt in beside.items() if txt in there}
+    missing = next((n for n in images if n not in found), None)
+    if found and missing is not None:
+        raise ValueError(
+            f"{missing} in {source.path} has no caption, and others have: give it one in {beside[missing]}"
+        )
+    return found
+
+
+def _metadata(line: str, folder: str, where: str) -> dict[str, str]:
+    """{image: caption} of a line of metadata.jsonl; nothing of one without a caption."""
+    try:
+        row = json.loads(line) if line.strip() else {}
+        caption = next((row[key] for key in _CAPTIONS if key in row), None)
+        return {} if caption is None else {folder + row["file_name"]: str(caption)}
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{where} should be like {{"file_name": "cat.png", "text": "a cat"}} ({error!r})') from None
+
+
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
     try:
@@ -198,7 +236,7 @@ def _npz(path: Path, num_channels: int | None) -> tuple[Part, Part | None]:
 
     def part(x_key: str, y_key: str | None) -> Part:
         x = _examples(arrays[x_key], num_channels, path)
-        return x, _labels(arrays[y_key], len(x), path) if y_key in arrays else None
+        return Part(x, _labels(arrays[y_key], len(x), path) if y_key in arrays else None)
 
     if "x_train" in arrays:
         return part("x_train", "y_train"), part("x_test", "y_test") if "x_test" in arrays else None

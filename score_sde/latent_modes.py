@@ -5,7 +5,6 @@ Results are folders as those of `evaluate`: batches are on disk as they are done
 
 from __future__ import annotations
 
-import hashlib
 import math
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,8 @@ from torch import Tensor
 
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec
-from .data import Split
+from .conditions import in_turn, labelled, sampled_labels, told
+from .data import Split, digest
 from .dequantisation import uniform_numbers
 from .evaluate import (
     Arrays,
@@ -31,6 +31,7 @@ from .evaluate import (
     write_pictures,
 )
 from .files import read
+from .guidance import guide
 from .latents import decode, encode, slerp
 from .model import ScoreModel
 from .ode import Solver
@@ -50,7 +51,7 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
     """
     square = len(shape) == 3 and shape[-1] == shape[-2]
     channels = shape[0] if len(shape) == 3 else None
-    (x, _), _ = read(path, shape[-1] if square else None, channels, memory=2**62)
+    x = read(path, shape[-1] if square else None, channels, memory=2**62)[0].x
     assert isinstance(x, Tensor)
     if tuple(x.shape[1:]) != shape or (x.dtype == torch.uint8) != isinstance(codec, PixelCodec):
         kind = "uint8 images" if isinstance(codec, PixelCodec) else "floats"
@@ -63,21 +64,25 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
     return Split(x)
 
 
-def read_latents(path: Path, shape: tuple[int, ...]) -> Tensor:
+def read_latents(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Latents (N, *shape) from the `latents.npz` of --mode encode, or another .npz of `latents`, or a .npy.
 
-    Raises FileNotFoundError, and ValueError for what holds none, or such of another shape.
+    Beside them the `labels` (N,) with which they were encoded, if the file has any. Raises FileNotFoundError, and
+    ValueError for what holds no latents, or such of another shape.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give --input the latents.npz that --mode encode wrote")
-    found = np.load(path, allow_pickle=False) if path.suffix == ".npy" else (read_arrays(path) or {}).get("latents")
+    arrays = {"latents": np.load(path, allow_pickle=False)} if path.suffix == ".npy" else read_arrays(path) or {}
+    found, labels = arrays.get("latents"), arrays.get("labels")
     if found is None:
         raise ValueError(f"{path} holds no array latents, such as --mode encode writes into its latents.npz")
     if found.shape[1:] != shape or not np.issubdtype(found.dtype, np.floating) or len(found) == 0:
         raise ValueError(f"{path} holds {found.dtype} of shape {found.shape}, and latents are floats (N, {shape})")
     if not np.isfinite(found).all():
         raise ValueError(f"{path} holds latents that are not finite")
-    return torch.from_numpy(found.astype(np.float32))
+    if labels is not None and (labels.shape != found.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
+        raise ValueError(f"{path} holds labels {labels.dtype} of shape {labels.shape} for {len(found)} latents")
+    return torch.from_numpy(found.astype(np.float32)), None if labels is None else torch.from_numpy(labels)
 
 
 def run_encoding(
@@ -93,8 +98,9 @@ def run_encoding(
     """Latents of a split's first eval.num_images examples, into a folder below `base`.
 
     `latents.npz` has `latents` (N, *shape) and, each example's, `largest_error` and `rms_error` of decode(encode(x)),
-    in levels of pixels; the stamp has them of all, and the fraction of pixels that come back to their level. A grid
-    shows the first images, each beside what its latent decodes to. `source` says where the split is from.
+    in levels of pixels, and of class-conditional models the `labels` that were given; the stamp has the errors of all,
+    and the fraction of pixels that come back to their level. A grid shows the first images, each beside what its latent
+    decodes to. `source` says where the split is from.
     """
     e = config.eval
     n = min(e.num_images, len(split)) if e.num_images else len(split)
@@ -105,12 +111,13 @@ def run_encoding(
     counted, split = Counted(model), split.to(processes.device)
 
     def compute(first: int, count: int) -> Arrays:
-        k, _ = split[torch.arange(first, first + count)]
-        x = _as_trained(k, codec, config, first)
+        k, y = split[torch.arange(first, first + count)]
+        x = as_trained(k, codec, config, first)
+        model = labelled(config, counted, y)
         counted.nfe = 0
-        z = encode(counted, x, **_options(config))
+        z = encode(model, x, **_options(config))
         there, counted.nfe = counted.nfe, 0
-        back = decode(counted, z, **_options(config))
+        back = decode(model, z, **_options(config))
         error = _in_levels(back - x, codec).flatten(1).double()
         shown = max(0, min(count, _SHOWN - first))
         found = {
@@ -119,16 +126,20 @@ def run_encoding(
             "rms_error": error.square().mean(1).sqrt().cpu().numpy(),
             "nfe": np.array([[there, counted.nfe]]),
         }
+        if told(config) and y is not None:
+            found["labels"] = y.cpu().numpy()
         if isinstance(codec, PixelCodec):
             found["same"] = (codec.decode(back) == k).double().flatten(1).mean(1).cpu().numpy()
-            found["pairs"] = channels_last(torch.stack([k, codec.decode(back)], 1)[:shown].flatten(0, 1))
+        if codec.pixels is not None:  # of a code, what it decodes to beside what its latent does
+            image = k if isinstance(codec, PixelCodec) else codec.decode(k)
+            found["pairs"] = channels_last(torch.stack([image, codec.decode(back)], 1)[:shown].flatten(0, 1))
         return found
 
     def work(folder: Path) -> dict[str, Any]:
         joined = in_batches(folder, n, e.batch_size, processes, compute, "encoding")
         if processes.main:
-            kept = ("latents", "largest_error", "rms_error")
-            write_arrays(folder / "latents.npz", {name: joined[name] for name in kept})
+            kept = ("latents", "largest_error", "rms_error", "labels")
+            write_arrays(folder / "latents.npz", {name: joined[name] for name in kept if name in joined})
             if "pairs" in joined:
                 write_pictures(joined["pairs"], codec, folder, columns=min(8, len(joined["pairs"])))
         deviation = float(np.sqrt((joined["latents"].astype(np.float64) ** 2).mean()))
@@ -166,8 +177,16 @@ def run_decoding(
     base: Path,
     processes: Processes,
 ) -> tuple[Path, dict[str, Any]]:
-    """What the latents of a file decode to, times sampling.temperature: `samples.npz` as of --mode sample, a grid."""
-    e, latents = config.eval, read_latents(path, shape)
+    """What the latents of a file decode to, times sampling.temperature: `samples.npz` as of --mode sample, a grid.
+
+    A class-conditional model is given the labels in the file. Raises ValueError where there are none.
+    """
+    e, (latents, labels) = config.eval, read_latents(path, shape)
+    if told(config) and labels is None:
+        raise ValueError(
+            f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
+            "eval.conditional=False"
+        )
     about = {"latents_sha256": file_hash(path), "temperature": config.sampling.temperature, "number": len(latents)}
     made_from = stamp(checkpoint, e.weights, {"mode": "decode", **about, **_road(model, config)})
     counted = Counted(model)
@@ -175,7 +194,8 @@ def run_decoding(
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
         z = config.sampling.temperature * latents[first : first + count].to(processes.device)
-        x = decode(counted, z, **_options(config))
+        y = None if labels is None else labels[first : first + count]
+        x = decode(labelled(config, counted, y), z, **_options(config))
         return {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
 
     def work(folder: Path) -> dict[str, Any]:
@@ -204,13 +224,16 @@ def run_interpolation(
     The latents are those of a split's examples, the first and second, the third and fourth, and so on; for a split of
     None draws from the prior, latent i from (sampling.seed, i) as in --mode sample. All are multiplied by
     sampling.temperature. Of examples the stamp has how far the decoded ends are from them.
+
+    A class-conditional model is given the labels of a split's examples, or for draws sampling.labels in turn; between
+    two labels its score goes along the line from one to the other.
     """
     e, i, temperature = config.eval, config.interpolation, config.sampling.temperature
     pairs = i.pairs if split is None else min(i.pairs, len(split) // 2)
     if pairs < 1:
         raise ValueError("an interpolation is between two images, and there is one: add another to --input")
     ends = (
-        {"seed": config.sampling.seed}
+        {"seed": config.sampling.seed, "labels": sampled_labels(config)}
         if split is None
         else {"examples": source or e.split, "dequantization_seed": e.seed}
     )
@@ -221,18 +244,24 @@ def run_interpolation(
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
+        model: ScoreModel = counted
         if split is None:
+            y: Tensor | None = in_turn(sampled_labels(config), 2 * first, 2 * count) if told(config) else None
             noise = noise_source((2 * count, *shape), config.sampling.seed, 2 * first, torch.float32, processes.device)
             z = model.sde.prior((2 * count, *shape), noise)
         else:
-            x = _as_trained(split[torch.arange(2 * first, 2 * (first + count))][0], codec, config, 2 * first)
-            z = encode(counted, x, **_options(config))
+            k, y = split[torch.arange(2 * first, 2 * (first + count))]
+            x = as_trained(k, codec, config, 2 * first)
+            z = encode(labelled(config, counted, y), x, **_options(config))
         between = temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
-        y = decode(counted, between.reshape(-1, *shape), **_options(config)).reshape(between.shape)
-        rows = channels_last(codec.decode(y.flatten(0, 1)))
+        if told(config) and y is not None:
+            begin, end = (counted.given(label=half.repeat_interleave(i.steps)) for half in (y[0::2], y[1::2]))
+            model = guide(end, begin, weights.repeat(count))
+        decoded = decode(model, between.reshape(-1, *shape), **_options(config)).reshape(between.shape)
+        rows = channels_last(codec.decode(decoded.flatten(0, 1)))
         found = {"arr_0": rows.reshape(count, i.steps, *rows.shape[1:])}
         if split is not None:
-            error = _in_levels(torch.stack([y[:, 0] - x[0::2], y[:, -1] - x[1::2]], 1), codec).flatten(1)
+            error = _in_levels(torch.stack([decoded[:, 0] - x[0::2], decoded[:, -1] - x[1::2]], 1), codec).flatten(1)
             found["error"] = error.double().square().mean(1).cpu().numpy()
         return {**found, "nfe": np.array([counted.nfe])}
 
@@ -253,14 +282,14 @@ def run_interpolation(
 
 def fingerprint(split: Split) -> str:
     """sha256 of a split's examples, so that the same command on other files is another result."""
-    x = split.x
-    assert isinstance(x, Tensor)
-    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+    assert isinstance(split.x, Tensor)
+    return digest(split.x)
 
 
 def _road(model: ScoreModel, config: ConfigDict) -> dict[str, Any]:
     """What the stamp says of the ODE."""
-    return {"sde": repr(model.sde), **{key: config.eval[key] for key in ("ode_method", "rtol", "atol", "t_min")}}
+    settings = {key: config.eval[key] for key in ("ode_method", "rtol", "atol", "t_min")}
+    return {"sde": repr(model.sde), **settings, "given_labels": told(config)}
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:
@@ -268,7 +297,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     return {"t_min": e.t_min, "solver": Solver(e.ode_method, e.rtol, e.atol)}
 
 
-def _as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
+def as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
     """Stored values as the model saw them, which if it was trained so is with uniform noise within a level.
 
     The noise is that of the likelihood, of (eval.seed, first + i). Without it an even surface would be encoded far from

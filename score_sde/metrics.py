@@ -1,4 +1,4 @@
-"""How far samples are from a distribution, known by samples of it."""
+"""How far samples are from a distribution, known by samples of it, and images from the truth."""
 
 from __future__ import annotations
 
@@ -33,3 +33,11 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, p: float
     begins, width = ends[:-1], ends.diff().to(a) / (n * m)
     cost = (a[begins.div(m, rounding_mode="floor")] - b[begins.div(n, rounding_mode="floor")]).abs() ** p
     return float((width @ cost).mean() ** (1 / p))
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images y beside x, both (B, ...) in [0, 1]: -10 log10 of their mean square error.
+
+    In dB, (B,). Equal images would have infinitely many; they have 60, so that a mean over images means something.
+    """
+    return -10 * torch.log10((x - y).flatten(1).double().square().mean(1).clamp_min(1e-6))

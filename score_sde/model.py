@@ -64,12 +64,15 @@ def reverse_log_variance(estimate: Estimate, small: Tensor, large: Tensor, varia
 class ScoreModel(nn.Module, ABC):
     """A map ``(x, t, **condition) -> Estimate`` for the marginals of `sde`; x is (B, *shape), t is () or (B,).
 
+    What a model holds of the examples at hand, such as their labels, is kept in its `condition`, for `of_examples`.
+
     Raises WrongShape, a ValueError, for an estimate that is not of x's shape: it would be broadcast without a word.
     """
 
     def __init__(self, sde: SDE) -> None:
         super().__init__()
         self.sde = sde
+        self.condition: dict[str, Any] = {}
         if sde.module is not None:
             self.schedule = sde.module
 
@@ -146,21 +149,29 @@ class Given(ScoreModel):
 
 @contextmanager
 def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
-    """Within it, conditions that `model` was given for each of `batch` examples are those of the examples `rows`."""
-    bound = [m for m in model.modules() if isinstance(m, Given)] if len(rows) < batch else []
-    whole = [m.condition for m in bound]
+    """Within it, what `model` is given for each of `batch` examples is that of the examples `rows`.
+
+    That is each tensor (B, ...) in a part's `condition`, as `bound` finds them.
+    """
+    parts = bound(model) if len(rows) < batch else []
+    whole = [m.condition for m in parts]
 
     def chosen(value: object) -> object:
         each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
         return value[rows.to(value.device)] if each else value  # type: ignore[index,attr-defined]
 
     try:
-        for m in bound:
-            m.condition = {name: chosen(value) for name, value in m.condition.items()}
+        for m, condition in zip(parts, whole, strict=True):
+            m.condition = {name: chosen(value) for name, value in condition.items()}
         yield
     finally:
-        for m, condition in zip(bound, whole, strict=True):
+        for m, condition in zip(parts, whole, strict=True):
             m.condition = condition
+
+
+def bound(model: nn.Module) -> list[ScoreModel]:
+    """The parts of a model that something is bound to: score models with a `condition`, a dict."""
+    return [m for m in model.modules() if isinstance(m, ScoreModel) and m.condition]
 
 
 class FromScore(ScoreModel):

@@ -11,11 +11,15 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from . import losses, score_matching, time_laws
+from .autoencoder import ConvolutionalAutoencoder
 from .bounds import prior_divergence
+from .build import AUTOENCODE, CLASSIFY
 from .codecs import Codec, PixelCodec, VectorCodec
 from .continuous_bound import reconstruction
 from .learned import MonotoneSchedule
+from .metrics import psnr
 from .model import ScoreModel
+from .noisy_classifier import NoisyClassifier
 from .time_laws import TimeLaw
 
 # (model, x0, t, z, v) -> (B,): the unweighted loss, a mean over dimensions, of x_t = alpha x0 + sigma z with the
@@ -73,6 +77,8 @@ OBJECTIVES: dict[str, Callable[[ConfigDict, Codec], Loss]] = {
     "hybrid": lambda c, codec: _of_chain(losses.hybrid, c, codec),
     "vlb": lambda c, codec: _of_chain(losses.variational, c, codec),
 }
+NAMES = (*OBJECTIVES, CLASSIFY, AUTOENCODE)
+PARTS = ("reconstruction_bits", "kl_bits", "psnr")  # what logs tell of an autoencoder
 PROJECTED = ("sliced", "sliced_vr", "finite_difference")  # the objectives that draw projections
 TWICE = ("implicit", "sliced", "sliced_vr")  # those whose gradient is a second derivative of the network
 DECODED = ("hybrid", "vlb")  # those of a chain's bound, which ask for the reverse steps' variance too
@@ -123,6 +129,67 @@ class Objective(nn.Module):
         sde, start = self.model.sde, torch.tensor(self.model.sde.t_min, dtype=torch.float64)
         last = reconstruction(sde, x0, start, z, "gaussian" if self.levels is None else self.levels)
         return 2 / x0[0].numel() * (prior_divergence(sde, x0, torch.ones_like(start)) + last)
+
+
+class CrossEntropy(nn.Module):
+    """-log P(y | x_t) of a classifier, one value per example, with 1 beside it where y is the likeliest class, else 0.
+
+    It takes what `Objective` takes, of which it needs no projections.
+    """
+
+    def __init__(self, model: NoisyClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        label = (condition or {})["label"]
+        found = self.model.log_probs(self.model.sde.perturb(x0, t, z), t)
+        return -found.gather(1, label[:, None])[:, 0], (found.argmax(1) == label).to(found)
+
+
+class EvidenceBound(nn.Module):
+    """An autoencoder's bound in bits/dim, its divergence weighted, and beside it PARTS, (B, 3).
+
+    PARTS are unweighted: the two parts of the bound, in bits/dim, and the PSNR of the decoded images. It takes what
+    `Objective` takes, where z is the codes' noise, and times and projections are not looked at.
+    """
+
+    def __init__(self, model: ConvolutionalAutoencoder, weight: float, codec: Codec | None) -> None:
+        super().__init__()
+        if not isinstance(codec, PixelCodec):
+            raise ValueError("an autoencoder is trained on pixels: take data of uint8 images")
+        self.model, self.weight, self.codec = model, weight, codec
+
+    def forward(
+        self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        width, unit = self.codec.width, 1 / (x0[0].numel() * math.log(2))
+        found = self.model(x0, z, self.codec.levels, width)
+        reconstruction, divergence = unit * found.reconstruction, unit * found.divergence
+        low = self.codec.range[0]
+        near = psnr((x0 - low) / width, (found.decoded - low) / width).to(x0)
+        parts = torch.stack([reconstruction, divergence, near], 1)
+        return reconstruction + self.weight * divergence, parts.detach()
+
+
+def build_objective(
+    model: ScoreModel | NoisyClassifier | ConvolutionalAutoencoder, config: ConfigDict, codec: Codec | None = None
+) -> nn.Module:
+    """The config's loss of what it trains, a module (x0, t, z, v, condition) -> (loss, measure), (B,) both.
+
+    The measure, of which logs tell the mean at each noise level, is what `measure` calls it; an autoencoder's are
+    PARTS, (B, 3).
+    """
+    if isinstance(model, ConvolutionalAutoencoder):
+        return EvidenceBound(model, config.training.kl_weight, codec)
+    return CrossEntropy(model) if isinstance(model, NoisyClassifier) else Objective(model, config, codec)
+
+
+def measure(config: ConfigDict) -> str:
+    """Name of the measure beside the loss: noise_error, the unweighted error of the noise, or accuracy."""
+    return "accuracy" if config.training.objective == CLASSIFY else "noise_error"
 
 
 def time_law(config: ConfigDict) -> TimeLaw:

@@ -58,7 +58,7 @@ def read(path: Path, length: int | None = None) -> tuple[Part, Part | None, int]
         x = torch.zeros(len(chosen), 1, size)
         for row, name in zip(x, chosen, strict=True):
             row[0, : len(signals[name])] = torch.from_numpy(signals[name][:size])
-        return x, named_labels(label, chosen, path) if label else None
+        return Part(x, named_labels(label, chosen, path) if label else None)
 
     return part(train), part(test) if test else None, rates[names[0]]
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -26,18 +27,21 @@ from torch.optim import Optimizer
 
 from . import checkpoint, losses, time_laws
 from . import config as configs
-from .build import build_model
-from .codecs import Codec
-from .data import Data, Split, batch
+from .autoencoder import ConvolutionalAutoencoder
+from .build import Trained, build_sde, build_trained, code_shape, is_autoencoder, is_classifier
+from .codecs import AutoencoderCodec, Codec
+from .data import Data, Split, batch, batch_indices
+from .data_conditions import left_out, low_resolution, of_data
 from .ema import ema_decay, ema_update
-from .model import ScoreModel, absent
-from .objectives import PROJECTED, Objective, importance_weighted, learned_law, time_law
+from .model import ScoreModel
+from .objectives import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
 from .parallel import Processes
 from .sdes import SDE
+from .text import Text
 from .time_laws import SecondMoments, TimeLaw
 
 # What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
-_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION = 0, 2, 3, 5, 7
+_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION, _AUGMENTATION, _CODES = 0, 2, 3, 5, 7, 8, 13
 
 
 @dataclass
@@ -47,8 +51,8 @@ class State:
     Most laws learn nothing: `law` is there where the config's does, and takes the place of `time_law(config)`.
     """
 
-    model: ScoreModel
-    ema: ScoreModel
+    model: Trained
+    ema: Trained
     optimizer: Optimizer
     step: int = 0
     law: SecondMoments | None = None
@@ -86,7 +90,7 @@ class Record(NamedTuple):
     step: int
     learning_rate: float
     grad_norm: Tensor
-    error: Tensor  # mean squared error of the noise, per example, unweighted
+    measure: Tensor  # per example: mean squared error of the noise, unweighted, or what else the objective measures
     loss: Tensor
     t: Tensor
 
@@ -104,7 +108,7 @@ class Metrics:
 def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device) -> State:
     """A fresh state for examples of `shape`; its weights depend on config.seed alone."""
     o, t = config.optim, config.training
-    model = build_model(config, shape).to(device)
+    model = build_trained(config, shape).to(device)
     if t.channels_last and len(shape) == 3:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -142,10 +146,14 @@ def draw(
     flip: bool,
     purpose: int = _TRAINING,
     law: TimeLaw | None = None,
+    text: Text | None = None,
 ) -> Batch:
-    """One process' part of the batch of step `step`: data, times and noise, all from (seed, step), and from `law`."""
+    """One process' part of the batch of step `step`: data, times and noise, all from (seed, step), and from `law`.
+
+    `text` is of the data's captions, for a model that takes them.
+    """
     n, seed = config.training.batch_size, config.seed
-    k, y = batch(split, step, n, seed, flip, part)
+    k, _ = batch(split, step, n, seed, flip, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
     source, truncation = generator(seed, step, purpose), config.training.soft_truncation
     law, drawn = law or time_law(config), numbers(n, source)
@@ -155,22 +163,33 @@ def draw(
     noise = generator(seed, step, purpose + 1, k.device)
     shape, floats = (n, *k.shape[1:]), torch.float32
     u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
-    z = torch.randn(shape, generator=noise, device=k.device, dtype=floats)[part]
+    of_noise = (n, *code_shape(config, split.shape)) if is_autoencoder(config) else shape
+    z = torch.randn(of_noise, generator=noise, device=k.device, dtype=floats)[part]
     x0 = codec.encode(k, u).to(floats)
+    if split.std is not None:  # examples are laws of codes, of which each step has a draw of its own
+        source = generator(seed, step, _CODES + purpose, k.device)
+        index = batch_indices(len(split), n, step, seed)[part].to(k.device)
+        x0 = x0 + split.std[index] * _normal_part(x0, n, part, source)
     m = config.training.projections if config.training.objective in PROJECTED else 0
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    condition = {"label": y} if config.model.class_conditional and y is not None else {}
-    if purpose == _TRAINING and condition:
-        u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part].to(k.device)
-        condition = {name: without(value, u < config.training.condition_dropout) for name, value in condition.items()}
+    condition = of_data(config, split, batch_indices(len(split), n, step, seed)[part], text)
+    if purpose == _TRAINING and condition and not is_classifier(config):
+        u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part]
+        condition = left_out(condition, u < config.training.condition_dropout)
+    if config.model.super_resolution:
+        u = time_laws.uniform_numbers(n, generator(seed, step, _AUGMENTATION + purpose))[part]
+        source = generator(seed, step, _AUGMENTATION + purpose + 1, k.device)
+        spread = partial(_normal_part, n=n, part=part, generator=source)
+        level = config.training.augmentation * u
+        condition |= low_resolution(k, config.model.super_resolution, codec, sde, level, spread)
     return Batch(x0, times.t[part], times.weight[part], z, v, condition)
 
 
-def without(value: Tensor, dropped: Tensor) -> Tensor:
-    """A condition (B, ...) left out for the examples where `dropped`, (B,), is true."""
-    return torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), absent(value), value)
+def _normal_part(like: Tensor, n: int, part: slice, generator: torch.Generator) -> Tensor:
+    """Standard normal numbers for one process' part of n examples."""
+    return torch.randn((n, *like.shape[1:]), generator=generator, device=like.device, dtype=like.dtype)[part]
 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
@@ -189,20 +208,20 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
         group["lr"] = rate
     state.optimizer.zero_grad(set_to_none=True)
     parts = b.parts(t.accumulate)
-    errors, values = [], []
+    measures, values = [], []
     for i, p in enumerate(parts):
         last = i == len(parts) - 1
         synced = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
         bf16 = torch.autocast(p.x0.device.type, torch.bfloat16, enabled=t.precision == "bfloat16")
         with synced, bf16:
-            loss, error = objective(p.x0, p.t, p.z, p.v, p.condition)
+            loss, measured = objective(p.x0, p.t, p.z, p.v, p.condition)
             if importance_weighted(config):
                 loss = loss * p.importance.to(loss)
             (loss.mean() / len(parts)).backward()
-        errors.append(error)
+        measures.append(measured)
         values.append(loss.detach())
     norm = update(state, o.grad_clip if o.grad_clip >= 0 else math.inf)
-    record = Record(state.step, rate, norm, torch.cat(errors), torch.cat(values), b.t)
+    record = Record(state.step, rate, norm, torch.cat(measures), torch.cat(values), b.t)
     state.step += 1
     decay = ema_decay(
         state.step, rate=config.model.ema_rate, halflife=config.model.ema_halflife, batch_size=t.batch_size
@@ -254,7 +273,7 @@ def noise_bins(sde: SDE, count: int = 5) -> tuple[Tensor, list[str]]:
 
 
 def by_noise_level(sde: SDE, t: Tensor, error: Tensor) -> dict[str, float]:
-    """Mean error of the noise in each bin of `noise_bins` that has examples."""
+    """Mean of an error, or of another measure, in each bin of `noise_bins` that has examples."""
     edges, names = noise_bins(sde)
     bins = torch.bucketize(-sde.log_snr(t), -edges[1:-1])
     return {name: float(error[bins == i].mean()) for i, name in enumerate(names) if bool((bins == i).any())}
@@ -272,13 +291,28 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 
 
 @torch.no_grad()
-def evaluate_loss(state: State, config: ConfigDict, split: Split, codec: Codec) -> dict[str, float]:
+def evaluate_loss(
+    state: State, config: ConfigDict, split: Split, codec: Codec, text: Text | None = None
+) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
-    b = draw(config, split, codec, state.ema.sde, 0, slice(None), flip=False, purpose=_EVALUATION)
-    loss, _ = Objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
+    sde = sde_of(state.ema, config)
+    b = draw(config, split, codec, sde, 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
+    loss, measured = build_objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
     if importance_weighted(config):
         loss = loss * b.importance.to(loss)
-    return {"eval_loss": float(loss.mean())}
+    if is_autoencoder(config):
+        return {"eval_loss": float(loss.mean()), **parts_of(measured, "eval_")}
+    return {"eval_loss": float(loss.mean()), f"eval_{measure(config)}": float(measured.mean())}
+
+
+def parts_of(measured: Tensor, prefix: str = "") -> dict[str, float]:
+    """Means of an autoencoder's PARTS, (B, 3)."""
+    return {prefix + name: float(value) for name, value in zip(PARTS, measured.double().mean(0), strict=True)}
+
+
+def sde_of(model: Trained | ScoreModel, config: ConfigDict) -> SDE:
+    """Whose times the loop draws: the model's, which may learn it; an autoencoder does not look at them."""
+    return build_sde(config) if isinstance(model, ConvolutionalAutoencoder) else model.sde
 
 
 def train(
@@ -288,9 +322,11 @@ def train(
     codec: Codec,
     processes: Processes,
     stop: Callable[[], bool] = lambda: False,
+    text: Text | None = None,
 ) -> Iterator[Metrics]:
     """Train, or go on from the workdir's newest checkpoint, to step training.n_iters; yield what there is to report.
 
+    `text` is of the data's captions, for a model that takes them.
     Writes checkpoints every snapshot_freq steps, at the end and where `stop()` turns true. Raises FloatingPointError
     where the loss is not finite, and leaves the last checkpoint as it was.
     """
@@ -311,18 +347,19 @@ def train(
     share = t.batch_size // processes.world
     part = slice(processes.rank * share, (processes.rank + 1) * share)
     if t.compile:
-        state.model.network.compile()  # type: ignore[union-attr]
-    objective: nn.Module = Objective(state.model, config, codec)
+        getattr(state.model, "network", state.model).compile()
+    objective, sde = build_objective(state.model, config, codec), sde_of(state.model, config)
     if processes.world > 1:
         gpu = [processes.device.index] if processes.device.type == "cuda" else None
         objective = DistributedDataParallel(objective, device_ids=gpu)
     split, held_out = data.train.to(processes.device), data.test.to(processes.device)
+    text = None if text is None else text.to(processes.device)
     records: list[Record] = []
     since, clock = state.step, time.perf_counter()
 
     def report() -> Metrics:
         nonlocal since, clock
-        check_finite(records, state.model.sde)
+        check_finite(records, sde)
         seconds = max(time.perf_counter() - clock, 1e-9)
         scalars = {
             "training_loss": float(torch.cat([r.loss for r in records]).mean()),
@@ -330,18 +367,22 @@ def train(
             "learning_rate": records[-1].learning_rate,
             "images_per_second": (state.step - since) * t.batch_size / seconds,
         }
-        errors = torch.cat([r.error for r in records]).cpu()
-        levels = by_noise_level(state.model.sde, torch.cat([r.t for r in records]), errors)
-        scalars |= {f"noise_error/{name}": value for name, value in levels.items()}
+        measured = torch.cat([r.measure for r in records]).cpu()
+        if is_autoencoder(config):
+            scalars |= parts_of(measured)
+        else:
+            levels = by_noise_level(sde, torch.cat([r.t for r in records]), measured)
+            scalars |= {f"{measure(config)}/{name}": value for name, value in levels.items()}
         records.clear()
         since, clock = state.step, time.perf_counter()
         return Metrics(state.step, scalars)
 
     def snapshot() -> Path:
-        check_finite(records, state.model.sde)
+        check_finite(records, sde)
         path = checkpoint.checkpoint_path(workdir, state.step)
         if processes.main:
-            card = checkpoint.Card(configs.to_json(config), data.shape, state.step)
+            codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
+            card = checkpoint.Card(configs.to_json(config), data.shape, state.step, codes)
             checkpoint.save(path, card, state.model, state.ema, state.optimizer, state.law)
             checkpoint.prune(workdir, t.keep_last, t.keep_every * t.snapshot_freq)
         processes.barrier()
@@ -354,18 +395,18 @@ def train(
                 yield Metrics(state.step, checkpoint=snapshot())
             return
         seed_dropout(config.seed, state.step, processes)
-        flip = config.data.random_flip
-        b = draw(config, split, codec, state.model.sde, state.step, part, flip=flip, law=state.law)
+        flip = config.data.random_flip and split.std is None  # codes are there of both
+        b = draw(config, split, codec, sde, state.step, part, flip=flip, law=state.law, text=text)
         records.append(train_step(state, objective, b, config))
         if state.law is not None:  # the next step's times hang on these losses: this law alone waits for the device
-            state.law.update(processes.gather(b.t), processes.gather(records[-1].error))
+            state.law.update(processes.gather(b.t), processes.gather(records[-1].measure))
         yield Metrics(state.step)
         last = state.step == t.n_iters
         if state.step % t.log_freq == 0 or last:
             yield report()
         if processes.main and (state.step % t.eval_freq == 0 or last):
             before = time.perf_counter()
-            yield Metrics(state.step, evaluate_loss(state, config, held_out, codec))
+            yield Metrics(state.step, evaluate_loss(state, config, held_out, codec, text))
             clock += time.perf_counter() - before
         if state.step % t.snapshot_freq == 0 or last:
             before = time.perf_counter()

@@ -71,7 +71,7 @@ def archive(path: Path, folder: Path) -> Path:
 
 
 def check(path: Path) -> None:
-    (x, y), (test_x, test_y) = cifar10.read(path, url="file:///nowhere")
+    (x, y, _), (test_x, test_y, _) = cifar10.read(path, url="file:///nowhere")
     batches = contents()
     images = np.concatenate([batches[n][0] for n in BATCHES[:5]])
     assert x.shape == (5 * SIZE, 3, 32, 32)

@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_sde import VPSDE, guide, sample, times
+from score_sde import VPSDE, guide, load, load_classifier, sample, times
+from score_sde.build import build_times
 from score_sde.cli import run
 from score_sde.closed_form import Mixture
 from score_sde.codecs import codec_of
+from score_sde.config import load as load_config
 from score_sde.data import load_data
+from score_sde.data_conditions import left_out
 from score_sde.guidance import Guided, both
 from score_sde.model import Preconditioned, absent, of_examples
-from score_sde.networks import MLP, UNet
+from score_sde.networks import MLP, Encoder, UNet
 from score_sde.samplers import EmbeddedODE, Heun
-from score_sde.train import draw, without
+from score_sde.train import draw
 from tests.test_train import image_config
 
 SDE = VPSDE()
@@ -67,7 +70,8 @@ def test_what_stands_for_no_condition() -> None:
     assert absent(torch.tensor([True, False])).tolist() == [False, False]
     assert absent(torch.tensor([1.5])).tolist() == [0.0]
     value = torch.arange(1.0, 7.0).reshape(3, 2)
-    assert without(value, torch.tensor([True, False, True])).tolist() == [[0, 0], [3, 4], [0, 0]]
+    found = left_out({"pooled": value}, torch.tensor([True, False, True]))
+    assert found["pooled"].tolist() == [[0, 0], [3, 4], [0, 0]]
 
 
 def test_no_label_is_all_of_the_mixture() -> None:
@@ -174,6 +178,10 @@ def test_training_draws_labels_and_leaves_some_out() -> None:
     assert bool((draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"] == -1).all())
     held_out = draw(config, data.test, codec, SDE, 3, slice(None), flip=False, purpose=3)
     assert bool((held_out.condition["label"] >= 0).all())
+    config.training.objective, config.model.class_conditional = "cross_entropy", False
+    of_classifier = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"]
+    assert torch.equal(of_classifier, all_of.condition["label"])  # none left out, though condition_dropout is 1
+    config.training.objective, config.model.class_conditional = "denoising", True
     parts = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).parts(4)
     assert [len(p.condition["label"]) for p in parts] == [125] * 4
     assert torch.equal(torch.cat([p.x0 for p in parts]), all_of.x0)
@@ -190,6 +198,9 @@ TINY = [
     "--config.sampling.method=heun",
     "--config.sampling.num_samples=20",
     "--config.eval.check_images=0",
+    "--config.optim.warmup=0",  # three steps, and labels matter
+    "--config.optim.lr=0.05",
+    "--config.model.init_scale=1",
     "--config.eval.rtol=1e-2",
     "--config.eval.atol=1e-2",
 ]
@@ -220,7 +231,7 @@ def test_classes_are_sampled_in_turn_and_kept(trained: Path) -> None:
     with np.load(folder / "samples.npz") as found:
         assert found["arr_1"].tolist() == [3, 7] * 10
     stamp = json.loads((folder / "stamp.json").read_text())
-    assert (stamp["labels"], stamp["guidance"]) == ([3, 7], [2.0, 0.0, 0.0])
+    assert (stamp["labels"], stamp["guidance"]) == ([3, 7], [2.0, 0.0, 0.0, 0.0])
 
 
 def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
@@ -237,7 +248,7 @@ def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
         ("there is no class 10", ["--config.sampling.labels=3,10"]),
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.labels=3"]),
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.guidance=2"]),
-        ("knows examples without", ["--config.sampling.guidance=2", "--config.training.condition_dropout=0"]),
+        ("trained with classes", ["--config.model.class_conditional=false"]),
         ("guidance_low", ["--config.sampling.guidance_low=2", "--config.sampling.guidance_high=1"]),
         ("has no classes", ["--config.data.dataset=ring", "--config.model.name=mlp"]),
         ("has 10: leave it 0", ["--config.model.num_classes=7"]),
@@ -251,9 +262,191 @@ def test_what_a_model_of_classes_cannot_do_is_said(
     assert words in capsys.readouterr().err
 
 
-def test_a_checkpoint_knows_its_classes(trained: Path) -> None:
-    from score_sde import load
+def test_what_was_trained_without_dropout_knows_no_examples_without_label(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert modes(tmp_path, "train", "--config.training.condition_dropout=0") == 0
+    asked = {"sampling.guidance=2": "sample", "sampling.labels=3,-1": "sample", "eval.conditional=false": "encode"}
+    for setting, mode in asked.items():
+        assert modes(tmp_path, mode, f"--config.{setting}") == 2  # whatever the command's own condition_dropout
+        error = capsys.readouterr().err
+        assert setting.split("=")[0] in error and "condition_dropout=0: train one with 0.1" in error
+    assert modes(tmp_path, "sample", "--config.sampling.num_samples=2") == 0
 
+
+def test_labels_go_with_latents_and_back(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tight = ("--config.eval.rtol=1e-4", "--config.eval.atol=1e-4")
+    assert modes(trained, "encode", *tight) == 0
+    file = results(trained, "latents", "latents.npz")[-1]
+    test = load_data("digits").test
+    with np.load(file) as found:
+        kept = dict(found)
+    assert test.y is not None and kept["labels"].tolist() == test.y[:4].tolist()
+    assert kept["rms_error"].max() < 0.2  # in levels: there and back by the same labels
+    assert modes(trained, "decode", "--input", str(file), *tight) == 0
+    again = np.load(results(trained, "decoded", "samples.npz")[-1])["arr_0"]
+    other = trained / "other.npz"
+    np.savez(other, latents=kept["latents"], labels=(kept["labels"] + 1) % 10)
+    assert modes(trained, "decode", "--input", str(other), *tight) == 0
+    changed = np.load(results(trained, "decoded", "samples.npz")[-1])["arr_0"]
+    originals = test[torch.arange(4)][0].permute(0, 2, 3, 1).numpy()
+    assert np.abs(again.astype(int) - originals).mean() < 0.05
+    assert np.abs(changed.astype(int) - originals).mean() > 0.1
+    np.savez(other, latents=kept["latents"])
+    assert modes(trained, "decode", "--input", str(other)) == 2
+    assert "holds no labels" in capsys.readouterr().err
+    assert modes(trained, "decode", "--input", str(other), "--config.eval.conditional=false") == 0
+    np.savez(other, latents=kept["latents"], labels=kept["labels"][:2])
+    assert modes(trained, "decode", "--input", str(other)) == 2
+    assert "for 4 latents" in capsys.readouterr().err
+
+
+def test_an_interpolation_goes_from_label_to_label(trained: Path) -> None:
+    """Its ends are the images, of different classes, and come back only by their own labels."""
+    tight = ("--config.eval.rtol=1e-4", "--config.eval.atol=1e-4", "--config.interpolation.steps=3")
+    assert modes(trained, "interpolate", *tight, "--config.interpolation.pairs=2") == 0
+    stamp = json.loads(results(trained, "interpolations", "stamp.json")[-1].read_text())
+    assert stamp["ends_rms_error"] < 0.2 and stamp["given_labels"]
+    drawn = ("--config.interpolation.between=seeds", "--config.interpolation.pairs=1", "--config.sampling.labels=3,7")
+    assert modes(trained, "interpolate", *tight, *drawn) == 0
+    rows = np.load(results(trained, "interpolations", "interpolations.npz")[-1])["arr_0"]
+    ends = ("--config.sampling.method=ode", "--config.sampling.rtol=1e-4", "--config.sampling.atol=1e-4")
+    ends += ("--config.sampling.noise_removal=false", "--config.sampling.t_min=1e-5", "--config.sampling.num_samples=2")
+    assert modes(trained, "sample", *ends, "--config.sampling.labels=3,7") == 0
+    images = np.load(results(trained, "samples", "samples.npz")[-1])["arr_0"]
+    assert np.abs(rows[0, [0, 2]].astype(int) - images).mean() < 0.1
+
+
+@pytest.fixture(scope="module")
+def judged(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An unconditional model, a weaker one, and a classifier of their data."""
+    found = {name: tmp_path_factory.mktemp(name) for name in ("model", "weak", "classifier")}
+    settings = {"model": [], "weak": ["--config.model.nf=4"], "classifier": ["--config.training.eval_freq=2"]}
+    for name, workdir in found.items():
+        config = "classifier_digits" if name == "classifier" else "vp_digits"
+        tiny = [word for word in TINY if "class_conditional" not in word]
+        order = ["--config", f"configs/{config}.py", "--mode", "train", "--workdir", str(workdir)]
+        assert run([*order, *tiny, *settings[name]]) == 0
+    return found
+
+
+def unconditional(judged: dict[str, Path], *more: str, mode: str = "sample") -> int:
+    return modes(judged["model"], mode, "--config.model.class_conditional=false", *more)
+
+
+def test_a_classifier_is_trained_by_the_same_loop(judged: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    log = (judged["classifier"] / "log.txt").read_text()
+    assert "accuracy/sigma" in log and "of held-out examples" in log and "eval_accuracy" in log
+    assert not (judged["classifier"] / "samples").exists()
+    model = load_classifier(judged["classifier"])
+    assert isinstance(model.network, Encoder) and model.classes == 10 and not model.training
+    order = ["--config", "configs/classifier_digits.py", "--workdir", str(judged["classifier"]), *TINY[:5]]
+    for mode in ("sample", "likelihood", "demo"):
+        assert run([*order, "--mode", mode]) == 2
+        assert "is of a classifier, and --mode" in capsys.readouterr().err
+    assert run([*order, "--mode", "train", "--config.training.n_iters=5"]) == 0
+    assert "going on from step 3" in (judged["classifier"] / "log.txt").read_text()
+
+
+def test_a_classifier_guides_a_model_that_knows_no_classes(judged: dict[str, Path]) -> None:
+    settings = ["--config.sampling.labels=3,7", "--config.sampling.num_samples=4"]
+    settings.append(f"--config.sampling.classifier={judged['classifier']}")
+    found = {}
+    for scale in (0, 2):
+        assert unconditional(judged, *settings, f"--config.sampling.guidance={scale}") == 0
+        folder = results(judged["model"], "samples", "samples.npz")[-1].parent
+        with np.load(folder / "samples.npz") as file:
+            found[scale] = file["arr_0"]
+            assert file["arr_1"].tolist() == [3, 7, 3, 7]
+    stamp = json.loads((folder / "stamp.json").read_text())
+    assert stamp["guidance"] == [2.0, 0.0, 0.0, 0.0] and len(stamp["classifier_sha256"]) == 64
+    assert unconditional(judged, "--config.sampling.num_samples=4") == 0
+    plain = np.load(results(judged["model"], "samples", "samples.npz")[-1])["arr_0"]
+    assert np.array_equal(found[0], plain) and not np.array_equal(found[2], plain)
+
+
+def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
+    """As `guide` says; a class-conditional model may have a weaker one with labels or without."""
+    settings = ["--config.sampling.num_samples=4", "--config.sampling.guidance=3"]
+    assert unconditional(judged, *settings, f"--config.sampling.guidance_checkpoint={judged['weak']}") == 0
+    file = results(judged["model"], "samples", "samples.npz")[-1]
+    assert len(json.loads((file.parent / "stamp.json").read_text())["reference_sha256"]) == 64
+    config = load_config("configs/vp_digits.py")
+    config.sampling.steps = 4
+    guided = guide(load(judged["model"]), load(judged["weak"]), 3.0)
+    x = sample(guided, Heun(), (4, 1, 8, 8), build_times(config, guided.sde), denoise=True)
+    assert np.array_equal(np.load(file)["arr_0"], codec_of(17, True).decode(x).permute(0, 2, 3, 1).numpy())
+    reference = [f"--config.sampling.guidance_checkpoint={w}" for w in (trained, judged["weak"])]
+    for words in reference:
+        assert modes(trained, "sample", *settings, words) == 0
+    itself, other = (np.load(p)["arr_0"] for p in results(trained, "samples", "samples.npz")[-2:])
+    assert modes(trained, "sample", settings[0]) == 0
+    unguided = np.load(results(trained, "samples", "samples.npz")[-1])["arr_0"]
+    # by itself, told the same labels, a model is not moved, at most over the edge of a level here and there
+    assert np.abs(itself.astype(int) - unguided).mean() < 0.02 < np.abs(other.astype(int) - unguided).mean()
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("there is no class 10", ["--config.sampling.labels=10", "{classifier}"]),
+        ("has nothing to guide by", ["--config.sampling.guidance=2"]),
+        ("guides by itself", ["{classifier}", "--config.sampling.guidance_rescale=0.5"]),
+        ("sampling.classifier=nowhere", ["--config.sampling.classifier=nowhere"]),
+        ("is a score model and no classifier", ["--config.sampling.classifier={model}"]),
+        ("is a classifier", ["--config.sampling.guidance_checkpoint={judge}", "--config.sampling.guidance=2"]),
+        (
+            "is class-conditional, and the",
+            ["--config.sampling.guidance_checkpoint={told}", "--config.sampling.guidance=2"],
+        ),
+        ("was trained without classes", ["--config.model.class_conditional=true", "--config.sampling.labels=3"]),
+        ("sampling.labels are of class-conditional models, or for", ["--config.sampling.labels=3"]),
+    ],
+)
+def test_what_cannot_guide_is_said(
+    judged: dict[str, Path], trained: Path, words: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = {
+        "classifier": f"--config.sampling.classifier={judged['classifier']}",
+        "model": judged["model"],
+        "judge": judged["classifier"],
+        "told": trained,
+    }
+    assert unconditional(judged, *(s.format(**names) for s in settings)) == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("another SDE", ["--config.training.sde=subvpsde"]),
+        ("data.centered", ["--config.data.centered=false", "--config.model.rule=noise"]),
+    ],
+)
+def test_a_classifier_of_other_states_is_refused(
+    judged: dict[str, Path], tmp_path: Path, words: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = ["--config", "configs/classifier_digits.py", "--mode", "train", "--workdir", str(tmp_path), *TINY[:5]]
+    assert run([*order, *settings]) == 0
+    assert unconditional(judged, f"--config.sampling.classifier={tmp_path}") == 2
+    assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("model.class_conditional=False", {"model.class_conditional": "true"}),
+        ("model.conditional=True", {"model.conditional": "false"}),
+        ("ncsnpp", {"model.name": "ddpm"}),
+        ("learns no noise schedule", {"training.sde": "learned"}),
+    ],
+)
+def test_a_classifier_that_cannot_be_is_refused(words: str, settings: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=words):
+        load_config("configs/classifier_digits.py", settings)
+
+
+def test_a_checkpoint_knows_its_classes(trained: Path) -> None:
     model = load(trained)
     assert isinstance(model, Preconditioned)
     x = torch.randn(2, 1, 8, 8)

@@ -29,6 +29,7 @@ REACHED = {
     "vdm_digits": Reached("variational bound of 1000 steps", 1.846, 75),
     "scoreflow_digits": Reached("probability-flow ODE", 1.791, 70),
     "iddpm_digits": Reached("variational bound of 50 steps", 1.847, 80),
+    "cond_digits": Reached("probability-flow ODE", 1.712, 97),
     "ncsn_digits": Reached("probability-flow ODE", 2.174, 49),
     "ncsnv2_digits": Reached("probability-flow ODE", 2.259, 31),
 }
@@ -59,7 +60,8 @@ def test_a_digits_config_trained_in_full_reaches_what_is_stated(
 
 
 def test_every_digits_config_is_held_to_its_numbers() -> None:
-    assert sorted(REACHED) == sorted(path.stem for path in (ROOT / "configs").glob("*_digits.py"))
+    named = {path.stem for path in (ROOT / "configs").glob("*_digits.py")}
+    assert sorted(REACHED) == sorted(named - {"classifier_digits", "cond_digits"})  # of which docs/guidance.md tells
 
 
 @pytest.mark.parametrize("name", REACHED)

@@ -39,8 +39,8 @@ from score_sde import (
 )
 from score_sde.config import default_config
 from score_sde.losses import simple
+from score_sde.objectives import Objective
 from score_sde.sdes import like
-from score_sde.train import Objective
 
 DATA = Path(__file__).parent / "data"
 KINDS: dict[str, type[SDE]] = {"vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE}

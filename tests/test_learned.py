@@ -332,7 +332,7 @@ def test_a_step_moves_network_shape_and_ends_as_told(digits: Data, learn_ends: b
         mixed = torch.lerp(before[name], state.model.state_dict()[name], 9 / 11)
         torch.testing.assert_close(averages[name], mixed, rtol=1e-5, atol=1e-7)
     if not learn_ends:  # then the loss is the weighted error, and the shape's gradient adds nothing to it
-        weighted = record.error * 18.3  # the line's rate
+        weighted = record.measure * 18.3  # the line's rate
         torch.testing.assert_close(record.loss, weighted, rtol=1e-3, atol=0)
 
 

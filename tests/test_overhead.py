@@ -58,6 +58,7 @@ PASSES: dict[Sampler, int] = {
     UniPC(2): 6,
     UniPC(3): 8,
     UniPC(3, predict="noise", start="lower", short=25): 8,
+    UniPC(3, predict="both", start="lower", short=25): 8,
 }
 # Langevin's step sizes are found on the way, from the norms of each example
 SMALL: dict[Sampler, int] = {Langevin(): 12, PredictorCorrector(): 12}

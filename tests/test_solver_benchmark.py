@@ -1,7 +1,9 @@
 """The benchmark of samplers measures what it says: errors, budgets, distances of laws, and where the default loses."""
 
 import math
-from functools import partial
+import os
+from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,12 @@ import torch
 from torch import Tensor
 
 from benchmarks import errors, laws, problems, reports, solvers, subjects
+from benchmarks.judges import judge
 from benchmarks.schedulers import DETERMINISTIC, STOCHASTIC
 from benchmarks.subjects import DEFAULT, Adaptive, Subject
 from score_sde import (
     DDIM,
+    VPSDE,
     Ancestral,
     DPMSolver,
     EmbeddedODE,
@@ -20,10 +24,15 @@ from score_sde import (
     Multistep,
     Sampler,
     UniPC,
+    from_score,
     recommended,
     sliced_wasserstein,
     times,
 )
+from score_sde.closed_form import Gaussian
+from score_sde.codecs import PixelCodec
+from score_sde.data import load_data
+from score_sde.scan import gaussian_fit
 
 # of NumPy's and of their own options
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
@@ -43,6 +52,61 @@ def test_references_of_the_flow_agree_where_the_default_was_not_chosen(which: in
 
 def test_references_of_the_flow_agree(problem: problems.Problem) -> None:
     assert problem.doubt < 1e-9
+
+
+@pytest.mark.parametrize("which", range(2))
+def test_the_field_of_many_dimensions_is_like_images_and_its_ends_are_the_closed_forms(which: int) -> None:
+    name, model = list(problems.fields())[which]
+    field = problems.mixture_problem(name, model, count=2)
+    assert isinstance(model, Gaussian) and model.shape == (3072,)
+    assert 200 < float(model.variances.max()) < 300 and 0.001 < float(model.variances.median()) < 0.01
+    assert float(model.variances.mean()) == pytest.approx(1 / 4)
+    first, last = (torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min))
+    torch.testing.assert_close(field.end, model.flow(field.start, first, last), rtol=0, atol=1e-9)
+    pixels = field.end.square().mean()  # of variance 1/4, up to the few large directions of two states
+    assert field.doubt < 1e-9 and 0.05 < float(pixels) < 1
+
+
+@torch.no_grad()
+def of_both_and_of_noise(model: Gaussian, nfe: int) -> tuple[float, float]:
+    """The default's median error, and that of the same sampler with noise prediction alone."""
+    x = torch.randn(16, *model.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ends = model.flow(x, *(torch.tensor(t, dtype=torch.float64) for t in (1.0, model.sde.t_min)))
+    problem = problems.Problem("", model, model.sde, x, ends, 0.0)
+    sampler, grid = recommended(model.sde, nfe)
+    assert isinstance(sampler, UniPC)
+    both, noise = (
+        float(problems.distances(errors.walk(problem, s, grid)[0], ends).median())
+        for s in (sampler, replace(sampler, predict="noise"))
+    )
+    return both, noise
+
+
+@pytest.mark.parametrize("nfe", [10, 20, 35])
+def test_the_default_gains_by_both_predictions_where_a_few_of_many_dimensions_are_large(nfe: int) -> None:
+    (_, field), *_ = problems.fields()
+    assert isinstance(field, Gaussian)
+    both, noise = of_both_and_of_noise(field, nfe)
+    assert both < noise / 4
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    "SCORE_SDE_CIFAR10" not in os.environ,
+    reason="needs the environment variable SCORE_SDE_CIFAR10: a folder that holds CIFAR-10's official files",
+)
+def test_the_field_stands_for_the_gaussian_of_cifar10s_images() -> None:
+    """Its large variances, what the default gains over noise prediction alone, and how far it ends from the truth."""
+    train = load_data("cifar10", os.environ["SCORE_SDE_CIFAR10"]).train.x
+    assert isinstance(train, Tensor)
+    variances = torch.linalg.eigvalsh(gaussian_fit(train[:10_000], PixelCodec())[1])
+    assert float(variances.max()) == pytest.approx(220, rel=0.05)
+    assert float(variances.mean()) == pytest.approx(0.25, rel=0.05)
+    (_, field), *_ = problems.fields()
+    assert isinstance(field, Gaussian)
+    image = Gaussian(field.sde, torch.zeros(3072, dtype=torch.float64), variances)
+    (a, _), (b, noise) = (of_both_and_of_noise(model, 20) for model in (field, image))
+    assert b < noise / 4 and 0.5 < a / b < 2
 
 
 @pytest.mark.parametrize(
@@ -153,6 +217,7 @@ def test_the_command_prints_every_table_and_goes_on_where_it_was(
 ) -> None:
     monkeypatch.setattr(solvers, "mixtures", lambda: [next(problems.mixtures())])
     monkeypatch.setattr(solvers, "held_out", lambda: [next(problems.held_out())])
+    monkeypatch.setattr(solvers, "fields", lambda: [])
     monkeypatch.setattr(solvers, "mixture_problem", partial(problems.mixture_problem, count=6))
     few = [Subject("ours", "DDIM", DDIM()), Subject("diffusers", "UniPC 2", DETERMINISTIC["UniPC 2"])]
     monkeypatch.setattr(solvers, "deterministic", lambda peer: few)
@@ -179,18 +244,6 @@ def test_the_command_prints_every_table_and_goes_on_where_it_was(
     assert [table.rows for table in solvers.run(arguments)] == [table.rows for table in tables]
 
 
-def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
-    g = torch.Generator().manual_seed(0)
-    x = torch.randn(50, 3, generator=g, dtype=torch.float64)
-    assert laws.frechet(x, x) == pytest.approx(0, abs=1e-10)
-    scale, shift = torch.tensor([2.0, 0.5, 1.0], dtype=torch.float64), torch.tensor([1.0, 0.0, -2.0])
-    x = x @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov())).T  # unit covariance
-    assert laws.frechet(x, x * scale) == pytest.approx(
-        float((x.mean(0) * (1 - scale)).square().sum()) + 1 + 0.25, rel=1e-9
-    )
-    assert laws.frechet(x, x + shift) == pytest.approx(5, rel=1e-9)
-
-
 def test_distances_of_laws_fall_to_that_of_another_sample() -> None:
     ancestral = Subject("ours", "ancestral", Ancestral(), "log_snr")
     table = laws.of_mixtures([ancestral], (5, 100), count=256, seeds=2)
@@ -205,12 +258,70 @@ def test_spreads() -> None:
     assert laws.spread([1.0, math.inf]) == laws.spread([math.nan]) == "not finite"
 
 
-def test_digits_of_a_poor_law_are_farther_than_real_ones() -> None:
-    features = laws.Features()
-    real = features.test[:100]
-    states = 2 * (features.top * real + 0.5) / (features.top + 1) - 1
-    assert features.accuracy > 0.9 and features.of_states(states) == pytest.approx(features.distance(real), rel=1e-9)
-    assert features.distance(real) < features.distance(torch.rand(100, 64, generator=torch.Generator().manual_seed(0)))
+known = cache(judge)
+
+
+def gaussian_of_digits() -> problems.Trained:
+    """A model that is the Gaussian of the digits."""
+    mean, covariance = gaussian_fit(known("digits").train, PixelCodec(17))
+    model = Gaussian(VPSDE(), mean.flatten().float(), covariance.float())
+    images = from_score(model.sde, lambda x, t: model.score(x.flatten(1), t).reshape(x.shape))
+    return problems.Trained(images, model.sde, "digits", "", True, (1, 8, 8))
+
+
+def test_laws_of_images_fall_to_that_of_the_gaussian_that_is_sampled(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    trained = gaussian_of_digits()
+    monkeypatch.setattr(laws, "VALUES", 64 * 60)  # walks of 60 digits
+    ancestral = Subject("ours", "ancestral", Ancestral(), "log_snr")
+
+    def measured() -> laws.Table:
+        return laws.of_images(
+            trained, known("digits"), [ancestral], (5, 50), 150, 2, errors.Kept(tmp_path / "rows").recall
+        )
+
+    table = measured()
+    cells = {row[0]: [float(cell.split(" ± ")[0]) for cell in row[1:]] for row in table.rows}
+    real, gaussian = cells["real images, held out"], cells["a Gaussian fitted to the images"]
+    assert real[0] < gaussian[0] == gaussian[1] and cells[DEFAULT][1] == pytest.approx(gaussian[0], rel=0.2)
+    assert cells[str(ancestral)][0] > 1.5 * cells[str(ancestral)][1]
+    assert "150 images against the 1497 of training" in table.notes[0] and "no FID" in table.notes[0]
+    monkeypatch.setattr(laws, "walk", None)  # nothing is left to run
+    assert measured() == table
+
+
+def test_the_command_has_a_table_of_laws_for_every_model_with_a_judge(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    digits = gaussian_of_digits()
+    names = {"a": digits, "b": digits._replace(data="cifar10"), "c": digits._replace(data="ring")}
+    monkeypatch.setattr(solvers, "trained", lambda workdir: names[str(workdir)])
+    monkeypatch.setattr(solvers, "judge", lambda data, path="": known("digits"))
+    monkeypatch.setattr(solvers, "of_mixtures", lambda subjects: laws.Table("mixtures", (), [], []))
+    monkeypatch.setattr(solvers, "stochastic", lambda peer: [])
+    monkeypatch.setattr(solvers, "few", lambda peer: [])
+    monkeypatch.setattr(laws, "LISTED", [])
+    monkeypatch.setattr(solvers, "FEW_BUDGETS", (5, 10))
+    page = tmp_path / "page.md"
+    blocks = ("laws_machine", "law_of_mixtures", "law_of_digits", "law_of_cifar10")
+    page.write_text("".join(f"<!-- SOLVERS: {name} -->\n<!-- /SOLVERS -->\n" for name in blocks))
+    _, first, second = solvers.run(["--laws", "--model", *names, "--page", str(page)])
+    assert first.title == "Fréchet distance, network: digits" and second.head == ("", "5", "10")
+    assert second.title == "Fréchet distance, network: cifar10" and second.notes[0].startswith("500 images")
+    assert str(first) in page.read_text() and str(second) in page.read_text()
+
+
+def test_walks_in_parts_end_where_whole_ones_do_and_count_the_same(
+    problem: problems.Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grid, samplers = times.log_snr(problem.sde, 4), (Heun(), EmbeddedODE(0.01, 0.01))
+    whole = [errors.walk(problem, sampler, grid) for sampler in samplers]
+    monkeypatch.setattr(laws, "VALUES", 10)  # five of 18 at a time
+    for sampler, (x, nfe) in zip(samplers, whole, strict=True):
+        y, again = laws.walked(problem, sampler, grid, 0)
+        torch.testing.assert_close(y, x, rtol=1e-9, atol=1e-9)
+        assert again == pytest.approx(nfe)
 
 
 @pytest.mark.parametrize("name", list(STOCHASTIC))

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -60,8 +60,8 @@ from score_sde.circle import Circle
 from score_sde.closed_form import Empirical, Gaussian, Mixture
 from score_sde.model import RULES
 from score_sde.ode import integrate
-from score_sde.samplers import adaptive
-from score_sde.samplers.exponential import SHORT, moments, orders, point, weights
+from score_sde.samplers import adaptive, exponential
+from score_sde.samplers.exponential import SHORT, TURN, advance, moments, orders, part, plan, point, weights
 from score_sde.sdes import like
 from tests.oracles import SDES, name, numbers
 
@@ -89,6 +89,8 @@ ORDERS: dict[Sampler, int] = {
     Multistep(3): 3,
     Multistep(2, "noise"): 2,
     Multistep(3, "noise"): 3,
+    Multistep(2, "both"): 2,
+    Multistep(3, "both"): 3,
     UniPC(1): 2,
     UniPC(2): 3,
     UniPC(3): 4,
@@ -97,6 +99,8 @@ ORDERS: dict[Sampler, int] = {
     UniPC(3, "b1"): 4,
     UniPC(2, predict="noise"): 3,
     UniPC(3, predict="noise"): 4,
+    UniPC(2, predict="both"): 3,
+    UniPC(3, predict="both"): 4,
     Churn(0): 2,
 }
 # those of old, whose orders test_samplers.py measures on Gaussians
@@ -295,6 +299,53 @@ def test_first_order_is_ddim_and_with_noise_ancestral_sampling(sde: SDE) -> None
         noisy = [last(s.walk(model, x, grid, draws())) for s in (Multistep(1, eta=1), DDIM(eta=1), Ancestral())]
         for y in noisy[:2]:
             torch.testing.assert_close(y, noisy[2], rtol=1e-12, atol=tolerance)
+
+
+@pytest.mark.parametrize("make", [Multistep, UniPC])
+@pytest.mark.parametrize("order", [2, 3])
+def test_both_predictions_are_that_of_the_data_below_the_turn_and_of_the_noise_above(
+    make: type[Multistep | UniPC], order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a walk over the turn goes on from the values before it as the other prediction would have."""
+    sde, x = VPSDE(), numbers(4, 3)
+    model, grid = bent(sde), sde.time(torch.linspace(-8, 4, 21, dtype=torch.float64))
+
+    def ends(predict: str, x: Tensor, grid: Tensor) -> Tensor:
+        return last(make(order, predict=predict, start="lower").walk(model, x, grid, refuse))  # type: ignore[arg-type]
+
+    low, high = grid[sde.log_snr(grid) < TURN], grid[sde.log_snr(grid) >= TURN]
+    assert torch.equal(ends("both", x, low), ends("data", x, low))
+    assert torch.equal(ends("both", x, high), ends("noise", x, high))
+    data, both = (list(make(order, predict=p, start="lower").walk(model, x, grid, refuse)) for p in ("data", "both"))  # type: ignore[arg-type]
+    turn = int((sde.log_snr(grid[:-1]) < TURN).sum())
+    assert all(torch.equal(a, b) for a, b in zip(data[:turn], both[:turn], strict=True))
+    # The step after them starts from the same state, UniPC's corrected by data, and takes the same estimates' noise.
+    estimates = [model(data[i - 1], grid[i]) for i in range(turn, turn - order, -1)]
+    rule: Literal["exact", "b2"] = "exact" if make is Multistep else "b2"
+    by: dict[str, tuple[float, Tensor]] = {}
+    for kind in ("data", "noise"):
+        keep, _, *row = plan(point(sde, grid), [min(order, i + 1) for i in range(20)], [kind] * 20, rule)[turn]  # type: ignore[list-item]
+        by[kind] = keep, sum((w * part(e, kind) for w, e in zip(row, estimates, strict=True)), torch.zeros(()))  # type: ignore[arg-type]
+    state = (data[turn] - by["data"][1]) / by["data"][0]
+    close(both[turn], by["noise"][0] * state + by["noise"][1])
+    for predict, where in (("data", math.inf), ("noise", -math.inf)):
+        monkeypatch.setattr(exponential, "TURN", where)
+        assert torch.equal(ends("both", x, grid), ends(predict, x, grid))
+
+
+def test_where_noise_outweighs_a_direction_the_data_are_the_smoother_estimate_and_afterwards_the_noise() -> None:
+    """What the turn rests on: of order p, one misses 2^(p-1) times what the other does, and the other way round."""
+    sde, model = VPSDE(), Gaussian(VPSDE(), torch.zeros(1, dtype=torch.float64), 1.0)
+    for order, log_snr in itertools.product((1, 2, 3), (-7.0, 7.0)):
+        h, missed = 0.02, {}
+        for kind in ("data", "noise"):
+            grid = sde.time(log_snr + 2 * h * torch.arange(-order + 1, 2, dtype=torch.float64))
+            path = [model.flow(numbers(1, 1), grid[0], t) for t in grid]
+            row = plan(point(sde, grid), range(1, order + 1), [kind] * order, "exact")[-1]  # type: ignore[list-item]
+            values = [part(model(y, t), kind) for y, t in zip(path[:-1], grid[:-1], strict=True)][::-1]  # type: ignore[arg-type]
+            missed[kind] = float((advance(path[-2], values, row) - path[-1]).abs())
+        worse, better = ("noise", "data") if log_snr < 0 else ("data", "noise")
+        assert missed[worse] / missed[better] == pytest.approx(2 ** (order - 1), rel=0.1)
 
 
 @EVERY
@@ -681,7 +732,7 @@ def test_settings_that_mean_nothing_are_refused() -> None:
         (lambda: Langevin(norm="all"), 'norm must be "example" or "batch", got \'all\''),  # type: ignore[arg-type]
         (lambda: AnnealedLangevin(steps=0), "at least 1 step, got snr 0.16 and steps 0"),
         (lambda: UniPC(0), "order must be 1, 2 or 3, got 0"),
-        (lambda: Multistep(predict="score"), 'predict must be "data" or "noise"'),  # type: ignore[arg-type]
+        (lambda: Multistep(predict="score"), "predict must be one of data, noise, both"),  # type: ignore[arg-type]
         (lambda: Multistep(2, "noise", eta=1.0), 'eta must be 0, or above with predict="data"'),
         (lambda: Multistep(eta=-1), "eta must be 0, or above"),
         (lambda: UniPC(2, "b3"), 'variant must be "b1" or "b2"'),  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from score_sde.codecs import VectorCodec, codec_of
 from score_sde.config import default_config
 from score_sde.data import Data, Split, load_data
 from score_sde.ema import RAMP, ema_decay, ema_update
+from score_sde.objectives import Objective
 from score_sde.parallel import Processes
 from score_sde.sdes import like
 from score_sde.time_laws import SecondMoments
@@ -24,7 +25,6 @@ from score_sde.toys import ring, ring_mixture
 from score_sde.train import (
     Batch,
     Metrics,
-    Objective,
     Record,
     State,
     by_noise_level,
@@ -281,7 +281,7 @@ def test_a_truncated_loss_carries_its_weights() -> None:
     state, records = run_steps(config, data)
     for record in records:
         b = draw(config, data.train, VectorCodec(), state.model.sde, record.step, slice(None), flip=False)
-        torch.testing.assert_close(record.loss, (record.error * b.importance).float())
+        torch.testing.assert_close(record.loss, (record.measure * b.importance).float())
         assert b.importance.max() < 1
 
 
@@ -310,9 +310,9 @@ def test_the_law_of_second_moments_learns_from_unweighted_losses_and_draws_the_n
     for _ in range(3):
         b = draw(config, data.train, VectorCodec(), sde, state.step, slice(None), flip=False, law=state.law)
         record = train_step(state, objective, b, config)
-        torch.testing.assert_close(record.loss, record.error * b.importance.float())
-        state.law.update(b.t, record.error)
-        seen.append((b.t, record.error.double()))
+        torch.testing.assert_close(record.loss, record.measure * b.importance.float())
+        state.law.update(b.t, record.measure)
+        seen.append((b.t, record.measure.double()))
     t, errors = (torch.cat(parts) for parts in zip(*seen))
     assert state.law.counts.sum() == 3 * 64 and state.law.counts.min() >= 10
     size = torch.stack([errors[(t * 4).round() == i + 1][-10:].square().mean().sqrt() for i in range(4)])

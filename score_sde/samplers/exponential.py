@@ -11,7 +11,10 @@ from lambda_t up to lambda_s = lambda_t + h. Putting a polynomial through some v
     x_s = keep x_t + sum_j weight_j F_j,    with weights exact for F = 1, u, u², ..., where u = (lambda - lambda_t)/h.
 
 Which values are taken makes the method: those of intermediate points (`DPMSolver`), of steps before (`Multistep`), of
-these and the new point (`UniPC`). Of the reverse SDE with eta times its noise,
+these and the new point (`UniPC`). Which estimate is the smoother changes on the way: in a direction in which the data
+have variance v, D grows as exp(lambda) while v alpha² < sigma², and E departs from its limit as exp(2 lambda)/2, so
+that what a polynomial of degree p - 1 misses of it weighs 2^(p-1) times as much; afterwards the two have changed
+places. `TURN` stands for where that happens. Of the reverse SDE with eta times its noise,
 ``dx = [f x - (1 + eta²)/2 g² score] dt + eta g dw``, the same holds with exp((1 + eta²) lambda) for exp(lambda).
 """
 
@@ -28,18 +31,19 @@ from numpy.typing import NDArray
 from scipy.special import gammainc
 from torch import Tensor
 
-from ..model import ScoreModel
+from ..model import Estimate, ScoreModel
 from ..sdes import SDE, Noise, add, add_, scaled
 from .base import Sampler, add_noise_, rows
 
 # Coefficients are NumPy's: on a few numbers its arithmetic costs a third of torch's, and a walk's plan counts.
 Array = NDArray[np.float64]
 
-Prediction = Literal["data", "noise"]
+Prediction = Literal["data", "noise"]  # what a step interpolates
 Rule = Literal["exact", "b1", "b2", "published"]
 Start = Literal["singlestep", "lower"]
 
 SHORT = 15  # steps: shorter grids are finished at lower order, as in the papers' code
+TURN = -2.0  # log SNR: with predict="both" steps that begin below it interpolate data, the others noise
 
 
 class Point(NamedTuple):
@@ -137,7 +141,10 @@ def advance(x: Tensor, values: Sequence[Tensor], row: Row) -> Tensor:
 
 
 def estimate(model: ScoreModel, x: Tensor, t: Tensor, predict: Prediction) -> Tensor:
-    e = model(x, t)
+    return part(model(x, t), predict)
+
+
+def part(e: Estimate, predict: Prediction) -> Tensor:
     return e.data if predict == "data" else e.noise
 
 
@@ -197,31 +204,45 @@ def orders(grid: Point, order: int, short: int = SHORT) -> list[int]:
     return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
 
 
+def predictions(grid: Point, predict: Prediction | Literal["both"]) -> list[Prediction]:
+    """What each step of a grid interpolates."""
+    if predict != "both":
+        return [predict] * (len(grid.sigma) - 1)
+    return ["data" if 2 * lam < TURN else "noise" for lam in grid.half_log_snr[:-1]]
+
+
 def plan(
-    grid: Point, orders: Sequence[int], predict: Prediction, rule: Rule, eta: float = 0.0, corrector: bool = False
+    grid: Point,
+    orders: Sequence[int],
+    predict: Sequence[Prediction],
+    rule: Rule,
+    eta: float = 0.0,
+    corrector: bool = False,
 ) -> list[Row]:
     """The steps of a grid, as numbers: step i takes the values at the orders[i] points up to the grid's point i.
 
-    A corrector's step takes the value at point i + 1 besides, as its last. For every order that occurs all steps are
-    computed at once.
+    A corrector's step takes the value at point i + 1 besides, as its last. The steps from the first to the last of each
+    order and prediction are computed at once.
     """
     lam = grid.half_log_snr
-    found: dict[int, list[tuple[float, ...]]] = {}
-    for q in set(orders):
-        first = q - 1  # which has as many points behind it
-        count = max(i for i, order in enumerate(orders) if order == q) - first + 1
+    kinds = list(zip(orders, predict, strict=False))
+    found: dict[int, Row] = {}
+    for kind in set(kinds):
+        own = [i for i, other in enumerate(kinds) if other == kind]
+        first, count, (q, what) = own[0], own[-1] - own[0] + 1, kind
         t, s = grid.part(first, count), grid.part(first + 1, count)
         h = s.half_log_snr - t.half_log_snr
         places = [(lam[first - j :][:count] - t.half_log_snr) / h for j in range(1, q)]
-        found[q] = rows(coefficients(t, s, places + [1.0] * corrector, predict, rule, eta))
-    return [found[q][i - q + 1] for i, q in enumerate(orders)]
+        steps = rows(coefficients(t, s, places + [1.0] * corrector, what, rule, eta))
+        found |= {i: steps[i - first] for i in own}
+    return [found[i] for i in range(len(kinds))]
 
 
-def _check(order: int, predict: str, start: str = "lower") -> None:
+def _check(order: int, predict: str, start: str = "lower", known: Sequence[str] = ("data", "noise", "both")) -> None:
     if order not in _STAGES:
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
-    if predict not in ("data", "noise"):
-        raise ValueError(f'predict must be "data" or "noise", got {predict!r}')
+    if predict not in known:
+        raise ValueError(f"predict must be one of {', '.join(known)}, got {predict!r}")
     if start not in ("singlestep", "lower"):
         raise ValueError(f'start must be "singlestep" or "lower", got {start!r}')
 
@@ -240,7 +261,7 @@ class DPMSolver(Sampler):
     predict: Prediction = "noise"
 
     def __post_init__(self) -> None:
-        _check(self.order, self.predict)
+        _check(self.order, self.predict, known=("data", "noise"))
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
         found = stages(model.sde, point(model.sde, t), point(model.sde, s), self.order, self.predict)
@@ -266,18 +287,18 @@ class Multistep(Sampler):
 
     Args:
         order: 1, 2 or 3.
-        predict: what is interpolated.
+        predict: what is interpolated: "data", "noise", or "both", data below a log SNR of -2 and noise above.
         eta: 0 draws no noise.
         rule: "exact" weights, or DPM-Solver++'s "published" ones (see `weights`), with which order 3 is 2.
         start: of order 3 without noise: "singlestep" takes the first step by an intermediate evaluation more; "lower"
             takes it at order 1, as the published code does, with which order 3 is 2 on ever finer grids.
 
     On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
-    Raises ValueError for other settings, or noise with noise prediction.
+    Raises ValueError for other settings, or noise with other than data prediction.
     """
 
     order: int = 2
-    predict: Prediction = "data"
+    predict: Prediction | Literal["both"] = "data"
     eta: float = 0.0
     rule: Literal["exact", "published"] = "exact"
     start: Start = "singlestep"
@@ -286,22 +307,24 @@ class Multistep(Sampler):
         _check(self.order, self.predict, self.start)
         if self.rule not in ("exact", "published"):
             raise ValueError(f'rule must be "exact" or "published", got {self.rule!r}')
-        if self.eta < 0 or (self.eta > 0 and self.predict == "noise"):
+        if self.eta < 0 or (self.eta > 0 and self.predict != "data"):
             raise ValueError(f'eta must be 0, or above with predict="data", got {self.eta} with {self.predict!r}')
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         grid = point(model.sde, times)
         allowed = orders(grid, self.order)
-        steps = plan(grid, allowed, self.predict, self.rule, self.eta)
+        kinds = predictions(grid, self.predict)
+        steps = plan(grid, allowed, kinds, self.rule, self.eta)
         # A first step of local error h² is all right for order 2; order 3 needs h³.
         single = self.start == "singlestep" and self.eta == 0 and max(allowed) == 3
-        past: list[Tensor] = []  # newest first
-        for i, t in enumerate(times[:-1]):
-            past = [estimate(model, x, t, self.predict), *past[: self.order - 1]]
+        past: list[Estimate] = []  # newest first
+        for i, (t, kind) in enumerate(zip(times[:-1], kinds, strict=True)):
+            past = [model(x, t), *past[: self.order - 1]]
+            values = [part(e, kind) for e in past]
             if i == 0 and single:
-                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 2, self.predict)[0], self.predict, past[0])
+                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 2, kind)[0], kind, values[0])
             else:
-                x = advance(x, past, steps[i])
+                x = advance(x, values, steps[i])
             x = add_noise_(x, steps[i][1], noise)
             yield x
 
@@ -316,7 +339,7 @@ class UniPC(Sampler):
     Args:
         order: p, 1, 2 or 3.
         variant: "b1" or "b2", their B(h) = h or exp(h) - 1.
-        predict: what is interpolated.
+        predict: what is interpolated: "data", "noise", or "both", data below a log SNR of -2 and noise above.
         start: of p = 3: "singlestep" takes the first step by two evaluations more; "lower" at order 1, as the published
             code does, with which the order is 3 on ever finer grids.
         short: on grids of fewer steps the last ones are of lower order.
@@ -326,7 +349,7 @@ class UniPC(Sampler):
 
     order: int = 3
     variant: Literal["b1", "b2"] = "b2"
-    predict: Prediction = "data"
+    predict: Prediction | Literal["both"] = "data"
     start: Start = "singlestep"
     short: int = SHORT
 
@@ -338,23 +361,25 @@ class UniPC(Sampler):
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         grid = point(model.sde, times)
         allowed = orders(grid, self.order, self.short)
-        steps = plan(grid, allowed, self.predict, self.variant)
+        kinds = predictions(grid, self.predict)
+        steps = plan(grid, allowed, kinds, self.variant)
         # The corrected point is the predicted one, moved by what the weights differ in. The last one, which may be
         # clean data, is not corrected.
-        corrected = plan(grid.part(0, len(allowed)), allowed[:-1], self.predict, self.variant, corrector=True)
+        corrected = plan(grid.part(0, len(allowed)), allowed[:-1], kinds, self.variant, corrector=True)
         moves = [
             (1.0, 0.0, new[-1], *(a - b for a, b in zip(new[2:], old[2:], strict=False)))
             for new, old in zip(corrected, steps, strict=False)
         ]
         single = self.start == "singlestep" and max(allowed) == 3
-        past: list[Tensor] = []  # newest first
-        for i, t in enumerate(times[:-1]):
-            new = estimate(model, x, t, self.predict)
+        past: list[Estimate] = []  # newest first
+        for i, (t, kind) in enumerate(zip(times[:-1], kinds, strict=True)):
+            new = model(x, t)
             if i > 0 and not (i == 1 and single):
-                x = advance(x, [new, *past], moves[i - 1])
+                x = advance(x, [part(e, kinds[i - 1]) for e in (new, *past)], moves[i - 1])
             past = [new, *past[: self.order - 1]]
+            values = [part(e, kind) for e in past]
             if i == 0 and single:
-                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 3, self.predict)[0], self.predict, new)
+                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 3, kind)[0], kind, values[0])
             else:
-                x = advance(x, past, steps[i])
+                x = advance(x, values, steps[i])
             yield x

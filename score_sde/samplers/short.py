@@ -13,10 +13,10 @@ from .times import arcsinh
 def recommended(sde: SDE, nfe: int) -> tuple[Sampler, Tensor]:
     """(sampler, times) of the least error found for `nfe` evaluations of a network, one per step; it draws no noise.
 
-    On the grid `times.arcsinh`, with noise prediction: `Multistep` of order 3 below 10 steps, from there `UniPC`, of
-    order 2 below 15 and then of order 3. The choice is measured: ``python -m benchmarks.solvers`` compares it with
-    the other samplers here and those of diffusers and score_sde_pytorch (docs/performance.md, also where it loses: on a
-    network trained on CIFAR-10 to ``UniPC(2)``, which predicts data, on `times.log_snr`).
+    On the grid `times.arcsinh`, with ``predict="both"``, which interpolates estimates of the data where noise outweighs
+    them and of the noise afterwards: `Multistep` of order 3 below 7 steps, from there `UniPC`, of order 2 below 15 and
+    then of order 3. The choice is measured: ``python -m benchmarks.solvers`` compares it with the other samplers here
+    and those of diffusers and score_sde_pytorch (docs/performance.md, also where it loses).
 
         sampler, grid = recommended(model.sde, 20)
         x = sample(model, sampler, (16, 1, 8, 8), grid)
@@ -29,6 +29,6 @@ def recommended(sde: SDE, nfe: int) -> tuple[Sampler, Tensor]:
 
 def fast(nfe: int) -> Sampler:
     """The sampler alone."""
-    if nfe < 10:  # over steps as long as these a corrector makes a network's errors larger
-        return Multistep(3, "noise", start="lower")
-    return UniPC(2 if nfe < SHORT else 3, predict="noise", start="lower", short=25)
+    if nfe < 7:  # over steps as long as these a corrector makes a network's errors larger
+        return Multistep(3, "both", start="lower")
+    return UniPC(2 if nfe < SHORT else 3, predict="both", start="lower", short=25)

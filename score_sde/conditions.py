@@ -1,0 +1,251 @@
+"""From a config to a model given its conditions: which labels, and what guides by them."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from . import checkpoint
+from . import config as configs
+from .codecs import Codec
+from .data import Split, digest
+from .data_conditions import augmented, low_resolution, of_data
+from .guidance import classifier, guide
+from .model import ScoreModel
+from .noisy_classifier import NoisyClassifier
+from .samplers.base import noise_source
+from .sdes import SDE
+from .text import Text
+
+CPU = torch.device("cpu")
+_AUGMENTATION = 1_000_003  # added to the seed, lest an image's noise be that of the state to which it is told
+
+
+class Guides(NamedTuple):
+    """What guides a model besides itself, and what a stamp says of it."""
+
+    classifier: NoisyClassifier | None = None
+    reference: ScoreModel | None = None  # the weaker model of autoguidance
+    reference_told: bool = False  # whether that is given the labels too
+    about: dict[str, str] | None = None
+
+
+def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], device: torch.device) -> Guides:
+    """The classifier or the weaker model that the section sampling names, for a model of examples of `shape`.
+
+    Raises FileNotFoundError where none is, and ValueError for one of other data, another shape or another SDE.
+    """
+    s = config.sampling
+    ema = s.weights == "ema"
+    if s.classifier:
+        path = _found(s.classifier, "sampling.classifier", "a classifier, such as configs/classifier_digits.py")
+        judge = checkpoint.load_classifier(path, ema, device)
+        _check_kin(path, "sampling.classifier", config, shape, judge.sde == model.sde)
+        return Guides(classifier=judge, about={"classifier_sha256": checkpoint.file_hash(path)})
+    if s.guidance_checkpoint and s.guidance != 1:
+        path = _found(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
+        weak = checkpoint.load(path, ema=ema, map_location=device)
+        theirs = _check_kin(path, "sampling.guidance_checkpoint", config, shape, weak.sde == model.sde)
+        if theirs.model.class_conditional and not config.model.class_conditional:
+            raise ValueError(
+                f"sampling.guidance_checkpoint={path} is class-conditional, and the model that it is to guide is not: "
+                "take a weaker model without classes"
+            )
+        about = {"reference_sha256": checkpoint.file_hash(path)}
+        return Guides(reference=weak, reference_told=theirs.model.class_conditional, about=about)
+    return Guides()
+
+
+def _found(where: str, key: str, what: str) -> Path:
+    try:
+        path = checkpoint.find(where)
+        checkpoint.read_card(path)
+        return path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}={where}: {error}; train {what} there first") from None
+
+
+def _check_kin(path: Path, key: str, config: ConfigDict, shape: tuple[int, ...], same_sde: bool) -> ConfigDict:
+    """The config of a checkpoint. Raises ValueError where it is not of the model's states."""
+    card = checkpoint.read_card(path)
+    theirs = configs.from_text(card.config, str(path))
+    pairs = [
+        ("examples of shape", card.shape, shape),
+        ("data.dataset", theirs.data.dataset, config.data.dataset),
+        ("data.centered", theirs.data.centered, config.data.centered),
+        ("codes of data.autoencoder", theirs.data.autoencoder_sha256[:12], config.data.autoencoder_sha256[:12]),
+    ]
+    if config.model.class_conditional and theirs.model.num_classes:
+        pairs.append(("classes, as many as", theirs.model.num_classes, config.model.num_classes))
+    for what, have, want in pairs:
+        if have != want:
+            raise ValueError(
+                f"{key}={path} is of {what} {have}, and the model of {want}: train one on the model's data"
+            )
+    if not same_sde:
+        raise ValueError(f"{key}={path} has another SDE than the model: train one with the model's training.sde")
+    return theirs
+
+
+def check_conditions(path: Path, config: ConfigDict, mode: str) -> None:
+    """Raise ValueError where the checkpoint's model knows other conditions than the config, or than `mode` asks for."""
+    if path.suffix != checkpoint.SUFFIX:
+        return
+    theirs = configs.from_text(checkpoint.read_card(path).config, str(path))
+    m, s = theirs.model, config.sampling
+    if m.class_conditional != config.model.class_conditional:
+        raise ValueError(
+            f"{path} was trained {'with' if m.class_conditional else 'without'} classes, and the config says "
+            f"otherwise: set model.class_conditional={m.class_conditional}"
+        )
+    if m.super_resolution != config.model.super_resolution:
+        raise ValueError(
+            f"{path} was trained with model.super_resolution={m.super_resolution}, and the config says "
+            f"{config.model.super_resolution}: set it so"
+        )
+    if m.text_sha256 != config.model.text_sha256:
+        what = "no text encoder" if not m.text_sha256 else f"another text encoder, sha256 {m.text_sha256[:12]}..."
+        was = f", that of {m.text_encoder}" if m.text_encoder else ""
+        raise ValueError(f"{path} was trained with {what}{was}: set model.text_encoder as it was")
+    if not (m.class_conditional or m.text_encoder) or theirs.training.condition_dropout > 0:
+        return
+    free = s.guidance != 1 and not s.classifier and not s.guidance_checkpoint
+    asked = "sampling.guidance" if free else "sampling.labels=-1" if -1 in s.labels else ""
+    if mode != "sample":
+        asked = "" if config.eval.conditional else "eval.conditional=False"
+    if asked:
+        raise ValueError(
+            f"{asked} needs a model that knows examples without label, and {path} was trained with "
+            "training.condition_dropout=0: train one with 0.1"
+        )
+
+
+def sampled_labels(config: ConfigDict, guides: Guides | None = None) -> list[int]:
+    """The classes to sample in turn; none of a model without them and without a classifier.
+
+    Raises ValueError for a class that does not exist.
+    """
+    judge = None if guides is None else guides.classifier
+    classes = config.model.num_classes if config.model.class_conditional else 0
+    if judge is not None:
+        classes = classes or judge.classes
+    if not classes:
+        return []
+    for label in config.sampling.labels:
+        if not -1 <= label < classes:
+            raise ValueError(f"sampling.labels: there is no class {label}; there are 0 to {classes - 1}, -1 for none")
+    return list(config.sampling.labels) or list(range(classes))
+
+
+def in_turn(labels: list[int], first: int, count: int) -> Tensor:
+    """The labels of the examples first to first + count - 1, (count,)."""
+    return torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
+
+
+class Wanted(NamedTuple):
+    """What is asked for of the samples: classes and prompts, each in turn, and the images that are to be enlarged."""
+
+    labels: list[int]
+    prompts: tuple[str, ...] = ()
+    text: Text | None = None  # of the prompts, and behind them of what is not wanted
+    images: Tensor | None = None  # uint8 (N, C, H, W), of lower resolution, one for each sample
+
+    def of(
+        self, first: int, count: int, config: ConfigDict, codec: Codec, sde: SDE
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Conditions of the samples first to first + count - 1, and those of the model that guides beside it.
+
+        The second has no labels, what is not wanted (or nothing) in place of the prompts, and the same images.
+        """
+        told, beside = dict[str, Any](), dict[str, Any]()
+        if self.labels and config.model.class_conditional:
+            told["label"], beside["label"] = in_turn(self.labels, first, count), None
+        if self.text is not None:
+            index = torch.arange(first, first + count) % len(self.prompts)
+            told |= self.text.condition(index)
+            unwanted = len(self.text.mask) > len(self.prompts)
+            beside |= (
+                self.text.condition(torch.full((count,), len(self.prompts)))
+                if unwanted
+                else dict.fromkeys(("text", "mask", "pooled"))
+            )
+        if self.images is not None:
+            seed = config.sampling.seed + _AUGMENTATION
+            noise = noise_source((count, *self.images.shape[1:]), seed, first, torch.float32, CPU)
+            level = torch.full((count,), config.sampling.augmentation, dtype=torch.float64)
+            small = codec.encode(self.images[first : first + count])
+            image = augmented(small, sde, level, lambda like: noise(level[0]))
+            told, beside = told | image, beside | image
+        return told, beside
+
+
+def conditional(
+    model: ScoreModel,
+    conditions: tuple[dict[str, Any], dict[str, Any]],
+    labels: Tensor,
+    config: ConfigDict,
+    guides: Guides,
+    scale: float,
+) -> ScoreModel:
+    """The model given the conditions of `Wanted.of`, and guided as the section sampling says but for the scale."""
+    s, (wanted, beside) = config.sampling, conditions
+    told = model.given(**wanted) if wanted else model
+    interval = {"low": s.guidance_low, "high": s.guidance_high or math.inf}
+    if guides.classifier is not None:
+        return classifier(told, guides.classifier, scale, **interval, label=labels)
+    if scale == 1:
+        return told
+    reference = guides.reference or model.given(**beside)
+    reference = reference.given(**wanted) if guides.reference_told else reference
+    return guide(told, reference, scale, **interval, rescale=s.guidance_rescale)
+
+
+def about(config: ConfigDict, wanted: Wanted, scales: list[float], guides: Guides) -> dict[str, Any]:
+    """What a stamp says of all this."""
+    s = config.sampling
+    guided = bool(wanted.labels or wanted.prompts or guides.reference)
+    settings = [*scales, s.guidance_low, s.guidance_high, s.guidance_rescale]
+    found = {"labels": wanted.labels, "guidance": settings if guided else None, **(guides.about or {})}
+    if wanted.text is not None:
+        found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
+    if wanted.images is not None:
+        found |= {"images_sha256": digest(wanted.images), "augmentation": s.augmentation}
+    return found
+
+
+def told(config: ConfigDict) -> bool:
+    """Whether the model is evaluated given each example's label or caption."""
+    m = config.model
+    return bool((m.class_conditional or m.text_encoder) and config.eval.conditional)
+
+
+def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> ScoreModel:
+    """The model, if it is conditional given the examples' labels. Raises ValueError where there are none."""
+    if not told(config):
+        return model
+    if label is None:
+        raise ValueError(
+            "the model is class-conditional, and these examples have no labels: set eval.conditional=False"
+        )
+    return model.given(label=label)
+
+
+def given(
+    config: ConfigDict, model: ScoreModel, split: Split, index: Tensor, text: Text | None, codec: Codec
+) -> ScoreModel:
+    """The model given what goes with a split's examples at `index`, (B,): labels and captions, if it is evaluated so,
+    and their images at a lower resolution, without noise, if it enlarges.
+
+    Raises ValueError where the examples have none.
+    """
+    conditions = of_data(config, split, index, text) if told(config) else {}
+    if config.model.super_resolution:
+        none = torch.zeros(len(index), dtype=torch.float64)
+        k = split[index][0]
+        conditions |= low_resolution(k, config.model.super_resolution, codec, model.sde, none, torch.zeros_like)
+    return model.given(**conditions) if conditions else model

@@ -1,0 +1,346 @@
+"""Linear operators: what is seen of an example, y = A x + noise · z, and what can be said of it without a model.
+
+Every operator has `apply`, A, and `adjoint`, A'. A `Spectral` one can also apply a function to A'A, in the basis of its
+singular vectors, at the cost of a few applications; from that come pseudo-inverses and the gains of Kalman filters:
+
+    A⁺ y = f(A'A) A'y with f(v) = 1/v, 0 for v = 0,    A' (r² AA' + s² I)⁻¹ y = f(A'A) A'y with f(v) = 1/(r² v +
+    s²).
+
+Examples are (B, *shape) of any rank; operators do not know B, and follow the state's dtype and device.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Weights = Callable[[Tensor], Tensor]  # squared singular values -> what to multiply with there
+
+
+class Operator(ABC):
+    """A linear map of examples."""
+
+    @abstractmethod
+    def apply(self, x: Tensor) -> Tensor:
+        """A x for each example."""
+
+    @abstractmethod
+    def adjoint(self, y: Tensor) -> Tensor:
+        """A' y for each observation."""
+
+    def clean(self, y: Tensor) -> Tensor:
+        """y without what is no part of an observation: a mask's hidden pixels. Elsewhere y itself."""
+        return y
+
+    def count(self, y: Tensor) -> int:
+        """How many numbers of an example are observed."""
+        return math.prod(y.shape[1:])
+
+
+class Spectral(Operator):
+    """An operator whose singular values are known."""
+
+    @abstractmethod
+    def filtered(self, x: Tensor, weights: Weights) -> Tensor:
+        """weights(A'A) x. `weights` is given squared singular values, to broadcast against x or its coordinates, and
+        numerically vanishing ones as 0; what it returns may have a value per example, (B, 1, ..., 1)."""
+
+    def largest(self, x: Tensor) -> float:
+        """The largest squared singular value, for examples like those of x."""
+        seen: list[float] = []
+
+        def note(v: Tensor) -> Tensor:
+            seen.append(v.max().item())
+            return v
+
+        self.filtered(x[:1], note)
+        return max(seen)
+
+    def pseudo_inverse(self, y: Tensor) -> Tensor:
+        """A⁺ y: of all x that best explain y the shortest."""
+        return self.filtered(self.adjoint(y), reciprocal)
+
+    def gain(self, y: Tensor, variance: Tensor | float, noise: float) -> Tensor:
+        """A' (variance AA' + noise² I)⁺ y, with the variance a number or (B, 1, ..., 1)."""
+        return self.filtered(self.adjoint(y), lambda v: reciprocal(variance * v + noise**2 * (v > 0).to(v)))
+
+
+def reciprocal(v: Tensor) -> Tensor:
+    """1/v, and 0 for v = 0."""
+    return torch.where(v > 0, 1 / v.where(v > 0, 1.0), 0.0)
+
+
+class Scaled(Spectral):
+    """An operator with AA' = square I on what it observes, so that A'A/square is a projection."""
+
+    square: float = 1.0
+
+    def filtered(self, x: Tensor, weights: Weights) -> Tensor:
+        lost, kept = (weights(x.new_tensor(v)) for v in (0.0, self.square))
+        return lost * x + (kept - lost) * (self.adjoint(self.apply(x)) / self.square)
+
+
+@dataclass(frozen=True, eq=False)
+class Mask(Scaled):
+    """What is known of x, and 0 elsewhere: inpainting, or forecasting, or any missing values.
+
+    Args:
+        known: true or 1 where x is observed; it broadcasts against an example, as (H, W) does, and is shared by a
+        batch.
+
+    Hidden values of x and y are never read: they may be NaN. Raises ValueError for a mask that is not of 0 and 1.
+    """
+
+    known: Tensor
+
+    def __post_init__(self) -> None:
+        if self.known.dtype != torch.bool:
+            if not bool(((self.known == 0) | (self.known == 1)).all()):
+                raise ValueError("a mask is true or 1 where x is known and false or 0 where not, got other values")
+            object.__setattr__(self, "known", self.known.to(torch.bool))
+
+    def apply(self, x: Tensor) -> Tensor:
+        try:
+            return torch.where(self.known.to(x.device), x, 0.0)
+        except RuntimeError:
+            raise ValueError(
+                f"the mask has shape {tuple(self.known.shape)}, which does not fit examples of shape "
+                f"{tuple(x.shape[1:])}: make it of that shape, or (H, W) for images"
+            ) from None
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self.apply(y)
+
+    def clean(self, y: Tensor) -> Tensor:
+        return self.apply(y)
+
+    def count(self, y: Tensor) -> int:
+        return int(self.known.expand(y.shape[1:]).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Grey(Scaled):
+    """One channel out of several, y = sum_c weights_c x_c: what is left of a picture's colours.
+
+    Args:
+        weights: (C,); by default 1/sqrt(C) each, the first row of an orthogonal change of the channels and the first
+            channel of score_sde's `couple`. Luma is (0.299, 0.587, 0.114), and 1/C gives the mean.
+        channels: C, where no weights are given.
+    """
+
+    weights: Tensor | None = None
+    channels: int = 3
+
+    def _row(self, x: Tensor) -> Tensor:
+        c = self.channels
+        w = torch.full((c,), 1 / math.sqrt(c), dtype=torch.float64) if self.weights is None else self.weights
+        return w.to(x).reshape(1, -1, *(1,) * (x.ndim - 2))
+
+    @property
+    def square(self) -> float:  # type: ignore[override]
+        return 1.0 if self.weights is None else float(self.weights.double().square().sum())
+
+    def apply(self, x: Tensor) -> Tensor:
+        row = self._row(x)
+        if row.shape[1] != x.shape[1]:
+            raise ValueError(f"{row.shape[1]} weights mix as many channels, and the examples have {x.shape[1]}")
+        return (row * x).sum(1, keepdim=True)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._row(y) * y
+
+
+@dataclass(frozen=True)
+class Average(Scaled):
+    """Means over blocks of `factor` in every dimension but the first, the channels: super-resolution by that factor.
+
+    The observation of (B, C, H, W) is (B, C, H/factor, W/factor). Raises ValueError for a factor below 1 or one that
+    does not divide all sizes.
+    """
+
+    factor: int
+    dimensions: int = 2  # of an example besides its channels: 1 for sound, 2 for images
+
+    def __post_init__(self) -> None:
+        if self.factor < 1:
+            raise ValueError(f"factor must be a whole number of at least 1, got {self.factor}")
+
+    @property
+    def square(self) -> float:  # type: ignore[override]
+        return self.factor**-self.dimensions
+
+    def apply(self, x: Tensor) -> Tensor:
+        sizes = x.shape[2:]
+        if len(sizes) != self.dimensions or any(n % self.factor for n in sizes):
+            raise ValueError(
+                f"factor {self.factor} does not divide a size of examples of shape {tuple(x.shape[1:])}, (channels, "
+                f"{self.dimensions} dimensions): take one that divides all"
+            )
+        blocks = x.unflatten(2, (sizes[0] // self.factor, self.factor))
+        for d in range(1, self.dimensions):
+            blocks = blocks.unflatten(2 + 2 * d, (sizes[d] // self.factor, self.factor))
+        return blocks.mean([3 + 2 * d for d in range(self.dimensions)])
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        for d in range(self.dimensions):
+            y = y.repeat_interleave(self.factor, 2 + d)
+        return y * self.square
+
+
+@dataclass(frozen=True, eq=False)
+class Blur(Spectral):
+    """Circular convolution with a kernel in the last dimensions, for each channel: its singular values are Fourier's.
+
+    Args:
+        kernel: of 1 or 2 dimensions, as many as are convolved, each of odd size; its middle stays in place.
+
+    Sizes at which the kernel's spectrum is below 1e-5 of its largest value count as lost.
+    """
+
+    kernel: Tensor
+
+    @classmethod
+    def gaussian(cls, std: float, dimensions: int = 2) -> Blur:
+        """A Gaussian of `std` pixels, cut off at 3 std, of sum 1."""
+        if not std > 0:
+            raise ValueError(f"a blur's standard deviation, in pixels, must be above 0, got {std:g}")
+        reach = math.ceil(3 * std)
+        row = torch.exp(-torch.arange(-reach, reach + 1, dtype=torch.float64).square() / (2 * std**2))
+        row = row / row.sum()
+        return cls(row if dimensions == 1 else torch.outer(row, row))
+
+    def _spectrum(self, sizes: tuple[int, ...], x: Tensor) -> Tensor:
+        """The kernel's Fourier transform (as rfftn has it) on a circle or torus; longer kernels are wrapped around."""
+        k = self.kernel.to(x.device, torch.float64)
+        if any(n % 2 == 0 for n in k.shape):
+            raise ValueError(f"a kernel's sizes must be odd, so that it has a middle, got {tuple(k.shape)}")
+        whole = torch.zeros(sizes, dtype=torch.float64, device=x.device)
+        where = [(torch.arange(n, device=x.device) - n // 2) % size for n, size in zip(k.shape, sizes, strict=True)]
+        grid = torch.meshgrid(*where, indexing="ij")
+        whole.index_put_(grid, k, accumulate=True)
+        h = torch.fft.rfftn(whole)
+        return h.to(torch.complex64 if x.dtype == torch.float32 else torch.complex128)
+
+    def _times(self, x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        dims = tuple(range(x.ndim - self.kernel.ndim, x.ndim))
+        sizes = tuple(x.shape[d] for d in dims)
+        h = self._spectrum(sizes, x)
+        return torch.fft.irfftn(torch.fft.rfftn(x, dim=dims) * of(h), s=sizes, dim=dims)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self._times(x, lambda h: h)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self._times(y, torch.conj)
+
+    def filtered(self, x: Tensor, weights: Weights) -> Tensor:
+        return self._times(x, lambda h: weights(_cut(h.abs().square())))
+
+
+class Dense(Spectral):
+    """Any matrix (M, D) on examples of `shape`, D its product; its singular value decomposition is kept."""
+
+    def __init__(self, matrix: Tensor, shape: tuple[int, ...]) -> None:
+        if matrix.ndim != 2 or matrix.shape[1] != math.prod(shape):
+            raise ValueError(f"the matrix must be (M, {math.prod(shape)}) for {shape}, got {tuple(matrix.shape)}")
+        self.matrix, self.shape = matrix, tuple(shape)
+        _, s, self._basis = torch.linalg.svd(matrix.double(), full_matrices=False)
+        self._squares = _cut(s.square())
+
+    def apply(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.matrix.to(x).T
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return (y @ self.matrix.to(y)).reshape(-1, *self.shape)
+
+    def filtered(self, x: Tensor, weights: Weights) -> Tensor:
+        basis = self._basis.to(x)
+        v = self._squares.to(x).reshape(-1, *(1,) * (x.ndim - 2))  # so that weights per example, (B, 1, ...), fit
+        lost, kept = weights(x.new_zeros(())), weights(v)
+        inside = x.flatten(1) @ basis.T
+        moved = ((kept - lost).flatten(1) if kept.ndim == x.ndim else (kept - lost).flatten()) * inside
+        return lost * x + (moved @ basis).reshape(x.shape)
+
+
+class Linear(Operator):
+    """Any linear function of a batch of examples of `shape`; its adjoint is autograd's.
+
+    `dps` and `moment_matching` need no more; the others ask for a `Spectral` operator: give `Dense` the matrix.
+    """
+
+    def __init__(self, fn: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
+        self.fn, self.shape = fn, tuple(shape)
+
+    def apply(self, x: Tensor) -> Tensor:
+        return self.fn(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = y.new_zeros((len(y), *self.shape)).requires_grad_()
+            return torch.autograd.grad(self.fn(x), x, y, create_graph=torch.is_grad_enabled() and y.requires_grad)[0]
+
+
+def _cut(squares: Tensor) -> Tensor:
+    """Squared singular values, with 0 for those that rounding made."""
+    return squares.where(squares > 1e-10 * squares.max(), 0.0)
+
+
+@dataclass(frozen=True, eq=False)
+class Observation:
+    """What was seen of a batch of examples: y = A x + noise · z, z standard normal.
+
+    Args:
+        operator: A.
+        y: (B, *observed), one observation for each example of the batch.
+        noise: standard deviation of the observation's noise; 0: y is exact.
+
+    Raises ValueError for negative noise.
+    """
+
+    operator: Operator
+    y: Tensor
+    noise: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.noise < math.inf:
+            raise ValueError(f"noise is a standard deviation of at least 0, got {self.noise}")
+        object.__setattr__(self, "y", self.operator.clean(self.y))
+
+    def residual(self, x: Tensor) -> Tensor:
+        """y - A x."""
+        return self.y.to(x) - self.operator.apply(x)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x + A⁺ (y - A x): of the examples that explain an exact y the one nearest to x. Needs a Spectral operator."""
+        operator = spectral(self.operator, "project")
+        return self._null(operator, x) + operator.pseudo_inverse(self.y.to(x))
+
+    @staticmethod
+    def _null(operator: Spectral, x: Tensor) -> Tensor:
+        return operator.filtered(x, lambda v: (v == 0).to(x))
+
+
+def observe(operator: Operator, x: Tensor, noise: float = 0.0, generator: torch.Generator | None = None) -> Observation:
+    """An observation A x + noise · z of examples x, with z from the generator, which noise needs."""
+    y = operator.apply(x)
+    if noise:
+        if generator is None:
+            raise ValueError("an observation with noise needs a torch.Generator to draw it from")
+        z = torch.randn(y.shape, generator=generator, dtype=y.dtype, device=generator.device)
+        y = y + noise * z.to(y.device)
+    return Observation(operator, y, noise)
+
+
+def spectral(operator: Operator, who: str) -> Spectral:
+    """The operator, if its singular values are known; else a ValueError that says what to do."""
+    if not isinstance(operator, Spectral):
+        raise ValueError(
+            f"{who} needs the singular values of the operator, and {type(operator).__name__} has none: give its matrix "
+            "to Dense, or take dps or moment_matching"
+        )
+    return operator

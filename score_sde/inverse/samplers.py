@@ -1,0 +1,250 @@
+"""Samplers that know an observation: projection, RePaint, and particles that are weighted by it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..model import ScoreModel
+from ..samplers.base import Sampler, Update, default_state, noise_source
+from ..samplers.stochastic import Corrector, PredictorCorrector
+from ..sdes import SDE, Noise, add_, like
+from .models import spread
+from .operators import Observation, spectral
+
+
+@dataclass(frozen=True)
+class Projected(Sampler):
+    """A one-step sampler after each step of which what y says of the state is replaced by y, noised to that time.
+
+    x_s <- (I - A⁺A) x_s + A⁺ (alpha_s y + sigma_s A z): Song et al. 2021, appendix I.2 (inpainting) and I.3
+    (colours), for any Spectral operator and any sampler with a step. `PredictorCorrector` is projected after either
+    part. With noise s in y the z added is of variance sigma_s² - alpha_s² s²/lambda² in the direction of the singular
+    value lambda. Where that is negative, late, y says less than the state, which is then left alone, and not resampled.
+
+    With `resamplings` > 1 it is RePaint (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1): every `jump` steps
+    the state is carried back up by the forward SDE, to walk them that many times in all, so that the rest may fit
+    what is known.
+
+    At the last time the state has that time's noise, in the known part as elsewhere. Where it is clean data the
+    known part equals y; after ``sample(..., denoise=True)`` ``observation.project(x)`` makes it so.
+
+    The batch walked must be the observation's. Raises ValueError for a sampler without a single step, an operator
+    that is not Spectral, and numbers below 1.
+    """
+
+    sampler: Sampler
+    observation: Observation
+    resamplings: int = 1
+    jump: int = 1
+
+    def __post_init__(self) -> None:
+        if type(self.sampler).step is Sampler.step:
+            raise ValueError(
+                f"projection follows single steps, and {type(self.sampler).__name__} has none: take Ancestral(), "
+                "ReverseDiffusion(), DDIM(), PredictorCorrector() or another that has"
+            )
+        spectral(self.observation.operator, "projection")
+        if self.resamplings < 1 or self.jump < 1:
+            raise ValueError(f"resamplings and jump must be at least 1, got {self.resamplings} and {self.jump}")
+
+    def replace(self, sde: SDE, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
+        """The state at time t with its known part drawn anew."""
+        o = self.observation
+        operator = spectral(o.operator, "projection")
+        alpha, sigma = like(sde.alpha(t), x), like(sde.sigma(t), x)
+
+        def fresh(v: Tensor) -> Tensor:  # variance to be added, below 0 where nothing is to be replaced
+            known = sigma**2 - (alpha * o.noise) ** 2 / v.where(v > 0, 1.0)
+            return torch.where(v > 0, known, -1.0)
+
+        kept = operator.filtered(x, lambda v: (fresh(v) < 0).to(x))
+        seen = alpha * operator.pseudo_inverse(o.y.to(x))
+        if o.noise == 0:  # one pass, in which an exact y at sigma = 0 stays what it is to the bit
+            return kept + operator.filtered(seen + sigma * noise(x), lambda v: (v > 0).to(x))
+        z = operator.filtered(noise(x), lambda v: fresh(v).clamp_min(0).sqrt())
+        return kept + operator.filtered(seen, lambda v: (fresh(v) >= 0).to(x)) + z
+
+    def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        if isinstance(self.sampler, PredictorCorrector):
+            x = self.replace(model.sde, self.sampler.corrector.step(model, x, t, s, noise), t, noise)
+            return self.replace(model.sde, self.sampler.predictor.step(model, x, t, s, noise), s, noise)
+        after = t if isinstance(self.sampler, Corrector) else s
+        return self.replace(model.sde, self.sampler.step(model, x, t, s, noise), after, noise)
+
+    def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
+        if len(self.observation.y) != len(x):
+            raise ValueError(f"{len(self.observation.y)} examples were observed, and {len(x)} are sampled")
+        x, n = self.replace(model.sde, x, times[0], noise), len(times) - 1
+        updates: list[Update] = list(self.updates(model, times))
+        largest = spectral(self.observation.operator, "projection").largest(x)
+        for first in range(0, n, self.jump):
+            block = updates[first : first + self.jump]
+            end = times[first + len(block)]
+            scale, std = model.sde.transition(end, times[first])
+            # Where y is noisier than the state nothing is replaced, and repeated walks would only forget it.
+            told = model.sde.sigma(end) ** 2 >= (model.sde.alpha(end) * self.observation.noise) ** 2 / largest
+            for again in range(self.resamplings if told else 1, 0, -1):
+                for update in block:
+                    x = update(x, noise)
+                    if again == 1:
+                        yield x
+                if again > 1:
+                    x = add_(scale * x, std, noise(x))
+
+
+class Particles(NamedTuple):
+    """A weighted sample of x given y for each of B problems, of K particles.
+
+    Args:
+        x: (B, K, *shape).
+        log_weights: (B, K), normalised: their exp sums to 1 over K.
+        log_evidence: (B,): log p(y) in nats, of what is observed; exp of it is unbiased for the walk's own model.
+        least: (B,): the smallest effective number of particles, 1/sum w², met on the way, before resampling.
+    """
+
+    x: Tensor
+    log_weights: Tensor
+    log_evidence: Tensor
+    least: Tensor
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x | y], (B, *shape)."""
+        return (_columns(self.log_weights.exp(), self.x) * self.x).sum(1)
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """One of each problem's particles, (B, *shape), with the probability of its weight."""
+        chosen = torch.multinomial(self.log_weights.exp().to(generator.device), 1, generator=generator)
+        return self.x[torch.arange(len(self.x), device=self.x.device), chosen[:, 0].to(self.x.device)]
+
+
+@torch.no_grad()
+def twisted(
+    model: ScoreModel,
+    observation: Observation,
+    shape: tuple[int, ...],
+    times: Tensor,
+    *,
+    particles: int = 16,
+    variance: float = 1.0,
+    threshold: float = 0.5,
+    seed: int | torch.Generator = 0,
+    first: int = 0,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    progress: Callable[[int], None] = lambda step: None,
+) -> Particles:
+    """Twisted sequential Monte Carlo (TDS; Wu et al. 2023, arXiv:2306.17775, algorithm 1): exact as particles grow.
+
+    K particles walk from the prior by ancestral steps, drawn towards y by the gradient of a twisting function, which is
+    pigdm's likelihood p~(y | x_t) = N(y; A m(x_t), r² AA' + s² I), and are weighted for that:
+
+        w = p(x_s | x_t) p~(y | x_s) / (p~(y | x_t) q(x_s | x_t, y)),    q = N(mean + std² grad log p~(y | x_t), std² I)
+
+    At the end x = E[x_0 | x at times[-1]] has the weight of its true likelihood N(y; A x, s² I). So whatever p~ is,
+    the weighted particles tend to the posterior of what the ancestral sampler draws on this grid; a good p~ needs
+    few of them.
+
+    Args:
+        model: of x.
+        observation: of B examples, with noise above 0, by a Spectral operator.
+        shape: (B, *shape) of the examples.
+        times: decreasing grid from 1 to t_min, as for `sample`.
+        particles: K, of each problem; the model sees B K states at once.
+        variance: c in the twisting function's r², see `pigdm`.
+        threshold: resample, systematically, the problems whose effective number of particles is below this share of K.
+        seed, first: of the draws; problem i's depend on (seed, first + i) alone.
+        dtype, device: of the state, as for `sample`.
+        progress: called with the number of steps done.
+
+    Raises ValueError for an exact observation, an operator that is not Spectral, batches that differ, and K below 1.
+    """
+    operator, s = spectral(observation.operator, "twisted"), observation.noise
+    if s == 0:
+        raise ValueError(
+            "twisted weighs by the likelihood of y, and with noise 0 there is none: give it a little noise"
+        )
+    if particles < 1 or not 0 <= threshold <= 1 or len(observation.y) != shape[0]:
+        raise ValueError(
+            f"particles must be at least 1, threshold between 0 and 1, and the observation of the batch of {shape[0]}, "
+            f"got {particles}, {threshold:g} and one of {len(observation.y)}"
+        )
+    b, k, sde = shape[0], particles, model.sde
+    dtype, device = default_state(model, dtype, device)
+    noise = noise_source((b, k, *shape[1:]), seed, first, dtype, device)
+    y = observation.y.to(device, dtype).repeat_interleave(k, 0)
+
+    def look(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(data, log p~ up to what hangs on t alone, its gradient) for all B K states."""
+        r2 = spread(sde, t, variance).item()
+        with torch.enable_grad():
+            z = x.detach().requires_grad_()
+            data = model(z, t).data
+            residual = y - operator.apply(data)
+            weighted = operator.gain(residual.detach(), r2, s)
+            (gradient,) = torch.autograd.grad(data, z, weighted)
+        return data.detach(), _log_normal(residual.detach(), operator, r2, s), gradient
+
+    x = sde.prior((b, k, *shape[1:]), noise).to(device, dtype).flatten(0, 1)
+    data, log_twist, gradient = look(x, times[0])
+    log_w = log_twist.reshape(b, k)
+    evidence, least = log_w.new_zeros(b), log_w.new_full((b,), float(k))
+    for done, (t, to) in enumerate(pairwise(times), 1):
+        # Resample, where weights are uneven; the evidence takes the mean weight, and the others' go on.
+        effective = torch.exp(2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1))
+        least = torch.minimum(least, effective)
+        chosen = _systematic(log_w, noise(x)[:, 0].flatten(1)[:, 0])
+        uneven = effective < threshold * k
+        rows = torch.where(uneven[:, None], chosen, torch.arange(k, device=device))
+        evidence = evidence + torch.where(uneven, log_w.logsumexp(1) - math.log(k), 0.0)
+        log_w = torch.where(uneven[:, None], 0.0, log_w)
+        flat = (rows + k * torch.arange(b, device=device)[:, None]).flatten()
+        x, data, log_twist, gradient = x[flat], data[flat], log_twist[flat], gradient[flat]
+        # Step: q is the model's own kernel with its mean moved, and z what leads from either mean to x_s.
+        keep, weight, std = (a.item() for a in sde.posterior_weights(to, t))
+        z, push = noise(x).flatten(0, 1), std * gradient
+        x = keep * x + weight * data + std * (push + z)
+        ratio = (z.square() - (z + push).square()).flatten(1).sum(1) / 2
+        before = log_twist
+        data, log_twist, gradient = look(x, to)
+        log_w = log_w + (ratio + log_twist - before).reshape(b, k)
+        progress(done)
+    log_w = log_w + (_log_normal(y - operator.apply(data), operator, 0.0, s) - log_twist).reshape(b, k)
+    count = operator.count(observation.y)
+    evidence = evidence + log_w.logsumexp(1) - math.log(k) - count * math.log(math.sqrt(2 * math.pi) * s)
+    return Particles(data.reshape(b, k, *shape[1:]), log_w.log_softmax(1), evidence, least)
+
+
+def _log_normal(residual: Tensor, operator: object, r2: float, s: float) -> Tensor:
+    """-residual' (r² AA' + s² I)⁻¹ residual/2, (B K,)."""
+    linear = spectral(operator, "twisted")  # type: ignore[arg-type]
+    # (r² AA' + s²)⁻¹ = (I - A r²/(r² A'A + s²) A')/s²: so that what lies outside of A's range counts too
+    inside = linear.adjoint(residual)
+    weighted = linear.filtered(inside, lambda v: r2 / (r2 * v + s**2))
+    outer, inner = (
+        a.flatten(1).square().sum(1) if a is residual else (a * weighted).flatten(1).sum(1) for a in (residual, inside)
+    )
+    return -(outer - inner) / (2 * s**2)
+
+
+def _systematic(log_w: Tensor, z: Tensor) -> Tensor:
+    """Indices (B, K) of particles, as often as their weights say: the points (u + k)/K in the cumulative weights.
+
+    u is uniform, by the standard normal numbers z (B,).
+    """
+    k = log_w.shape[1]
+    u = torch.special.ndtr(z.double())
+    points = (u[:, None] + torch.arange(k, dtype=torch.float64, device=z.device)) / k
+    ends = log_w.double().softmax(1).cumsum(1)
+    return torch.searchsorted(ends, points).clamp_max(k - 1)
+
+
+def _columns(weights: Tensor, x: Tensor) -> Tensor:
+    return weights.reshape(*weights.shape, *(1,) * (x.ndim - 2))

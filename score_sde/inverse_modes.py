@@ -1,0 +1,283 @@
+"""The modes inpaint, colorize, superresolve and deblur: the section inverse, on held-out images or on the user's.
+
+Results are folders as those of `evaluate`: batches are on disk as they are done, and the stamp comes last.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from .build import build_sampler, build_times
+from .codecs import Codec, PixelCodec
+from .data import Data, Split
+from .evaluate import Arrays, Counted, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
+from .guidance import clip
+from .images import write_grid, write_png
+from .inverse import (
+    Average,
+    Blur,
+    Grey,
+    Mask,
+    Observation,
+    Projected,
+    Spectral,
+    ddnm,
+    dps,
+    moment_matching,
+    pigdm,
+    twisted,
+)
+from .latent_modes import as_trained, fingerprint, read_examples
+from .metrics import psnr
+from .model import ScoreModel
+from .parallel import Processes
+from .samplers import Sampler, sample
+from .samplers.base import example_generators, noise_source
+
+TASKS = ("inpaint", "colorize", "superresolve", "deblur")
+_SHOWN = 32  # images in the grid
+_APART = 2**40  # added to a seed for numbers that are not to be the samples'
+
+Guidance = Callable[[ScoreModel, Observation, ConfigDict], ScoreModel]
+GUIDED: dict[str, Guidance] = {
+    "dps": lambda model, o, i: dps(model, o, i.rate),
+    "pigdm": lambda model, o, i: pigdm(model, o, i.variance),
+    "ddnm": lambda model, o, i: ddnm(model, o, i.variance),
+    "moment_matching": lambda model, o, i: moment_matching(model, o, i.iterations),
+}
+METHODS = (*GUIDED, "projection", "repaint", "twisted")
+
+
+def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
+    """bool (H, W) of an image file for examples of `shape`: white where they are known, black where they are not.
+
+    Raises FileNotFoundError, and ValueError for no path or image, for another size, for other colours, and for a mask
+    that leaves nothing to do.
+    """
+    height, width = shape[1:]
+    if path is None:
+        raise ValueError(
+            f"--mode inpaint needs --mask FILE, an image of {height} x {width}, white where the images are known and "
+            "black where they are to be filled"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no mask {path}")
+    try:
+        with Image.open(path) as image:
+            grey = np.array(image.convert("L"))
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"the mask {path} cannot be read as an image ({error})") from error
+    if grey.shape != (height, width):
+        raise ValueError(
+            f"the mask {path} is {grey.shape[0]} x {grey.shape[1]}, and the model's images are {height} x {width}, to "
+            "which --input is cropped and resized: make the mask of that size"
+        )
+    other = set(np.unique(grey).tolist()) - {0, 255}
+    if other:
+        raise ValueError(
+            f"the mask {path} has the grey level {min(other)}: it must be black (fill) and white (known) alone; "
+            "save it without smoothing, as a PNG"
+        )
+    if grey.min() == grey.max():
+        raise ValueError(
+            f"the mask {path} is all {'white: nothing is' if grey.max() else 'black: all is'} to be filled"
+        )
+    return torch.from_numpy(grey == 255)
+
+
+def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Path | None) -> Spectral:
+    """What a task's images are seen through. Raises ValueError for images that it does not fit."""
+    if task == "inpaint":
+        return Mask(read_mask(mask, shape))
+    if task == "colorize":
+        if shape[0] != 3:
+            raise ValueError(f"--mode colorize needs a model of colour images, and this one's have {shape[0]} channel")
+        return Grey(torch.full((3,), 1 / 3, dtype=torch.float64))
+    if task == "deblur":
+        return Blur.gaussian(config.inverse.blur)
+    factor = config.inverse.factor
+    if shape[1] % factor or shape[2] % factor:
+        raise ValueError(
+            f"inverse.factor={factor} does not divide the model's images of {shape[1]} x {shape[2]}: take one that does"
+        )
+    return Average(factor)
+
+
+def read_observed(path: Path, task: str, operator: Spectral, shape: tuple[int, ...], codec: Codec) -> Split:
+    """The user's images: what is left of them to restore, which for superresolve are the small ones."""
+    seen = operator.apply(torch.zeros(1, *shape)).shape[1:] if task == "superresolve" else shape
+    return read_examples(path, tuple(seen), codec)
+
+
+def restore(
+    model: ScoreModel, config: ConfigDict, observation: Observation, shape: tuple[int, ...], times: Tensor, first: int
+) -> Tensor:
+    """One draw of x given y for each of the observations, (B, *shape), by the method of the section inverse."""
+    i, s = config.inverse, config.sampling
+    whole, device = (len(observation.y), *shape), observation.y.device
+    if i.method == "twisted":
+        found = twisted(
+            model,
+            observation,
+            whole,
+            times,
+            particles=i.particles,
+            variance=i.variance,
+            seed=s.seed,
+            first=first,
+            device=device,
+        )
+        generators = example_generators(s.seed + _APART, first, len(found.x), torch.device("cpu"))
+        weights = found.log_weights.exp().cpu()
+        chosen = [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
+        return found.x[torch.arange(len(found.x)), torch.cat(chosen)]
+    sampler: Sampler = build_sampler(config)
+    if i.method in GUIDED:
+        model = GUIDED[i.method](model, observation, i)
+    else:
+        sampler = Projected(sampler, observation, i.resamplings if i.method == "repaint" else 1)
+    x = sample(model, sampler, whole, times, seed=s.seed, first=first, device=device, denoise=s.noise_removal)
+    exact = observation.noise == 0 and not isinstance(observation.operator, Blur)
+    return observation.project(x) if exact else x
+
+
+def shown(observation: Observation, x: Tensor) -> Tensor:
+    """An observation as a picture of x's shape: hidden pixels have the mean of the known ones, small images are
+    enlarged by repeating pixels, grey ones are grey, and blurred ones as they are."""
+    operator, y = observation.operator, observation.y
+    if isinstance(operator, Blur):
+        return y
+    assert isinstance(operator, Spectral)
+    picture = operator.pseudo_inverse(y)
+    if isinstance(operator, Mask):
+        known = operator.known.to(x.device).expand_as(x)
+        mean = picture.flatten(2).sum(2) / known.flatten(2).sum(2)
+        picture = torch.where(known, picture, mean[..., None, None])
+    return picture
+
+
+def run_restoring(
+    task: str,
+    model: ScoreModel,
+    config: ConfigDict,
+    data: Data,
+    codec: Codec,
+    checkpoint: Path,
+    base: Path,
+    processes: Processes,
+    given: Path | None = None,
+    mask: Path | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Degrade the first eval.num_images examples of eval.split and restore them, or restore the user's, which are
+    `given`; into a folder below `base`.
+
+    `restored.npz` has `restored` and `observed` (N, H, W, C), and of a split's examples, whose truth is known, `truth`
+    and `psnr` and `psnr_observed` (N,), whose means the stamp has. `grid.png` shows truth, observation and result side
+    by side, and every result of the user's images is a PNG.
+    """
+    e, i, s = config.eval, config.inverse, config.sampling
+    if not isinstance(codec, PixelCodec) or len(data.shape) != 3:
+        raise ValueError(f"--mode {task} is for images, and data.dataset={config.data.dataset} has {data.shape}")
+    shape, operator = data.shape, operator_for(task, config, data.shape, mask)
+    split, source = {"test": data.test, "train": data.train}[e.split], None
+    if given is not None:
+        split = read_observed(given, task, operator, shape, codec)
+        source = f"sha256 {fingerprint(split)}"
+    n = min(e.num_images, len(split)) if e.num_images else len(split)
+    own = source is not None
+    # Two methods ask for some noise; then y has that of its rounding to levels at least.
+    rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
+    noise = codec.width * max(i.noise, rounding)
+    counted = Counted(clip(model, *codec.range) if s.clip_denoised else model)
+    times = build_times(config, model.sde, counted, shape)
+    made_from = stamp(
+        checkpoint,
+        e.weights,
+        {
+            "mode": task,
+            "sde": repr(model.sde),
+            "examples": source or e.split,
+            "number": n,
+            "mask_sha256": _hash(operator.known) if isinstance(operator, Mask) else None,
+            "inverse": i.to_dict(),
+            "noise": noise,
+            "sampler": "ancestral steps" if i.method == "twisted" else repr(build_sampler(config)),
+            "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
+            "denoise": bool(s.noise_removal),
+            "clip_denoised": s.clip_denoised,
+            "seed": s.seed,
+            "eval_seed": e.seed,
+        },
+    )
+    split = split.to(processes.device)
+
+    def observed(k: Tensor, first: int) -> Observation:
+        if own and task in ("superresolve", "deblur"):
+            u = torch.full_like(k, 0.5, dtype=torch.float32) if config.data.uniform_dequantization else None
+            return Observation(operator, codec.encode(k, u), noise)
+        y = operator.apply(as_trained(k, codec, config, first))
+        if i.noise > 0 and not own:
+            y = y + codec.width * i.noise * noise_source(tuple(y.shape), e.seed + _APART, first, y.dtype, y.device)(y)
+        return Observation(operator, y, noise)
+
+    def compute(first: int, count: int) -> Arrays:
+        counted.nfe = 0
+        k, _ = split[torch.arange(first, first + count)]
+        observation = observed(k, first)
+        x = restore(counted, config, observation, shape, times, first)
+        restored, before = codec.decode(x), codec.decode(shown(observation, x))
+        found = {"restored": channels_last(restored), "observed": channels_last(before)}
+        if not own:
+            to_truth = partial(psnr, k.double() / (codec.levels - 1))
+            found["truth"] = channels_last(k)
+            for name, y in (("psnr", restored), ("psnr_observed", before)):
+                found[name] = to_truth(y.double() / (codec.levels - 1)).cpu().numpy()
+        return {**found, "nfe": np.array([counted.nfe])}
+
+    def work(folder: Path) -> dict[str, Any]:
+        joined = in_batches(folder, n, e.batch_size, processes, compute, task)
+        nfe = float(joined.pop("nfe").mean())
+        if processes.main:
+            write_arrays(folder / "restored.npz", joined)
+            kinds = [name for name in ("truth", "observed", "restored") if name in joined]
+            rows = np.stack([joined[name][:_SHOWN] for name in kinds], 1)
+            images = codec.display(torch.from_numpy(rows.reshape(-1, *rows.shape[2:])).permute(0, 3, 1, 2))
+            abreast = max(1, min(4, len(rows) // 2))
+            write_grid(images, folder / "grid.png", len(kinds) * abreast, zoom=max(1, 32 // images.shape[-1]))
+            if own:
+                pictures = codec.display(torch.from_numpy(joined["restored"]).permute(0, 3, 1, 2))
+                for j, picture in enumerate(pictures):
+                    write_png(picture, folder / f"{j:06d}.png")
+        found: dict[str, Any] = {"nfe": nfe}
+        for name in ("psnr", "psnr_observed"):
+            if name in joined:
+                mean, error = mean_and_error(joined[name])
+                found |= {name: mean, f"{name}_error": None if math.isnan(error) else error}
+        return found
+
+    label = f"{checkpoint.stem}-{e.weights}-{task}-{i.method}"
+    return once(base, label, made_from, "restored.npz", processes, work)
+
+
+def restoring_line(result: dict[str, Any]) -> str:
+    """What a result's stamp says, in a line."""
+    line = f"{result['number']} images, {result['mode']} by {result['inverse']['method']}, NFE {result['nfe']:.0f}"
+    if "psnr" in result:
+        error = result["psnr_error"]
+        spread = f" ± {error:.2f}" if error is not None else ""
+        line += f"; PSNR {result['psnr']:.2f}{spread} dB, of what was seen {result['psnr_observed']:.2f} dB"
+    return line
+
+
+def _hash(mask: Tensor) -> str:
+    return fingerprint(Split(mask))
