@@ -119,7 +119,8 @@ def test_constraints_pin_every_dependency() -> None:
 def test_packages_that_are_imported_are_dependencies() -> None:
     called = {"absl": "absl-py", "PIL": "pillow", "sklearn": "scikit-learn", "ml_collections": "ml-collections"}
     imported = set().union(*(outside for _, outside in parts().values())) - sys.stdlib_module_names - {"score_sde"}
-    asked = names(SETUP["options"]["install_requires"] + SETUP["options.extras_require"]["text"])
+    extras = SETUP["options.extras_require"]
+    asked = names(SETUP["options"]["install_requires"] + extras["text"] + extras["latents"])
     assert {called.get(name, name) for name in imported} <= asked
 
 
