@@ -261,7 +261,6 @@ def _files(path: Path, image_size: int | None, num_channels: int | None, length:
         train_part, test_part, rate = signals.read(path, length)
     else:
         train_part, test_part = files.read(path, image_size, num_channels, memory)
-    train_part, test_part = files.read(path, image_size, num_channels, memory)
     train, test = Split(train_part.x, train_part.y), Split(*(test_part or train_part)[:2])
     if test_part is None and len(train) < 2:
         raise ValueError(f"{path} holds one example: at least two are needed, one to train on and one to hold out")
