@@ -166,13 +166,13 @@ def measure(
     settings = [(kind, scale) for kind, scales in SCALES[name].items() for scale in scales]
     with tqdm(total=seeds * (len(settings) + len(TAUGHT[name]) + 2), desc=name) as bar:
         for seed in range(seeds):
+            if results.done("real", "accuracy") <= seed:
+                results.add("real", judged(who, *held_out(data, count, seed)))
+            bar.update()
             for kind, scale in settings:
                 if results.done(key_of(kind, scale), "accuracy") <= seed:
                     results.add(key_of(kind, scale), judged(who, *draw(parts, data, kind, scale, count, seed)))
                 bar.update()
-            if results.done("real", "accuracy") <= seed:
-                results.add("real", judged(who, *held_out(data, count, seed)))
-            bar.update()
             for kind, scale in TAUGHT[name]:
                 if pupils and results.done(key_of(kind, scale), "taught") <= seed:
                     # other samples than those that were judged
@@ -191,7 +191,9 @@ def tables(results: Results, data: Data, who: Judge, name: str, count: int, pupi
     rows.append(("chance", "", f"{CHANCE:.1f}", ""))
     for kind, scales in SCALES[name].items():
         for scale in scales:
-            here = found[key_of(kind, scale)]
+            here = found.get(key_of(kind, scale))
+            if here is None:  # a run that was stopped
+                continue
             rows.append((kind, f"{scale:g}", cell(here["accuracy"], 1), cell(here["distance"], 2)))
     seeds = len(found["real"]["accuracy"])
     text = table(("samples", "scale", "accuracy, %", "Fréchet distance"), rows)
@@ -217,7 +219,8 @@ def curve(results: Results, name: str) -> Figure:
     for i, kind in enumerate(KINDS):
         own = {scale: key_of(kind, scale) for scale in SCALES[name][kind]}
         alone = kind in ("no label", "unguided")
-        keys = dict(sorted((own if alone else begins.get(kind, {1.0: plain}) | own).items()))
+        keys = own if alone else begins.get(kind, {1.0: plain}) | own
+        keys = {scale: keys[scale] for scale in sorted(keys) if keys[scale] in found}
         runs = [found[key] for key in keys.values()]
         x, y = ([statistics.fmean(run[m]) for run in runs] for m in ("distance", "accuracy"))
         dx, dy = ([statistics.pstdev(run[m]) for run in runs] for m in ("distance", "accuracy"))
