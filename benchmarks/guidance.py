@@ -31,6 +31,7 @@ from examples.pages import DOCS, cell, fill, picture, table
 from score_sde import classifier, guide, load, load_classifier, recommended, sample
 from score_sde.codecs import PixelCodec
 from score_sde.data import Data, Split, load_data
+from score_sde.images import grid
 from score_sde.model import ScoreModel
 from score_sde.noisy_classifier import NoisyClassifier
 
@@ -40,6 +41,7 @@ from .timing import machine
 EVALUATIONS = 20
 INTERVAL = (0.3, 3.0)  # of sigma/alpha: where which class it is is being decided; Kynkäänniemi et al. have 0.28 to 2.9
 RESCALE = 0.7  # Lin et al. 2023
+CHANCE = 10.0  # per cent: both data sets have ten classes
 KINDS = ("no label", "unguided", "classifier-free", "in an interval", "rescaled", "autoguidance", "classifier")
 SCALES: dict[str, dict[str, tuple[float, ...]]] = {
     "digits": {
@@ -164,13 +166,13 @@ def measure(
     settings = [(kind, scale) for kind, scales in SCALES[name].items() for scale in scales]
     with tqdm(total=seeds * (len(settings) + len(TAUGHT[name]) + 2), desc=name) as bar:
         for seed in range(seeds):
+            if results.done("real", "accuracy") <= seed:
+                results.add("real", judged(who, *held_out(data, count, seed)))
+            bar.update()
             for kind, scale in settings:
                 if results.done(key_of(kind, scale), "accuracy") <= seed:
                     results.add(key_of(kind, scale), judged(who, *draw(parts, data, kind, scale, count, seed)))
                 bar.update()
-            if results.done("real", "accuracy") <= seed:
-                results.add("real", judged(who, *held_out(data, count, seed)))
-            bar.update()
             for kind, scale in TAUGHT[name]:
                 if pupils and results.done(key_of(kind, scale), "taught") <= seed:
                     # other samples than those that were judged
@@ -184,12 +186,14 @@ def measure(
 
 def tables(results: Results, data: Data, who: Judge, name: str, count: int, pupils: int) -> dict[str, str]:
     """The page's blocks."""
-    found, chance = results.found, 100 / data.num_classes
+    found = results.found
     rows = [("real images, held out", "", *(cell(found["real"][m], d) for m, d in (("accuracy", 1), ("distance", 2))))]
-    rows.append(("chance", "", f"{chance:.1f}", ""))
+    rows.append(("chance", "", f"{CHANCE:.1f}", ""))
     for kind, scales in SCALES[name].items():
         for scale in scales:
-            here = found[key_of(kind, scale)]
+            here = found.get(key_of(kind, scale))
+            if here is None:  # a run that was stopped
+                continue
             rows.append((kind, f"{scale:g}", cell(here["accuracy"], 1), cell(here["distance"], 2)))
     seeds = len(found["real"]["accuracy"])
     text = table(("samples", "scale", "accuracy, %", "Fréchet distance"), rows)
@@ -202,45 +206,49 @@ def tables(results: Results, data: Data, who: Judge, name: str, count: int, pupi
         pairs = [("as many real images", found["real"])]
         pairs += [(f"{kind}, scale {scale:g}", found[key_of(kind, scale)]) for kind, scale in TAUGHT[name]]
         scored = [(whose, cell(here["taught"], 1)) for whose, here in pairs]
-        scored.append(("chance", f"{chance:.1f}"))
+        scored.append(("chance", f"{CHANCE:.1f}"))
         blocks[f"{name}_taught"] = table((f"trained on {pupils} of", "right of real held-out images, %"), scored)
     return blocks
 
 
 def curve(results: Results, name: str) -> Figure:
-    """The trade-off: the distance against the accuracy, along each kind's scales."""
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    found = results.found
-    for i, (kind, scales) in enumerate(SCALES[name].items()):
-        runs = [found[key_of(kind, scale)] for scale in scales]
-        x, y = ([statistics.fmean(run[m]) for run in runs] for m in ("accuracy", "distance"))
-        dx, dy = ([statistics.pstdev(run[m]) for run in runs] for m in ("accuracy", "distance"))
-        line = "o" if len(scales) == 1 else "o-"
-        axes.errorbar(x, y, dy, dx, line, ms=4, lw=1.2, elinewidth=0.6, color=f"C{i}", label=kind)
-        if len(scales) > 1:
-            for scale, a, b in zip(scales, x, y, strict=True):
-                axes.annotate(f"{scale:g}", (a, b), (4, 3), textcoords="offset points", fontsize=7, color=f"C{i}")
-    real = found["real"]
-    axes.plot(
-        statistics.fmean(real["accuracy"]), statistics.fmean(real["distance"]), "k*", ms=10, label="real, held out"
-    )
-    axes.axvline(10, color="0.7", lw=0.8)
-    axes.set(
-        xlabel="accuracy of the classifier of real images, % (grey: chance)", ylabel="Fréchet distance", yscale="log"
-    )
-    axes.legend(fontsize=8)
+    """The trade-off: the accuracy against the distance, along each kind's scales from where it begins."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    found, plain, none = results.found, key_of("unguided", 1), key_of("no label", 0)
+    begins = {"classifier-free": {0.0: none, 1.0: plain}, "classifier": {0.0: none}}
+    for i, kind in enumerate(KINDS):
+        own = {scale: key_of(kind, scale) for scale in SCALES[name][kind]}
+        alone = kind in ("no label", "unguided")
+        keys = own if alone else begins.get(kind, {1.0: plain}) | own
+        keys = {scale: keys[scale] for scale in sorted(keys) if keys[scale] in found}
+        runs = [found[key] for key in keys.values()]
+        x, y = ([statistics.fmean(run[m]) for run in runs] for m in ("distance", "accuracy"))
+        dx, dy = ([statistics.pstdev(run[m]) for run in runs] for m in ("distance", "accuracy"))
+        style = "ks" if alone else "o-"
+        axes.errorbar(x, y, dy, dx, style, ms=4, lw=1.2, elinewidth=0.6, color="k" if alone else f"C{i}")
+        for scale, a, b in zip(keys, x, y, strict=True):
+            if alone:
+                axes.annotate(kind, (a, b), (6, -9), textcoords="offset points", fontsize=8)
+            elif scale in own:
+                axes.annotate(f"{scale:g}", (a, b), (3, 4), textcoords="offset points", fontsize=7, color=f"C{i}")
+        if not alone:
+            axes.plot([], [], "o-", ms=4, color=f"C{i}", label=kind)
+    real = [statistics.fmean(found["real"][m]) for m in ("distance", "accuracy")]
+    axes.plot(*real, "k*", ms=9, label="real, held out")
+    axes.axhline(CHANCE, color="0.7", lw=0.8, label="chance")
+    axes.set(xlabel="Fréchet distance", ylabel="accuracy of the classifier of real images, %", xscale="log")
+    axes.legend(fontsize=8, loc="center right")
     return figure
 
 
 def samples(parts: Parts, data: Data, scales: Sequence[float] = (0, 1, 2, 4, 8)) -> Figure:
     """Rows of scales by classifier-free guidance, from the same noise, a column for each class."""
     assert data.levels is not None
-    codec, rows = PixelCodec(data.levels), 2
-    figure, axes = plt.subplots(len(scales), 1, figsize=(7, 1.42 * len(scales)), layout="constrained")
+    codec, classes = PixelCodec(data.levels), data.num_classes
+    figure, axes = plt.subplots(len(scales), 1, figsize=(7, 1.5 * len(scales)), layout="constrained")
     for place, scale in zip(axes, scales, strict=True):
-        images = codec.display(draw(parts, data, "classifier-free", scale, rows * data.num_classes, seed=3)[0])
-        grid = images.unflatten(0, (rows, -1)).permute(0, 3, 1, 4, 2).flatten(0, 1).flatten(1, 2)
-        place.imshow(grid.squeeze(-1), cmap="gray")
+        images = codec.display(draw(parts, data, "classifier-free", scale, 2 * classes, seed=3)[0])
+        place.imshow(grid(images, classes, max(1, 32 // images.shape[-1])).permute(1, 2, 0).squeeze(-1), cmap="gray")
         place.set(xticks=[], yticks=[], ylabel=f"scale {scale:g}")
     return figure
 
