@@ -209,7 +209,7 @@ def codec_from(path: str | Path, source: Source) -> AutoencoderCodec:
 
 
 def check_codes(path: Path, sha256: str, where: str, statistics: Statistics | None = None) -> None:
-    """Raise ValueError where a checkpoint is not of the codes of the autoencoder at `where`, or not of these statistics.
+    """Raise ValueError where a checkpoint is not of the codes of the autoencoder at `where`, or of other statistics.
 
     `sha256` is that autoencoder's, '' where there is none and the model should be of pixels.
     """
@@ -222,8 +222,8 @@ def check_codes(path: Path, sha256: str, where: str, statistics: Statistics | No
             raise ValueError(f"{path} is a model of {was}, and the config says {now}: set data.autoencoder{remedy}")
         raise ValueError(
             f"{path} is a model of the codes of another autoencoder, sha256 {theirs.autoencoder_sha256[:12]}..., than "
-            f"data.autoencoder={where}, {sha256[:12]}...: it was trained on, or replaced; give back the one that the "
-            "codes were made with, or train a new model in another workdir"
+            f"data.autoencoder={where}, {sha256[:12]}...: that one was trained further, or replaced; give back "
+            "the one that the codes were made with, or train a new model in another workdir"
         )
     if statistics is not None and card is not None and card.codes != statistics.to_json():
         raise ValueError(
