@@ -58,7 +58,7 @@ SCALES: dict[str, dict[str, tuple[float, ...]]] = {
         "in an interval": (4,),
         "rescaled": (4,),
         "autoguidance": (2,),
-        "classifier": (1, 4),
+        "classifier": (4,),
     },
 }
 TAUGHT = {  # whose samples a classifier is trained on
@@ -254,7 +254,7 @@ def parser() -> argparse.ArgumentParser:
     )
     p.add_argument("--weak", help="a weaker one's; default runs/cond_digits_weak or cond_cifar_weak")
     p.add_argument("--classifier", help="that of noisy images; default runs/classifier_digits or classifier_cifar")
-    p.add_argument("--count", type=int, help="images of each setting and seed; default 300 digits, 200 of CIFAR-10")
+    p.add_argument("--count", type=int, help="images of each setting and seed; default 300 digits, 100 of CIFAR-10")
     p.add_argument("--pupils", type=int, help="images that classifiers are trained on, 0: none; default 1437 or 0")
     p.add_argument("--seeds", type=int, default=3)
     p.add_argument("--results", type=Path, help="where what is found is kept, and looked for")
@@ -271,7 +271,7 @@ def main() -> None:
     where = [given or f"runs/{name}" for given, name in zip((o.model, o.weak, o.classifier), names, strict=True)]
     parts = Parts(load(where[0]), load(where[1]), load_classifier(where[2]))
     data, who = load_data(o.data, o.path), judge(o.data, o.path)
-    count, pupils = o.count or (300 if digits else 200), (1437 if digits else 0) if o.pupils is None else o.pupils
+    count, pupils = o.count or (300 if digits else 100), (1437 if digits else 0) if o.pupils is None else o.pupils
     about: dict[str, object] = {"count": count, "pupils": pupils, "parts": where, "judge": str(who)}
     results = Results(o.results or Path(f"runs/guidance_{o.data}.json"), about)
     measure(parts, data, who, results, o.data, count, pupils, o.seeds)

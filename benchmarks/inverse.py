@@ -54,10 +54,9 @@ def tasks(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, Spectral]:
     return found
 
 
-def features_of(config: ConfigDict) -> Look | None:
-    """Those of an independent classifier; None for data that have none."""
-    d = config.data
-    return judge(d.dataset, d.path or None).features if d.dataset in ("digits", "cifar10") else None
+def features_of(dataset: str, path: str) -> Look | None:
+    """Those of the judge of digits or of CIFAR-10, whose training takes minutes once; None for other data."""
+    return judge(dataset, path or None).features if dataset in ("digits", "cifar10") else None
 
 
 def relative_distance(features: Look, k: Tensor, truth: Tensor) -> float:
@@ -99,7 +98,7 @@ def measure(
     data = load_data(d.dataset, d.path or None, image_size=d.image_size or None, num_channels=d.num_channels or None)
     if data.levels is None:
         raise ValueError(f"these are tasks of images, and data.dataset={d.dataset} holds floats")
-    codec, features = PixelCodec(data.levels, d.centered), features_of(config)
+    codec, features = PixelCodec(data.levels, d.centered), features_of(d.dataset, d.path)
     truth = data.test[torch.arange(images)][0]
     x0 = as_trained(truth, codec, config, 0)
     grid, listed = build_times(config, model.sde, model, data.shape), tasks(config, data.shape)

@@ -34,7 +34,7 @@ from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
 from .images import grid, histogram, write_png
-from .inverse_modes import TASKS, operator_for, read_observed, restoring_line, run_restoring
+from .inverse_modes import TASKS, restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
 from .ode import GaveUp
@@ -200,7 +200,9 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     elif options.mode in ("encode", "decode", "interpolate"):
         _latents(options, model, config, data, codec, path, workdir, processes, images)
     elif options.mode in TASKS:
-        _restore(options, model, config, data, codec, path, workdir, processes)
+        given = (workdir / "restored", processes, options.input, options.mask)
+        folder, result = run_restoring(options.mode, model, config, data, codec, path, *given)
+        log.info("%s: %s", restoring_line(result), folder)
     else:
         split = {"test": images.test, "train": images.train}[config.eval.split]
         text = _captions(config, data, workdir, processes) if told(config) else None
@@ -420,29 +422,6 @@ def _latents(
     log.info("%d rows of %d, NFE %.0f%s: %s", result["pairs"], result["steps"], result["nfe"], off, folder)
 
 
-def _restore(
-    options: argparse.Namespace,
-    model: ScoreModel,
-    config: ConfigDict,
-    data: Data,
-    codec: Codec,
-    path: Path,
-    workdir: Path,
-    processes: Processes,
-) -> None:
-    """The modes inpaint, colorize, superresolve and deblur."""
-    split, source = {"test": data.test, "train": data.train}[config.eval.split], None
-    operator = operator_for(options.mode, config, data.shape, options.mask)
-    if options.input is not None:
-        split = read_observed(options.input, options.mode, operator, data.shape, codec)
-        source = f"sha256 {fingerprint(split)}"
-    base = workdir / "restored"
-    folder, result = run_restoring(
-        options.mode, model, config, split, operator, data.shape, codec, path, base, processes, source
-    )
-    log.info("%s: %s", restoring_line(result), folder)
-
-
 def _log_to(workdir: Path) -> None:
     """Everything to the workdir's log.txt; to the terminal all but the lines of numbers, which the bar shows there."""
     log.setLevel(logging.DEBUG)
@@ -470,7 +449,7 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
 
     def read() -> Data:
         size, channels = d.image_size or None, d.num_channels or None
-        data = load_data(d.dataset, d.path or None, image_size=size, num_channels=channels)
+        data = load_data(d.dataset, d.path or None, image_size=size, num_channels=channels, length=d.length)
         return leave_out(data, [caption.strip() for caption in d.leave_out.split(",") if caption.strip()])
 
     if not processes.main:
@@ -478,7 +457,7 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
     data = read()
     if processes.main:
         processes.barrier()
-    return data, codec_of(data.levels, d.centered)
+    return data, codec_of(data.levels, d.centered, data.rate)
 
 
 def run_training(

@@ -93,10 +93,14 @@ class PixelCodec:
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """Float data as they are: densities are in nats, and there are no levels to count bits by."""
+    """Float data as they are: densities are in nats, and there are no levels to count bits by.
+
+    `rate`, of recordings, is how many samples a second has.
+    """
 
     levels: None = None
     width: float = 1.0
+    rate: int | None = None
     pixels: None = None
 
     def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
@@ -189,6 +193,6 @@ class AutoencoderCodec:
 Codec = PixelCodec | VectorCodec | AutoencoderCodec
 
 
-def codec_of(levels: int | None, centered: bool = True) -> Codec:
-    """The codec of a data set: pixels where it has levels, else float vectors."""
-    return VectorCodec() if levels is None else PixelCodec(levels, centered)
+def codec_of(levels: int | None, centered: bool = True, rate: int | None = None) -> Codec:
+    """The codec of a data set: pixels where it has levels, else floats, which at a `rate` are recordings."""
+    return VectorCodec(rate=rate) if levels is None else PixelCodec(levels, centered)

@@ -189,18 +189,21 @@ def default_config() -> ConfigDict:
                 "noise": 0.0,  # standard deviation of noise in what is seen, where black to white is 1
                 "factor": 4,  # superresolve: how many times larger
                 "blur": 1.0,  # deblur: standard deviation of the Gaussian, in pixels
-                "variance": 0.25,  # of a pixel as the model sees it; for pigdm, ddnm and twisted
+                # pigdm, twisted, and ddnm with noise: of the data, whose covariance they take for this times I. 1 is
+                # the paper's; pigdm overshoots in smooth directions, where images vary much more: 10 is safer
+                "variance": 1.0,
                 "rate": 100.0,  # dps: the paper's step size times the number of steps
                 "iterations": 3,  # moment_matching: of conjugate gradients
                 "resamplings": 5,  # repaint: how often each step is walked
                 "particles": 8,  # twisted: for each image
             },
             "data": {
-                "dataset": "cifar10",  # files: a folder or zip of images, a .npy or .npz at data.path
+                "dataset": "cifar10",  # files: a folder or zip of images, a folder of .wav, a .npy or .npz at data.path
                 "path": "",  # where the data lie; "": the usual place, data/
                 # files are cropped to a square of this size, other images shrunk to it; 0: left as they are
                 "image_size": 32,
                 "num_channels": 3,  # files are made grey (1) or RGB (3); 0: as they are
+                "length": 0,  # the first samples of .wav files that are taken; 0: all, if all are as long
                 "random_flip": True,  # mirror training images with probability 1/2
                 "centered": True,  # pixels in [-1, 1]; False: [0, 1]
                 "leave_out": "",  # captions, separated by commas, whose examples are not trained on
@@ -336,7 +339,8 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
         sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
         model.text_width model.pooled_width model.head_channels model.text_length
-        eval.check_images eval.heat_map data.image_size data.num_channels model.init_scale model.ema_halflife
+        eval.check_images eval.heat_map data.image_size data.num_channels data.length model.init_scale
+        model.ema_halflife
         inverse.noise training.kl_weight optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (
@@ -574,6 +578,11 @@ def validate(config: ConfigDict) -> None:
         m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or bool(s.base)),
         "training.augmentation, sampling.augmentation and sampling.base are of models that enlarge images: set "
         "model.super_resolution",
+    )
+    refuse(
+        max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"),
+        "model.image_channels, model.text_width and model.pooled_width are of networks that are told images or texts: "
+        f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}",
     )
     refuse(
         0 < s.guidance_high <= s.guidance_low,

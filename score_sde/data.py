@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import Tensor
 
-from . import cifar10, files
+from . import cifar10, files, signals
 from .files import Stream
 from .toys import TOYS
 
@@ -71,6 +71,7 @@ class Data:
     """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes.
 
     `captions`, each once, are what the splits' `caption` names; () where examples have none.
+    `rate` is the sample rate of recordings.
     """
 
     train: Split
@@ -78,6 +79,7 @@ class Data:
     levels: int | None = 256
     num_classes: int = 0
     captions: tuple[str, ...] = ()
+    rate: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -95,16 +97,18 @@ def load_data(
     *,
     image_size: int | None = None,
     num_channels: int | None = None,
+    length: int | None = None,
     memory: int = 4 << 30,
 ) -> Data:
     """The data set `name`, in any case: a row of `_DATASETS`, or "files" for what you have at `path`.
 
     Args:
         path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
-            .npy or a .npz. The others need none.
+            folder of .wav recordings, a .npy or a .npz. The others need none.
         image_size: "files" crops images to their central square and resizes it to this, the others shrink theirs by
             an integer factor; None or 0 keeps their size.
         num_channels: "files" makes images grey (1) or RGB (3); None or 0 follows the first image.
+        length: "files" takes the first samples of recordings, this many; None or 0: all must have the same length.
         memory: "files" of more bytes than this stay on disk and are read batch by batch.
 
     Raises ValueError for an unknown name, with the nearest one, and for files that are not what they should be;
@@ -117,7 +121,7 @@ def load_data(
     if name.lower() == "files":
         if path is None:
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
-        return _files(path, image_size or None, num_channels or None, memory)
+        return _files(path, image_size or None, num_channels or None, length or None, memory)
     names = [*_DATASETS, "files"]
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
     raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, and all are {', '.join(names)}")
@@ -250,8 +254,13 @@ def _toy(name: str) -> Callable[[Path | None], Data]:
     return lambda path: Data(Split(TOYS[name](20_000, 0)), Split(TOYS[name](4_000, 1)), levels=None)
 
 
-def _files(path: Path, image_size: int | None, num_channels: int | None, memory: int) -> Data:
+def _files(path: Path, image_size: int | None, num_channels: int | None, length: int | None, memory: int) -> Data:
     """What is at `path`; where nothing says what is held out, a tenth is, chosen by `_hold_out`."""
+    rate = None
+    if path.is_dir() and signals.recordings(path):
+        train_part, test_part, rate = signals.read(path, length)
+    else:
+        train_part, test_part = files.read(path, image_size, num_channels, memory)
     train_part, test_part = files.read(path, image_size, num_channels, memory)
     train, test = Split(train_part.x, train_part.y), Split(*(test_part or train_part)[:2])
     if test_part is None and len(train) < 2:
@@ -260,7 +269,7 @@ def _files(path: Path, image_size: int | None, num_channels: int | None, memory:
         raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
     example = train[torch.zeros(1, dtype=torch.int64)][0]
     classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
-    data = Data(train, test, 256 if example.dtype == torch.uint8 else None, max(classes, default=0))
+    data = Data(train, test, 256 if example.dtype == torch.uint8 else None, max(classes, default=0), rate=rate)
     data = _captioned(data, train_part.captions, (test_part or train_part).captions)
     if test_part is None:
         train, test = _hold_out(data.train, max(1, len(train) // 10))

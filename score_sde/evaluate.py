@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import score_sde
 
+from . import signals
 from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times
 from .checkpoint import file_hash
@@ -173,12 +174,18 @@ def write_stamp(folder: Path, content: dict[str, Any]) -> None:
 
 
 def write_pictures(values: np.ndarray, codec: Codec, folder: Path, columns: int | None = None) -> None:
-    """`grid.png` of the first 256 images (N, H, W, C), or `histogram.png` of points of the plane (N, 2)."""
+    """`grid.png` of the first 256 images (N, H, W, C), `histogram.png` of points of the plane (N, 2), or recordings.
+
+    Of recordings (N, 1, length) the first 256 are .wav files, 000000.wav and so on, at the sample rate of the data.
+    """
     if codec.pixels is not None:
         images = codec.pixels.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
         write_grid(images, folder / "grid.png", columns, zoom=max(1, 32 // images.shape[-1]))
     elif values.shape[1:] == (2,):
         write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
+    elif codec.rate:
+        for i, signal in enumerate(torch.from_numpy(values[:256])):
+            signals.write(signal, folder / f"{i:06d}.wav", codec.rate)
 
 
 def channels_last(y: Tensor) -> np.ndarray:

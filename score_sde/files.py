@@ -145,9 +145,7 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
         raise ValueError(f"images have 1 channel or 3, got {source.channels}: set --config.data.num_channels to 1 or 3")
     names = sorted(n for n in names if not any(p.startswith((".", "__MACOSX")) for p in n.split("/")))
     images = [n for n in names if n.lower().endswith(IMAGES)]
-    train, test = ([n for n in images if n.startswith(part)] for part in ("train/", "test/"))
-    if not train:
-        train, test = images, []
+    train, test = parts_of(images)
     if not train:
         raise ValueError(f"there are no images ({', '.join(IMAGES)}) in {source.path}")
     if source.channels is None:
@@ -155,20 +153,26 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
         source = _Images(source.path, source.contents, source.size, 1 if grey else 3)
 
     listed = json.loads(source.contents("dataset.json")).get("labels") if "dataset.json" in names else None
-    label = dict(listed) if listed else _class_folders(train, test, source.path)
+    label = dict(listed) if listed else class_folders(train, test, source.path)
     shape, captions = source.decode(train[0]).shape, _captions(source, names, images)
 
     def part(chosen: list[str]) -> Part:
         load = partial(source.read, chosen, shape)
         on_disk = len(chosen) * math.prod(shape) > memory
         x = Stream((len(chosen), *shape), load) if on_disk else load(range(len(chosen)))
-        y = _named_labels(label, chosen, source.path) if label else None
+        y = named_labels(label, chosen, source.path) if label else None
         return Part(x, y, [captions[n] for n in chosen] if captions else None)
 
     return part(train), part(test) if test else None
 
 
-def _class_folders(train: list[str], test: list[str], path: Path) -> dict[str, int]:
+def parts_of(names: list[str]) -> tuple[list[str], list[str]]:
+    """The names under train/ and under test/; all and none where there is no train/."""
+    train, test = ([n for n in names if n.startswith(part)] for part in ("train/", "test/"))
+    return (train, test) if train else (names, [])
+
+
+def class_folders(train: list[str], test: list[str], path: Path) -> dict[str, int]:
     """The class of every image, from the sub-folder it lies in; nothing where these are no classes."""
     depth = 1 if all(n.startswith("train/") for n in train) else 0
     folder = {n: n.split("/")[depth] for n in train + test if n.count("/") > depth}
@@ -181,7 +185,7 @@ def _class_folders(train: list[str], test: list[str], path: Path) -> dict[str, i
     return {n: classes.index(folder[n]) for n in folder}
 
 
-def _named_labels(label: Mapping[str, int | list[float]], names: list[str], path: Path) -> Tensor:
+def named_labels(label: Mapping[str, int | list[float]], names: list[str], path: Path) -> Tensor:
     missing = next((n for n in names if n not in label), None)
     if missing is not None:
         raise ValueError(f"dataset.json in {path} has no label for {missing}")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .build import build_sampler, build_times
 from .codecs import Codec, PixelCodec
-from .data import Split
+from .data import Data, Split
 from .evaluate import Arrays, Counted, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
 from .guidance import clip
 from .images import write_grid, write_png
@@ -97,8 +97,6 @@ def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
 
 def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Path | None) -> Spectral:
     """What a task's images are seen through. Raises ValueError for images that it does not fit."""
-    if len(shape) != 3:
-        raise ValueError(f"--mode {task} is for images, and the data have shape {shape}")
     if task == "inpaint":
         return Mask(read_mask(mask, shape))
     if task == "colorize":
@@ -172,24 +170,29 @@ def run_restoring(
     task: str,
     model: ScoreModel,
     config: ConfigDict,
-    split: Split,
-    operator: Spectral,
-    shape: tuple[int, ...],
+    data: Data,
     codec: Codec,
     checkpoint: Path,
     base: Path,
     processes: Processes,
-    source: str | None = None,
+    given: Path | None = None,
+    mask: Path | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Degrade a split's first eval.num_images examples and restore them, or restore the user's (`source` says whose).
+    """Degrade the first eval.num_images examples of eval.split and restore them, or restore the user's, which are
+    `given`; into a folder below `base`.
 
     `restored.npz` has `restored` and `observed` (N, H, W, C), and of a split's examples, whose truth is known, `truth`
     and `psnr` and `psnr_observed` (N,), whose means the stamp has. `grid.png` shows truth, observation and result side
     by side, and every result of the user's images is a PNG.
     """
-    if not isinstance(codec, PixelCodec):
-        raise ValueError(f"--mode {task} is for pixels; data.dataset={config.data.dataset} holds floats")
     e, i, s = config.eval, config.inverse, config.sampling
+    if not isinstance(codec, PixelCodec) or len(data.shape) != 3:
+        raise ValueError(f"--mode {task} is for images, and data.dataset={config.data.dataset} has {data.shape}")
+    shape, operator = data.shape, operator_for(task, config, data.shape, mask)
+    split, source = {"test": data.test, "train": data.train}[e.split], None
+    if given is not None:
+        split = read_observed(given, task, operator, shape, codec)
+        source = f"sha256 {fingerprint(split)}"
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     own = source is not None
     # Two methods ask for some noise; then y has that of its rounding to levels at least.

@@ -48,8 +48,10 @@ class NoisyClassifier(nn.Module):
 
         Raises ValueError for a class that does not exist.
         """
-        found = self.log_probs(x, t)
-        chosen = torch.as_tensor(label, device=x.device).expand(len(x))
-        if chosen.is_floating_point() or bool(((chosen < -1) | (chosen >= self.classes)).any()):
+        chosen = torch.as_tensor(label)
+        on_cpu = chosen.device.type == "cpu"  # elsewhere a look at them would wait for the device in every step
+        if chosen.is_floating_point() or (on_cpu and bool(((chosen < -1) | (chosen >= self.classes)).any())):
             raise ValueError(f"label must lie in 0..{self.classes - 1}, or be -1 for none, got {label}")
-        return torch.where(chosen < 0, 0.0, found.gather(1, chosen.clamp_min(0)[:, None])[:, 0])
+        chosen = chosen.to(x.device, non_blocking=on_cpu).expand(len(x))
+        found = self.log_probs(x, t).gather(1, chosen.clamp_min(0)[:, None])[:, 0]
+        return torch.where(chosen < 0, 0.0, found)

@@ -21,7 +21,7 @@ from score_sde.cli import run
 from score_sde.data import load_data
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py"))
+CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "speech")  # in test_signals
 
 SHRUNK = {
     "training.n_iters": 1, "training.batch_size": 4, "training.compile": "false", "training.precision": "float32",
@@ -89,6 +89,26 @@ def test_each_config_runs_each_mode(
     assert stamp["images"] == 3 and np.isfinite(stamp["mean"]) and stamp["standard_error"] > 0 and stamp["nfe"] > 6
     values = np.load(folder / "likelihood.npz")["bits_per_dim" if pixels else "nats"]
     assert values.shape == (3, 1) and stamp["mean"] == pytest.approx(values.mean())
+
+
+def test_church_takes_a_step_on_a_folder_of_photographs(tmp_path: Path) -> None:
+    """All seven levels and both pyramids, at a quarter of the size and a sixteenth of the width."""
+    from PIL import Image
+
+    random = np.random.default_rng(0)
+    for i in range(12):
+        Image.fromarray(random.integers(0, 256, (70 + i, 90, 3), dtype=np.uint8)).save(tmp_path / f"{i}.jpg")
+    settings = {
+        "data.path": tmp_path, "data.image_size": 64, "model.nf": 8, "model.attn_resolutions": "4",
+        "training.n_iters": 1, "training.batch_size": 2, "training.snapshot_sampling": "false", "sampling.steps": 2,
+        "sampling.num_samples": 1,
+    }  # fmt: skip
+    command = ["--config", "configs/church_256.py", "--workdir", str(tmp_path / "run")]
+    command += [f"--config.{key}={value}" for key, value in settings.items()]
+    assert run([*command, "--mode", "train"]) == 0
+    assert run([*command, "--mode", "sample"]) == 0
+    (path,) = (tmp_path / "run" / "samples").glob("*/samples.npz")
+    assert np.load(path)["arr_0"].shape == (1, 64, 64, 3)
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Configs: every file builds, and every slip is answered by one sentence that names it and the remedy."""
 
+import math
 import re
 from pathlib import Path
 
@@ -115,11 +116,13 @@ def test_every_config_builds_a_model_that_samples(path: Path) -> None:
         ("ddpm_cifar", 35_218_947),
         ("ncsn_cifar", 30_117_635),
         ("ncsnv2_cifar", 29_694_083),
+        ("church_256", 65_574_421),
     ],
 )
-def test_cifar_networks_have_the_reference_size(name: str, count: int) -> None:
+def test_networks_have_the_reference_size(name: str, count: int) -> None:
     with torch.device("meta"):
-        network = build_network(load(VP.with_name(f"{name}.py")), (3, 32, 32))
+        config = load(VP.with_name(f"{name}.py"))
+        network = build_network(config, (3, config.data.image_size, config.data.image_size))
     assert sum(p.numel() for p in network.parameters() if p.requires_grad) == count
 
 
@@ -302,6 +305,10 @@ CONTRADICTIONS = [
     ("eval.steps=1", "eval.steps must be 0 or at least 2, got 1"),
     ("training.time=importance", "set training.likelihood_weighting=True"),
     ("training.time=log_snr training.likelihood_weighting=1", "already weights by likelihood"),
+    (
+        "model.name=ncsnv2 model.image_channels=3 model.dropout=0",
+        "to ddpm, ncsnpp, adm or dit, not ncsnv2",
+    ),
     ("training.time=edm", "set training.likelihood_weighting=False and model.rule=edm"),
     ("training.time=edm model.rule=edm training.likelihood_weighting=1", "has EDM's weight, by model.sigma_data"),
     ("training.objective=sliced_vr training.compile=1", "second derivatives, which torch.compile does not"),
@@ -520,6 +527,7 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         assert options["embedding"] is None and options["out_channels"] is None
 
     vectors = {"model.name": "mlp", "data.dataset": "ring", "data.random_flip": "0"}
+    vectors |= {f"model.{key}": "0" for key in ("image_channels", "text_width", "pooled_width")}
     build_network(load(VP, {**overrides, **vectors}), (9,))
     mlp = dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3, out_features=18, classes=6)
     assert made.pop() == ((9,), mlp)
@@ -539,6 +547,8 @@ def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> 
     assert edm.rule(alpha, sigma) == models.predict_edm(alpha, sigma, 0.7)
     assert edm.scale(alpha, sigma, alpha) == models.unit_variance(alpha, sigma, alpha, 0.7)
     assert edm.label(alpha, sigma, alpha) == models.label_log_sigma(alpha, sigma, alpha)
+    theirs = build_model(load(VP, {**TINY, "model.label": "edm"}), (3, 8, 8))
+    assert theirs.label(alpha, sigma, alpha).item() == pytest.approx(math.log(0.5 / 0.8) / 4)
     plain = build_model(load(VP, {**TINY, "model.rule": "v"}), (3, 8, 8))
     assert (plain.rule, plain.scale, plain.label) == (models.predict_v, models.unscaled, models.label_time)
 

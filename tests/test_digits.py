@@ -29,6 +29,7 @@ REACHED = {
     "vdm_digits": Reached("variational bound of 1000 steps", 1.846, 75),
     "scoreflow_digits": Reached("probability-flow ODE", 1.791, 70),
     "iddpm_digits": Reached("variational bound of 50 steps", 1.847, 80),
+    "cond_digits": Reached("probability-flow ODE", 1.712, 97),
     "ncsn_digits": Reached("probability-flow ODE", 2.174, 49),
     "ncsnv2_digits": Reached("probability-flow ODE", 2.259, 31),
 }

@@ -290,7 +290,10 @@ def test_guidance_stands_on_models_with_conditions() -> None:
     model, x, t = mixture(VPSDE()), numbers(2, 3, seed=1), time(0.5)
     component = Gaussian(VPSDE(), -MEAN, 0.3 * COV)
     observation = Observation(ROWS, numbers(2, 2, seed=2), 0.1)
-    close(pigdm(model.given(label=1), observation)(x, t).data, pigdm(component, observation)(x, t).data)
+    for method in (pigdm, ddnm):
+        expected = method(component, observation)(x, t).data
+        close(method(model.given(label=1), observation)(x, t).data, expected)
+        close(method(model, observation).given(label=1)(x, t).data, expected)
 
 
 @pytest.mark.parametrize("sampler", [Heun(), Ancestral(), Multistep(2), EmbeddedODE(1e-6, 1e-6)], ids=name)
@@ -436,6 +439,18 @@ def test_more_resampling_brings_repaint_nearer_to_the_posterior() -> None:
         x = sample(model, sampler, (n, 2), grid, dtype=torch.float64, denoise=True)[:, 1]
         errors.append(abs(x.mean().item() - 1.35) / math.sqrt(0.19))
     assert errors[0] > 0.3 and errors[1] < 0.7 * errors[0] and errors[2] < 0.4 * errors[1], errors
+
+
+def test_resampling_does_not_forget_an_observation_with_noise() -> None:
+    """Walks repeated where nothing is replaced any more would drift to the prior, of variance 1."""
+    sde, n = VPSDE(), 2000
+    cov = torch.tensor([[1.0, 0.9], [0.9, 1.0]], dtype=torch.float64)
+    model, grid = Gaussian(sde, torch.zeros(2, dtype=torch.float64), cov), times.log_snr(sde, 30)
+    y = torch.tensor([[1.5, 0.0]], dtype=torch.float64).expand(n, 2)
+    observation = Observation(Mask(torch.tensor([True, False])), y, 0.2)
+    x = sample(model, Projected(Ancestral("large"), observation, 8), (n, 2), grid, dtype=torch.float64, denoise=True)
+    assert x[:, 0].mean().item() == pytest.approx(1.5 / 1.04, abs=0.08)
+    assert x[:, 0].var().item() < 3 * 0.04  # twice, and more for the length of the step in which y becomes the noisier
 
 
 def test_both_parts_of_a_predictor_corrector_are_projected() -> None:

@@ -144,6 +144,9 @@ def test_a_result_does_not_hang_on_the_size_of_batches_and_is_made_once(
         found.append(arrays)
     for name in ("restored", "observed"):
         assert (found[0][name] == found[1][name]).mean() > 0.98  # to rounding
+    truth, seen = (found[0][name][:, :4].astype(float) / 16 for name in ("truth", "observed"))
+    grey = (truth > 0.3) & (truth < 0.7)  # where noise is not cut off
+    assert float(np.std((seen - truth)[grey])) == pytest.approx(0.1, rel=0.35) and grey.sum() > 10
     before = (folder / "restored.npz").stat().st_mtime_ns
     assert run(arguments) == 0
     assert (folder / "restored.npz").stat().st_mtime_ns == before
@@ -211,4 +214,4 @@ def test_slips_are_answered_with_the_remedy(
     vectors = words("vp_toy", "inpaint", tmp_path / "toy", colours)
     assert run([*vectors[:2], "--mode", "train", *vectors[4:]]) == 0
     assert run([*vectors, "--mask", str(mask)]) == 2
-    assert "--mode inpaint is for images, and the data have shape (2,)" in capsys.readouterr().err
+    assert "--mode inpaint is for images, and data.dataset=" in capsys.readouterr().err

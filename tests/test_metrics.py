@@ -1,4 +1,4 @@
-"""Sliced Wasserstein distance against its closed forms, and against couplings of single points."""
+"""Sliced Wasserstein distance against its closed forms and couplings of single points; PSNR of known errors."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from scipy.stats import wasserstein_distance
 
-from score_sde.metrics import sliced_wasserstein
+from score_sde.metrics import psnr, sliced_wasserstein
 from tests.oracles import numbers
 
 
@@ -50,3 +50,9 @@ def test_examples_must_be_alike() -> None:
         sliced_wasserstein(numbers(4, 2), numbers(4, 3))
     with pytest.raises(ValueError, match=r"got \(0, 2\) and \(4, 2\)"):
         sliced_wasserstein(numbers(0, 2), numbers(4, 2))
+
+
+def test_psnr_of_an_even_error_is_twenty_decibels_for_each_tenth() -> None:
+    x = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    errors = torch.tensor([0.1, 0.01, 0.0]).reshape(3, 1, 1, 1)
+    assert psnr(x, x - errors).tolist() == pytest.approx([20, 40, 60], abs=1e-3)

@@ -117,6 +117,29 @@ def test_gradients_reach_every_condition_and_every_part(name: str) -> None:
 
 
 @BUILT
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_batched_products_are_the_single_ones(name: str) -> None:
+    """As a likelihood takes them, for several probes at once."""
+    network, (x, t), told = built(name, **ALL), inputs(), conditions()
+    x, probes = x.requires_grad_(), numbers(2, *x.shape, seed=1)
+    out = network(x, t, **told)
+    (together,) = torch.autograd.grad(out, x, probes, retain_graph=True, is_grads_batched=True)
+    singly = torch.stack([torch.autograd.grad(out, x, v, retain_graph=True)[0] for v in probes])
+    torch.testing.assert_close(together, singly, rtol=0, atol=1e-11)
+
+
+@BUILT
+def test_a_network_in_bfloat16_is_told_levels_in_float32(name: str) -> None:
+    network, (x, t), told = built(name, **ALL).to(torch.bfloat16), inputs(), conditions()
+    seen = []
+    network.augmentation.features.register_forward_hook(lambda module, args, out: seen.append(args[0]))
+    told["augmentation"] = torch.tensor([0.5, 0.501, 0.502], dtype=torch.float64)
+    y = network(x.bfloat16(), t, **told)
+    assert y.dtype == torch.bfloat16 and bool(y.isfinite().all())
+    torch.testing.assert_close(seen[0].double(), 999 * told["augmentation"], rtol=1e-6, atol=0)
+
+
+@BUILT
 def test_a_condition_adds_its_parts_and_changes_no_other(name: str) -> None:
     plain = dict(built(name).named_parameters())
     for condition, options in TOLD.items():

@@ -12,12 +12,14 @@ from ml_collections import ConfigDict
 from scipy.stats import kstest
 
 from score_sde import VPSDE, closed_form, interop, losses
+from score_sde.build import build_model
 from score_sde.codecs import VectorCodec, codec_of
 from score_sde.config import default_config
 from score_sde.data import Data, Split, load_data
 from score_sde.ema import RAMP, ema_decay, ema_update
 from score_sde.objectives import Objective
 from score_sde.parallel import Processes
+from score_sde.sdes import like
 from score_sde.time_laws import SecondMoments
 from score_sde.toys import ring, ring_mixture
 from score_sde.train import (
@@ -228,6 +230,20 @@ def test_the_objectives_reductions_and_weights_are_the_papers() -> None:
     torch.testing.assert_close(Objective(model, toy_config())(x0, t, z, z[:, None][:, :0], {})[0], mean)
     weighted = toy_config(training__likelihood_weighting=True, training__reduce_mean=False)
     torch.testing.assert_close(Objective(model, weighted)(x0, t, z, z[:, None][:, :0], {})[0], half_sum)
+
+
+def test_edm_s_objective_is_its_weighted_error_of_the_data() -> None:
+    sde, g = VPSDE(), torch.Generator().manual_seed(0)
+    x0, z = torch.randn(4, 2, generator=g), torch.randn(4, 2, generator=g)
+    t = torch.tensor([0.1, 0.4, 0.7, 1.0], dtype=torch.float64)
+    config = toy_config(training__time="edm", model__rule="edm", model__sigma_data=0.7)
+    model = build_model(config, (2,))
+    alpha, sigma = (like(v, x0).float() for v in (sde.alpha(t), sde.sigma(t)))
+    with torch.no_grad():
+        error = ((model(sde.perturb(x0, t, z), t).data - x0) ** 2).mean(1)
+        s = (sigma / alpha)[:, 0]
+        wanted = (s**2 + 0.7**2) / (s * 0.7) ** 2 * error
+        torch.testing.assert_close(Objective(model, config)(x0, t, z, z[:, None][:, :0])[0], wanted, rtol=1e-4, atol=0)
 
 
 def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices() -> None:

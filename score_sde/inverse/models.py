@@ -16,6 +16,7 @@ sampler and likelihood of the package takes the result.
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,11 +46,11 @@ class Conditional(ScoreModel):
         """grad log p(y | x_t) at x, of the model's estimate there and residual = y - A data; both have a graph to x.
         With `graph` the result has one too."""
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Estimate:
+    def forward(self, x: Tensor, t: Tensor, *, y: Tensor, **condition: Any) -> Estimate:
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             z = x if graph and x.requires_grad else x.detach().requires_grad_()
-            e = self.model(z, t)
+            e = self.model(z, t, **condition)
             score = self.pull(e, z, t, y.to(x) - self.operator.apply(e.data), graph)
             alpha, sigma = like(self.sde.alpha(t), x), like(self.sde.sigma(t), x)
             data, noise = e.data + sigma**2 / alpha * score, e.noise - sigma * score
@@ -117,7 +118,9 @@ def pigdm(model: ScoreModel, observation: Observation, variance: float = 1.0) ->
     operator.
 
     Args:
-        variance: c of r² = sigma² c/(alpha² c + sigma²); the paper's is 1. That of pixels in [-1, 1] is nearer to 1/4.
+        variance: c of r² = sigma² c/(alpha² c + sigma²); the paper's is 1. Correlated data vary more than c in some
+            directions, images in smooth ones many times more: with too small a c the guidance overshoots there, and
+            contrasts and colours come out too strong. A larger c is the safer one.
 
     Raises ValueError for an operator that is not Spectral, and a variance that is not above 0.
     """
@@ -178,8 +181,8 @@ class NullSpace(ScoreModel):
         self.model, self.operator, self.noise = model, spectral(operator, "ddnm"), noise
         self.variance = variance
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Estimate:
-        e = self.model(x, t)
+    def forward(self, x: Tensor, t: Tensor, *, y: Tensor, **condition: Any) -> Estimate:
+        e = self.model(x, t, **condition)
         residual = y.to(x) - self.operator.apply(e.data)
         r2 = like(spread(self.sde, t, self.variance), x)
         change = r2 * self.operator.gain(residual, r2, self.noise)

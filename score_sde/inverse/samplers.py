@@ -25,9 +25,8 @@ class Projected(Sampler):
 
     x_s <- (I - A⁺A) x_s + A⁺ (alpha_s y + sigma_s A z): Song et al. 2021, appendix I.2 (inpainting) and I.3
     (colours), for any Spectral operator and any sampler with a step. `PredictorCorrector` is projected after either
-    part. With noise s in y the z added is of variance sigma_s² - alpha_s² s²/lambda² in the direction of the
-    singular value lambda, and where that is negative, late, y says less than the state and the
-    state is left alone, and not resampled.
+    part. With noise s in y the z added is of variance sigma_s² - alpha_s² s²/lambda² in the direction of the singular
+    value lambda. Where that is negative, late, y says less than the state, which is then left alone, and not resampled.
 
     With `resamplings` > 1 it is RePaint (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1): every `jump` steps
     the state is carried back up by the forward SDE, to walk them that many times in all, so that the rest may fit

@@ -109,12 +109,13 @@ class Conditional(nn.Module):
         parts = [told_class(self.classes, label, len(x))]
         low = self._image(x, image, augmentation)
         if self.augmentation is not None:
-            level = torch.zeros((), dtype=x.dtype) if augmentation is None else torch.as_tensor(augmentation)
+            level = torch.as_tensor(0.0 if augmentation is None else augmentation)
             if level.shape not in ((), (len(x),)):
                 raise ValueError(
                     f"augmentation must be a number or ({len(x)},) of them, got shape {tuple(level.shape)}"
                 )
-            level = level.to(x).expand(len(x))
+            # like labels of the time in float32 at least: bfloat16 would round 999 level to whole numbers
+            level = level.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
             parts.append(self.augmentation.before(999 * level))
         if self.pooled is None:
             _refuse(pooled, "pooled", "no summary of a text", "model.pooled_width")
