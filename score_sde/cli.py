@@ -189,7 +189,7 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     shape = data.shape if source is None else source.shape
     model, path = _model(options.checkpoint or workdir, options.mode, config, shape, processes)
     if source is not None:
-        codec = codec_from(path, source, config)
+        codec = codec_from(path, source)
         data = as_asked(data, codec, processes.device)
     if options.mode == "sample":
         folder = _sample(options, model, config, data.shape, codec, path, workdir, processes)
@@ -225,14 +225,14 @@ def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, proces
     """
     begun, _ = checkpoint.newest(workdir)
     if begun is not None:
-        check_codes(begun, config)
+        check_codes(begun, source.sha256, source.where)
     if not processes.main:
         processes.barrier()
     coded, statistics = codes_of(source, data, workdir / "codes", config.data.random_flip, processes.main)
     if processes.main:
         processes.barrier()
     if begun is not None:
-        check_codes(begun, config, statistics)
+        check_codes(begun, source.sha256, source.where, statistics)
     return coded, AutoencoderCodec(source.autoencoder, statistics, source.pixels)
 
 
@@ -351,6 +351,8 @@ def _smaller(
         )
     path = checkpoint.find(s.base)
     card = checkpoint.read_card(path)
+    if card.codes:
+        raise ValueError(f"sampling.base={s.base} is a model of codes: take one of pixels for the stage before")
     if card.shape != small:
         raise ValueError(f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be enlarged")
     theirs = configs.from_text(card.config, str(path))
@@ -669,7 +671,7 @@ def _model(
     path = checkpoint.find(where)
     weights = (config.sampling if mode == "sample" else config.eval).weights
     foreign = path.suffix != checkpoint.SUFFIX
-    check_codes(path, config)
+    check_codes(path, config.data.autoencoder_sha256, config.data.autoencoder)
     shape = example if foreign else checkpoint.read_card(path).shape
     if shape != example:
         raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {example}")

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ml_collections import ConfigDict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -199,29 +198,32 @@ def as_drawn(data: Data) -> Data:
     return replace(data, train=replace(data.train, x=x + std * noise, std=None))
 
 
-def codec_from(path: Path, source: Source, config: ConfigDict) -> AutoencoderCodec:
-    """What is between the pixels and a checkpoint's model, whose autoencoder must be `source`; see `check_codes`."""
-    check_codes(path, config)
+def codec_from(path: str | Path, source: Source) -> AutoencoderCodec:
+    """What is between the pixels and the model in a workdir or checkpoint, whose autoencoder must be `source`.
+
+    Raises ValueError where it is another, or the model is none of codes.
+    """
+    path = checkpoint.find(path)
+    check_codes(path, source.sha256, source.where)
     return AutoencoderCodec(source.autoencoder, Statistics.from_json(checkpoint.read_card(path).codes), source.pixels)
 
 
-def check_codes(path: Path, config: ConfigDict, statistics: Statistics | None = None) -> None:
-    """Raise ValueError where a checkpoint is not of the codes of the config's autoencoder, or not of these statistics.
+def check_codes(path: Path, sha256: str, where: str, statistics: Statistics | None = None) -> None:
+    """Raise ValueError where a checkpoint is not of the codes of the autoencoder at `where`, or of other statistics.
 
-    The config's data.autoencoder_sha256 is that of the autoencoder at hand, '' for none.
+    `sha256` is that autoencoder's, '' where there is none and the model should be of pixels.
     """
     card = checkpoint.read_card(path) if path.suffix == checkpoint.SUFFIX else None
     theirs = configs.from_text(card.config, str(path)).data if card is not None else configs.default_config().data
-    ours = config.data.autoencoder_sha256
-    if theirs.autoencoder_sha256 != ours:
-        if not ours or not theirs.autoencoder_sha256:
+    if theirs.autoencoder_sha256 != sha256:
+        if not sha256 or not theirs.autoencoder_sha256:
             was, now = ("codes", "pixels") if theirs.autoencoder_sha256 else ("pixels", "codes")
             remedy = f"={theirs.autoencoder}" if was == "codes" else " empty"
             raise ValueError(f"{path} is a model of {was}, and the config says {now}: set data.autoencoder{remedy}")
         raise ValueError(
             f"{path} is a model of the codes of another autoencoder, sha256 {theirs.autoencoder_sha256[:12]}..., than "
-            f"data.autoencoder={config.data.autoencoder}, {ours[:12]}...: it was trained "
-            "on, or replaced; give back the one that the codes were made with, or train a new model in another workdir"
+            f"data.autoencoder={where}, {sha256[:12]}...: that one was trained further, or replaced; give back "
+            "the one that the codes were made with, or train a new model in another workdir"
         )
     if statistics is not None and card is not None and card.codes != statistics.to_json():
         raise ValueError(

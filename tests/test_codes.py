@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from score_sde import AutoencoderCodec, codes, load, load_autoencoder, load_classifier
+from score_sde import AutoencoderCodec, load, load_autoencoder, load_classifier
 from score_sde.build import build_autoencoder
 from score_sde.cli import run
 from score_sde.codecs import PixelCodec, Statistics, codec_of
-from score_sde.codes import Source, as_asked, codes_of, open_autoencoder
+from score_sde.codes import Source, as_asked, codec_from, codes_of, open_autoencoder
 from score_sde.config import load as load_config
 from score_sde.data import load_data, shrink
 from score_sde.objectives import build_objective
@@ -362,14 +362,7 @@ def test_a_model_of_codes_has_every_mode_that_makes_sense(trained: tuple[Path, P
     assert command("latent_digits32", "decode", workdir, of(autoencoder), "--input", str(latents)) == 0
     decoded = np.load(only(workdir, "decoded/*/samples.npz"))["arr_0"]
     source = open_autoencoder(autoencoder, 17, (1, 8, 8))
-    codec = codes.codec_from(
-        only(workdir, "checkpoints/*3.safetensors"),
-        source,
-        load_config(
-            "configs/latent_digits32.py",
-            {**SMALL, "data.autoencoder": str(autoencoder), "data.autoencoder_sha256": source.sha256},
-        ),
-    )
+    codec = codec_from(workdir, source)
     own = codec.decode(codec.posterior(load_data("digits").test[torch.arange(4)][0])[0])
     off = np.abs(decoded.transpose(0, 3, 1, 2).astype(int) - own.numpy())
     assert off.mean() < 0.2  # decoding comes back to the code, to the solver's tolerance
