@@ -393,7 +393,7 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
         ("has nothing to guide by", ["--config.sampling.guidance=2"]),
         ("guides by itself", ["{classifier}", "--config.sampling.guidance_rescale=0.5"]),
         ("sampling.classifier=nowhere", ["--config.sampling.classifier=nowhere"]),
-        ("is a score model and no classifier", ["--config.sampling.classifier={model}"]),
+        ("is no classifier", ["--config.sampling.classifier={model}"]),
         ("is a classifier", ["--config.sampling.guidance_checkpoint={judge}", "--config.sampling.guidance=2"]),
         (
             "is class-conditional, and the",
