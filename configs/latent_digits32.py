@@ -1,4 +1,4 @@
-"""Latent diffusion on digits of 32x32: vp_digits' recipe for the codes of autoencoder_digits32, 4 x 8 x 8.
+"""Latent diffusion on digits of 32x32: vp_digits' recipe for the codes of autoencoder_digits32, 8 x 8.
 
 Rombach et al. 2022 (arXiv:2112.10752): first `--mode train --config configs/autoencoder_digits32.py`. Codes have unit
 variance in each channel; everything else is as for pixels, and bits/dim are a bound with the autoencoder's terms.

@@ -27,10 +27,11 @@ SMALL = {
     "data.image_size": "8",
     "model.nf": "8",
     "model.ch_mult": "1,2",
+    "model.code_channels": "2",
     "training.batch_size": "32",
     "training.channels_last": "false",
 }
-CODE = (4, 4, 4)
+CODE = (2, 4, 4)
 TINY = [
     *(f"--config.{key}={value}" for key, value in SMALL.items()),
     "--config.model.attn_resolutions=4",
