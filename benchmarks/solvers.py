@@ -31,7 +31,7 @@ from .subjects import LISTED, adaptive_flows, deterministic, few, stochastic
 from .timing import Table, machine
 
 REST = (5, 50, 100)
-FEW_BUDGETS, FEW_IMAGES = (5, 10, 20), 500  # of laws of large images
+FEW_BUDGETS, FEW_IMAGES = (5, 10, 20), 200  # of laws of large images
 
 
 def parser() -> argparse.ArgumentParser:
