@@ -140,10 +140,10 @@ def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
         return NETWORKS[m.name](config, shape)
 
 
-def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+def _mlp(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:
+    """The MLP, with some of its arguments in place of the config's."""
     m = config.model
-    return MLP(
-        shape[0],
+    given: dict[str, Any] = dict(
         width=m.hidden,
         depth=m.depth,
         embedding=EMBEDDINGS[m.embedding_type],
@@ -152,6 +152,7 @@ def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
         out_features=2 * shape[0] if m.learned_variance else None,
         classes=m.num_classes,
     )
+    return MLP(shape[0], **{**given, **options})
 
 
 def _ddpm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
@@ -330,22 +331,10 @@ def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassif
         raise ValueError(f"model.name={m.name} does not classify examples of shape {tuple(shape)}: use mlp for vectors")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        made = _classifying_mlp(config, shape) if network is MLP else _encoder(config, shape)
+        own = {"out_features": m.num_classes, "classes": 0}
+        made = _mlp(config, shape, **own) if network is MLP else _encoder(config, shape)
     scale = partial(models.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else models.unscaled
     return NoisyClassifier(made, build_sde(config), m.num_classes, LABELS[m.label](m), scale)
-
-
-def _classifying_mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    m = config.model
-    return MLP(
-        shape[0],
-        width=m.hidden,
-        depth=m.depth,
-        embedding=EMBEDDINGS[m.embedding_type],
-        fourier_scale=m.fourier_scale,
-        dropout=m.dropout,
-        out_features=m.num_classes,
-    )
 
 
 def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:

@@ -1,14 +1,19 @@
 """The benchmarks of prompts and of cascades: what they draw, and that their scores are high where they should be."""
 
+import re
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cascades, prompts
 from benchmarks.prompts import Words
 from score_sde import VPSDE
+from score_sde.build import build_model, resolve_classes, resolve_conditions
 from score_sde.codecs import PixelCodec
+from score_sde.config import load as load_config
 from score_sde.data import Data, Split, load_data, shrink
 from score_sde.model import Estimate, ScoreModel
 from score_sde.text import Text
@@ -88,3 +93,30 @@ def test_a_cascade_s_stage_is_given_what_the_one_before_drew(stages: tuple[Path,
     k = load_data("digits").test.x[:3]
     figure = cascades.shown(k, [shrink(k, 2), k], PixelCodec(17))  # type: ignore[arg-type]
     assert len(figure.axes) == 3
+
+
+def operations(name: str) -> tuple[float, float]:
+    """(of an image in training, in MFLOP; of the config's whole training), by torch's counter."""
+    config = load_config(f"configs/{name}.py")
+    resolve_classes(config, 10, name)
+    resolve_conditions(config, config.data.num_channels)
+    size, factor = config.data.image_size, config.model.super_resolution
+    x = torch.randn(2, config.data.num_channels, size, size)
+    image = {"image": x[:, :, ::factor, ::factor]} if factor else {}
+    with FlopCounterMode(display=False) as counter:
+        build_model(config, tuple(x.shape[1:]))(
+            x, torch.rand(2), label=torch.tensor([0, 1]), **image
+        ).data.sum().backward()
+    each = counter.get_total_flops() / 2e6
+    return each, each * config.training.n_iters * config.training.batch_size
+
+
+@pytest.mark.parametrize("data", cascades.STAGES)
+def test_a_cascade_is_trained_with_the_operations_of_one_model_and_its_docstring_says_which(data: str) -> None:
+    stages, (one, whole) = [operations(name) for name in cascades.STAGES[data]], operations(cascades.SINGLE[data])
+    assert sum(total for _, total in stages) == pytest.approx(whole, rel=0.02)
+    text = " ".join(Path(f"configs/{cascades.STAGES[data][0]}.py").read_text().split())
+    told = [
+        float(number) for number in re.findall(r"(?:steps of|, \d+ of|against \d+ of|and \d+ of) (\d+(?:\.\d+)?)", text)
+    ]
+    assert set(round(each, 1 if each < 50 else None) for each in (*[e for e, _ in stages], one)) <= set(told)
