@@ -274,6 +274,9 @@ def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
     if options.negative and not options.prompt:
         raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")
     guided = config.model.class_conditional or config.sampling.classifier or config.sampling.guidance_checkpoint
+    scale = config.sampling.guidance
+    if options.mode == "sample" and config.model.text_encoder and scale != 1 and not (guided or options.prompt):
+        raise ValueError(f"sampling.guidance={scale:g} has no prompt to guide by: give one, --prompt TEXT")
     if options.scales and not (guided or options.prompt):
         raise ValueError(
             f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "

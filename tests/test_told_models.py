@@ -289,6 +289,8 @@ def test_another_encoder_or_data_without_captions_are_refused(
     encoder = next(s for s in settings if "text_encoder" in s)
     assert modes("train", tmp_path / "new", encoder) == 2
     assert "data.dataset=digits has none" in capsys.readouterr().err
+    assert modes("sample", workdir, *settings, "--config.sampling.guidance=2") == 2
+    assert "has no prompt to guide by: give one, --prompt TEXT" in capsys.readouterr().err
     assert modes("encode", workdir, *settings) == 2
     assert "keeps no captions" in capsys.readouterr().err
     assert modes("sample", tmp_path / "new", "--config.model.text_encoder=nothing", "--prompt=a dog") == 2
