@@ -26,7 +26,7 @@ import score_sde
 
 from . import signals
 from .bounds import chain_bound
-from .build import build_bound_times, build_sampler, build_times
+from .build import build_bound_times, build_sampler, build_times, grid_name
 from .checkpoint import file_hash
 from .codecs import AutoencoderCodec, Codec, PixelCodec
 from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
@@ -79,6 +79,12 @@ def stamp(checkpoint: Path, weights: str, settings: dict[str, Any]) -> dict[str,
         **settings,
         "versions": {name: str(version) for name, version in _VERSIONS.items()},
     }
+
+
+def about_grid(config: ConfigDict, times: Tensor) -> dict[str, Any]:
+    """What a stamp says of the times that were sampled on."""
+    ends = {"first": times[0].item(), "last": times[-1].item()}
+    return {"name": grid_name(config), "steps": len(times) - 1, **ends}
 
 
 def once(
@@ -232,7 +238,7 @@ def run_sampling(
         {
             "sde": repr(model.sde),
             "sampler": repr(sampler),
-            "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
+            "grid": about_grid(config, times),
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
             "threshold": s.threshold,
