@@ -796,6 +796,8 @@ def test_fitted_grids_need_a_deterministic_solver_and_noise_at_their_end() -> No
         fit_times(model, Multistep(eta=1), 4, (4, 2))
     with pytest.raises(ValueError, match="a grid needs at least 1 step, got 0"):
         fit_times(model, Multistep(), 0, (4, 2))
+    with pytest.raises(ValueError, match=r"B of at least 1, got shape \(0, 2\)"):
+        fit_times(model, Multistep(), 4, (0, 2))
     chain = Gaussian(CHAINS[0].as_sde(), MEAN, COV)
     with pytest.raises(ValueError, match="has no finite log SNR at t_min = 0"):
         fit_times(chain, Multistep(), 4, (4, 2))
