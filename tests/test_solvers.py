@@ -591,6 +591,31 @@ def test_conditions_go_with_the_examples_of_an_adaptive_sde_solve() -> None:
     assert bound.condition["label"] is label  # type: ignore[comparison-overlap]
 
 
+def test_adaptive_sde_steps_are_the_papers() -> None:
+    """Jolicoeur-Martineau et al. 2021, algorithm 1, line by line, on a path none of whose steps is rejected."""
+    sde, sampler, end = VPSDE(), AdaptiveSDE(rtol=0.2, atol=0.02, safety=0.7), 1e-3
+    model, x = Gaussian(sde, torch.zeros(64, dtype=torch.float64), 0.04), numbers(1, 64)
+    grid, noise = torch.tensor([1.0, end], dtype=torch.float64), draws(1)
+    found = last(sampler.walk(model, x, grid, draws(1)))
+    past, t, h, by_past = x, 1.0, sampler.first, list[bool]()
+
+    def increment(y: Tensor, u: float, step: float, z: Tensor) -> Tensor:
+        time = torch.tensor([u], dtype=torch.float64)
+        return -step * sde.reverse_drift(y, time, model.score(y, time)) + math.sqrt(step) * sde.g(time) * z
+
+    while t > end:
+        step, z = min(h, t - end), noise(x)
+        euler = x + increment(x, t, step, z)
+        improved = (x + euler + increment(euler, t - step, step, z)) / 2
+        size = (sampler.rtol * torch.maximum(euler.abs(), past.abs())).clamp_min(sampler.atol)
+        error = float(((improved - euler) / size).square().mean().sqrt())
+        assert error <= 1
+        by_past.append(bool((size == sampler.rtol * past.abs()).any()))
+        x, past, t, h = improved, euler, t - step, sampler.safety * step * error**-sampler.exponent
+    assert sum(by_past) > 5
+    torch.testing.assert_close(found, x, rtol=1e-9, atol=1e-9)
+
+
 def test_an_adaptive_sde_step_that_overflows_is_rejected() -> None:
     """A score of -1000 x, none beyond |x| = 5: there a first step of 0.015 throws x = 1."""
     asked = []
