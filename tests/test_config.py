@@ -460,6 +460,10 @@ def test_a_fitted_grid_is_made_from_the_model_for_its_sampler() -> None:
         ({"sampling.churn_low": "3", "sampling.churn_high": "2"}, "churn_low=3 must not exceed sampling.churn_high=2"),
         ({"sampling.grid": "fitted"}, "grid=fitted places the steps of a solver without noise: set sampling.method"),
         ({"sampling.grid": "fitted", "sampling.method": "ddim", "sampling.eta": "1"}, "and sampling.eta=0"),
+        (
+            {"sampling.method": "unipc", "sampling.eta": "1"},
+            r"eta=1 is the noise of ddim and dpm_solver\+\+: sampling.method=unipc takes",
+        ),
         ({"sampling.method": "unipcc"}, "unipc"),
     ],
 )
