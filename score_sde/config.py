@@ -594,8 +594,8 @@ def validate(config: ConfigDict) -> None:
     )
     refuse(
         s.eta > 0 and s.method not in ("ddim", "dpm_solver++"),
-        f"sampling.eta={s.eta:g} is the noise of ddim and dpm_solver++: sampling.method={s.method} takes none, so set it "
-        "to 0",
+        f"sampling.eta={s.eta:g} is the noise of ddim and dpm_solver++: sampling.method={s.method} takes none, so set "
+        "it to 0",
     )
     refuse(
         s.grid == FITTED and (s.method not in FITTABLE or s.eta > 0),

@@ -224,10 +224,10 @@ def test_the_estimate_is_unbiased_and_knows_its_error() -> None:
     sde = PURE[0]
     model, n = Gaussian(sde, MEAN, VARIANCES), 2000
     x = torch.tensor([2.0, 1.0], dtype=torch.float64).expand(n, 2)
-    truth = diffusion(model, x[:1], START).item()
-    for law in (None, uniform, importance(likelihood)):
+    for law, t_min in ((None, START), (uniform, START), (importance(likelihood), START), (None, 0.3), (uniform, 0.3)):
+        truth = diffusion(model, x[:1], t_min).item()
         options = {} if law is None else {"law": law}
-        found = variational_bound(model, x, t_min=START, draws=32, decoder="state", **options)  # type: ignore[arg-type]
+        found = variational_bound(model, x, t_min=t_min, draws=32, decoder="state", **options)  # type: ignore[arg-type]
         spread = found.diffusion.std().item()
         assert abs(found.diffusion.mean().item() - truth) < 4 * spread / math.sqrt(n), law
         error = found.std_error.square().mean().sqrt().item()
