@@ -493,6 +493,11 @@ def test_rows_go_from_one_image_to_another(between: str, trained: Path, images: 
         drawn = {"sampling__method": "ode", "sampling__noise_removal": "false", "sampling__t_min": 1e-5}
         assert run(words("vp_digits", "sample", trained, images, sampling__num_samples=6, **drawn)) == 0
         assert (rows[:, [0, -1]] == samples(trained).reshape(3, 2, 8, 8, 1)).mean() > 0.95, "ends are not the samples"
+        clear(trained, "interpolations")
+        change["sampling__temperature"] = 0.0
+        assert run(words("vp_digits", "interpolate", trained, images, **change, **tight)) == 0
+        cold = np.load(folder_of(trained, "interpolations")[0] / "interpolations.npz")["arr_0"]
+        assert (cold == cold[0, 0]).all() and (rows != rows[0, 0]).any(), "at temperature 0 there is one image"
 
 
 @pytest.mark.parametrize("name", ["ve_toy", "ddpm_cifar"])
