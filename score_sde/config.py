@@ -593,6 +593,11 @@ def validate(config: ConfigDict) -> None:
         f"sampling.churn_low={s.churn_low:g} must not exceed sampling.churn_high={s.churn_high:g}",
     )
     refuse(
+        s.eta > 0 and s.method not in ("ddim", "dpm_solver++"),
+        f"sampling.eta={s.eta:g} is the noise of ddim and dpm_solver++: sampling.method={s.method} takes none, so set "
+        "it to 0",
+    )
+    refuse(
         s.grid == FITTED and (s.method not in FITTABLE or s.eta > 0),
         f"sampling.grid=fitted places the steps of a solver without noise: set sampling.method to one of "
         f"{', '.join(FITTABLE)}, and sampling.eta=0",

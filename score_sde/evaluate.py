@@ -26,7 +26,7 @@ import score_sde
 
 from . import signals
 from .bounds import chain_bound
-from .build import build_bound_times, build_sampler, build_times
+from .build import build_bound_times, build_sampler, build_times, grid_name
 from .checkpoint import file_hash
 from .codecs import AutoencoderCodec, Codec, PixelCodec
 from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
@@ -79,6 +79,12 @@ def stamp(checkpoint: Path, weights: str, settings: dict[str, Any]) -> dict[str,
         **settings,
         "versions": {name: str(version) for name, version in _VERSIONS.items()},
     }
+
+
+def about_grid(config: ConfigDict, times: Tensor) -> dict[str, Any]:
+    """What a stamp says of the times that were sampled on."""
+    ends = {"first": times[0].item(), "last": times[-1].item()}
+    return {"name": grid_name(config), "steps": len(times) - 1, **ends}
 
 
 def once(
@@ -232,7 +238,7 @@ def run_sampling(
         {
             "sde": repr(model.sde),
             "sampler": repr(sampler),
-            "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
+            "grid": about_grid(config, times),
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
             "threshold": s.threshold,
@@ -452,7 +458,7 @@ def reported(result: dict[str, Any]) -> str:
     Images: the standard error of the mean over images, in whose spread that of probes and dequantisation is contained.
     Probes: the part of it that other probes would change, from their spread in each image; of a single probe, from a
     pair for each of the first eval.check_images images. Solver: the mean absolute difference, in those images, from
-    tolerances ten times tighter. Draws: of a bound, the part of its Monte Carlo over time.
+    tolerances ten times tighter. Draws: of a bound, the part of its Monte Carlo over time, or over the chain's steps.
     """
     errors = result.get("errors", {"images": result["standard_error"]})
     parts = [
@@ -556,7 +562,8 @@ def run_bound(
 
     `likelihood.npz` has `bits_per_dim` (images, 1), its parts `prior`, `diffusion` and `reconstruction` (images,), and
     by steps of the chain `times` and the mean over images of the `terms` (NaN for a step that no image drew), whose sum
-    is the diffusion's mean: `plt.plot(times, terms)` shows where the bits go. The stamp has the means of all.
+    is the diffusion's mean: `plt.plot(times, terms)` shows where the bits go. Where eval.terms of the steps were drawn,
+    it has `std_error` (images,), in nats over them, too. The stamp has the means of all.
     """
     e = config.eval
     n = min(e.num_images, len(split)) if e.num_images else len(split)
@@ -612,6 +619,7 @@ def run_bound(
         place = np.searchsorted(-times.numpy(), -found.times.expand_as(found.diffusion).numpy()).ravel()
         for name, weights in (("sum", arrays.pop("terms").ravel()), ("drawn", None)):
             arrays[name] = np.bincount(place, weights, minlength=steps)[None]
+        arrays["std_error"] = found.std_error.double().cpu().numpy()
         return {**arrays, "nfe": np.array([counted.nfe])}
 
     def progress(bar: tqdm, done: list[Arrays]) -> None:
@@ -630,12 +638,17 @@ def run_bound(
                 {
                     "bits_per_dim" if codec.levels else "nats": joined["value"][:, None],
                     **{name: joined[name] for name in parts},
+                    **({"std_error": joined["std_error"]} if e.terms else {}),
                     "times": times.numpy()[:steps],
                     "terms": terms,
                 },
             )
         means = {name: float(joined[name].mean()) for name in (*parts, "nfe")}
-        return {"mean": mean, "standard_error": error, **means}
+        errors: dict[str, float | None] = {"images": error}
+        if e.terms:
+            draws = _error_of_mean(joined["std_error"]) / (math.prod(split.shape) * math.log(2) if codec.levels else 1)
+            errors["draws"] = None if math.isnan(draws) else draws
+        return {"mean": mean, "standard_error": error, "errors": errors, **means}
 
     label = f"{checkpoint.stem}-{e.weights}-{e.split}-bound"
     return once(base, label, made_from, "likelihood.npz", processes, work)

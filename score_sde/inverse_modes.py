@@ -20,7 +20,17 @@ from torch import Tensor
 from .build import build_sampler, build_times
 from .codecs import Codec, PixelCodec
 from .data import Data, Split
-from .evaluate import Arrays, Counted, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
+from .evaluate import (
+    Arrays,
+    Counted,
+    about_grid,
+    channels_last,
+    in_batches,
+    mean_and_error,
+    once,
+    stamp,
+    write_arrays,
+)
 from .guidance import clip
 from .images import write_grid, write_png
 from .inverse import (
@@ -212,7 +222,7 @@ def run_restoring(
             "inverse": i.to_dict(),
             "noise": noise,
             "sampler": "ancestral steps" if i.method == "twisted" else repr(build_sampler(config)),
-            "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
+            "grid": about_grid(config, times),
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
             "seed": s.seed,
