@@ -434,6 +434,12 @@ def build_sampler(config: ConfigDict) -> Sampler:
     return METHODS[s.method](s)
 
 
+def chooses_steps(config: ConfigDict) -> bool:
+    """Whether the sampler of the section sampling is adaptive."""
+    s = config.sampling
+    return s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE)
+
+
 def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, shape: tuple[int, ...] = ()) -> Tensor:
     """The times to sample on, decreasing from 1; for `sample(..., denoise=config.sampling.noise_removal)`.
 
@@ -441,8 +447,7 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
     the first, from where the estimate of the clean data is the chain's own last step. Adaptive solvers get both ends.
     For sampling.grid=fitted 32 trajectories of the `model` are solved, of examples of `shape`.
     """
-    s = config.sampling
-    adaptive = s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE)
+    s, adaptive = config.sampling, chooses_steps(config)
     grid = "arcsinh" if s.method == "fast" else s.grid
     if grid == FITTED and not adaptive:
         if model is None:

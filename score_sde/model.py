@@ -151,9 +151,10 @@ class Given(ScoreModel):
 def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
     """Within it, what `model` is given for each of `batch` examples is that of the examples `rows`.
 
-    That is each tensor (B, ...) in a part's `condition`, as `bound` finds them.
+    That is each tensor (B, ...) in a part's `condition`, as `bound` finds them. As many rows as examples are all, in
+    order; more repeat them.
     """
-    parts = bound(model) if len(rows) < batch else []
+    parts = bound(model) if len(rows) != batch else []
     whole = [m.condition for m in parts]
 
     def chosen(value: object) -> object:
