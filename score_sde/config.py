@@ -126,7 +126,7 @@ def default_config() -> ConfigDict:
                 "seed": 0,  # sample i depends on (seed, i) alone
                 "single_png": False,  # also a PNG of every sample
                 "weights": "ema",  # of the network: their moving average, or raw
-                # classes of the samples, in turn; -1: none. (): all that the model has; or none, where images are restored
+                # classes of the samples, in turn; -1: none. (): all that there are, or none where images are restored
                 "labels": (),
                 "negative_label": -1,  # the class that guidance leads away from, in place of no label; -1: none
                 # scale of guidance. Classifier-free: 0 ignores the label, 1 is the conditional model, above 1

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .sdes import SDE, WrongShape, add_, like
 
@@ -123,6 +124,11 @@ def in_precision_of(part: Any, x: Tensor) -> Tensor:
     """
     p = next(part.parameters(), None) if isinstance(part, nn.Module) else None
     return x if p is None or not p.is_floating_point() else x.to(p.dtype)
+
+
+def twice_differentiable(wanted: bool = True) -> AbstractContextManager[None]:
+    """Attention in plain operations, if `wanted`: the fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
 
 
 def absent(value: Tensor) -> Tensor:
