@@ -66,8 +66,8 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
             have, want = theirs.model[key], config.model[key]
             if have and have != want:
                 raise ValueError(
-                    f"sampling.guidance_checkpoint={path} is {kind}, and the model that it is to guide is not, or "
-                    f"otherwise: take a weaker model with the same model.{key}, or without"
+                    f"sampling.guidance_checkpoint={path} is {kind}, and the model that it is to guide is not so: take "
+                    f"a weaker model with the same model.{key.replace('sha256', 'encoder')}, or without"
                 )
             shared += names if have else ()
         return Guides(reference=weak, reference_told=shared, about={"reference_sha256": checkpoint.file_hash(path)})

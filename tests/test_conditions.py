@@ -14,6 +14,7 @@ from score_sde.build import build_times
 from score_sde.cli import run
 from score_sde.closed_form import Mixture
 from score_sde.codecs import codec_of
+from score_sde.conditions import Guides, conditional
 from score_sde.config import load as load_config
 from score_sde.data import load_data
 from score_sde.data_conditions import left_out
@@ -236,6 +237,35 @@ def test_classes_are_sampled_in_turn_and_kept(trained: Path) -> None:
         assert found["arr_1"].tolist() == [3, 7] * 10
     stamp = json.loads((folder / "stamp.json").read_text())
     assert (stamp["labels"], stamp["guidance"]) == ([3, 7], [2.0, 0.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize("by", ["label", "classifier", "weaker"])
+def test_a_config_s_interval_and_rescaling_are_those_of_guidance(by: str) -> None:
+    settings = {"model.class_conditional": "true", "sampling.guidance_low": "0.5", "sampling.guidance_high": "2"}
+    if by != "classifier":
+        settings["sampling.guidance_rescale"] = "0.7"
+    config, label = load_config("configs/vp_digits.py", settings), torch.tensor([1, 0, 2, 1])
+    told, interval = MIXTURE.given(label=label), {"low": 0.5, "high": 2.0}
+    weak = Mixture(SDE, [0.4, 0.3, 0.3], MIXTURE.means, 0.3)
+
+    def judge(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return MIXTURE.log_prob(x, t, label=label) - MIXTURE.log_prob(x, t)
+
+    guides, wanted = {
+        "label": (Guides(), guide(told, MIXTURE, 3.0, **interval, rescale=0.7)),
+        "classifier": (Guides(classifier=judge), classifier(told, judge, 3.0, **interval, label=label)),  # type: ignore[arg-type]
+        "weaker": (
+            Guides(reference=weak, reference_told=("label",)),
+            guide(told, weak.given(label=label), 3.0, **interval, rescale=0.7),
+        ),
+    }[by]
+    found = conditional(MIXTURE, ({"label": label}, {"label": None}), label, config, guides, 3.0)
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ratios = (0.3, 1.0, 3.0)  # below the interval, in it and above it
+    for ratio, guided in zip(ratios, (False, True, False), strict=True):
+        t = SDE.time(-2 * torch.tensor(ratio, dtype=torch.float64).log())
+        torch.testing.assert_close(found.score(x, t), wanted.score(x, t))
+        assert torch.allclose(found.score(x, t), told.score(x, t)) != guided
 
 
 def test_guidance_leads_away_from_another_class(trained: Path) -> None:
