@@ -126,8 +126,9 @@ def default_config() -> ConfigDict:
                 "seed": 0,  # sample i depends on (seed, i) alone
                 "single_png": False,  # also a PNG of every sample
                 "weights": "ema",  # of the network: their moving average, or raw
-                # of class-conditional models: the classes of the samples, in turn; (): all; -1: none
+                # classes of the samples, in turn; -1: none. (): all that there are, or none where images are restored
                 "labels": (),
+                "negative_label": -1,  # the class that guidance leads away from, in place of no label; -1: none
                 # scale of guidance. Classifier-free: 0 ignores the label, 1 is the conditional model, above 1
                 # strengthens it; by a classifier: 0 ignores it, 1 is the model given the label by Bayes' rule
                 "guidance": 1.0,
@@ -559,6 +560,11 @@ def validate(config: ConfigDict) -> None:
         not m.class_conditional and not s.classifier and len(s.labels) > 0,
         "sampling.labels are of class-conditional models, or for a classifier: set model.class_conditional=True, or "
         "sampling.classifier to the workdir of one",
+    )
+    refuse(
+        s.negative_label != -1 and (not m.class_conditional or bool(s.classifier) or bool(s.guidance_checkpoint)),
+        f"sampling.negative_label={s.negative_label} is for a class-conditional model that guides by itself: set "
+        "model.class_conditional=True, and leave sampling.classifier and sampling.guidance_checkpoint alone",
     )
     refuse(
         not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
