@@ -21,18 +21,7 @@ from .build import build_sampler, build_times, grid_name
 from .codecs import Codec, PixelCodec
 from .conditions import Guides, Wanted, about, conditional, in_turn
 from .data import Data, Split
-from .evaluate import (
-    Arrays,
-    Counted,
-    about_grid,
-    channels_last,
-    held,
-    in_batches,
-    mean_and_error,
-    once,
-    stamp,
-    write_arrays,
-)
+from .evaluate import Counted, about_grid, held
 from .images import write_grid, write_png
 from .inverse import (
     Average,
@@ -52,6 +41,7 @@ from .latent_modes import as_trained, fingerprint, read_examples
 from .metrics import psnr
 from .model import ScoreModel
 from .parallel import Processes
+from .results import Arrays, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
 from .samplers import Sampler, sample
 from .samplers.base import example_generators, noise_source
 

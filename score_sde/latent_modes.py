@@ -19,23 +19,14 @@ from .codecs import Codec, PixelCodec
 from .conditions import in_turn, labelled, sampled_labels, told
 from .data import Split, digest
 from .dequantisation import uniform_numbers
-from .evaluate import (
-    Arrays,
-    Counted,
-    channels_last,
-    in_batches,
-    once,
-    read_arrays,
-    stamp,
-    write_arrays,
-    write_pictures,
-)
+from .evaluate import Counted
 from .files import read
 from .guidance import guide
 from .latents import decode, encode, slerp
 from .model import ScoreModel
 from .ode import Solver
 from .parallel import Processes
+from .results import Arrays, channels_last, in_batches, once, read_arrays, stamp, write_arrays, write_pictures
 from .samplers.base import noise_source
 
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to

@@ -644,11 +644,11 @@ def test_an_interrupted_evaluation_loses_nothing(
 
     def finish() -> tuple[int, dict[str, np.ndarray]]:
         """(batches computed, result) of the same command."""
-        import score_sde.evaluate as evaluate
+        import score_sde.results as results
 
-        written, real = [], evaluate.write_arrays
+        written, real = [], results.write_arrays
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "write_arrays", lambda path, arrays: (written.append(path), real(path, arrays)))
+            patch.setattr(results, "write_arrays", lambda path, arrays: (written.append(path), real(path, arrays)))
             assert run(command) == 0
         (folder,) = (trained / name).iterdir()
         assert (folder / "stamp.json").is_file() and not (folder / "parts").exists()

@@ -19,12 +19,12 @@ from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, ode, samp
 from score_sde.bounds import chain_bound
 from score_sde.classification import classify
 from score_sde.continuous_bound import variational_bound
-from score_sde.evaluate import in_batches
 from score_sde.heat_maps import heat_map
 from score_sde.model import Estimate, Preconditioned, ScoreModel, label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP, NCSN, UNet
 from score_sde.ode import GaveUp
 from score_sde.parallel import Processes
+from score_sde.results import in_batches
 from score_sde.samplers import (
     DDIM,
     AdaptiveODE,
