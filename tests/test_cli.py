@@ -61,7 +61,8 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # These ask for other things first, a stage before or an encoder: tests/test_told_models.py runs them.
 LATER = ("cascade_digits_8", "cascade_cifar_16", "cascade_cifar_32", "text_cifar_16")
-CODES = ("autoencoder_cifar", "autoencoder_digits32", "latent_cifar", "latent_digits32")  # tests/test_codes.py these
+# and tests/test_codes.py these
+CODES = tuple(f"{kind}_{data}" for kind in ("autoencoder", "latent") for data in ("cifar", "cifar_small", "digits32"))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in LATER + CODES])
