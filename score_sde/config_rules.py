@@ -17,13 +17,125 @@ def check(config: ConfigDict) -> None:
             torch.device(config.device)
         except RuntimeError:
             raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}") from None
-    for rules in (_training, _noise, _network, _autoencoder, _conditions, _sampling, _likelihood):
+    for rules in (_autoencoder, _conditions, _training, _noise, _network, _sampling, _likelihood):
         rules(config)
 
 
 def refuse(wrong: bool, sentence: str) -> None:
     if wrong:
         raise ValueError(sentence)
+
+
+def _autoencoder(config: ConfigDict) -> None:
+    """Autoencoders, and models of their codes."""
+    t, s, e, d, m = config.training, config.sampling, config.eval, config.data, config.model
+    discrete = not t.continuous
+    encodes = t.objective == AUTOENCODE
+    refuse(
+        encodes and (m.name != "ncsnpp" or d.dataset in TOYS),
+        "training.objective=autoencoder makes one of images, of ncsnpp's blocks: set model.name=ncsnpp and "
+        "data.dataset to images",
+    )
+    refuse(
+        encodes and len(m.ch_mult) < 2,
+        f"training.objective=autoencoder halves the images at every level but the last: give model.ch_mult two or "
+        f"more, not {m.ch_mult}",
+    )
+    refuse(
+        encodes and (d.uniform_dequantization or m.class_conditional or m.super_resolution > 0 or bool(m.text_encoder)),
+        "training.objective=autoencoder decodes levels, and is told nothing beside the image: set "
+        "data.uniform_dequantization=False, model.class_conditional=False, model.super_resolution=0 and "
+        "model.text_encoder=''",
+    )
+    refuse(
+        encodes and (discrete or t.sde == "learned" or t.time != "uniform" or t.soft_truncation > 0),
+        "training.objective=autoencoder knows no noise levels: leave training.sde, training.continuous, training.time "
+        "and training.soft_truncation alone",
+    )
+    coded = bool(d.autoencoder)
+    refuse(
+        coded and (encodes or d.dataset in TOYS or m.super_resolution > 0),
+        "data.autoencoder is for models of codes of images, not for vectors, another autoencoder or "
+        "model.super_resolution: leave it empty",
+    )
+    refuse(
+        coded and (d.uniform_dequantization or not d.centered),
+        "data.autoencoder gives the model codes, without levels and around 0: set data.uniform_dequantization=False "
+        "and data.centered=True",
+    )
+    refuse(
+        coded and (s.clip_denoised or e.clip_denoised or s.threshold > 0),
+        "data.autoencoder gives the model codes, which have no range to be held to: set sampling.clip_denoised=False, "
+        "eval.clip_denoised=False and sampling.threshold=0",
+    )
+    refuse(
+        coded and (e.dequantization != "uniform" or e.importance_samples > 1 or e.heat_map > 0),
+        "data.autoencoder gives the model codes, and the bits of their bound are not of pixels one by one: leave "
+        "eval.dequantization, eval.importance_samples and eval.heat_map alone",
+    )
+
+
+def _conditions(config: ConfigDict) -> None:
+    """Classes, texts and images that a model is told, classifiers, and guidance."""
+    t, s, m = config.training, config.sampling, config.model
+    classifies = t.objective == CLASSIFY
+    refuse(
+        classifies and (m.name not in ("ncsnpp", "mlp") or not m.conditional or m.class_conditional),
+        "training.objective=cross_entropy trains a classifier that is told the time and not the class: set model.name "
+        "to ncsnpp (its way down) or mlp, model.conditional=True and model.class_conditional=False",
+    )
+    refuse(
+        classifies and t.sde == "learned",
+        "training.objective=cross_entropy learns no noise schedule: give training.sde the SDE of the model that it is "
+        "to guide",
+    )
+    refuse(
+        m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
+        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm, dit or "
+        "mlp, and model.conditional=True",
+    )
+    refuse(
+        not (m.class_conditional or classifies) and m.num_classes > 0,
+        "model.num_classes is of class-conditional models and classifiers: set model.class_conditional=True",
+    )
+    refuse(
+        not m.class_conditional and not s.classifier and len(s.labels) > 0,
+        "sampling.labels are of class-conditional models, or for a classifier: set model.class_conditional=True, or "
+        "sampling.classifier to the workdir of one",
+    )
+    refuse(
+        s.negative_label != -1 and (not m.class_conditional or bool(s.classifier) or bool(s.guidance_checkpoint)),
+        f"sampling.negative_label={s.negative_label} is for a class-conditional model that guides by itself: set "
+        "model.class_conditional=True, and leave sampling.classifier and sampling.guidance_checkpoint alone",
+    )
+    refuse(
+        not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
+        f"sampling.guidance={s.guidance:g} has nothing to guide by: take a class-conditional model "
+        "(model.class_conditional=True), or set sampling.classifier or sampling.guidance_checkpoint",
+    )
+    refuse(
+        bool(s.classifier) and (bool(s.guidance_checkpoint) or s.guidance_rescale > 0),
+        "sampling.classifier guides by itself: leave sampling.guidance_checkpoint and sampling.guidance_rescale alone",
+    )
+    networks = ("ddpm", "ncsnpp", "adm", "dit")
+    refuse(
+        (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks,
+        f"model.super_resolution and model.text_encoder are for {' and '.join(networks)}, not model.name={m.name}",
+    )
+    refuse(
+        m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or bool(s.base)),
+        "training.augmentation, sampling.augmentation and sampling.base are of models that enlarge images: set "
+        "model.super_resolution",
+    )
+    refuse(
+        max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"),
+        "model.image_channels, model.text_width and model.pooled_width are of networks that are told images or texts: "
+        f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}",
+    )
+    refuse(
+        0 < s.guidance_high <= s.guidance_low,
+        f"sampling.guidance_low={s.guidance_low:g} must be below sampling.guidance_high={s.guidance_high:g}",
+    )
 
 
 def _training(config: ConfigDict) -> None:
@@ -186,118 +298,6 @@ def _network(config: ConfigDict) -> None:
     refuse(
         d.random_flip and d.dataset in TOYS,
         f"data.random_flip mirrors images; for the vectors of data.dataset={d.dataset} set it to False",
-    )
-
-
-def _autoencoder(config: ConfigDict) -> None:
-    """Autoencoders, and models of their codes."""
-    t, s, e, d, m = config.training, config.sampling, config.eval, config.data, config.model
-    discrete = not t.continuous
-    encodes = t.objective == AUTOENCODE
-    refuse(
-        encodes and (m.name != "ncsnpp" or d.dataset in TOYS),
-        "training.objective=autoencoder makes one of images, of ncsnpp's blocks: set model.name=ncsnpp and "
-        "data.dataset to images",
-    )
-    refuse(
-        encodes and len(m.ch_mult) < 2,
-        f"training.objective=autoencoder halves the images at every level but the last: give model.ch_mult two or "
-        f"more, not {m.ch_mult}",
-    )
-    refuse(
-        encodes and (d.uniform_dequantization or m.class_conditional or m.super_resolution > 0 or bool(m.text_encoder)),
-        "training.objective=autoencoder decodes levels, and is told nothing beside the image: set "
-        "data.uniform_dequantization=False, model.class_conditional=False, model.super_resolution=0 and "
-        "model.text_encoder=''",
-    )
-    refuse(
-        encodes and (discrete or t.sde == "learned" or t.time != "uniform" or t.soft_truncation > 0),
-        "training.objective=autoencoder knows no noise levels: leave training.sde, training.continuous, training.time "
-        "and training.soft_truncation alone",
-    )
-    coded = bool(d.autoencoder)
-    refuse(
-        coded and (encodes or d.dataset in TOYS or m.super_resolution > 0),
-        "data.autoencoder is for models of codes of images, not for vectors, another autoencoder or "
-        "model.super_resolution: leave it empty",
-    )
-    refuse(
-        coded and (d.uniform_dequantization or not d.centered),
-        "data.autoencoder gives the model codes, without levels and around 0: set data.uniform_dequantization=False "
-        "and data.centered=True",
-    )
-    refuse(
-        coded and (s.clip_denoised or e.clip_denoised or s.threshold > 0),
-        "data.autoencoder gives the model codes, which have no range to be held to: set sampling.clip_denoised=False, "
-        "eval.clip_denoised=False and sampling.threshold=0",
-    )
-    refuse(
-        coded and (e.dequantization != "uniform" or e.importance_samples > 1 or e.heat_map > 0),
-        "data.autoencoder gives the model codes, and the bits of their bound are not of pixels one by one: leave "
-        "eval.dequantization, eval.importance_samples and eval.heat_map alone",
-    )
-
-
-def _conditions(config: ConfigDict) -> None:
-    """Classes, texts and images that a model is told, classifiers, and guidance."""
-    t, s, m = config.training, config.sampling, config.model
-    classifies = t.objective == CLASSIFY
-    refuse(
-        classifies and (m.name not in ("ncsnpp", "mlp") or not m.conditional or m.class_conditional),
-        "training.objective=cross_entropy trains a classifier that is told the time and not the class: set model.name "
-        "to ncsnpp (its way down) or mlp, model.conditional=True and model.class_conditional=False",
-    )
-    refuse(
-        classifies and t.sde == "learned",
-        "training.objective=cross_entropy learns no noise schedule: give training.sde the SDE of the model that it is "
-        "to guide",
-    )
-    refuse(
-        m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional),
-        "model.class_conditional is for networks that are told the time: set model.name to ddpm, ncsnpp, adm, dit or "
-        "mlp, and model.conditional=True",
-    )
-    refuse(
-        not (m.class_conditional or classifies) and m.num_classes > 0,
-        "model.num_classes is of class-conditional models and classifiers: set model.class_conditional=True",
-    )
-    refuse(
-        not m.class_conditional and not s.classifier and len(s.labels) > 0,
-        "sampling.labels are of class-conditional models, or for a classifier: set model.class_conditional=True, or "
-        "sampling.classifier to the workdir of one",
-    )
-    refuse(
-        s.negative_label != -1 and (not m.class_conditional or bool(s.classifier) or bool(s.guidance_checkpoint)),
-        f"sampling.negative_label={s.negative_label} is for a class-conditional model that guides by itself: set "
-        "model.class_conditional=True, and leave sampling.classifier and sampling.guidance_checkpoint alone",
-    )
-    refuse(
-        not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1,
-        f"sampling.guidance={s.guidance:g} has nothing to guide by: take a class-conditional model "
-        "(model.class_conditional=True), or set sampling.classifier or sampling.guidance_checkpoint",
-    )
-    refuse(
-        bool(s.classifier) and (bool(s.guidance_checkpoint) or s.guidance_rescale > 0),
-        "sampling.classifier guides by itself: leave sampling.guidance_checkpoint and sampling.guidance_rescale alone",
-    )
-    networks = ("ddpm", "ncsnpp", "adm", "dit")
-    refuse(
-        (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks,
-        f"model.super_resolution and model.text_encoder are for {' and '.join(networks)}, not model.name={m.name}",
-    )
-    refuse(
-        m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or bool(s.base)),
-        "training.augmentation, sampling.augmentation and sampling.base are of models that enlarge images: set "
-        "model.super_resolution",
-    )
-    refuse(
-        max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"),
-        "model.image_channels, model.text_width and model.pooled_width are of networks that are told images or texts: "
-        f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}",
-    )
-    refuse(
-        0 < s.guidance_high <= s.guidance_low,
-        f"sampling.guidance_low={s.guidance_low:g} must be below sampling.guidance_high={s.guidance_high:g}",
     )
 
 
