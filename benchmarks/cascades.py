@@ -84,12 +84,13 @@ def shown(single: Tensor, stages: list[Tensor], codec: PixelCodec) -> Figure:
     """Samples of the one model above those of the cascade's stages."""
     rows = [*stages, single]
     names = [f"{k.shape[2]} x {k.shape[3]}" for k in stages] + ["one model"]
-    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 1.05 * len(rows)), layout="constrained")
+    figure, axes = plt.subplots(len(rows), 1, figsize=(9, 0.5 * len(rows)), layout="constrained")
     for place, name, k in zip(axes, names, rows, strict=True):
         factor = single.shape[2] // k.shape[2]
         large = codec.display(k).repeat_interleave(factor, 2).repeat_interleave(factor, 3)
         place.imshow(large.permute(2, 0, 3, 1).flatten(1, 2).squeeze(-1), cmap="gray", interpolation="nearest")
-        place.set(xticks=[], yticks=[], ylabel=name)
+        place.set(xticks=[], yticks=[])
+        place.set_ylabel(name, rotation=0, ha="right", va="center")
     return figure
 
 

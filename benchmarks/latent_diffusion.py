@@ -30,13 +30,14 @@ from score_sde.codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
 from score_sde.codes import codec_from, open_autoencoder
 from score_sde.data import Data, load_data, shrink
 from score_sde.demo import confidence
-from score_sde.evaluate import mean_and_error, run_likelihood
+from score_sde.evaluate import run_likelihood
 from score_sde.images import grid, write_png
 from score_sde.latent_bounds import in_bits, latent_bound, of_standard_normal
 from score_sde.metrics import psnr
 from score_sde.model import ScoreModel
 from score_sde.objectives import build_objective
 from score_sde.parallel import Processes
+from score_sde.results import mean_and_error
 from score_sde.scan import gaussian_fit
 from score_sde.train import draw, make_state, train_step
 

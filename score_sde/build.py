@@ -434,6 +434,14 @@ def build_sampler(config: ConfigDict) -> Sampler:
     return METHODS[s.method](s)
 
 
+def grid_name(config: ConfigDict) -> str:
+    """Which grid `build_times` makes: "ends" for adaptive solvers, whose steps are their own."""
+    s = config.sampling
+    if s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE):
+        return "ends"
+    return "arcsinh" if s.method == "fast" and config.training.continuous else s.grid
+
+
 def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, shape: tuple[int, ...] = ()) -> Tensor:
     """The times to sample on, decreasing from 1; for `sample(..., denoise=config.sampling.noise_removal)`.
 
@@ -441,17 +449,17 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
     the first, from where the estimate of the clean data is the chain's own last step. Adaptive solvers get both ends.
     For sampling.grid=fitted 32 trajectories of the `model` are solved, of examples of `shape`.
     """
-    s = config.sampling
-    adaptive = s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE)
-    grid = "arcsinh" if s.method == "fast" else s.grid
-    if grid == FITTED and not adaptive:
+    s, grid = config.sampling, grid_name(config)
+    if grid == FITTED:
         if model is None:
             raise ValueError("sampling.grid=fitted is fitted to a model: pass it to build_times, with the data's shape")
-        until = replace(sde, t_min=s.t_min)
-        return fit_times(model, build_sampler(config), s.steps, (32, *shape), sde=until, seed=s.seed)
-    if config.training.continuous:
-        return GRIDS["uniform" if adaptive else grid](replace(sde, t_min=s.t_min), 1 if adaptive else s.steps)
-    return times.spaced(config.model.num_scales, 2 if adaptive else s.steps)
+        return fit_times(
+            model, build_sampler(config), s.steps, (32, *shape), sde=replace(sde, t_min=s.t_min), seed=s.seed
+        )
+    if not config.training.continuous:
+        return times.spaced(config.model.num_scales, 2 if grid == "ends" else s.steps)
+    until = replace(sde, t_min=s.t_min)
+    return times.uniform(until, 1) if grid == "ends" else GRIDS[grid](until, s.steps)
 
 
 def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:

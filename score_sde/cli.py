@@ -8,9 +8,8 @@ import math
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,31 +18,27 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
-from .autoencoder import ConvolutionalAutoencoder
-from .build import build_sde, is_autoencoder, is_classifier, resolve_classes, resolve_conditions
+from .build import is_autoencoder, is_classifier, resolve_classes, resolve_conditions
 from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
-from .codes import Source, as_asked, as_drawn, check_codes, codec_from, codes_of, open_autoencoder
-from .conditions import Wanted, check_conditions, given, load_guides, sampled_labels, told
+from .codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
+from .conditions import RESTORING, Wanted, check_conditions, load_guides, sampled_labels, told, trained_at
 from .data import Data, Split, leave_out, load_data
 from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
-from .images import grid, histogram, write_png
-from .inverse_modes import TASKS, restoring_line, run_restoring
+from .inverse_modes import restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
 from .ode import GaveUp
 from .parallel import Processes
-from .samplers import Heun, sample, times
-from .scan import disagreements, scan
+from .scan import scan
+from .show import Show, log_to, warn
 from .text import HuggingFaceEncoder, Text, embed
-from .toys import EXACT, TOYS
-from .train import Metrics, noise_floor, train
+from .train import train
 
 USAGE = """\
 score_sde: score-based generative modelling with stochastic differential equations
@@ -64,7 +59,8 @@ modes
   interpolate  rows of images between held-out ones, your own (--input FILE_OR_FOLDER) or draws
                (--config.interpolation.between=seeds)
   inpaint      fill in held-out images, or your own (--input FILE_OR_FOLDER), where --mask FILE is black; also
-               colorize, superresolve (your own are the small ones) and deblur, by the section inverse
+               colorize, superresolve (your own are the small ones) and deblur, by the section inverse; of classes
+               or prompts if sampling.labels or --prompt TEXT say so
   dequantize   fit a flow to it that dequantises pixels, for likelihood with eval.dequantization=variational
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
@@ -74,9 +70,7 @@ what to change    any key of the config: --config.training.n_iters=1000 --config
 several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
 
-MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *TASKS, "dequantize", "demo")
-
-_PICTURES = 64  # in the grids that training draws
+MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *RESTORING, "dequantize", "demo")
 
 log = logging.getLogger("score_sde")
 
@@ -166,7 +160,7 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     processes = parallel.start(config.device)
     if processes.main:
         workdir.mkdir(parents=True, exist_ok=True)
-        _log_to(workdir)
+        log_to(workdir)
         log.info("workdir: %s", workdir)
     data, codec = _data(config, processes)
     resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
@@ -187,20 +181,24 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if options.mode == "demo":
         return _demo(config, workdir, data, codec, processes)
     shape = data.shape if source is None else source.shape
-    model, path = _model(options.checkpoint or workdir, options.mode, config, shape, processes)
+    scales = _scales(options.scales)
+    model, path = _model(options.checkpoint or workdir, options.mode, config, shape, processes, scales)
     if source is not None:
         codec = codec_from(path, source)
         data = as_asked(data, codec, processes.device)
     if options.mode == "sample":
         folder = _sample(options, model, config, data.shape, codec, path, workdir, processes)
-        log.info("%d samples: %s", config.sampling.num_samples, folder)
+        log.info("%d samples: %s", config.sampling.num_samples * max(1, len(scales)), folder)
     elif options.mode == "dequantize":
         if processes.main:
             log.info("dequantizer: %s", run_dequantizing(model, config, data.train, codec, path, workdir, processes))
     elif options.mode in ("encode", "decode", "interpolate"):
         _latents(options, model, config, data, codec, path, workdir, processes, images)
-    elif options.mode in TASKS:
-        given = (workdir / "restored", processes, options.input, options.mask)
+    elif options.mode in RESTORING:
+        guides = load_guides(config, model, data.shape, processes.device)
+        labels = sampled_labels(config, guides) if config.sampling.labels else []
+        wanted = _prompted(Wanted(labels), options, config, workdir, processes)
+        given = (workdir / "restored", processes, options.input, options.mask, guides, wanted)
         folder, result = run_restoring(options.mode, model, config, data, codec, path, *given)
         log.info("%s: %s", restoring_line(result), folder)
     else:
@@ -243,7 +241,7 @@ def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
             f"{options.config} is of an autoencoder, and --mode {options.mode} of models: train a model of its codes, "
             "with --config.data.autoencoder=WORKDIR (its own bound is eval_loss in its log, in bits/dim)"
         )
-    if config.data.autoencoder and options.mode in (*TASKS, "dequantize", "demo"):
+    if config.data.autoencoder and options.mode in (*RESTORING, "dequantize", "demo"):
         raise ValueError(
             f"--mode {options.mode} works on pixels, and data.autoencoder={config.data.autoencoder} makes this a model "
             "of codes: take a model of pixels"
@@ -259,13 +257,20 @@ def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
     if options.mask is not None and options.mode != "inpaint":
         raise ValueError(f"--mode {options.mode} reads no --mask, got {options.mask}; leave it out")
     enlarges = options.mode == "sample" and config.model.super_resolution
-    reads = options.mode in ("encode", "decode", "interpolate", *TASKS) or enlarges
+    reads = options.mode in ("encode", "decode", "interpolate", *RESTORING) or enlarges
     if options.input is not None and (seeds or not reads):
         what = "interpolation.between=seeds" if seeds else f"--mode {options.mode}"
         raise ValueError(f"{what} reads no --input, got {options.input}; leave it out")
+    draws = options.mode == "sample" or options.mode in RESTORING
     for name, value in (("--prompt", options.prompt), ("--negative", options.negative), ("--scales", options.scales)):
-        if value and options.mode != "sample":
+        if value and (options.mode != "sample" if name == "--scales" else not draws):
             raise ValueError(f"{name} is of --mode sample, and this is --mode {options.mode}; leave it out")
+    if options.mode in RESTORING and config.model.super_resolution:
+        raise ValueError(
+            f"--mode {options.mode} is for a model of whole images, and model.super_resolution="
+            f"{config.model.super_resolution} makes this one of smaller ones: --mode sample --input FILE_OR_FOLDER "
+            "enlarges by it"
+        )
     if (options.prompt or options.negative) and not config.model.text_encoder:
         name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
         raise ValueError(
@@ -273,11 +278,24 @@ def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
         )
     if options.negative and not options.prompt:
         raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")
-    guided = config.model.class_conditional or config.sampling.classifier or config.sampling.guidance_checkpoint
-    scale = config.sampling.guidance
-    if options.mode == "sample" and config.model.text_encoder and scale != 1 and not (guided or options.prompt):
-        raise ValueError(f"sampling.guidance={scale:g} has no prompt to guide by: give one, --prompt TEXT")
-    if options.scales and not (guided or options.prompt):
+    s, scales = config.sampling, _scales(options.scales) or [config.sampling.guidance]
+    classes = (config.model.class_conditional or s.classifier) and (options.mode == "sample" or s.labels)
+    guided = classes or s.guidance_checkpoint or options.prompt
+    if options.mode in RESTORING and s.classifier and not s.labels:
+        raise ValueError(f"sampling.classifier has no class to guide to in --mode {options.mode}: set sampling.labels")
+    if draws and not options.scales and s.guidance != 1 and not guided:
+        text = config.model.text_encoder
+        what, remedy = ("prompt", "give one, --prompt TEXT") if text else ("class", "set sampling.labels")
+        raise ValueError(f"sampling.guidance={s.guidance:g} has no {what} to guide by: {remedy}")
+    if options.negative and (s.classifier or s.guidance_checkpoint):
+        raise ValueError(
+            f"--negative {options.negative!r} is for a model that guides by itself: leave sampling.classifier and "
+            "sampling.guidance_checkpoint alone"
+        )
+    away = f"--negative {options.negative!r}" if options.negative else f"sampling.negative_label={s.negative_label}"
+    if draws and (options.negative or s.negative_label >= 0) and all(scale == 1 for scale in scales):
+        raise ValueError(f"{away} has no effect without guidance: set sampling.guidance above 1, such as 2")
+    if options.scales and not guided:
         raise ValueError(
             f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "
             "sampling.classifier or sampling.guidance_checkpoint"
@@ -322,15 +340,23 @@ def _sample(
 ) -> Path:
     """--mode sample; of a cascade, the samples of the stage before first."""
     guides = load_guides(config, model, shape, processes.device)
-    wanted = Wanted(sampled_labels(config, guides), tuple(options.prompt))
-    if options.prompt:
-        unwanted = [options.negative] if options.negative else []
-        wanted = wanted._replace(text=_embedded(config, [*options.prompt, *unwanted], workdir, processes))
+    wanted = _prompted(Wanted(sampled_labels(config, guides)), options, config, workdir, processes)
     if config.model.super_resolution:
         wanted = wanted._replace(images=_smaller(options, config, shape, codec, processes))
     scales = _scales(options.scales)
     folder, _ = run_sampling(model, config, shape, codec, path, workdir / "samples", processes, guides, wanted, scales)
     return folder
+
+
+def _prompted(
+    wanted: Wanted, options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes
+) -> Wanted:
+    """With the prompts, if there are any, and behind them what is not wanted."""
+    if not options.prompt:
+        return wanted
+    unwanted = [options.negative] if options.negative else []
+    text = _embedded(config, [*options.prompt, *unwanted], workdir, processes)
+    return wanted._replace(prompts=tuple(options.prompt), text=text)
 
 
 def _smaller(
@@ -343,23 +369,26 @@ def _smaller(
     s, factor = config.sampling, config.model.super_resolution
     small = (shape[0], *(size // factor for size in shape[1:]))
     if options.input is not None:
-        found = read_examples(options.input, small, codec).x
-        assert isinstance(found, Tensor)
-        s.num_samples = min(s.num_samples, len(found))
-        return found
+        images = read_examples(options.input, small, codec).x
+        assert isinstance(images, Tensor)
+        s.num_samples = min(s.num_samples, len(images))
+        return images
     if not s.base:
         raise ValueError(
             "the model enlarges images: give it some, --input FILE_OR_FOLDER, or the stage before, "
             "--config.sampling.base=WORKDIR"
         )
-    path = checkpoint.find(s.base)
+    path = trained_at(s.base, "sampling.base", f"the stage before (a model of images of {small[1]} x {small[2]})")
     card = checkpoint.read_card(path)
     if card.codes:
         raise ValueError(f"sampling.base={s.base} is a model of codes: take one of pixels for the stage before")
     if card.shape != small:
-        raise ValueError(f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be enlarged")
+        raise ValueError(
+            f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be enlarged: name the "
+            "workdir of a model that makes these"
+        )
     theirs = configs.from_text(card.config, str(path))
-    for key in ("num_samples", "batch_size", "seed", "labels"):
+    for key in ("num_samples", "batch_size", "seed", "labels", "negative_label"):
         theirs.sampling[key] = s[key]
     resolve_conditions(theirs, card.shape[0])
     log.info("the stage before: %s", path)
@@ -425,28 +454,6 @@ def _latents(
     log.info("%d rows of %d, NFE %.0f%s: %s", result["pairs"], result["steps"], result["nfe"], off, folder)
 
 
-def _log_to(workdir: Path) -> None:
-    """Everything to the workdir's log.txt; to the terminal all but the lines of numbers, which the bar shows there."""
-    log.setLevel(logging.DEBUG)
-    log.handlers.clear()
-    terminal: logging.Handler = logging.StreamHandler(_BarSafe())
-    terminal.setLevel(logging.INFO)
-    for handler in (terminal, logging.FileHandler(workdir / "log.txt")):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
-
-
-class _BarSafe:
-    """A stream that prints above a running progress bar."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            tqdm.write(text.rstrip("\n"), file=sys.stderr)
-
-    def flush(self) -> None:
-        sys.stderr.flush()
-
-
 def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
     d = config.data
 
@@ -475,7 +482,7 @@ def run_training(
     n, step = config.training.n_iters, 0
     if processes.main:
         _remember(config, workdir)
-        _warn(config, data, codec)
+        warn(config, data, codec)
     with Stop() as stop, tqdm(total=n, desc="training", unit="step", disable=not processes.main) as bar:
         show = Show(config, workdir, data, codec, processes.device, bar, text) if processes.main else None
         for m in train(config, workdir, data, codec, processes, stop, text):
@@ -529,97 +536,6 @@ def run_dequantizing(
     return target
 
 
-class Show:
-    """Shows what the training loop yields: on the bar, in the log, and in TensorBoard."""
-
-    def __init__(
-        self,
-        config: ConfigDict,
-        workdir: Path,
-        data: Data,
-        codec: Codec,
-        device: torch.device,
-        bar: tqdm,
-        text: Text | None,
-    ) -> None:
-        self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
-        self.device, self.bar = device, bar
-        self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
-        self.held_out = data.test
-        if config.model.super_resolution or text is not None:
-            held_out, text = data.test.to(device), None if text is None else text.to(device)
-            index = torch.arange(_PICTURES) % len(held_out)
-            self.shown = partial(given, config, split=held_out, index=index, text=text, codec=codec)
-        self.writer = SummaryWriter(str(workdir / "tensorboard"))
-        self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}
-        if self.floor:
-            log.info("irreducible error by noise level: %s", _line(self.floor))
-
-    def __call__(self, m: Metrics) -> None:
-        for sentence in m.notes:
-            log.info(sentence)
-            self.bar.initial = self.bar.n = m.step  # where a resumed run begins, lest the time left be wrong
-        self.bar.update(m.step - self.bar.n)
-        if "training_loss" in m.scalars:
-            loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
-            self.bar.set_postfix_str(f"loss {loss:.4g}, {speed:.3g} images/s")
-            for name, value in self.floor.items():
-                self.writer.add_scalar(f"noise_error_floor/{name}", value, m.step)
-        if m.scalars:
-            log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
-        for name, value in m.scalars.items():
-            self.writer.add_scalar(name, value, m.step)
-        if "eval_accuracy" in m.scalars:
-            log.info("step %d: right of %.1f %% of held-out examples", m.step, 100 * m.scalars["eval_accuracy"])
-        if m.checkpoint is not None:
-            log.info("checkpoint: %s", m.checkpoint)
-            if self.config.training.snapshot_sampling and not is_classifier(self.config):
-                self._pictures(m.checkpoint, m.step)
-        if "eval_psnr" in m.scalars:
-            parts = (m.scalars[f"eval_{name}"] for name in ("reconstruction_bits", "kl_bits", "psnr"))
-            log.info("step %d: held-out reconstruction %.3f + KL %.3f bits/dim, PSNR %.1f dB", m.step, *parts)
-
-    def _pictures(self, path: Path, step: int) -> None:
-        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid; of an autoencoder
-        held-out images, each beside what the mean of its code decodes to."""
-        folder = self.workdir / "samples" / f"step-{step:09d}"
-        for weights in ("ema", "raw"):
-            if is_autoencoder(self.config):
-                found = checkpoint.load_autoencoder(path, weights == "ema", self.device)
-                k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
-                pairs = _reconstructions(found, k.to(self.device), self.codec)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_png(pairs, folder / f"{weights}.png")
-                self.writer.add_image(f"reconstructions/{weights}", pairs, step)
-                continue
-            model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
-            classes = 0 if self.shown is not None else self.config.model.num_classes
-            picture = _picture(self.shown(model) if self.shown else model, self.shape, self.codec, classes)
-            if picture is not None:
-                folder.mkdir(parents=True, exist_ok=True)
-                write_png(picture, folder / f"{weights}.png")
-                self.writer.add_image(f"samples/{weights}", picture, step)
-
-
-def _warn(config: ConfigDict, data: Data, codec: Codec) -> None:
-    """Say where the data and the config disagree."""
-    d, m = config.data, config.model
-    unscaled = config.training.sde in ("vesde", "edm")
-    for sentence in disagreements(
-        as_drawn(data),
-        codec,
-        image_size=d.image_size,
-        num_channels=d.num_channels,
-        sigma_data=m.sigma_data if m.rule == "edm" else None,
-        sigma_max=m.sigma_max if unscaled else None,
-    ):
-        log.warning("warning: %s", sentence)
-
-
-def _line(scalars: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
-
-
 def _remember(config: ConfigDict, workdir: Path) -> None:
     """Write the config into the workdir; a change against what was there is told."""
     path = workdir / "config.json"
@@ -629,46 +545,13 @@ def _remember(config: ConfigDict, workdir: Path) -> None:
     path.write_text(configs.to_json(config) + "\n")
 
 
-def _floor(config: ConfigDict) -> dict[str, float]:
-    """The irreducible error by noise level, for a data set whose density is known."""
-    name = config.data.dataset
-    sde = build_sde(config)
-    return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
-
-
-def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: int) -> torch.Tensor | None:
-    """A grid of 64 images, or where 4096 points of the plane fall; None for other data.
-
-    Of a class-conditional model as many images as there are classes in 64, a column for each.
-    """
-    steps = getattr(model.sde, "steps", None)
-    walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
-    pixels = codec.pixels
-    count = _PICTURES if pixels is not None else 4096
-    if pixels is None and shape != (2,):
-        return None
-    columns = classes if 1 < classes <= 32 else None
-    if columns and pixels is not None:
-        count = _PICTURES // columns * columns
-    if classes:
-        model = model.given(label=torch.arange(count) % classes)
-    x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
-    if pixels is None:
-        return histogram(x)
-    return grid(pixels.display(x), columns, zoom=max(1, 32 // x.shape[-1]))
-
-
-@torch.no_grad()
-def _reconstructions(autoencoder: ConvolutionalAutoencoder, k: Tensor, codec: Codec) -> Tensor:
-    """A grid of images, each beside what the mean of its code decodes to."""
-    assert isinstance(codec, PixelCodec)
-    back = codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))
-    pairs = torch.stack([k, back], 1).flatten(0, 1)
-    return grid(codec.display(pairs), min(8, len(pairs)), zoom=max(1, 32 // k.shape[-1]))
-
-
 def _model(
-    where: str | Path, mode: str, config: ConfigDict, example: tuple[int, ...], processes: Processes
+    where: str | Path,
+    mode: str,
+    config: ConfigDict,
+    example: tuple[int, ...],
+    processes: Processes,
+    scales: Sequence[float] = (),
 ) -> tuple[ScoreModel, Path]:
     """The model to sample from or to evaluate, on this process' device, and the checkpoint it is from."""
     path = checkpoint.find(where)
@@ -678,7 +561,7 @@ def _model(
     shape = example if foreign else checkpoint.read_card(path).shape
     if shape != example:
         raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {example}")
-    check_conditions(path, config, mode)
+    check_conditions(path, config, mode, scales)
     log.info("checkpoint: %s (%s weights)", path, weights)
     return checkpoint.load(path, _theirs(config) if foreign else None, weights == "ema", processes.device), path
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +23,17 @@ from .samplers.base import noise_source
 from .sdes import SDE
 from .text import Text
 
+RESTORING = ("inpaint", "colorize", "superresolve", "deblur")  # modes
 CPU = torch.device("cpu")
 _AUGMENTATION = 1_000_003  # added to the seed, lest an image's noise be that of the state to which it is told
+
+
+# What a model may be told: by which key of the section model, in words, and under which names.
+_TOLD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("class_conditional", "class-conditional", ("label",)),
+    ("text_sha256", "of text", ("text", "mask", "pooled")),
+    ("super_resolution", "of smaller images", ("image", "augmentation")),
+)
 
 
 class Guides(NamedTuple):
@@ -31,7 +41,7 @@ class Guides(NamedTuple):
 
     classifier: NoisyClassifier | None = None
     reference: ScoreModel | None = None  # the weaker model of autoguidance
-    reference_told: bool = False  # whether that is given the labels too
+    reference_told: tuple[str, ...] = ()  # which of the model's conditions that is given too
     about: dict[str, str] | None = None
 
 
@@ -43,25 +53,29 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
     s = config.sampling
     ema = s.weights == "ema"
     if s.classifier:
-        path = _found(s.classifier, "sampling.classifier", "a classifier, such as configs/classifier_digits.py")
+        path = trained_at(s.classifier, "sampling.classifier", "a classifier (such as configs/classifier_digits.py)")
         judge = checkpoint.load_classifier(path, ema, device)
         _check_kin(path, "sampling.classifier", config, shape, judge.sde == model.sde)
         return Guides(classifier=judge, about={"classifier_sha256": checkpoint.file_hash(path)})
-    if s.guidance_checkpoint and s.guidance != 1:
-        path = _found(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
+    if s.guidance_checkpoint:
+        path = trained_at(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
         weak = checkpoint.load(path, ema=ema, map_location=device)
         theirs = _check_kin(path, "sampling.guidance_checkpoint", config, shape, weak.sde == model.sde)
-        if theirs.model.class_conditional and not config.model.class_conditional:
-            raise ValueError(
-                f"sampling.guidance_checkpoint={path} is class-conditional, and the model that it is to guide is not: "
-                "take a weaker model without classes"
-            )
-        about = {"reference_sha256": checkpoint.file_hash(path)}
-        return Guides(reference=weak, reference_told=theirs.model.class_conditional, about=about)
+        shared: tuple[str, ...] = ()
+        for key, kind, names in _TOLD:
+            have, want = theirs.model[key], config.model[key]
+            if have and have != want:
+                raise ValueError(
+                    f"sampling.guidance_checkpoint={path} is {kind}, and the model that it is to guide is not so: take "
+                    f"a weaker model with the same model.{key.replace('sha256', 'encoder')}, or without"
+                )
+            shared += names if have else ()
+        return Guides(reference=weak, reference_told=shared, about={"reference_sha256": checkpoint.file_hash(path)})
     return Guides()
 
 
-def _found(where: str, key: str, what: str) -> Path:
+def trained_at(where: str, key: str, what: str) -> Path:
+    """The checkpoint at `where`, which the config's `key` names. Raises FileNotFoundError, which says to train it."""
     try:
         path = checkpoint.find(where)
         checkpoint.read_card(path)
@@ -92,8 +106,11 @@ def _check_kin(path: Path, key: str, config: ConfigDict, shape: tuple[int, ...],
     return theirs
 
 
-def check_conditions(path: Path, config: ConfigDict, mode: str) -> None:
-    """Raise ValueError where the checkpoint's model knows other conditions than the config, or than `mode` asks for."""
+def check_conditions(path: Path, config: ConfigDict, mode: str, scales: Sequence[float] = ()) -> None:
+    """Raise ValueError where the checkpoint's model knows other conditions than the config, or than `mode` asks for.
+
+    `scales` are of guidance, in place of sampling.guidance.
+    """
     if path.suffix != checkpoint.SUFFIX:
         return
     theirs = configs.from_text(checkpoint.read_card(path).config, str(path))
@@ -114,9 +131,12 @@ def check_conditions(path: Path, config: ConfigDict, mode: str) -> None:
         raise ValueError(f"{path} was trained with {what}{was}: set model.text_encoder as it was")
     if not (m.class_conditional or m.text_encoder) or theirs.training.condition_dropout > 0:
         return
-    free = s.guidance != 1 and not s.classifier and not s.guidance_checkpoint
+    guided = any(scale != 1 for scale in scales or [s.guidance])
+    free = guided and not s.classifier and not s.guidance_checkpoint and (s.negative_label < 0 or m.text_encoder)
     asked = "sampling.guidance" if free else "sampling.labels=-1" if -1 in s.labels else ""
-    if mode != "sample":
+    if mode in RESTORING:
+        asked = asked or ("" if s.labels else f"--mode {mode} without sampling.labels")
+    elif mode != "sample":
         asked = "" if config.eval.conditional else "eval.conditional=False"
     if asked:
         raise ValueError(
@@ -136,9 +156,10 @@ def sampled_labels(config: ConfigDict, guides: Guides | None = None) -> list[int
         classes = classes or judge.classes
     if not classes:
         return []
-    for label in config.sampling.labels:
+    s = config.sampling
+    for key, label in (*(("labels", label) for label in s.labels), ("negative_label", s.negative_label)):
         if not -1 <= label < classes:
-            raise ValueError(f"sampling.labels: there is no class {label}; there are 0 to {classes - 1}, -1 for none")
+            raise ValueError(f"sampling.{key}: there is no class {label}; there are 0 to {classes - 1}, -1 for none")
     return list(config.sampling.labels) or list(range(classes))
 
 
@@ -160,11 +181,13 @@ class Wanted(NamedTuple):
     ) -> tuple[dict[str, Any], dict[str, Any]]:
         """Conditions of the samples first to first + count - 1, and those of the model that guides beside it.
 
-        The second has no labels, what is not wanted (or nothing) in place of the prompts, and the same images.
+        The second has what is not wanted (or nothing) in place of labels and prompts, and the same images.
         """
         told, beside = dict[str, Any](), dict[str, Any]()
         if self.labels and config.model.class_conditional:
-            told["label"], beside["label"] = in_turn(self.labels, first, count), None
+            negative = config.sampling.negative_label
+            told["label"] = in_turn(self.labels, first, count)
+            beside["label"] = None if negative < 0 else torch.full((count,), negative)
         if self.text is not None:
             index = torch.arange(first, first + count) % len(self.prompts)
             told |= self.text.condition(index)
@@ -201,7 +224,8 @@ def conditional(
     if scale == 1:
         return told
     reference = guides.reference or model.given(**beside)
-    reference = reference.given(**wanted) if guides.reference_told else reference
+    shared = {name: value for name, value in wanted.items() if name in guides.reference_told}
+    reference = reference.given(**shared) if shared else reference
     return guide(told, reference, scale, **interval, rescale=s.guidance_rescale)
 
 
@@ -211,6 +235,8 @@ def about(config: ConfigDict, wanted: Wanted, scales: list[float], guides: Guide
     guided = bool(wanted.labels or wanted.prompts or guides.reference)
     settings = [*scales, s.guidance_low, s.guidance_high, s.guidance_rescale]
     found = {"labels": wanted.labels, "guidance": settings if guided else None, **(guides.about or {})}
+    if s.negative_label >= 0:
+        found["negative_label"] = s.negative_label
     if wanted.text is not None:
         found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
     if wanted.images is not None:

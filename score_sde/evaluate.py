@@ -1,17 +1,12 @@
-"""Long evaluations: sampling and likelihood over many examples, in batches that are on disk as soon as they are done.
+"""Long evaluations: the modes sample and likelihood over many examples, in batches that `results` keeps.
 
-Example i depends on (seed, i) alone, so batches may be any size and be shared by processes. Every finished batch is a
-file in the result's folder; a run that was stopped goes on where it was, and the last step joins the batches.
+Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-import os
-import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,11 +17,8 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from tqdm import tqdm
 
-import score_sde
-
-from . import signals
 from .bounds import chain_bound
-from .build import build_bound_times, build_sampler, build_times
+from .build import build_bound_times, build_sampler, build_times, grid_name
 from .checkpoint import file_hash
 from .codecs import AutoencoderCodec, Codec, PixelCodec
 from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
@@ -44,18 +36,26 @@ from .dequantisation import (
 )
 from .guidance import clip, threshold
 from .heat_maps import heat_map
-from .images import heat, histogram, write_grid, write_png
+from .images import heat, write_grid, write_png
 from .latent_bounds import LatentBound, in_bits, latent_bound
 from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel
 from .ode import Solver
 from .parallel import Processes
+from .results import (
+    Arrays,
+    channels_last,
+    in_batches,
+    mean_and_error,
+    once,
+    stamp,
+    write_arrays,
+    write_pictures,
+)
 from .samplers import sample
 from .text import Text
 
-Arrays = dict[str, np.ndarray]
 LATENT = ("reconstruction", "latent", "entropy")  # parts of the bound of a model of codes
-_VERSIONS = {"score_sde": score_sde.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
 class Counted(ScoreModel):
@@ -70,137 +70,10 @@ class Counted(ScoreModel):
         return self.model(x, t, **condition)
 
 
-def stamp(checkpoint: Path, weights: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a result was made from: checkpoint, weights, settings and versions; the same stamp means the same result."""
-    return {
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": file_hash(checkpoint),
-        "weights": weights,
-        **settings,
-        "versions": {name: str(version) for name, version in _VERSIONS.items()},
-    }
-
-
-def once(
-    base: Path,
-    label: str,
-    made_from: dict[str, Any],
-    file: str,
-    processes: Processes,
-    work: Callable[[Path], dict[str, Any]],
-) -> tuple[Path, dict[str, Any]]:
-    """A result's folder below `base`, and its stamp: `made_from` and what `work` found.
-
-    work(folder) keeps batches by `in_batches`, and its main process writes `file`. Where file and stamp are there
-    nothing is computed again; the stamp comes last, and then the batches go.
-    """
-    folder = folder_for(base, label, made_from)
-    if (folder / "stamp.json").is_file() and (folder / file).is_file():
-        return folder, json.loads((folder / "stamp.json").read_text())
-    result = {**made_from, **work(folder)}
-    if processes.main:
-        write_stamp(folder, result)
-        for parts in [*folder.rglob("parts")]:
-            remove_parts(parts.parent)
-        for left in folder.glob(".*.partial"):  # of a process that was killed as it wrote
-            left.unlink()
-    processes.barrier()
-    return folder, result
-
-
-def folder_for(base: Path, label: str, made_from: dict[str, Any]) -> Path:
-    """A folder of its own for each stamp, so that a stopped run finds its batches and another's are never mixed in."""
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
-    return base / f"{label}-{digest}"
-
-
-def in_batches(
-    folder: Path,
-    total: int,
-    batch_size: int,
-    processes: Processes,
-    compute: Callable[[int, int], Arrays],
-    description: str,
-    progress: Callable[[tqdm, list[Arrays]], None] = lambda bar, done: None,
-) -> Arrays:
-    """compute(first, count) for all of 0..total-1, each batch kept in a file; return them joined, on every process."""
-    parts = folder / "parts"
-    parts.mkdir(parents=True, exist_ok=True)
-    starts = list(range(0, total, batch_size))
-    mine = starts[processes.rank :: processes.world]
-    done: list[Arrays] = []
-    with tqdm(total=len(mine), desc=description, unit="batch", disable=not processes.main) as bar:
-        for first in mine:
-            path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
-            arrays = read_arrays(path)
-            if arrays is None:
-                arrays = compute(first, min(batch_size, total - first))
-                write_arrays(path, arrays)
-            done.append(arrays)
-            bar.update()
-            progress(bar, done)
-    processes.barrier()
-    whole = [read_arrays(parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz") for first in starts]
-    processes.barrier()
-    return {key: np.concatenate([part[key] for part in whole if part is not None]) for key in (whole[0] or {})}
-
-
-def read_arrays(path: Path) -> Arrays | None:
-    """The arrays of a finished batch, or None where there is none that can be read."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except (OSError, ValueError, EOFError, KeyError):
-        return None
-    except Exception as error:  # zipfile.BadZipFile, which numpy lets through for a file that was cut short
-        if type(error).__name__ == "BadZipFile":
-            return None
-        raise
-
-
-def write_arrays(path: Path, arrays: Arrays) -> None:
-    """An .npz that is whole or absent."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
-
-
-def write_stamp(folder: Path, content: dict[str, Any]) -> None:
-    """The last file of a result, whole or absent."""
-    partial = folder / f".stamp.json.{os.getpid()}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(folder / "stamp.json")
-
-
-def write_pictures(values: np.ndarray, codec: Codec, folder: Path, columns: int | None = None) -> None:
-    """`grid.png` of the first 256 images (N, H, W, C), `histogram.png` of points of the plane (N, 2), or recordings.
-
-    Of recordings (N, 1, length) the first 256 are .wav files, 000000.wav and so on, at the sample rate of the data.
-    """
-    if codec.pixels is not None:
-        images = codec.pixels.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
-        write_grid(images, folder / "grid.png", columns, zoom=max(1, 32 // images.shape[-1]))
-    elif values.shape[1:] == (2,):
-        write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
-    elif codec.rate:
-        for i, signal in enumerate(torch.from_numpy(values[:256])):
-            signals.write(signal, folder / f"{i:06d}.wav", codec.rate)
-
-
-def channels_last(y: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) as (N, H, W, C), as files have them; vectors as they are."""
-    array = y.cpu().numpy()
-    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
-
-
-def remove_parts(folder: Path) -> None:
-    """Delete the batches of a folder that has been joined, and the folder itself where it held nothing else."""
-    for path in (folder / "parts").glob("*"):
-        path.unlink()
-    (folder / "parts").rmdir()
-    if not any(folder.iterdir()):
-        folder.rmdir()
+def about_grid(config: ConfigDict, times: Tensor) -> dict[str, Any]:
+    """What a stamp says of the times that were sampled on."""
+    ends = {"first": times[0].item(), "last": times[-1].item()}
+    return {"name": grid_name(config), "steps": len(times) - 1, **ends}
 
 
 def run_sampling(
@@ -232,7 +105,7 @@ def run_sampling(
         {
             "sde": repr(model.sde),
             "sampler": repr(sampler),
-            "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
+            "grid": about_grid(config, times),
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
             "threshold": s.threshold,
@@ -452,7 +325,7 @@ def reported(result: dict[str, Any]) -> str:
     Images: the standard error of the mean over images, in whose spread that of probes and dequantisation is contained.
     Probes: the part of it that other probes would change, from their spread in each image; of a single probe, from a
     pair for each of the first eval.check_images images. Solver: the mean absolute difference, in those images, from
-    tolerances ten times tighter. Draws: of a bound, the part of its Monte Carlo over time.
+    tolerances ten times tighter. Draws: of a bound, the part of its Monte Carlo over time, or over the chain's steps.
     """
     errors = result.get("errors", {"images": result["standard_error"]})
     parts = [
@@ -556,7 +429,8 @@ def run_bound(
 
     `likelihood.npz` has `bits_per_dim` (images, 1), its parts `prior`, `diffusion` and `reconstruction` (images,), and
     by steps of the chain `times` and the mean over images of the `terms` (NaN for a step that no image drew), whose sum
-    is the diffusion's mean: `plt.plot(times, terms)` shows where the bits go. The stamp has the means of all.
+    is the diffusion's mean: `plt.plot(times, terms)` shows where the bits go. Where eval.terms of the steps were drawn,
+    it has `std_error` (images,), in nats over them, too. The stamp has the means of all.
     """
     e = config.eval
     n = min(e.num_images, len(split)) if e.num_images else len(split)
@@ -612,6 +486,7 @@ def run_bound(
         place = np.searchsorted(-times.numpy(), -found.times.expand_as(found.diffusion).numpy()).ravel()
         for name, weights in (("sum", arrays.pop("terms").ravel()), ("drawn", None)):
             arrays[name] = np.bincount(place, weights, minlength=steps)[None]
+        arrays["std_error"] = found.std_error.double().cpu().numpy()
         return {**arrays, "nfe": np.array([counted.nfe])}
 
     def progress(bar: tqdm, done: list[Arrays]) -> None:
@@ -630,18 +505,17 @@ def run_bound(
                 {
                     "bits_per_dim" if codec.levels else "nats": joined["value"][:, None],
                     **{name: joined[name] for name in parts},
+                    **({"std_error": joined["std_error"]} if e.terms else {}),
                     "times": times.numpy()[:steps],
                     "terms": terms,
                 },
             )
         means = {name: float(joined[name].mean()) for name in (*parts, "nfe")}
-        return {"mean": mean, "standard_error": error, **means}
+        errors: dict[str, float | None] = {"images": error}
+        if e.terms:
+            draws = _error_of_mean(joined["std_error"]) / (math.prod(split.shape) * math.log(2) if codec.levels else 1)
+            errors["draws"] = None if math.isnan(draws) else draws
+        return {"mean": mean, "standard_error": error, "errors": errors, **means}
 
     label = f"{checkpoint.stem}-{e.weights}-{e.split}-bound"
     return once(base, label, made_from, "likelihood.npz", processes, work)
-
-
-def mean_and_error(values: np.ndarray) -> tuple[float, float]:
-    """Mean of independent values and its standard error, NaN for a single one."""
-    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return float(values.mean()), float(error)

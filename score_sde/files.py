@@ -106,7 +106,8 @@ class _Images:
             image = Image.open(io.BytesIO(self.contents(name)))
             image.load()
         except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            raise ValueError(f"{name} in {self.path} cannot be read as an image ({error})") from error
+            why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"  # of that it names our buffer
+            raise ValueError(f"{name} in {self.path} cannot be read as an image{why}") from error
         if image.mode.startswith(("I", "F")):
             raise ValueError(f"{name} in {self.path} has more than 8 bits per pixel: save it with 8")
         return ImageOps.exif_transpose(image)

@@ -185,7 +185,7 @@ class Flow(nn.Module):
                 raise ValueError(f'kinetic and jacobian are integrals over t: use dopri5 for them, not "{EACH}"')
 
             def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-                return _velocity_and_traces(velocity, y, e[:, rows.to(e.device)], exact, False)[:2]
+                return _velocity_and_traces(velocity, y, of_rows(e, rows, exact), exact, False)[:2]
 
             latent, integrals, costs = self._carry(x, self.t0, self.t1, slopes, k, d)
             nfe = costs.double().mean().item() if batch else 0
@@ -353,6 +353,11 @@ def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.
             math.prod(x.shape[1:]) ** 0.5 / z.flatten(2).norm(dim=2).reshape(*z.shape[:2], *(1,) * (x.ndim - 1))
         )
     return z if probe == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(x)
+
+
+def of_rows(e: Tensor, rows: Tensor, exact: bool) -> Tensor:
+    """The probes (K, n, *shape) of the examples `rows`. Unit vectors are everybody's: a view, not D² numbers each."""
+    return e[:, :1].expand(-1, len(rows), *e.shape[2:]) if exact else e[:, rows.to(e.device)]
 
 
 def _velocity_and_traces(

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .model import Estimate, Given, ScoreModel, absent, bound, in_precision_of
+from .model import Estimate, Given, ScoreModel, absent, bound, in_precision_of, twice_differentiable
 from .sdes import SDE, like
 
 Scale = float | Tensor  # one for all examples, or (B,)
@@ -153,7 +153,8 @@ def gradient(log_prob: Callable[..., Tensor], x: Tensor, t: Tensor, **condition:
     create = torch.is_grad_enabled()
     with torch.enable_grad():
         y = x if create and x.requires_grad else x.detach().requires_grad_()
-        value = log_prob(in_precision_of(log_prob, y), t, **condition)
+        with twice_differentiable(create):
+            value = log_prob(in_precision_of(log_prob, y), t, **condition)
         if value.shape != x.shape[:1]:
             raise ValueError(f"log_prob must return one value per example, ({len(x)},), got {tuple(value.shape)}")
         if not value.requires_grad:

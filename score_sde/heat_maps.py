@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .circle import Circle, carry
-from .flows import ProbabilityFlow, as_state, check_start
+from .flows import ProbabilityFlow, as_state, check_start, of_rows
 from .model import ScoreModel
 from .ode import EACH, Solver, integrate
 from .samplers.base import example_generators
@@ -80,7 +80,7 @@ def heat_map(
         with torch.enable_grad():
             y = y.detach().requires_grad_(True)
             found, terms = velocity(y), torch.zeros_like(y)
-            for direction in e[:, rows.to(e.device)]:
+            for direction in of_rows(e, rows, probes is None):
                 (product,) = torch.autograd.grad(found, y, direction, retain_graph=True, materialize_grads=True)
                 terms = terms + share * direction * product
         return found.detach(), terms.flatten(1)

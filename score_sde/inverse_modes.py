@@ -17,11 +17,11 @@ from ml_collections import ConfigDict
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from .build import build_sampler, build_times
+from .build import build_sampler, build_times, grid_name
 from .codecs import Codec, PixelCodec
+from .conditions import Guides, Wanted, about, conditional, in_turn
 from .data import Data, Split
-from .evaluate import Arrays, Counted, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
-from .guidance import clip
+from .evaluate import Counted, about_grid, held
 from .images import write_grid, write_png
 from .inverse import (
     Average,
@@ -41,10 +41,10 @@ from .latent_modes import as_trained, fingerprint, read_examples
 from .metrics import psnr
 from .model import ScoreModel
 from .parallel import Processes
+from .results import Arrays, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
 from .samplers import Sampler, sample
 from .samplers.base import example_generators, noise_source
 
-TASKS = ("inpaint", "colorize", "superresolve", "deblur")
 _SHOWN = 32  # images in the grid
 _APART = 2**40  # added to a seed for numbers that are not to be the samples'
 
@@ -146,7 +146,17 @@ def restore(
         model = GUIDED[i.method](model, observation, i)
     else:
         sampler = Projected(sampler, observation, i.resamplings if i.method == "repaint" else 1)
-    x = sample(model, sampler, whole, times, seed=s.seed, first=first, device=device, denoise=s.noise_removal)
+    x = sample(
+        model,
+        sampler,
+        whole,
+        times,
+        seed=s.seed,
+        first=first,
+        device=device,
+        denoise=s.noise_removal,
+        temperature=s.temperature,
+    )
     exact = observation.noise == 0 and not isinstance(observation.operator, Blur)
     return observation.project(x) if exact else x
 
@@ -177,17 +187,28 @@ def run_restoring(
     processes: Processes,
     given: Path | None = None,
     mask: Path | None = None,
+    guides: Guides | None = None,
+    wanted: Wanted | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Degrade the first eval.num_images examples of eval.split and restore them, or restore the user's, which are
     `given`; into a folder below `base`.
 
-    `restored.npz` has `restored` and `observed` (N, H, W, C), and of a split's examples, whose truth is known, `truth`
-    and `psnr` and `psnr_observed` (N,), whose means the stamp has. `grid.png` shows truth, observation and result side
-    by side, and every result of the user's images is a PNG.
+    The model is given the classes and prompts of `wanted`, in turn, and guided as the section sampling says; it answers
+    without any where there are none.
+
+    `restored.npz` has `restored` and `observed` (N, H, W, C), `labels` (N,) if some are asked for, and of a split's
+    examples, whose truth is known, `truth` and `psnr` and `psnr_observed` (N,), whose means the stamp has. `grid.png`
+    shows truth, observation and result side by side, and every result of the user's images is a PNG.
     """
     e, i, s = config.eval, config.inverse, config.sampling
+    guides, wanted = guides or Guides(), wanted or Wanted([])
     if not isinstance(codec, PixelCodec) or len(data.shape) != 3:
         raise ValueError(f"--mode {task} is for images, and data.dataset={config.data.dataset} has {data.shape}")
+    if i.method == "twisted" and grid_name(config) == "ends":
+        raise ValueError(
+            f"inverse.method=twisted walks on sampling's grid, and sampling.method={s.method} chooses its own steps: "
+            "set sampling.method=pc"
+        )
     shape, operator = data.shape, operator_for(task, config, data.shape, mask)
     split, source = {"test": data.test, "train": data.train}[e.split], None
     if given is not None:
@@ -198,7 +219,7 @@ def run_restoring(
     # Two methods ask for some noise; then y has that of its rounding to levels at least.
     rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
     noise = codec.width * max(i.noise, rounding)
-    counted = Counted(clip(model, *codec.range) if s.clip_denoised else model)
+    counted = Counted(model)
     times = build_times(config, model.sde, counted, shape)
     made_from = stamp(
         checkpoint,
@@ -212,10 +233,13 @@ def run_restoring(
             "inverse": i.to_dict(),
             "noise": noise,
             "sampler": "ancestral steps" if i.method == "twisted" else repr(build_sampler(config)),
-            "grid": {"name": s.grid, "steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
+            "grid": about_grid(config, times),
             "denoise": bool(s.noise_removal),
             "clip_denoised": s.clip_denoised,
+            "threshold": s.threshold,
+            "temperature": s.temperature,
             "seed": s.seed,
+            **about(config, wanted, [s.guidance], guides),
             "eval_seed": e.seed,
         },
     )
@@ -234,9 +258,13 @@ def run_restoring(
         counted.nfe = 0
         k, _ = split[torch.arange(first, first + count)]
         observation = observed(k, first)
-        x = restore(counted, config, observation, shape, times, first)
+        labels, conditions = in_turn(wanted.labels, first, count), wanted.of(first, count, config, codec, model.sde)
+        asked = held(conditional(counted, conditions, labels, config, guides, s.guidance), config, codec)
+        x = restore(asked, config, observation, shape, times, first)
         restored, before = codec.decode(x), codec.decode(shown(observation, x))
         found = {"restored": channels_last(restored), "observed": channels_last(before)}
+        if wanted.labels:
+            found["labels"] = labels.numpy()
         if not own:
             to_truth = partial(psnr, k.double() / (codec.levels - 1))
             found["truth"] = channels_last(k)

@@ -19,23 +19,14 @@ from .codecs import Codec, PixelCodec
 from .conditions import in_turn, labelled, sampled_labels, told
 from .data import Split, digest
 from .dequantisation import uniform_numbers
-from .evaluate import (
-    Arrays,
-    Counted,
-    channels_last,
-    in_batches,
-    once,
-    read_arrays,
-    stamp,
-    write_arrays,
-    write_pictures,
-)
+from .evaluate import Counted
 from .files import read
 from .guidance import guide
 from .latents import decode, encode, slerp
 from .model import ScoreModel
 from .ode import Solver
 from .parallel import Processes
+from .results import Arrays, channels_last, in_batches, once, read_arrays, stamp, write_arrays, write_pictures
 from .samplers.base import noise_source
 
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
@@ -49,13 +40,19 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
 
     Raises FileNotFoundError, and ValueError for what cannot be read or is of another kind or shape.
     """
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file or folder {path}: name what is to be read, --input FILE_OR_FOLDER")
     square = len(shape) == 3 and shape[-1] == shape[-2]
     channels = shape[0] if len(shape) == 3 else None
     x = read(path, shape[-1] if square else None, channels, memory=2**62)[0].x
     assert isinstance(x, Tensor)
     if tuple(x.shape[1:]) != shape or (x.dtype == torch.uint8) != isinstance(codec, PixelCodec):
         kind = "uint8 images" if isinstance(codec, PixelCodec) else "floats"
-        raise ValueError(f"{path} holds {x.dtype} of shape {tuple(x.shape)}, and the model is of {kind} {shape}")
+        pictures = " (pictures such as PNGs would be cropped and resized)" if len(shape) == 3 else ""
+        raise ValueError(
+            f"{path} holds {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, and {kind} of shape "
+            f"{shape} are to be read{pictures}"
+        )
     if isinstance(codec, PixelCodec):
         if path.suffix.lower() not in (".npy", ".npz"):
             x = (x.to(torch.float32) * ((codec.levels - 1) / 255)).round().to(torch.uint8)

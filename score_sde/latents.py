@@ -17,9 +17,9 @@ from torch import Tensor
 
 from .flows import score_flow
 from .model import ScoreModel
-from .ode import Solver
+from .ode import EACH, Solver
 
-DEFAULT = Solver()
+DEFAULT = Solver(EACH)
 
 
 @torch.no_grad()

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .sdes import SDE, WrongShape, add_, like
 
@@ -125,6 +126,11 @@ def in_precision_of(part: Any, x: Tensor) -> Tensor:
     return x if p is None or not p.is_floating_point() else x.to(p.dtype)
 
 
+def twice_differentiable(wanted: bool = True) -> AbstractContextManager[None]:
+    """Attention in plain operations, if `wanted`: the fused kernels have no second derivative."""
+    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
+
+
 def absent(value: Tensor) -> Tensor:
     """What stands for no condition where `value` does for one: -1 for labels (integers), False in masks, 0 in numbers.
 
@@ -151,9 +157,10 @@ class Given(ScoreModel):
 def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
     """Within it, what `model` is given for each of `batch` examples is that of the examples `rows`.
 
-    That is each tensor (B, ...) in a part's `condition`, as `bound` finds them.
+    That is each tensor (B, ...) in a part's `condition`, as `bound` finds them. As many rows as examples are all, in
+    order; more repeat them.
     """
-    parts = bound(model) if len(rows) < batch else []
+    parts = bound(model) if len(rows) != batch else []
     whole = [m.condition for m in parts]
 
     def chosen(value: object) -> object:

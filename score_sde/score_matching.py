@@ -19,16 +19,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .model import ScoreModel
+from .model import ScoreModel, twice_differentiable
 from .sdes import like
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> score, of x's shape
@@ -85,7 +83,7 @@ def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 10
         for e in parts:
             value = value + _Recomputed.apply(partial(_part_of_trace, model, t=t, e=e), x, *trainable)
         return value
-    with _twice_differentiable():
+    with twice_differentiable():
         s, y, graph = _score_and_input(model, x, t)
         value = _flat(s).square().sum(1) / 2
         for e in parts:
@@ -106,7 +104,7 @@ def sliced(model: ScoreModel | Score, x: Tensor, t: Tensor, v: Tensor, variance_
     Raises ValueError for another shape of v, or where the score has no gradient in x.
     """
     _check_projections(x, v)
-    with _twice_differentiable():
+    with twice_differentiable():
         s, y, graph = _score_and_input(model, x, t)
         traces = _quadratic_forms(s, y, v, graph)
         squares = _flat(s).square().sum(1) if variance_reduced else (s * v).flatten(2).sum(2).square()
@@ -220,11 +218,6 @@ def _check_projections(x: Tensor, v: Tensor) -> None:
         raise ValueError(f"v must have shape (M, {', '.join(map(str, x.shape))}) with M >= 1, got {tuple(v.shape)}")
 
 
-def _twice_differentiable() -> AbstractContextManager[None]:
-    """Attention in plain operations: the fused kernels have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH)
-
-
 def _score_and_input(model: ScoreModel | Score, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, bool]:
     """The score, the tensor that it may be differentiated by, and whether a graph of that derivative is wanted."""
     graph = torch.is_grad_enabled()
@@ -238,7 +231,7 @@ def _score_and_input(model: ScoreModel | Score, x: Tensor, t: Tensor) -> tuple[T
 
 def _part_of_trace(model: ScoreModel | Score, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
     """The part of tr(ds/dx) that unit vectors e, (K, 1, *shape), give, with a score computed anew; (B,)."""
-    with _twice_differentiable():
+    with twice_differentiable():
         s, y, graph = _score_and_input(model, x, t)
         return _quadratic_forms(s, y, e.expand(-1, *x.shape), graph).sum(0)
 

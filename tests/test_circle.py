@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_sde import DDPM, SDE, VPSDE, CosineSDE, Estimate, ScoreModel, Solver, log_likelihood, score_flow
+from score_sde import DDPM, SDE, VESDE, VPSDE, CosineSDE, Estimate, ScoreModel, Solver, log_likelihood, score_flow
 from score_sde.circle import Circle, carry
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.ode import MAX_STEPS, GaveUp, integrate_each
@@ -65,6 +65,20 @@ def test_errors_follow_the_tolerance_on_every_sde(sde: SDE) -> None:
         assert errors[-1] < 20 * tolerance
     assert errors[2] < errors[1] / 20 and costs[0] < costs[1] < costs[2]
     torch.testing.assert_close(found.latent, model.flow(x, START, END), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("sde", [VPSDE(), VESDE()], ids=name)
+def test_the_log_density_has_an_error_control_of_its_own(sde: SDE) -> None:
+    """Half way between two modes the state stays where it is, by any steps, and says nothing of the divergence."""
+    model = Mixture(sde, [0.5, 0.5], [[-0.5, 0.2], [0.5, -0.2]], 0.02)
+    x = torch.zeros(1, 2, dtype=torch.float64)
+    for tolerance in (1e-4, 1e-6):
+        found = log_likelihood(
+            model, x, probe="exact", rtol=tolerance, atol=tolerance, t_min=0.01,
+            prior_log_prob=lambda z: model.log_prob(z, END),
+        )  # fmt: skip
+        assert found.latent.abs().max() < 1e-12
+        assert float((found.log_prob - model.log_prob(x, START)).abs()) / 2 < 20 * tolerance
 
 
 def test_examples_carry_their_own_steps_and_cost() -> None:

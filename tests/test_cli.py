@@ -61,7 +61,8 @@ def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # These ask for other things first, a stage before or an encoder: tests/test_told_models.py runs them.
 LATER = ("cascade_digits_8", "cascade_cifar_16", "cascade_cifar_32", "text_cifar_16")
-CODES = ("autoencoder_cifar", "autoencoder_digits32", "latent_cifar", "latent_digits32")  # tests/test_codes.py these
+# and tests/test_codes.py these
+CODES = tuple(f"{kind}_{data}" for kind in ("autoencoder", "latent") for data in ("cifar", "cifar_small", "digits32"))
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name not in LATER + CODES])
@@ -260,8 +261,14 @@ def test_a_discrete_model_is_evaluated_by_its_bound_and_either_by_both(
     _, whole = again(chain[1], tmp_path, eval__batch_size=5)
     np.testing.assert_allclose(whole["bits_per_dim"], arrays["bits_per_dim"], rtol=1e-4)
     np.testing.assert_allclose(whole["terms"], arrays["terms"], rtol=1e-4)
+    assert "draws" not in numbers_in(capsys.readouterr().err)
     stamp, some = again(chain[1], tmp_path, eval__terms=4)
+    draws = np.sqrt((some["std_error"] ** 2).sum()) / 3 / (192 * np.log(2))
+    assert stamp["errors"]["draws"] == pytest.approx(draws) and "(draws), NFE 5" in capsys.readouterr().err
+    assert abs(some["bits_per_dim"].mean() - whole["bits_per_dim"].mean()) < 5 * draws
     assert stamp["nfe"] == 5 and some["terms"].shape == (9,) and (some["bits_per_dim"] != whole["bits_per_dim"]).all()
+    stamp, _ = again(chain[1], tmp_path, eval__terms=1)
+    assert stamp["errors"]["draws"] is None and "± unknown (draws)" in capsys.readouterr().err
     stamp, respaced = again(chain[1], tmp_path, eval__steps=4, sampling__variance="large", eval__clip_denoised="true")
     assert stamp["grid"] == {"steps": 4, "first": 1.0, "last": 0.0} and respaced["times"].tolist() == [1.0, 0.7, 0.4]
     stamp, _ = again(chain[1], tmp_path, eval__estimate="ode")
@@ -487,6 +494,11 @@ def test_rows_go_from_one_image_to_another(between: str, trained: Path, images: 
         drawn = {"sampling__method": "ode", "sampling__noise_removal": "false", "sampling__t_min": 1e-5}
         assert run(words("vp_digits", "sample", trained, images, sampling__num_samples=6, **drawn)) == 0
         assert (rows[:, [0, -1]] == samples(trained).reshape(3, 2, 8, 8, 1)).mean() > 0.95, "ends are not the samples"
+        clear(trained, "interpolations")
+        change["sampling__temperature"] = 0.0
+        assert run(words("vp_digits", "interpolate", trained, images, **change, **tight)) == 0
+        cold = np.load(folder_of(trained, "interpolations")[0] / "interpolations.npz")["arr_0"]
+        assert (cold == cold[0, 0]).all() and (rows != rows[0, 0]).any(), "at temperature 0 there is one image"
 
 
 @pytest.mark.parametrize("name", ["ve_toy", "ddpm_cifar"])
@@ -633,11 +645,11 @@ def test_an_interrupted_evaluation_loses_nothing(
 
     def finish() -> tuple[int, dict[str, np.ndarray]]:
         """(batches computed, result) of the same command."""
-        import score_sde.evaluate as evaluate
+        import score_sde.results as results
 
-        written, real = [], evaluate.write_arrays
+        written, real = [], results.write_arrays
         with monkeypatch.context() as patch:
-            patch.setattr(evaluate, "write_arrays", lambda path, arrays: (written.append(path), real(path, arrays)))
+            patch.setattr(results, "write_arrays", lambda path, arrays: (written.append(path), real(path, arrays)))
             assert run(command) == 0
         (folder,) = (trained / name).iterdir()
         assert (folder / "stamp.json").is_file() and not (folder / "parts").exists()

@@ -408,14 +408,15 @@ def test_a_resumed_model_of_codes_is_the_uninterrupted_one(trained: tuple[Path, 
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
-def test_the_configs_for_cifar_run_on_colours_and_mirrored_codes(tmp_path: Path) -> None:
+@pytest.mark.parametrize("size", ["", "_small"])
+def test_the_configs_for_cifar_run_on_colours_and_mirrored_codes(size: str, tmp_path: Path) -> None:
     k = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
     np.savez(tmp_path / "images.npz", x=k)
     files = ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images.npz'}", "--config.model.nf=8"]
-    assert command("autoencoder_cifar", "train", tmp_path / "autoencoder", *files) == 0
+    assert command(f"autoencoder_cifar{size}", "train", tmp_path / "autoencoder", *files) == 0
     more = [*files, of(tmp_path / "autoencoder")]
-    assert command("latent_cifar", "train", tmp_path / "model", *more) == 0
-    assert command("latent_cifar", "sample", tmp_path / "model", *more) == 0
+    assert command(f"latent_cifar{size}", "train", tmp_path / "model", *more) == 0
+    assert command(f"latent_cifar{size}", "sample", tmp_path / "model", *more) == 0
     assert np.load(only(tmp_path, "model/samples/0*/samples.npz"))["arr_0"].shape == (6, 8, 8, 3)
     with safe_open(only(tmp_path, "model/codes/*.safetensors"), "pt") as file:
         assert file.get_tensor("train/mean").shape == (72, *CODE) and file.get_tensor("test/mean").shape == (4, *CODE)

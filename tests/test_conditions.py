@@ -6,17 +6,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from score_sde import VPSDE, guide, load, load_classifier, sample, times
+from score_sde import VPSDE, Observation, ScoreModel, classifier, guide, load, load_classifier, sample, times
 from score_sde.build import build_times
 from score_sde.cli import run
 from score_sde.closed_form import Mixture
 from score_sde.codecs import codec_of
+from score_sde.conditions import Guides, conditional
 from score_sde.config import load as load_config
 from score_sde.data import load_data
 from score_sde.data_conditions import left_out
 from score_sde.guidance import Guided, both
+from score_sde.inverse import Mask
+from score_sde.inverse_modes import restore
+from score_sde.latent_modes import as_trained
 from score_sde.model import Preconditioned, absent, of_examples
 from score_sde.networks import MLP, Encoder, UNet
 from score_sde.samplers import EmbeddedODE, Heun
@@ -234,6 +239,122 @@ def test_classes_are_sampled_in_turn_and_kept(trained: Path) -> None:
     assert (stamp["labels"], stamp["guidance"]) == ([3, 7], [2.0, 0.0, 0.0, 0.0])
 
 
+@pytest.mark.parametrize("by", ["label", "classifier", "weaker"])
+def test_a_config_s_interval_and_rescaling_are_those_of_guidance(by: str) -> None:
+    settings = {"model.class_conditional": "true", "sampling.guidance_low": "0.5", "sampling.guidance_high": "2"}
+    if by != "classifier":
+        settings["sampling.guidance_rescale"] = "0.7"
+    config, label = load_config("configs/vp_digits.py", settings), torch.tensor([1, 0, 2, 1])
+    told, interval = MIXTURE.given(label=label), {"low": 0.5, "high": 2.0}
+    weak = Mixture(SDE, [0.4, 0.3, 0.3], MIXTURE.means, 0.3)
+
+    def judge(x: Tensor, t: Tensor, label: Tensor) -> Tensor:
+        return MIXTURE.log_prob(x, t, label=label) - MIXTURE.log_prob(x, t)
+
+    guides, wanted = {
+        "label": (Guides(), guide(told, MIXTURE, 3.0, **interval, rescale=0.7)),
+        "classifier": (Guides(classifier=judge), classifier(told, judge, 3.0, **interval, label=label)),  # type: ignore[arg-type]
+        "weaker": (
+            Guides(reference=weak, reference_told=("label",)),
+            guide(told, weak.given(label=label), 3.0, **interval, rescale=0.7),
+        ),
+    }[by]
+    found = conditional(MIXTURE, ({"label": label}, {"label": None}), label, config, guides, 3.0)
+    x = torch.randn(4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    ratios = (0.3, 1.0, 3.0)  # below the interval, in it and above it
+    for ratio, guided in zip(ratios, (False, True, False), strict=True):
+        t = SDE.time(-2 * torch.tensor(ratio, dtype=torch.float64).log())
+        torch.testing.assert_close(found.score(x, t), wanted.score(x, t))
+        assert torch.allclose(found.score(x, t), told.score(x, t)) != guided
+
+
+def test_guidance_leads_away_from_another_class(trained: Path) -> None:
+    """In place of no label, as `guide` says."""
+    settings = ["--config.sampling.labels=3,5", "--config.sampling.num_samples=4", "--config.sampling.guidance=3"]
+    assert modes(trained, "sample", *settings, "--config.sampling.negative_label=7") == 0
+    folder = results(trained, "samples", "samples.npz")[-1].parent
+    model, label = load(trained), torch.tensor([3, 5, 3, 5])
+    guided = guide(model.given(label=label), model.given(label=7), 3.0)
+    found = np.load(folder / "samples.npz")["arr_0"]
+    assert np.array_equal(found, drawn_by(guided))
+    assert not np.array_equal(found, drawn_by(guide(model.given(label=label), model.given(label=None), 3.0)))
+    assert json.loads((folder / "stamp.json").read_text())["negative_label"] == 7
+
+
+def drawn_by(model: ScoreModel) -> np.ndarray:
+    """Four images by the sampler of TINY."""
+    config = load_config("configs/vp_digits.py", {"sampling.steps": "4"})
+    x = sample(model, Heun(), (4, 1, 8, 8), build_times(config, model.sde), denoise=True)
+    return codec_of(17, True).decode(x).permute(0, 2, 3, 1).numpy()
+
+
+@pytest.fixture(scope="module")
+def mask(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Known above, hidden below."""
+    path = tmp_path_factory.mktemp("mask") / "mask.png"
+    Image.fromarray((255 * (np.arange(64).reshape(8, 8) < 32)).astype(np.uint8)).save(path)
+    return path
+
+
+RESTORE = ("--config.eval.num_images=3", "--config.eval.batch_size=2", "--config.inverse.method=pigdm")
+
+
+def restored_by(model: ScoreModel) -> np.ndarray:
+    """The first three held-out digits' lower halves, by the library."""
+    config = load_config("configs/vp_digits.py", {"sampling.steps": "4", "sampling.method": "heun"})
+    codec = codec_of(17, True)
+    operator = Mask(torch.arange(64).reshape(8, 8) < 32)
+    seen = Observation(operator, operator.apply(as_trained(load_data("digits").test.x[:3], codec, config, 0)), 0.0)
+    x = restore(model, config, seen, (1, 8, 8), build_times(config, model.sde), 0)
+    return codec.decode(x).permute(0, 2, 3, 1).numpy()
+
+
+def nearly(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for numbers on the edge of a level, which a batch of another size may round to the other side."""
+    return bool((a == b).mean() > 0.98)
+
+
+def test_images_are_restored_by_a_model_told_a_class_and_guided(trained: Path, mask: Path) -> None:
+    model, label, found = load(trained), torch.tensor([3, 7, 5]), {}
+    asked = {
+        "none": ([], model),
+        "told": (["labels=3,7,5"], model.given(label=label)),
+        "guided": (
+            ["labels=3,7,5", "guidance=3"],
+            guide(model.given(label=label), model.given(label=None), 3.0),
+        ),
+        "away": (
+            ["labels=3,7,5", "guidance=3", "negative_label=8"],
+            guide(model.given(label=label), model.given(label=8), 3.0),
+        ),
+    }
+    for name, (settings, by) in asked.items():
+        settings = [f"--config.sampling.{setting}" for setting in settings]
+        assert modes(trained, "inpaint", f"--mask={mask}", *RESTORE, *settings) == 0
+        with np.load(results(trained, "restored", "restored.npz")[-1]) as file:
+            found[name] = file["restored"]
+            assert name == "none" or file["labels"].tolist() == [3, 7, 5]
+        assert nearly(found[name], restored_by(by)), name
+    names = list(found)
+    assert not any(nearly(found[a], found[b]) for i, a in enumerate(names) for b in names[:i])
+    stamp = json.loads((results(trained, "restored", "stamp.json")[-1]).read_text())
+    assert stamp["labels"] == [3, 7, 5] and stamp["guidance"][0] == 3 and stamp["negative_label"] == 8
+
+
+@pytest.mark.parametrize("method", ["twisted", "repaint", "ddnm"])
+def test_every_method_restores_by_a_model_told_a_class(method: str, trained: Path, mask: Path) -> None:
+    found = []
+    for settings in (
+        [],
+        ["--config.sampling.labels=3"],
+        ["--config.sampling.labels=3", "--config.sampling.guidance=2"],
+    ):
+        settings = [*settings, f"--config.inverse.method={method}", "--config.sampling.method=pc"]
+        assert modes(trained, "inpaint", f"--mask={mask}", *RESTORE, *settings) == 0
+        found.append(np.load(results(trained, "restored", "restored.npz")[-1])["restored"])
+    assert not nearly(found[0], found[1]) and not nearly(found[1], found[2])
+
+
 def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
     for choice in ("true", "false"):
         assert modes(trained, "likelihood", f"--config.eval.conditional={choice}") == 0
@@ -246,6 +367,14 @@ def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
     ("words", "settings"),
     [
         ("there is no class 10", ["--config.sampling.labels=3,10"]),
+        (
+            "negative_label: there is no class 10",
+            ["--config.sampling.negative_label=10", "--config.sampling.guidance=2"],
+        ),
+        ("negative_label=3 has no effect without guidance", ["--config.sampling.negative_label=3"]),
+        ("negative_label=3 has no effect without guidance", ["--config.sampling.negative_label=3", "--scales=1"]),
+        ("guides by itself", ["--config.sampling.negative_label=3", "--config.sampling.guidance_checkpoint=runs/x"]),
+        ("guides by itself", ["--config.model.class_conditional=false", "--config.sampling.negative_label=3"]),
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.labels=3"]),
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.guidance=2"]),
         ("trained with classes", ["--config.model.class_conditional=false"]),
@@ -267,10 +396,17 @@ def test_what_was_trained_without_dropout_knows_no_examples_without_label(
 ) -> None:
     assert modes(tmp_path, "train", "--config.training.condition_dropout=0") == 0
     asked = {"sampling.guidance=2": "sample", "sampling.labels=3,-1": "sample", "eval.conditional=false": "encode"}
-    for setting, mode in asked.items():
-        assert modes(tmp_path, mode, f"--config.{setting}") == 2  # whatever the command's own condition_dropout
+    orders = [(mode, f"--config.{setting}", setting.split("=")[0]) for setting, mode in asked.items()]
+    orders += [
+        ("sample", "--scales=1,2", "guidance"),
+        ("deblur", "--config.eval.num_images=1", "without sampling.labels"),
+    ]
+    for mode, order, words in orders:
+        assert modes(tmp_path, mode, order) == 2  # whatever the command's own condition_dropout
         error = capsys.readouterr().err
-        assert setting.split("=")[0] in error and "condition_dropout=0: train one with 0.1" in error
+        assert words in error and "condition_dropout=0: train one with 0.1" in error
+    away = ("--config.sampling.negative_label=3", "--config.sampling.guidance=2", "--config.sampling.num_samples=2")
+    assert modes(tmp_path, "sample", *away) == 0  # between two labels
     assert modes(tmp_path, "sample", "--config.sampling.num_samples=2") == 0
 
 
@@ -365,6 +501,46 @@ def test_a_classifier_guides_a_model_that_knows_no_classes(judged: dict[str, Pat
     assert np.array_equal(found[0], plain) and not np.array_equal(found[2], plain)
 
 
+def test_a_classifier_and_a_weaker_model_guide_what_is_restored(judged: dict[str, Path], mask: Path) -> None:
+    model, label = load(judged["model"]), torch.tensor([3, 7, 3])
+    asked = {
+        f"classifier={judged['classifier']}": classifier(
+            model, load_classifier(judged["classifier"]), 5.0, label=label
+        ),
+        f"guidance_checkpoint={judged['weak']}": guide(model, load(judged["weak"]), 5.0),
+    }
+    plain = restored_by(model)
+    for guide_by, guided in asked.items():
+        labels = ["--config.sampling.labels=3,7"] if "classifier" in guide_by else []
+        settings = [f"--config.sampling.{guide_by}", "--config.sampling.guidance=5", *labels]
+        assert unconditional(judged, f"--mask={mask}", *RESTORE, *settings, mode="inpaint") == 0
+        found = np.load(results(judged["model"], "restored", "restored.npz")[-1])["restored"]
+        assert nearly(found, restored_by(guided)) and not nearly(found, plain)
+
+
+@pytest.mark.parametrize(
+    ("words", "settings"),
+    [
+        ("sampling.guidance=2 has no class to guide by: set sampling.labels", ["--config.sampling.guidance=2"]),
+        ("there is no class 10", ["--config.sampling.labels=10"]),
+        ("--prompt 'a cat' is for a model of text", ["--prompt=a cat"]),
+    ],
+)
+def test_what_cannot_restore_is_said(
+    trained: Path, mask: Path, words: str, settings: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert modes(trained, "inpaint", f"--mask={mask}", *RESTORE, *settings) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_classifier_restores_to_classes_alone(
+    judged: dict[str, Path], mask: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    order = (f"--mask={mask}", f"--config.sampling.classifier={judged['classifier']}")
+    assert unconditional(judged, *order, mode="inpaint") == 2
+    assert "has no class to guide to in --mode inpaint: set sampling.labels" in capsys.readouterr().err
+
+
 def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
     """As `guide` says; a class-conditional model may have a weaker one with labels or without."""
     settings = ["--config.sampling.num_samples=4", "--config.sampling.guidance=3"]
@@ -375,7 +551,12 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
     config.sampling.steps = 4
     guided = guide(load(judged["model"]), load(judged["weak"]), 3.0)
     x = sample(guided, Heun(), (4, 1, 8, 8), build_times(config, guided.sde), denoise=True)
-    assert np.array_equal(np.load(file)["arr_0"], codec_of(17, True).decode(x).permute(0, 2, 3, 1).numpy())
+    images = codec_of(17, True).decode(x).permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(np.load(file)["arr_0"], images)
+    rows = (settings[0], "--scales=1,3", f"--config.sampling.guidance_checkpoint={judged['weak']}")
+    assert unconditional(judged, *rows) == 0
+    both = np.load(results(judged["model"], "samples", "samples.npz")[-1])["arr_0"]
+    assert np.array_equal(both[4:], images) and not np.array_equal(both[:4], images)
     reference = [f"--config.sampling.guidance_checkpoint={w}" for w in (trained, judged["weak"])]
     for words in reference:
         assert modes(trained, "sample", *settings, words) == 0
@@ -393,6 +574,7 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
         ("has nothing to guide by", ["--config.sampling.guidance=2"]),
         ("guides by itself", ["{classifier}", "--config.sampling.guidance_rescale=0.5"]),
         ("sampling.classifier=nowhere", ["--config.sampling.classifier=nowhere"]),
+        ("guidance_checkpoint=nowhere: there is no", ["--config.sampling.guidance_checkpoint=nowhere"]),
         ("is no classifier", ["--config.sampling.classifier={model}"]),
         ("is a classifier", ["--config.sampling.guidance_checkpoint={judge}", "--config.sampling.guidance=2"]),
         (

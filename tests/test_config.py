@@ -57,6 +57,7 @@ from score_sde.config import (
     to_json,
     validate,
 )
+from score_sde.evaluate import about_grid
 from score_sde.ode import ADAPTIVE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -426,6 +427,17 @@ def test_methods_with_step_sizes_of_their_own_get_both_ends_also_of_other_grids(
             assert build_times(config, build_sde(config)).tolist() == pytest.approx([1.0, 1e-3], abs=1e-15)
 
 
+def test_the_grid_that_a_stamp_names_is_the_one_that_is_made() -> None:
+    for method, named in (("ddim", "karras"), ("ode", "ends"), ("embedded", "ends"), ("fast", "arcsinh")):
+        config = load(VP, {"sampling.method": method, "sampling.grid": "karras", "sampling.steps": "7"})
+        grid, sde = build_times(config, build_sde(config)), VPSDE(t_min=1e-3)
+        made = grid[[0, -1]] if named == "ends" else getattr(times, named)(sde, 7)
+        assert about_grid(config, grid)["name"] == named and torch.equal(grid, made)
+    chain = load("configs/ddpm_cifar.py", {"sampling.method": "fast", "sampling.steps": "7"})
+    about = {"name": "uniform", "steps": 6, "first": 1.0, "last": 1e-3}
+    assert about_grid(chain, build_times(chain, build_sde(chain))) == about
+
+
 def test_a_fitted_grid_is_made_from_the_model_for_its_sampler() -> None:
     config = load(VP, {"sampling.method": "unipc", "sampling.grid": "fitted", "sampling.steps": "4"})
     model = Gaussian(build_sde(config), torch.zeros(2), 0.3)
@@ -448,6 +460,10 @@ def test_a_fitted_grid_is_made_from_the_model_for_its_sampler() -> None:
         ({"sampling.churn_low": "3", "sampling.churn_high": "2"}, "churn_low=3 must not exceed sampling.churn_high=2"),
         ({"sampling.grid": "fitted"}, "grid=fitted places the steps of a solver without noise: set sampling.method"),
         ({"sampling.grid": "fitted", "sampling.method": "ddim", "sampling.eta": "1"}, "and sampling.eta=0"),
+        (
+            {"sampling.method": "unipc", "sampling.eta": "1"},
+            r"eta=1 is the noise of ddim and dpm_solver\+\+: sampling.method=unipc takes",
+        ),
         ({"sampling.method": "unipcc"}, "unipc"),
     ],
 )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from score_sde import VESDE, CosineSDE, classifier, from_score, guide, log_likelihood, sample, times
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.guidance import both, gradient
-from score_sde.model import of_examples
-from score_sde.networks import MLP, Encoder
+from score_sde.model import Preconditioned, of_examples
+from score_sde.networks import MLP, Encoder, UNet
 from score_sde.noisy_classifier import NoisyClassifier
 from score_sde.objectives import CrossEntropy
 from score_sde.samplers import AdaptiveSDE, Ancestral, EmbeddedODE, Heun, Sampler
@@ -114,6 +114,24 @@ def test_a_gradient_has_a_gradient_where_one_is_wanted() -> None:
     found = gradient(cube, x, T)
     torch.testing.assert_close(found, 3 * x**2)
     torch.testing.assert_close(torch.autograd.grad(found.sum(), x)[0], 6 * x)
+
+
+def test_a_network_with_attention_has_the_classifier_s_second_derivatives() -> None:
+    """Fused kernels of attention have none: what a likelihood asks of U-Nets, against differences."""
+    size = dict(width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8)
+    network, judge = awake(UNet(1, **size)), awake(Encoder(1, 3, **size))
+    model = Preconditioned(network.double().eval(), SDE, "noise")
+    guided = classifier(model, NoisyClassifier(judge.double().eval(), SDE, classes=3), 2.0, label=1)
+    g = torch.Generator().manual_seed(0)
+    x, v, w = torch.randn(3, 2, 1, 8, 8, generator=g, dtype=torch.float64)
+    y = x.clone().requires_grad_()
+    slopes = [torch.autograd.grad((w * m(y, T).noise).sum(), y)[0].mul(v).sum() for m in (guided, model)]
+    with torch.no_grad():
+        differences = [
+            (w * (m(x + 1e-5 * v, T).noise - m(x - 1e-5 * v, T).noise)).sum() / 2e-5 for m in (guided, model)
+        ]
+    torch.testing.assert_close(torch.stack(slopes), torch.stack(differences), rtol=1e-6, atol=1e-6)
+    assert abs(float(slopes[0] - slopes[1])) > 1e-3  # the classifier's part of it
 
 
 @pytest.mark.parametrize("rescale", [0.3, 1.0])

@@ -50,9 +50,12 @@ from score_sde.inverse import (
     twisted,
 )
 from score_sde.inverse.samplers import _systematic
+from score_sde.model import Preconditioned
+from score_sde.networks import UNet
 from score_sde.samplers import EmbeddedODE
 
 from .oracles import SDES, name, numbers
+from .test_conditions import awake
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 
@@ -294,6 +297,18 @@ def test_guidance_stands_on_models_with_conditions() -> None:
         expected = method(component, observation)(x, t).data
         close(method(model.given(label=1), observation)(x, t).data, expected)
         close(method(model, observation).given(label=1)(x, t).data, expected)
+
+
+def test_a_network_with_attention_has_a_likelihood_given_y() -> None:
+    """Its score is a gradient, of which the divergence takes another, that fused attention has not."""
+    network = awake(UNet(1, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8)).double().eval()
+    guided = pigdm(Preconditioned(network, VPSDE(), "noise"), Observation(Average(2), numbers(2, 1, 4, 4), 0.1))
+    (x, v, w), t = numbers(3, 2, 1, 8, 8, seed=1), time(0.4)
+    y = x.clone().requires_grad_()
+    slope = torch.autograd.grad((w * guided(y, t).noise).sum(), y)[0].mul(v).sum()
+    with torch.no_grad():
+        difference = (w * (guided(x + 1e-5 * v, t).noise - guided(x - 1e-5 * v, t).noise)).sum() / 2e-5
+    torch.testing.assert_close(slope, difference, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sampler", [Heun(), Ancestral(), Multistep(2), EmbeddedODE(1e-6, 1e-6)], ids=name)
@@ -545,6 +560,17 @@ def test_problems_do_not_interact_and_depend_on_seed_and_index_alone() -> None:
     close(part.x[0], whole.x[2])
     close(part.log_evidence, whole.log_evidence[2:3])
     assert whole.least.min() < 0.9 * 8
+
+
+def test_particles_are_told_what_their_problem_is() -> None:
+    """Of components of a mixture, one for each problem, as of each component by itself."""
+    model, grid, y = mixture(VPSDE()), times.log_snr(VPSDE(), 10), numbers(3, 2, seed=2)
+    run = partial(twisted, times=grid, particles=4, seed=5, dtype=torch.float64)
+    told = run(model.given(label=torch.tensor([1, 0, 1])), Observation(ROWS, y, 0.3), shape=(3, 3))
+    for i, label in enumerate((1, 0, 1)):
+        alone = run(model.given(label=label), Observation(ROWS, y[i : i + 1], 0.3), shape=(1, 3), first=i)
+        close(alone.x[0], told.x[i])
+        close(alone.log_evidence, told.log_evidence[i : i + 1])
 
 
 def test_systematic_resampling_repeats_each_particle_by_its_weight() -> None:

@@ -186,6 +186,8 @@ def test_slips_are_answered_with_the_remedy(
     picture(grey, np.full((8, 8), 128))
     picture(wide, np.zeros((4, 8)))
     picture(white := tmp_path / "white.png", np.full((8, 8), 255))
+    (text := tmp_path / "text.png").write_text("no image")
+    np.savez(small := tmp_path / "small.npz", arr_0=np.zeros((2, 4, 4, 1), np.uint8))
     for name, mode, extra, changes, sentence in (
         ("vp_digits", "inpaint", [], {}, "needs --mask FILE, an image of 8 x 8, white where"),
         ("vp_digits", "inpaint", ["--mask", tmp_path / "no.png"], {}, "there is no mask"),
@@ -198,7 +200,7 @@ def test_slips_are_answered_with_the_remedy(
         ("vp_digits", "superresolve", [], {"inverse__factor": 3}, "inverse.factor=3 does not divide the"),
         ("vp_digits", "superresolve", [], {"inverse__factor": 0}, "inverse.factor must be at least 1"),
         ("vp_digits", "deblur", [], {"inverse__method": "pgdm"}, "did you mean 'pigdm'?"),
-        ("vp_digits", "deblur", ["--input", tmp_path / "no"], {}, "there is no file or folder"),
+        ("vp_digits", "deblur", ["--input", tmp_path / "no"], {}, "name what is to be read, --input FILE_OR_FOLDER"),
         (
             "vp_digits",
             "superresolve",
@@ -206,10 +208,22 @@ def test_slips_are_answered_with_the_remedy(
             {"inverse__factor": 2, "inverse__method": "repaint", "sampling__method": "unipc"},
             "projection follows single steps, and UniPC has none",
         ),
+        (
+            "vp_digits",
+            "deblur",
+            [],
+            {"inverse__method": "twisted", "sampling__method": "embedded"},
+            "inverse.method=twisted walks on sampling's grid, and sampling.method=embedded chooses its own steps",
+        ),
+        ("vp_digits", "deblur", ["--prompt", "a cat"], {}, "--prompt 'a cat' is for a model of text"),
+        ("vp_digits", "deblur", ["--scales", "1,2"], {}, "--scales is of --mode sample, and this is --mode deblur"),
+        ("vp_digits", "deblur", ["--input", text], {}, "text.png in"),
+        ("vp_digits", "deblur", ["--input", small], {}, "holds uint8 of shape (2, 1, 4, 4), and uint8 images of shape"),
     ):  # fmt: skip
         arguments = words(name, mode, workdirs[name], colours, **{**STEPS, **changes})
         assert run([*arguments, *map(str, extra)]) == 2, sentence
-        assert sentence in capsys.readouterr().err
+        error = capsys.readouterr().err
+        assert sentence in error and "BytesIO" not in error
     assert read_mask(mask, (1, 8, 8)).sum() == 32
     vectors = words("vp_toy", "inpaint", tmp_path / "toy", colours)
     assert run([*vectors[:2], "--mode", "train", *vectors[4:]]) == 0

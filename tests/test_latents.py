@@ -36,6 +36,15 @@ def test_a_latent_is_the_likelihood_s() -> None:
     torch.testing.assert_close(found, log_likelihood(model, x, rtol=1e-7, atol=1e-7).latent, rtol=1e-5, atol=1e-5)
 
 
+def test_an_example_s_latent_does_not_depend_on_its_batch() -> None:
+    """One near a narrow mode needs more steps than its neighbours, who take none of them."""
+    model = closed_form.Mixture(VPSDE(), [0.5, 0.5], torch.stack([MEAN, -MEAN]), [1e-4, 0.6])
+    x = torch.cat([MEAN + 0.01 * numbers(1, 2), numbers(3, 2)])
+    z = encode(model, x)
+    for i in range(4):
+        torch.testing.assert_close(encode(model, x[i : i + 1])[0], z[i], rtol=1e-9, atol=1e-9)
+
+
 def test_the_way_back_ends_where_the_way_there_began_to_the_solver_s_error() -> None:
     model = closed_form.Mixture(VESDE(), [0.4, 0.6], torch.stack([MEAN, -MEAN]), [0.05, 0.2])
     x, errors = numbers(6, 2), []

@@ -19,6 +19,7 @@ from score_sde import (
     Preconditioned,
     ScoreModel,
     SubVPSDE,
+    flows,
     from_score,
     log_likelihood,
 )
@@ -236,13 +237,32 @@ def test_probes_have_unit_covariance_and_come_from_seed_and_index_alone() -> Non
         assert torch.equal(draw_probes(kind, 5, x, torch.Generator().manual_seed(1), 9), whole)  # type: ignore[arg-type]
 
 
-def test_exact_traces_in_many_dimensions_come_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["embedded", "dopri5"])
+def test_exact_traces_in_many_dimensions_come_in_parts(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A few products at a time, and the D unit vectors once, not for every example."""
     model = Gaussian(VPSDE(), MEAN, COV)
     x, _ = model.sample(4, torch.Generator().manual_seed(0))
-    whole = exactly(model, x)
+    whole, parts, products = exactly(model, x, method=method), list[Tensor](), flows._products
+
+    def watched(h: Tensor, y: Tensor, e: Tensor, create: bool) -> Tensor:
+        parts.append(e)
+        return products(h, y, e, create)
+
+    monkeypatch.setattr(flows, "_products", watched)
     for size in (1, 8):
-        monkeypatch.setattr("score_sde.flows.EXACT_BATCH", size)
-        torch.testing.assert_close(exactly(model, x).log_prob, whole.log_prob, rtol=1e-9, atol=1e-9)
+        parts.clear()
+        monkeypatch.setattr(flows, "EXACT_BATCH", size)
+        torch.testing.assert_close(exactly(model, x, method=method).log_prob, whole.log_prob, rtol=1e-9, atol=1e-9)
+        assert all(len(e) == 1 or len(e) * e.shape[1] <= size for e in parts)
+        assert max(e.untyped_storage().nbytes() for e in parts) == 3 * 3 * x.element_size()
+
+
+def test_unit_vectors_are_shared_by_the_examples_they_are_chosen_for() -> None:
+    x, rows = numbers(4, 2, 2), torch.tensor([3, 0])
+    for kind, exact in (("exact", True), ("gaussian", False)):
+        e = draw_probes(kind, 5, x, 0, 0)  # type: ignore[arg-type]
+        found = flows.of_rows(e, rows, exact)
+        assert torch.equal(found, e[:, rows]) and (found.data_ptr() == e.data_ptr()) == exact
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])

@@ -19,12 +19,12 @@ from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, ode, samp
 from score_sde.bounds import chain_bound
 from score_sde.classification import classify
 from score_sde.continuous_bound import variational_bound
-from score_sde.evaluate import in_batches
 from score_sde.heat_maps import heat_map
 from score_sde.model import Estimate, Preconditioned, ScoreModel, label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP, NCSN, UNet
 from score_sde.ode import GaveUp
 from score_sde.parallel import Processes
+from score_sde.results import in_batches
 from score_sde.samplers import (
     DDIM,
     AdaptiveODE,
@@ -297,7 +297,7 @@ class Breaks(ScoreModel):
         broken = torch.zeros_like(x)
         if bool((t < self.below).any()):
             broken[self.which % max(len(x), 1) :][:1] = self.value
-        return Estimate(0 * x + broken, x, torch.ones(()))
+        return Estimate(0 * x + broken, x + broken, torch.ones(()))
 
 
 @pytest.mark.parametrize("seed", [0, "generator"])
@@ -310,6 +310,15 @@ def test_a_model_that_is_not_finite_is_reported_with_step_and_time(value: float,
     at = next(i for i, t in enumerate(grid) if t < 0.5)
     assert f"not finite for 1 of 3 finite states at t = {grid[at]:.4g}" in str(caught.value)
     assert f"step {at + 1} of 99 of Ancestral" in str(caught.value)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_every_sampler_reports_a_model_that_is_not_finite_and_the_time(sampler: Sampler) -> None:
+    answer = r"not finite for 1 of 3 finite states at t = 0\.4494: .* \(in step [23] of 4 of "
+    if isinstance(sampler, (AdaptiveODE, AdaptiveSDE, EmbeddedODE)):
+        answer = r"gave up (?=.*not finite).*at t = 0\.[1-6]"
+    with pytest.raises((FloatingPointError, GaveUp), match=answer):
+        sample(Breaks(math.nan, 0.5), sampler, (3, 2), GRID)
 
 
 def test_a_walk_that_breaks_early_is_not_walked_to_its_end() -> None:
@@ -330,6 +339,25 @@ def test_the_last_estimate_of_the_data_is_looked_at_too() -> None:
     with pytest.raises(FloatingPointError, match=r"t = 0.01: check .* \(in the last estimate of the data"):
         sample(Breaks(math.nan, 0.011), DDIM(), (2, 2), grid, denoise=True)
     assert sample(Breaks(math.nan, 0.011), DDIM(), (2, 2), grid).isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_langevin_dynamics_reports_the_step_and_time_at_which_it_breaks(value: float) -> None:
+    x, run = numbers(3, 2), partial(langevin_dynamics, step=1e-3, n=5)
+    with pytest.raises(FloatingPointError, match=r"not finite after step 1 of 5, at t = 0\.4: check the score there"):
+        run(Breaks(value, 0.5), x, t=0.4)
+    with pytest.raises(FloatingPointError, match=r"not finite at the start of 1 of 3 walks, at t = 0\.4: check it"):
+        run(Breaks(value, 0.5), x, t=0.4, metropolis=True)
+    calls = iter(range(5))
+    with pytest.raises(FloatingPointError, match=r"the state is not finite after step 3 of 5: check the score there"):
+        run(lambda y: y if next(calls) < 2 else value * y, x)
+    for metropolis in (False, True):
+        assert run(Breaks(value, 0.5), x, t=0.6, metropolis=metropolis).x.isfinite().all()
+
+
+def test_a_grid_is_not_fitted_to_a_model_that_breaks() -> None:
+    with pytest.raises(FloatingPointError, match=r"values that are not finite for 1 of 4 finite states at t = 0\.\d+"):
+        samplers.fit_times(Breaks(math.nan, 0.5), DDIM(), 3, (4, 2))
 
 
 def test_a_sampler_that_diverges_is_told_from_a_model_that_breaks() -> None:

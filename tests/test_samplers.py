@@ -273,6 +273,8 @@ def test_predictor_corrector_corrects_first_then_predicts_at_the_same_pair_of_ti
     states = list(pc.walk(bent(VPSDE()), torch.zeros(1, 1), grid, refuse))
     assert calls == [("correct", 1.0, 0.5), ("predict", 1.0, 0.5), ("correct", 0.5, 0.25), ("predict", 0.5, 0.25)]
     assert [float(x) for x in states] == [2.0, 4.0]
+    walked, calls[:] = calls[:2], []
+    assert float(pc.step(bent(VPSDE()), torch.zeros(1, 1), grid[0], grid[1], refuse)) == 2.0 and calls == walked
 
 
 def test_samplers_are_values() -> None:

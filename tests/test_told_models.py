@@ -6,13 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ml_collections import ConfigDict
+from PIL import Image
 
-from score_sde import VPSDE, load
+from score_sde import VPSDE, Heun, ScoreModel, load, sample
+from score_sde.build import build_times
 from score_sde.cli import run
 from score_sde.codecs import PixelCodec, codec_of
-from score_sde.conditions import Wanted
+from score_sde.conditions import Wanted, conditional, load_guides
+from score_sde.config import from_json as config_from_json
 from score_sde.config import load as load_config
-from score_sde.data import leave_out, load_data, shrink
+from score_sde.data import digest, leave_out, load_data, shrink
 from score_sde.data_conditions import augmented, low_resolution
 from score_sde.text import Text
 from score_sde.train import draw
@@ -37,6 +41,8 @@ TINY = [
     "--config.eval.rtol=1e-2",
     "--config.eval.atol=1e-2",
 ]
+# Two steps of training, and what a model is told matters.
+AWAKE = ("--config.optim.warmup=0", "--config.optim.lr=0.05", "--config.model.init_scale=1")
 
 
 def modes(mode: str, workdir: Path, *more: str, config: str = "configs/vp_digits.py") -> int:
@@ -117,7 +123,7 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     base, large = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("large")
     assert modes("train", base, "--config.data.image_size=4", "--config.model.class_conditional") == 0
     more = ("--config.model.super_resolution=2", "--config.training.augmentation=0.5")
-    assert modes("train", large, *more, "--config.model.class_conditional") == 0
+    assert modes("train", large, *more, *AWAKE, "--config.model.class_conditional") == 0
     return base, large
 
 
@@ -138,15 +144,53 @@ def test_a_cascade_runs_and_writes_all_stages(stages: tuple[Path, Path]) -> None
     assert len(list((base / "samples").glob("*/stamp.json"))) == 1  # the base's samples are there already
     stamps = [json.loads(path.read_text()) for path in (large / "samples").glob("*/stamp.json")]
     assert sorted(stamp["augmentation"] for stamp in stamps) == [0.0, 0.2]
-    assert len({stamp["images_sha256"] for stamp in stamps}) == 1
+    with np.load(latest(base) / "samples.npz") as small:
+        drawn = torch.from_numpy(small["arr_0"]).permute(0, 3, 1, 2).contiguous()
+    assert {stamp["images_sha256"] for stamp in stamps} == {digest(drawn)}
 
 
 def test_one_s_own_images_are_enlarged(stages: tuple[Path, Path], tmp_path: Path) -> None:
     small = shrink(load_data("digits").test.x[:4], 2)  # type: ignore[index]
     np.savez(tmp_path / "small.npz", arr_0=small.numpy())
     assert modes("sample", stages[1], *LARGE, f"--input={tmp_path / 'small.npz'}") == 0
+    found = np.load(latest(stages[1]) / "samples.npz")["arr_0"]
+    model, codec, label = load(stages[1]), codec_of(17, True), torch.arange(4)
+    config = config_from_json(stages[1] / "config.json")
+    wanted = [
+        codec.decode(sample(told, Heun(), (4, 1, 8, 8), build_times(config, model.sde), denoise=True))
+        for k in (small, 16 - small)
+        for told in [model.given(label=label, image=codec.encode(k), augmentation=torch.zeros(4))]
+    ]
+    same = [(found == k.permute(0, 2, 3, 1).numpy()).mean() for k in wanted]
+    assert same[0] > 0.98 > same[1]  # and not those of other images
+
+
+def test_a_weaker_model_is_told_the_smaller_image_too(stages: tuple[Path, Path]) -> None:
+    """By itself, told the same, a model is not moved, at most over the edge of a level."""
+    rows = (*LARGE, f"--config.sampling.base={stages[0]}", f"--config.sampling.guidance_checkpoint={stages[1]}")
+    assert modes("sample", stages[1], *rows, "--scales=1,3") == 0
     with np.load(latest(stages[1]) / "samples.npz") as found:
-        assert found["arr_0"].shape == (4, 8, 8, 1)
+        assert (found["arr_0"][:6] == found["arr_0"][6:]).mean() > 0.98
+    guides = load_guides(*(guided := with_weaker(stages[1])), (1, 8, 8), torch.device("cpu"))
+    assert guides.reference is not None and guides.reference_told == ("label", "image", "augmentation")
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor(0.9)
+    told = {"label": torch.tensor([1, 2]), "image": torch.randn(2, 1, 4, 4), "augmentation": torch.tensor([0.1, 0.4])}
+    model = conditional(guided[1], (told, {}), told["label"], guided[0], guides, 3.0)
+    torch.testing.assert_close(model(x, t).data, guided[1](x, t, **told).data)
+
+
+def with_weaker(workdir: Path) -> tuple[ConfigDict, ScoreModel]:
+    """The config and the raw model of a workdir, guided by itself."""
+    config = config_from_json(workdir / "config.json")
+    config.sampling.guidance_checkpoint, config.sampling.weights = str(workdir), "raw"
+    return config, load(workdir, ema=False)
+
+
+def test_a_model_of_smaller_images_is_no_model_to_restore_by(
+    stages: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert modes("deblur", stages[1], *LARGE) == 2
+    assert "--mode sample --input FILE_OR_FOLDER enlarges by it" in capsys.readouterr().err
 
 
 def test_a_model_of_smaller_images_has_a_likelihood(stages: tuple[Path, Path]) -> None:
@@ -167,7 +211,10 @@ def test_the_network_uses_the_image_and_its_noise_level(stages: tuple[Path, Path
     [
         ("give it some, --input FILE_OR_FOLDER, or the stage before", LARGE),
         ("sampling.base are of models that enlarge images", ("--config.sampling.base=runs/nothing",)),
-        ("there is no checkpoint", (*LARGE, "--config.sampling.base=BASE/nothing")),
+        (
+            "nothing; train the stage before (a model of images of 4 x 4) there first",
+            (*LARGE, "--config.sampling.base=BASE/nothing"),
+        ),
         (
             r"makes examples of shape (1, 8, 8), and (1, 4, 4) are to be enlarged",
             (*LARGE, "--config.sampling.base=LARGE"),
@@ -175,6 +222,8 @@ def test_the_network_uses_the_image_and_its_noise_level(stages: tuple[Path, Path
         ("is for a model of text", (*LARGE, "--config.sampling.base=BASE", "--prompt=a cat")),
         ("--negative", (*LARGE, "--negative=a cat")),
         ("reads no --input", ("--config.model.class_conditional", "--input=x.png")),
+        ("to be enlarged: name the workdir of a model", (*LARGE, "--config.sampling.base=LARGE")),
+        ("there is no file or folder no.png: name what is to be read, --input", (*LARGE, "--input=no.png")),
         ("--scales must be numbers", (*LARGE, "--config.sampling.base=BASE", "--scales=1,two")),
         ("nothing to guide by", ("--scales=1,2",)),
     ],
@@ -233,7 +282,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
         f"--config.model.text_encoder={encoder}",
         "--config.data.leave_out=an airbus",
     ]
-    assert modes("train", workdir, *settings) == 0
+    assert modes("train", workdir, *settings, *AWAKE) == 0
     return workdir, settings
 
 
@@ -260,8 +309,45 @@ def test_prompts_are_sampled_in_turn_at_each_scale(captioned: tuple[Path, list[s
         assert modes("sample", workdir, *settings, *asked[:2], f"--config.sampling.guidance={scale}") == 0
         with np.load(latest(workdir) / "samples.npz") as found:
             assert np.array_equal(found["arr_0"], rows[i])
-    with_negative = ("--prompt=a red cat", "--negative=a dog", "--config.sampling.guidance=3")
-    assert modes("sample", workdir, *settings, *with_negative) == 0
+    assert Image.open(latest(workdir) / "grid.png").size == (2 * 34 + 2, 3 * 34 + 2)  # a column for each prompt
+
+
+def test_at_scale_0_a_sample_is_what_the_negative_prompt_says(captioned: tuple[Path, list[str]]) -> None:
+    workdir, settings = captioned
+    assert modes("sample", workdir, *settings, "--prompt=a red cat", "--negative=a dog", "--scales=0,3") == 0
+    with np.load(latest(workdir) / "samples.npz") as found:
+        negative, guided = found["arr_0"].reshape(2, 6, 8, 8, 1).astype(int)
+    width, height = Image.open(latest(workdir) / "grid.png").size
+    assert (width, height) == (6 * 34 + 2, 2 * 34 + 2)  # a row for each scale, of images 4 times larger
+    plain = {}
+    for prompt in ("a dog", "a red cat"):
+        assert modes("sample", workdir, *settings, f"--prompt={prompt}") == 0
+        plain[prompt] = np.load(latest(workdir) / "samples.npz")["arr_0"].astype(int)
+    assert (negative == plain["a dog"]).mean() > 0.98 > (plain["a red cat"] == plain["a dog"]).mean()
+    assert np.abs(guided - plain["a red cat"]).mean() > 0.1
+
+
+def test_a_cascade_of_prompts_tells_them_to_every_stage(captioned: tuple[Path, list[str]], tmp_path: Path) -> None:
+    base, settings = tmp_path / "base", [s for s in captioned[1] if "leave_out" not in s]
+    large = (*settings, "--config.model.super_resolution=2", f"--config.sampling.base={base}")
+    assert modes("train", base, *settings, "--config.data.image_size=4") == 0
+    assert modes("train", tmp_path / "large", *large) == 0
+    assert modes("sample", tmp_path / "large", *large, "--prompt=a dog", "--prompt=a red cat") == 0
+    for workdir, size in ((base, 4), (tmp_path / "large", 8)):
+        assert json.loads((latest(workdir) / "stamp.json").read_text())["prompts"] == ["a dog", "a red cat"]
+        assert np.load(latest(workdir) / "samples.npz")["arr_0"].shape == (6, size, size, 1)
+
+
+def test_images_are_restored_by_what_a_prompt_says(captioned: tuple[Path, list[str]]) -> None:
+    workdir, settings = captioned
+    found, guided = [], ("--prompt=a dog", "--config.sampling.guidance=3")
+    for asked in ([], ["--prompt=a dog"], guided, [*guided, "--negative=a red cat"]):
+        more = ("--config.eval.weights=raw", "--config.inverse.variance=0.1", "--config.inverse.factor=2")
+        assert modes("superresolve", workdir, *settings, *more, *asked) == 0
+        folder = latest(workdir, "restored")
+        found.append(np.load(folder / "restored.npz")["restored"].astype(int))
+    assert json.loads((folder / "stamp.json").read_text())["prompts"] == ["a dog"]
+    assert all(np.abs(a - b).mean() > 0.1 for i, a in enumerate(found) for b in found[:i])
 
 
 def test_the_network_is_told_the_caption(captioned: tuple[Path, list[str]]) -> None:
@@ -275,7 +361,8 @@ def test_a_likelihood_is_given_the_captions(captioned: tuple[Path, list[str]]) -
     workdir, settings = captioned
     assert modes("likelihood", workdir, *settings) == 0
     assert modes("likelihood", workdir, *settings, "--config.eval.conditional=false") == 0
-    assert len(list((workdir / "likelihood").glob("*/stamp.json"))) == 2
+    values = [np.load(path)["bits_per_dim"] for path in (workdir / "likelihood").glob("*/likelihood.npz")]
+    assert len(values) == 2 and np.abs(values[0] - values[1]).min() > 1e-4
 
 
 def test_another_encoder_or_data_without_captions_are_refused(
@@ -289,6 +376,13 @@ def test_another_encoder_or_data_without_captions_are_refused(
     encoder = next(s for s in settings if "text_encoder" in s)
     assert modes("train", tmp_path / "new", encoder) == 2
     assert "data.dataset=digits has none" in capsys.readouterr().err
+    assert modes("sample", workdir, *settings, "--prompt=a cat", "--negative=a dog") == 2
+    assert "--negative 'a dog' has no effect without guidance: set sampling.guidance above" in capsys.readouterr().err
+    weaker = (f"--config.sampling.guidance_checkpoint={workdir}", "--config.sampling.guidance=2")
+    assert modes("sample", workdir, *settings, "--prompt=a cat", "--negative=a dog", *weaker) == 2
+    assert "--negative 'a dog' is for a model that guides by itself" in capsys.readouterr().err
+    assert modes("deblur", workdir, *settings, "--config.sampling.guidance=2") == 2
+    assert "has no prompt to guide by: give one, --prompt TEXT" in capsys.readouterr().err
     assert modes("sample", workdir, *settings, "--config.sampling.guidance=2") == 2
     assert "has no prompt to guide by: give one, --prompt TEXT" in capsys.readouterr().err
     assert modes("encode", workdir, *settings) == 2

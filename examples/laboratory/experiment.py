@@ -42,8 +42,8 @@ from score_sde.build import build_bound_times
 from score_sde.codecs import PixelCodec, codec_of
 from score_sde.data import load_data
 from score_sde.demo import confidence
-from score_sde.evaluate import folder_for, mean_and_error, read_arrays, write_arrays
 from score_sde.parallel import Processes
+from score_sde.results import folder_for, mean_and_error, read_arrays, write_arrays
 from score_sde.toys import EXACT, TOYS
 from score_sde.train import train
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import Estimate, ScoreModel
+from ..model import Estimate, ScoreModel, twice_differentiable
 from ..sdes import SDE, like
 from .operators import Observation, Operator, spectral
 
@@ -50,7 +50,8 @@ class Conditional(ScoreModel):
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             z = x if graph and x.requires_grad else x.detach().requires_grad_()
-            e = self.model(z, t, **condition)
+            with twice_differentiable(graph):
+                e = self.model(z, t, **condition)
             score = self.pull(e, z, t, y.to(x) - self.operator.apply(e.data), graph)
             alpha, sigma = like(self.sde.alpha(t), x), like(self.sde.sigma(t), x)
             data, noise = e.data + sigma**2 / alpha * score, e.noise - sigma * score

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
+from ..model import ScoreModel, of_examples
 from ..samplers.base import Sampler, Update, default_state, noise_source
 from ..samplers.stochastic import Corrector, PredictorCorrector
 from ..sdes import SDE, Noise, add_, like
@@ -153,7 +153,7 @@ def twisted(
     few of them.
 
     Args:
-        model: of x.
+        model: of x; what it is given for each of B examples goes with their particles.
         observation: of B examples, with noise above 0, by a Spectral operator.
         shape: (B, *shape) of the examples.
         times: decreasing grid from 1 to t_min, as for `sample`.
@@ -179,14 +179,15 @@ def twisted(
     b, k, sde = shape[0], particles, model.sde
     dtype, device = default_state(model, dtype, device)
     noise = noise_source((b, k, *shape[1:]), seed, first, dtype, device)
-    y = observation.y.to(device, dtype).repeat_interleave(k, 0)
+    y, problems = observation.y.to(device, dtype).repeat_interleave(k, 0), torch.arange(b).repeat_interleave(k)
 
     def look(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(data, log p~ up to what hangs on t alone, its gradient) for all B K states."""
         r2 = spread(sde, t, variance).item()
         with torch.enable_grad():
             z = x.detach().requires_grad_()
-            data = model(z, t).data
+            with of_examples(model, problems, b):
+                data = model(z, t).data
             residual = y - operator.apply(data)
             weighted = operator.gain(residual.detach(), r2, s)
             (gradient,) = torch.autograd.grad(data, z, weighted)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..model import ScoreModel
 from ..sdes import SDE
-from .base import Sampler, default_state, noise_source
+from .base import Sampler, Watched, default_state, noise_source
 from .exponential import Multistep
 from .times import arcsinh, karras, log_snr, quadratic, uniform
 
@@ -42,12 +42,15 @@ def fit_times(
         fine: steps of the fine grid.
         seed: of the trajectories.
 
-    Raises ValueError for a sampler that draws noise, for n below 1, and for an SDE with sigma(t_min) = 0.
+    Raises ValueError for a sampler that draws noise, for n or B below 1, and for an SDE with sigma(t_min) = 0;
+    FloatingPointError, with the time, where the model is not finite on the way to the ends.
     """
+    if shape[0] < 1:
+        raise ValueError(f"fit_times needs trajectories, (B, *shape) with B of at least 1, got shape {tuple(shape)}")
     sde = sde or model.sde
     dtype, device = default_state(model, None, None)
     x = model.sde.prior(tuple(shape), noise_source(tuple(shape), seed, 0, dtype, device))
-    *_, ends = Multistep(3).walk(model, x, log_snr(sde, fine), _refuse)
+    *_, ends = Multistep(3).walk(Watched(model), x, log_snr(sde, fine), _refuse)
 
     def distance(grid: Tensor) -> float:
         *_, y = sampler.walk(model, x, grid, _refuse)

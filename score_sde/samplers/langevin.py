@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
+from ..model import ScoreModel, at
 from ..sdes import Noise, like
 from .base import noise_source
 
@@ -70,12 +70,19 @@ def langevin_dynamics(
         first: index of the batch's first example.
 
     Raises ValueError for a state that is no batch, for a model without t or a function with it, and for a function
-    whose result is neither (B,) nor of x's shape.
+    whose result is neither (B,) nor of x's shape; FloatingPointError where the score is not finite at the start of a
+    walk with Metropolis' test, which would stay there, or the state after a step without it.
     """
     noise = noise_source(tuple(x.shape), seed, first, x.dtype, x.device)
     taken = torch.zeros(x.shape[:1], dtype=x.dtype, device=x.device)
+    sound = torch.zeros((), dtype=torch.long, device=x.device)  # steps: what is not finite remains so
     for y, moved in islice(langevin_walk(target, x, step, noise, t=t, metropolis=metropolis), n):
-        x, taken = y, taken + moved
+        x, taken, sound = y, taken + moved, sound + y.isfinite().all()
+    if sound < n:
+        raise FloatingPointError(
+            f"the state is not finite after step {int(sound) + 1} of {n}{_at(t)}: check the score there, or take "
+            "smaller steps"
+        )
     return Draws(x, taken / max(n, 1))
 
 
@@ -93,7 +100,19 @@ def langevin_walk(
         raise ValueError(f"x must be (B, *shape), a batch of states, got shape {tuple(x.shape)}")
     read = _reader(target, t)
     size: StepSize = step if callable(step) else lambda i: step
-    return _adjusted(read, x, size, noise) if metropolis else _unadjusted(read, x, size, noise)
+    if not metropolis:
+        return _unadjusted(read, x, size, noise)
+    log_p, score = read(x)
+    bad = ~score.isfinite().flatten(1).all(1)
+    if bool(bad.any()):
+        raise FloatingPointError(
+            f"the score is not finite at the start of {int(bad.sum())} of {len(x)} walks{_at(t)}: check it there"
+        )
+    return _adjusted(read, x, log_p, score, size, noise)
+
+
+def _at(t: Tensor | float | None) -> str:
+    return "" if t is None else f", at {at(torch.as_tensor(t))}"
 
 
 # x -> (log density (B,), or None where only the score is known; score), without gradients
@@ -108,8 +127,9 @@ def _unadjusted(read: _Reader, x: Tensor, size: StepSize, noise: Noise) -> Itera
         yield x, everyone
 
 
-def _adjusted(read: _Reader, x: Tensor, size: StepSize, noise: Noise) -> Iterator[tuple[Tensor, Tensor]]:
-    log_p, score = read(x)
+def _adjusted(
+    read: _Reader, x: Tensor, log_p: Tensor | None, score: Tensor, size: StepSize, noise: Noise
+) -> Iterator[tuple[Tensor, Tensor]]:
     for i in count():
         h = size(i)
         y = x + h * score + math.sqrt(2 * h) * noise(x)
