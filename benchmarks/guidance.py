@@ -227,7 +227,7 @@ def curve(results: Results, name: str) -> Figure:
         runs = [found[key] for key in keys.values()]
         x, y = ([statistics.fmean(run[m]) for run in runs] for m in ("distance", "accuracy"))
         dx, dy = ([statistics.pstdev(run[m]) for run in runs] for m in ("distance", "accuracy"))
-        style = "ks" if alone else "o-"
+        style = "s" if alone else "o-"
         axes.errorbar(x, y, dy, dx, style, ms=4, lw=1.2, elinewidth=0.6, color="k" if alone else f"C{i}")
         for scale, a, b in zip(keys, x, y, strict=True):
             if alone:
