@@ -70,6 +70,7 @@ class Split:
 class Data:
     """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes.
 
+    `class_names`, one for each class, are () where nothing names them.
     `captions`, each once, are what the splits' `caption` names; () where examples have none.
     `rate` is the sample rate of recordings.
     """
@@ -80,6 +81,7 @@ class Data:
     num_classes: int = 0
     captions: tuple[str, ...] = ()
     rate: int | None = None
+    class_names: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -215,7 +217,8 @@ def _shrunk(data: Data, size: int | None) -> Data:
 def _cifar10(path: Path | None) -> Data:
     train, test = cifar10.read(path or Path("data"))
     named = [[cifar10.caption(name) for name in part.names] or None for part in (train, test)]
-    return _captioned(Data(Split(train.x, train.y), Split(test.x, test.y), 256, num_classes=10), *named)
+    data = Data(Split(train.x, train.y), Split(test.x, test.y), 256, 10, class_names=cifar10.CLASSES)
+    return _captioned(data, *named)
 
 
 def _captioned(data: Data, train: Sequence[str] | None, test: Sequence[str] | None) -> Data:
@@ -234,7 +237,7 @@ def _digits(path: Path | None) -> Data:
     digits = load_digits()
     x = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
     train, test = _hold_out(Split(x, torch.from_numpy(digits.target.astype(np.int64))), 300)
-    return Data(train, test, levels=17, num_classes=10)
+    return Data(train, test, levels=17, num_classes=10, class_names=tuple("0123456789"))
 
 
 def _digits32(path: Path | None) -> Data:
@@ -268,7 +271,8 @@ def _files(path: Path, image_size: int | None, num_channels: int | None, length:
         raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
     example = train[torch.zeros(1, dtype=torch.int64)][0]
     classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
-    data = Data(train, test, 256 if example.dtype == torch.uint8 else None, max(classes, default=0), rate=rate)
+    levels = 256 if example.dtype == torch.uint8 else None
+    data = Data(train, test, levels, max(classes, default=0), rate=rate, class_names=train_part.class_names)
     data = _captioned(data, train_part.captions, (test_part or train_part).captions)
     if test_part is None:
         train, test = _hold_out(data.train, max(1, len(train) // 10))

@@ -49,11 +49,12 @@ class Stream:
 
 
 class Part(NamedTuple):
-    """Examples, and the labels and captions that they have."""
+    """Examples, the labels and captions that they have, and the classes' names where folders are the classes."""
 
     x: Tensor | Stream
     y: Tensor | None = None
     captions: list[str] | None = None
+    class_names: tuple[str, ...] = ()
 
 
 def read(
@@ -154,7 +155,7 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
         source = _Images(source.path, source.contents, source.size, 1 if grey else 3)
 
     listed = json.loads(source.contents("dataset.json")).get("labels") if "dataset.json" in names else None
-    label = dict(listed) if listed else class_folders(train, test, source.path)
+    label, classes = (dict(listed), ()) if listed else class_folders(train, test, source.path)
     shape, captions = source.decode(train[0]).shape, _captions(source, names, images)
 
     def part(chosen: list[str]) -> Part:
@@ -162,7 +163,7 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
         on_disk = len(chosen) * math.prod(shape) > memory
         x = Stream((len(chosen), *shape), load) if on_disk else load(range(len(chosen)))
         y = named_labels(label, chosen, source.path) if label else None
-        return Part(x, y, [captions[n] for n in chosen] if captions else None)
+        return Part(x, y, [captions[n] for n in chosen] if captions else None, classes)
 
     return part(train), part(test) if test else None
 
@@ -173,17 +174,17 @@ def parts_of(names: list[str]) -> tuple[list[str], list[str]]:
     return (train, test) if train else (names, [])
 
 
-def class_folders(train: list[str], test: list[str], path: Path) -> dict[str, int]:
-    """The class of every image, from the sub-folder it lies in; nothing where these are no classes."""
+def class_folders(train: list[str], test: list[str], path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
+    """The class of every image, from the sub-folder it lies in, and their names; nothing where these are no classes."""
     depth = 1 if all(n.startswith("train/") for n in train) else 0
     folder = {n: n.split("/")[depth] for n in train + test if n.count("/") > depth}
     classes = sorted({folder[n] for n in train if n in folder})
     if len(classes) < 2 or any(n not in folder for n in train):
-        return {}
+        return {}, ()
     for n in test:
         if folder.get(n) not in classes:
             raise ValueError(f"{n} in {path} lies in none of train/'s class folders, which are {', '.join(classes)}")
-    return {n: classes.index(folder[n]) for n in folder}
+    return {n: classes.index(folder[n]) for n in folder}, tuple(classes)
 
 
 def named_labels(label: Mapping[str, int | list[float]], names: list[str], path: Path) -> Tensor:

@@ -52,13 +52,13 @@ def read(path: Path, length: int | None = None) -> tuple[Part, Part | None, int]
             f"--config.data.length=SAMPLES"
         )
     size = length or len(signals[names[0]])
-    label = class_folders(train, test, path)
+    label, classes = class_folders(train, test, path)
 
     def part(chosen: list[str]) -> Part:
         x = torch.zeros(len(chosen), 1, size)
         for row, name in zip(x, chosen, strict=True):
             row[0, : len(signals[name])] = torch.from_numpy(signals[name][:size])
-        return Part(x, named_labels(label, chosen, path) if label else None)
+        return Part(x, named_labels(label, chosen, path) if label else None, class_names=classes)
 
     return part(train), part(test) if test else None, rates[names[0]]
 

@@ -117,6 +117,7 @@ def test_splits_move_with_their_labels():
 def test_digits_are_scikit_learns_split_once_and_for_all():
     data, digits = load_data("digits"), load_digits()
     assert (len(data.train), len(data.test), data.levels, data.num_classes) == (1497, 300, 17, 10)
+    assert data.class_names == ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     assert data.shape == (1, 8, 8)
     order = np.random.default_rng(0).permutation(1797)
     for split, index in ((data.test, order[:300]), (data.train, order[300:])):

@@ -68,6 +68,7 @@ def test_sub_folders_are_classes(tmp_path):
     where = {image.tobytes(): i for i, image in enumerate(images)}
     assert y.tolist() == [where[row.permute(1, 2, 0).numpy().tobytes()] % 3 for row in x]
     assert data.num_classes == 3
+    assert data.class_names == ("ant", "bee", "cat")
 
 
 def test_train_and_test_folders_are_kept_apart(tmp_path):
