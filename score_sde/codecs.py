@@ -7,7 +7,8 @@ A pixel k of {0, ..., levels - 1} enters a model as v in [0, 1], or as 2 v - 1 i
 
 Dequantised, P(k) is the integral of p over the bin of k, and Jensen's inequality gives log P(k) >= E_u log p(k + u) in
 units of a level: minus the log2 of a density of v, or of 2 v - 1, becomes bits of k by adding log2(levels), or
-log2(levels) - 1, per dimension.
+log2(levels) - 1, per dimension. (u fills only `PixelCodec.filled` of the bin, 1 - 2^-14 for up to 256 levels, so that
+rounding leaves each value in its bin: log2 of that is added too where 1e-4 bits/dim matter.)
 `dequantisation` has other noise than uniform, and several draws of it.
 `width` (1 or 2, the length of the model's interval) and `levels` are what `Likelihood.bits_per_dim` needs for that.
 
@@ -29,7 +30,9 @@ from torch import Tensor
 from .autoencoder import Autoencoder, log_prob
 
 # Float32 holds 2 v - 1 to 2^-17 of a level of 256, and decoding adds as much again: within this margin, in levels, of
-# a bin's lower edge decoding still finds the bin, and u stays twice as far from its upper edge.
+# a bin's lower edge decoding still finds the bin, and u stays twice as far from its upper edge. Two things must hold:
+# the margin is above the rounding of `encode` and `decode`, also where there are more levels, whose bins are narrower;
+# and who states a density of `encode(k, u)` states levels/(width filled), or the bound on log P(k) is none.
 _MARGIN = 2.0**-15
 _TOGETHER = 256  # images that an autoencoder decodes together
 
@@ -63,17 +66,23 @@ class PixelCodec:
         """The interval itself."""
         return 1.0 - self.width, 1.0
 
-    def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
-        """uint8 to floats: k / (levels - 1), scaled, or (k + u) / levels, scaled, for u in [0, 1) of k's shape.
+    @property
+    def filled(self) -> float:
+        """The part of its bin, from below, over which `encode` spreads u; float32's rounding then stays in the bin."""
+        return 1 - 2 * _MARGIN
 
-        float32, or u's dtype. u is held below 1 - 2^-14, so that float32's rounding leaves each value in its bin.
+    def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
+        """uint8 to floats: k / (levels - 1), scaled, or (k + filled u) / levels, scaled, for u in [0, 1] of k's shape.
+
+        float32, or u's dtype. For uniform u the law on the bin is uniform too, of density levels/(width filled): no
+        mass piles up at its upper end, as it would if u were clamped.
         """
         if u is None:
             v = k.to(torch.float32) / (self.levels - 1)
         elif u.shape != k.shape:
             raise ValueError(f"u must have the shape of k, {tuple(k.shape)}, got {tuple(u.shape)}")
         else:
-            v = (k.to(u.dtype) + u.clamp(max=1 - 2 * _MARGIN)) / self.levels
+            v = (k.to(u.dtype) + self.filled * u) / self.levels
         return 2 * v - 1 if self.centered else v
 
     def decode(self, x: Tensor) -> Tensor:

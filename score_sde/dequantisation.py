@@ -14,7 +14,7 @@ theorem 1; for dequantisation Hoogeboom et al. 2020, arXiv:2001.11235).
 A dequantiser is a callable ``(k, u) -> Dequantised``, a map from uniform numbers u in [0, 1) of k's shape into the bin
 of k, with an attribute `t_min`: the time whose state the result is.
 
-- `Uniform`: the bin itself, of the codec's (k + u)/levels.
+- `Uniform`: the bin itself, of the codec's (k + u)/levels, but for its top 2^-14 (`PixelCodec.filled`).
 - `TruncatedNormal`: the noise that the data have at t_min, cut off at the bin, around the k/(levels - 1) of training.
   A model that was trained without dequantisation has seen just that (Zheng et al. 2023, arXiv:2305.03935).
 - `VariationalDequantiser`: a small flow, fitted to the model by `fit_dequantiser`.
@@ -50,7 +50,6 @@ if TYPE_CHECKING:  # at run time it would bring scikit-learn's data sets along
     from .data import Split
 
 FORMAT = "score_sde dequantiser 1"
-_INSIDE = 1 - 2.0**-13  # of a bin: what the flow fills, lest the codec's own margin cut its density off
 
 
 class Dequantised(NamedTuple):
@@ -72,14 +71,14 @@ class Dequantiser(Protocol):
 
 @dataclass(frozen=True)
 class Uniform:
-    """x = (k + u)/levels, scaled, as `PixelCodec.encode` has it; q is levels/width per dimension."""
+    """x = (k + u)/levels, scaled, as `PixelCodec.encode` has it; q is levels/(width filled) per dimension."""
 
     codec: PixelCodec
     t_min: float = 1e-5
 
     def __call__(self, k: Tensor, u: Tensor) -> Dequantised:
         x = self.codec.encode(k, u)
-        return Dequantised(x, torch.full_like(x, math.log(self.codec.levels / self.codec.width)))
+        return Dequantised(x, torch.full_like(x, _log_density(self.codec)))
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,11 @@ def truncation_time(codec: PixelCodec, sde: SDE, reach: float = 3.0, least: floa
     return least if bool(target >= first) else sde.time(target).item()
 
 
+def _log_density(codec: PixelCodec) -> float:
+    """Log of the density, per dimension, of `codec.encode(k, u)` for uniform u."""
+    return math.log(codec.levels / (codec.width * codec.filled))
+
+
 def _half_bin(codec: PixelCodec) -> float:
     """Half the distance of two levels k/(levels - 1), scaled."""
     return codec.width / (2 * (codec.levels - 1))
@@ -139,7 +143,7 @@ class VariationalDequantiser(nn.Module):
 
     T is a row of affine couplings (Dinh et al. 2017, arXiv:1605.08803): each scales and shifts every second dimension,
     in a checkerboard, by what a small network makes of the others and of the whole image k. The networks' last layers
-    begin at 0, where u' = u: until it is fitted the dequantisation is uniform, but for 2^-13 of each bin.
+    begin at 0, where u' = u: until it is fitted the dequantisation is uniform.
 
     Args:
         codec: of the levels.
@@ -171,8 +175,8 @@ class VariationalDequantiser(nn.Module):
             shift, log_scale = network(torch.cat([seen, image], dim=1)).chunk(2, dim=1)
             log_scale = 2 * torch.tanh(log_scale / 2) * moved
             y, log_q = y * torch.exp(log_scale) + shift * moved, log_q - log_scale
-        log_q = log_q - logsigmoid(y) - logsigmoid(-y) + math.log(self.codec.levels / (self.codec.width * _INSIDE))
-        return Dequantised(self.codec.encode(k, _INSIDE * torch.sigmoid(y)), log_q)
+        log_q = log_q - logsigmoid(y) - logsigmoid(-y) + _log_density(self.codec)
+        return Dequantised(self.codec.encode(k, torch.sigmoid(y)), log_q)
 
 
 def _coupling(shape: tuple[int, ...], hidden: int) -> nn.Module:

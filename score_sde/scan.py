@@ -243,7 +243,7 @@ def _baseline(train: Tensor, test: Tensor, codec: Codec, seed: int) -> tuple[flo
         except ValueError:
             return None
         known = Likelihood(log_prob, torch.zeros_like(log_prob), x, 0)
-        values.append(known.bits_per_dim(codec.levels, codec.width) if codec.levels else -log_prob / d)
+        values.append(known.bits_per_dim(codec.levels, codec.width * codec.filled) if codec.levels else -log_prob / d)
     each = torch.cat(values)
     return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
 

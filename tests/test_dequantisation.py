@@ -104,6 +104,25 @@ def test_the_density_is_that_of_the_map(name: str) -> None:
         assert (jacobian - torch.diag(jacobian.diagonal())).abs().max() > 1e-3, "no dimension sees another"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", ["uniform", "uniform on [0, 1]", "truncated", "cut off"])
+def test_a_bin_s_mass_is_the_mean_of_the_weights_wherever_the_density_has_its_peak(
+    name: str, dtype: torch.dtype
+) -> None:
+    """E p/q is the mass of p in the bin, for 2^20 even u and uniform p on narrow intervals that fill the bin's ends."""
+    law, n = LAWS[name], 2**20
+    u = (torch.arange(n, dtype=torch.float64) / n).to(dtype)
+    x, log_q = (value.double() for value in law(torch.ones(n, dtype=torch.uint8), u))
+    low, high = x.min().item(), x.max().item()
+    for part in (2.0**-15, 2.0**-10):
+        width = part * (high - low)
+        for edge in (low, high - width):
+            inside = (x >= edge - 1e-12) & (x <= edge + width + 1e-12)
+            mass = (torch.exp(-log_q) * inside / width).mean().item()
+            # 32 of the u at least lie in the interval; float32 has its ends to 2^-24
+            assert mass == pytest.approx(1, abs=0.12 if part == 2.0**-15 else 0.02), (part, edge)
+
+
 @pytest.mark.parametrize("name", LAWS)
 def test_the_bins_are_disjoint(name: str) -> None:
     law, shape = LAWS[name], (4,) if "vectors" in name else (1, 2, 2)
@@ -182,7 +201,7 @@ def test_one_draw_s_mean_is_the_integral_of_the_log_density() -> None:
     u = torch.cartesian_prod((nodes + 1) / 2, (nodes + 1) / 2)
     x = CODEC.encode(k[:1].expand(1600, 2), u)
     w = torch.cartesian_prod(weights, weights).prod(1) / 4
-    expected = float(w @ MIXTURE.log_prob(x, at(START))) + 2 * math.log(0.5)
+    expected = float(w @ MIXTURE.log_prob(x, at(START))) + 2 * math.log(0.5 * CODEC.filled)
     assert abs(float(draws.mean()) - expected) < 4 * float(draws.std()) / math.sqrt(len(draws))
 
 
@@ -207,10 +226,12 @@ def test_by_the_probability_flow_it_is_the_same_number() -> None:
     torch.testing.assert_close(found.log_prob, torch.logsumexp(draws, 0) - math.log(4), rtol=0, atol=1e-5)
     torch.testing.assert_close(found.bits_per_dim(), -found.log_prob / math.log(4))
     assert found.nfe > 4 * 20 and bool((found.std_error == 0).all())
-    # the offset of `Likelihood.bits_per_dim` is log q's
+    # the offset of `Likelihood.bits_per_dim` is log q's, for the width that is filled
     x, _ = law(levels, uniform_numbers((16, 2), 4, 3)[0].double())
     alone = log_likelihood(MIXTURE, x, t_min=START, **settings)  # type: ignore[arg-type]
-    torch.testing.assert_close(alone.bits_per_dim(4, 2.0), -found.draws[0] / math.log(4), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        alone.bits_per_dim(4, 2.0 * CODEC.filled), -found.draws[0] / math.log(4), rtol=0, atol=1e-6
+    )
 
 
 def test_draws_depend_on_seed_and_index_alone_and_share_their_probes() -> None:
@@ -243,9 +264,10 @@ def test_the_bound_of_the_sde_is_on_the_same_scale_and_not_below_the_exact_numbe
     k = codec.decode(model.sample(n, torch.Generator().manual_seed(0))[0].clamp(-1, 1))
     for t_min, low, high in ((1e-4, -1e-3, 1e-3), (0.1, 0.4, 0.8)):
         x, log_q = Uniform(codec, t_min)(k, uniform_numbers((n, 2), 1, 0)[0].double())
-        exact = log_likelihood(model, x, probe="exact", t_min=t_min).bits_per_dim(17, codec.width)
+        width = codec.width * codec.filled
+        exact = log_likelihood(model, x, probe="exact", t_min=t_min).bits_per_dim(17, width)
         bound = variational_bound(model, x, t_min=t_min, draws=600)
-        bits = bound.bits_per_dim(17, codec.width)
+        bits = bound.bits_per_dim(17, width)
         torch.testing.assert_close(bits, (bound.total + log_q.sum(1)) / (2 * math.log(2)))
         error = bound.std_error.square().sum().sqrt() / n / (2 * math.log(2))
         assert low - 4 * error < (bits - exact).mean() < high + 4 * error and error < 0.05, (

@@ -219,7 +219,7 @@ def _measure_digits(model: ScoreModel, config: ConfigDict) -> tuple[dict[str, fl
         ).bits_per_dim()
     else:
         likelihood = log_likelihood(model, x0[:IMAGES], t_min=at[0].item(), rtol=1e-3, atol=1e-3)
-        each = likelihood.bits_per_dim(codec.levels)
+        each = likelihood.bits_per_dim(codec.levels, codec.width * codec.filled)
     bits, error = mean_and_error(each.double().numpy())
     x = codec.decode(draw(model, Heun(), 20, (DIGITS_DRAWN, *data.shape)))
     sure, _, classes = confidence(data, x.permute(0, 2, 3, 1).numpy())
