@@ -184,7 +184,8 @@ def as_asked(data: Data, codec: AutoencoderCodec, device: torch.device | str) ->
             return codec.posterior(k)[0].cpu()
 
         one = read([0])
-        return replace(split, x=Stream((len(split), *one.shape[1:]), lambda index: read(list(index))))
+        x = Stream((len(split), *one.shape[1:]), lambda index: read(list(index)), f"codes of {split.digest()}")
+        return replace(split, x=x)
 
     return replace(data, train=part(data.train), test=part(data.test), levels=None)
 
@@ -233,15 +234,9 @@ def check_codes(path: Path, sha256: str, where: str, statistics: Statistics | No
 
 
 def _fingerprint(data: Data) -> str:
-    """Of both splits' images; of what stays on disk its shape and its first and last examples."""
-
-    def of(split: Split) -> str:
-        if isinstance(split.x, Tensor):
-            return digest(split.x)
-        ends = split.x[torch.tensor([0, len(split) - 1])]
-        return f"{tuple(split.x.shape)} {digest(ends)}"
-
-    return hashlib.sha256(f"{of(data.train)} {of(data.test)}".encode()).hexdigest()
+    """Of both splits' images, whatever their labels and captions."""
+    both = (replace(split, y=None, caption=None).digest() for split in (data.train, data.test))
+    return hashlib.sha256(" ".join(both).encode()).hexdigest()
 
 
 @torch.no_grad()

@@ -65,6 +65,20 @@ class Split:
         y, caption, std = (None if v is None else v.to(device) for v in (self.y, self.caption, self.std))
         return Split(x, y, device, caption, std)
 
+    def digest(self, captions: Sequence[str] = ()) -> str:
+        """sha256 hex that changes with the examples, labels, places of captions and deviations, whatever the device.
+
+        Of a Stream it is its `identity`: names, sizes and times of files, not what is in them. `captions` are the
+        data's, for whom their words matter, too.
+        """
+        x = self.x
+        if isinstance(x, Stream) and not x.identity:
+            each = [digest(x[index]) for index in torch.arange(len(x)).split(1_000)]
+            x = replace(x, identity=" ".join(each))
+        of = [digest(x) if isinstance(x, Tensor) else f"{x.shape} {x.identity}"]
+        of += ["" if v is None else digest(v) for v in (self.y, self.caption, self.std)]
+        return hashlib.sha256(repr([*of, *captions]).encode()).hexdigest()
+
 
 @dataclass(frozen=True)
 class Data:
@@ -163,10 +177,11 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def digest(*tensors: Tensor) -> str:
-    """sha256 of tensors' numbers, for stamps."""
+    """sha256 of tensors, their types, shapes and numbers."""
     whole = hashlib.sha256()
     for tensor in tensors:
-        whole.update(tensor.cpu().contiguous().numpy().tobytes())
+        whole.update(f"{tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 
@@ -291,7 +306,8 @@ def _subset(split: Split, index: Tensor) -> Split:
     if isinstance(split.x, Tensor):
         return Split(split.x[index], y, caption=caption)
     stream, names = split.x, index.tolist()
-    x = Stream((len(names), *split.shape), lambda rows: stream.read([names[r] for r in rows]))
+    identity = f"{digest(index)} of {stream.identity}" if stream.identity else ""
+    x = Stream((len(names), *split.shape), lambda rows: stream.read([names[r] for r in rows]), identity)
     return Split(x, y, caption=caption)
 
 

@@ -10,15 +10,16 @@ where it lies. Nothing here unpickles anything.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -36,16 +37,30 @@ _CAPTIONS = ("text", "caption", "prompt")  # keys of metadata.jsonl
 
 @dataclass(frozen=True)
 class Stream:
-    """Examples on disk: `shape` is (N, *example), `read` gives those at some indices as a uint8 or float32 tensor."""
+    """Examples on disk: `shape` is (N, *example), `read` gives those at some indices as a uint8 or float32 tensor.
+
+    `identity` changes with the files that they are read from and with what is made of them: see `identity_of`. Where it
+    is empty, whoever wants to know has to read them all.
+    """
 
     shape: tuple[int, ...]
     read: Callable[[Sequence[int]], Tensor]
+    identity: str = ""
 
     def __len__(self) -> int:
         return self.shape[0]
 
     def __getitem__(self, index: Tensor) -> Tensor:
         return self.read(index.tolist())
+
+
+def identity_of(files: Iterable[tuple[str, Path]], *about: object) -> str:
+    """sha256 hex of the names, sizes and modification times (ns) of files, in their order, and of what else is told."""
+    whole = hashlib.sha256(repr(about).encode())
+    for name, path in files:
+        status = path.stat()
+        whole.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\0".encode())
+    return whole.hexdigest()
 
 
 class Part(NamedTuple):
@@ -71,18 +86,20 @@ def read(
         raise FileNotFoundError(f"there is no file or folder {path}: say where your data are, --config.data.path=PATH")
     if path.is_dir():
         root = path.parent if path.name == "train" and (path.parent / "test").is_dir() else path
-        found = (Path(folder, name) for folder, _, inside in os.walk(root, followlinks=True) for name in inside)
+        found = (Path(where, name) for where, _, inside in os.walk(root, followlinks=True) for name in inside)
         names = [file.relative_to(root).as_posix() for file in found]
-        return _images(_Images(path, lambda name: (root / name).read_bytes(), image_size, num_channels), names, memory)
+        folder = _Images(path, lambda name: (root / name).read_bytes(), image_size, num_channels, lambda n: root / n)
+        return _images(folder, names, memory)
     if path.suffix.lower() in IMAGES:
-        one = _Images(path.parent, lambda name: path.read_bytes(), image_size, num_channels)
+        one = _Images(path.parent, lambda name: path.read_bytes(), image_size, num_channels, lambda name: path)
         return _images(one, [path.name], memory)
     if path.suffix == ".zip":
         try:
             archive = zipfile.ZipFile(path)
         except zipfile.BadZipFile as error:
             raise ValueError(f"{path} is damaged or no zip file ({error})") from error
-        return _images(_Images(path, archive.read, image_size, num_channels), archive.namelist(), memory)
+        zipped = _Images(path, archive.read, image_size, num_channels, lambda name: path)
+        return _images(zipped, archive.namelist(), memory)
     if path.suffix == ".npy":
         on_disk = path.stat().st_size > memory
         with _reading(path):
@@ -95,12 +112,13 @@ def read(
 
 @dataclass(frozen=True)
 class _Images:
-    """Encoded images by name, and what they are to become."""
+    """Encoded images by name, and what they are to become; `file` is where one lies, by itself or in a zip."""
 
     path: Path
     contents: Callable[[str], bytes]
     size: int | None
     channels: int | None
+    file: Callable[[str], Path]
 
     def open(self, name: str) -> Image.Image:
         try:
@@ -152,7 +170,7 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
         raise ValueError(f"there are no images ({', '.join(IMAGES)}) in {source.path}")
     if source.channels is None:
         grey = source.open(train[0]).mode in ("1", "L", "LA")
-        source = _Images(source.path, source.contents, source.size, 1 if grey else 3)
+        source = replace(source, channels=1 if grey else 3)
 
     listed = json.loads(source.contents("dataset.json")).get("labels") if "dataset.json" in names else None
     label, classes = (dict(listed), ()) if listed else class_folders(train, test, source.path)
@@ -161,7 +179,9 @@ def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part 
     def part(chosen: list[str]) -> Part:
         load = partial(source.read, chosen, shape)
         on_disk = len(chosen) * math.prod(shape) > memory
-        x = Stream((len(chosen), *shape), load) if on_disk else load(range(len(chosen)))
+        if on_disk:
+            identity = identity_of(((name, source.file(name)) for name in chosen), source.size, source.channels)
+        x = Stream((len(chosen), *shape), load, identity) if on_disk else load(range(len(chosen)))
         y = named_labels(label, chosen, source.path) if label else None
         return Part(x, y, [captions[n] for n in chosen] if captions else None, classes)
 
@@ -258,7 +278,8 @@ def _examples(array: np.ndarray, num_channels: int | None, path: Path) -> Tensor
         array = _channels_second(array, num_channels, path)
     dtype = np.uint8 if array.dtype == np.uint8 else np.float32
     if isinstance(array, np.memmap):
-        return Stream(array.shape, lambda index: _tensor(array[list(index)], dtype))
+        identity = identity_of([(path.name, path)], num_channels)
+        return Stream(array.shape, lambda index: _tensor(array[list(index)], dtype), identity)
     return _tensor(array, dtype)
 
 

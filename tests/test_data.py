@@ -1,15 +1,18 @@
 """Data sets by name, and the order of batches: every epoch a permutation, from (seed, step) alone."""
 
 import math
+import os
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from score_sde import VPSDE, closed_form
 from score_sde.closed_form import Mixture
-from score_sde.data import Split, batch, batch_indices, load_data
+from score_sde.data import Split, _subset, batch, batch_indices, load_data
 from score_sde.files import Stream
 from score_sde.toys import (
     EXACT,
@@ -106,6 +109,50 @@ def test_streams_give_what_tensors_give():
         for a, b in zip(batch(stream, step, 8, 3, flip=True), batch(whole, step, 8, 3, flip=True)):
             assert torch.equal(a, b)
     assert reads == [8] * 6
+
+
+def test_a_digest_changes_with_all_that_a_split_holds_and_with_nothing_else():
+    x, y, places = torch.arange(12.0).reshape(3, 4), torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1])
+    split = Split(x, y, caption=places, std=torch.ones(3, 4))
+    others = [
+        replace(split, x=x + torch.eye(3, 4)),
+        replace(split, x=x.reshape(3, 2, 2)),
+        replace(split, x=x.double()),
+        replace(split, x=x[[1, 0, 2]]),
+        replace(split, y=1 - y),
+        replace(split, y=None),
+        replace(split, caption=1 - places),
+        replace(split, std=None),
+    ]
+    assert len({split.digest(), split.digest(["a", "b"]), split.digest(["ab"]), *(s.digest() for s in others)}) == 11
+    assert split.digest() == Split(x.clone(), y.clone(), "elsewhere", places.clone(), torch.ones(3, 4)).digest()
+
+
+def test_a_stream_is_known_by_its_files_and_where_these_are_unknown_by_its_examples(tmp_path):
+    def streamed(size: int = 4, memory: int = 10):
+        return load_data("files", tmp_path, image_size=size, memory=memory).train.digest()
+
+    for i in range(8):
+        Image.fromarray(np.full((4, 4), i, dtype=np.uint8)).save(tmp_path / f"{i}.png")
+        os.utime(tmp_path / f"{i}.png", ns=(0, 10**18 + i))
+    first = streamed()
+    assert first == streamed() != streamed(memory=10_000) and first != streamed(size=2)
+    kept = load_data("files", tmp_path, image_size=4).train  # of 7; a tenth is held out
+    changed = next(i for i in range(8) if i in kept.x[:, 0, 0, 0])
+    os.utime(tmp_path / f"{changed}.png", ns=(0, 10**18 + changed + 1))
+    assert streamed() != first
+    os.utime(tmp_path / f"{changed}.png", ns=(0, 10**18 + changed))
+    assert streamed() == first
+    (tmp_path / f"{changed}.png").rename(tmp_path / f"{changed}_.png")
+    assert streamed() != first
+
+    whole = images(30)
+    nameless = [Split(Stream((30, 3, 4, 5), lambda i, x=x: x[list(i)])) for x in (whole.x, whole.x, 255 - whole.x)]
+    a, b, c = (split.digest() for split in nameless)
+    assert a == b != c
+    known = Stream((4, 1), lambda i: torch.zeros(len(i), 1), "known")
+    parts = [_subset(Split(known), torch.tensor(index)).digest() for index in ([0, 1], [1, 0], [0, 1])]
+    assert parts[0] == parts[2] != parts[1]
 
 
 def test_splits_move_with_their_labels():
