@@ -146,17 +146,24 @@ def run_sampling(
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if processes.main:
             write_arrays(folder / "samples.npz", {name: joined[name] for name in ("arr_0", "arr_1") if name in joined})
-            # a column for each class or prompt; or a row for each scale
-            asked = len(wanted.prompts) or len(labels)
-            columns = asked if 1 < asked <= min(32, s.num_samples) else None
-            columns = s.num_samples if len(strengths) > 1 and s.num_samples <= 32 else columns
-            write_pictures(joined["arr_0"], codec, folder, columns)
+            groups, names = _groups(wanted, strengths, s.num_samples)
+            write_pictures(joined["arr_0"], codec, folder, None, groups, names)
             if s.single_png and codec.pixels is not None:
                 for i, image in enumerate(codec.pixels.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
                     write_png(image, folder / f"{i:06d}.png")
         return {"nfe": float(joined["nfe"].mean())}
 
     return once(base, f"{checkpoint.stem}-{s.weights}-{s.method}", made_from, "samples.npz", processes, work)
+
+
+def _groups(wanted: Wanted, scales: Sequence[float], number: int) -> tuple[list[int] | None, list[str]]:
+    """(group of each sample, groups' names): rows of a grid are of a scale, or else of a prompt or a class."""
+    if len(scales) > 1:
+        return [i for i in range(len(scales)) for _ in range(number)], [f"guidance {scale:g}" for scale in scales]
+    names = list(wanted.prompts) or [str(label) if label >= 0 else "no label" for label in wanted.labels]
+    if not 1 < len(names) <= number:
+        return None, []
+    return [i % len(names) for i in range(number)], names
 
 
 def held(model: ScoreModel, config: ConfigDict, codec: Codec) -> ScoreModel:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,11 @@ import score_sde
 from . import signals
 from .checkpoint import file_hash
 from .codecs import Codec
-from .images import histogram, write_grid, write_png
+from .images import first_of_each, histogram, write_grid, write_png
 from .parallel import Processes
 
 Arrays = dict[str, np.ndarray]
+_SHOWN = 256  # images of a grid
 _VERSIONS = {"score_sde": score_sde.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
 
@@ -135,18 +136,29 @@ def write_stamp(folder: Path, content: dict[str, Any]) -> None:
     partial.replace(folder / "stamp.json")
 
 
-def write_pictures(values: np.ndarray, codec: Codec, folder: Path, columns: int | None = None) -> None:
+def write_pictures(
+    values: np.ndarray,
+    codec: Codec,
+    folder: Path,
+    columns: int | None = None,
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] = (),
+) -> None:
     """`grid.png` of the first 256 images (N, H, W, C), `histogram.png` of points of the plane (N, 2), or recordings.
 
     Of recordings (N, 1, length) the first 256 are .wav files, 000000.wav and so on, at the sample rate of the data.
+    `columns`, `groups` and `names` are `images.grid`'s; of groups the first 256 are as many of each.
     """
     if codec.pixels is not None:
-        images = codec.pixels.display(torch.from_numpy(values[:256]).permute(0, 3, 1, 2))
-        write_grid(images, folder / "grid.png", columns, zoom=max(1, 32 // images.shape[-1]))
+        shown = list(range(min(len(values), _SHOWN))) if groups is None else first_of_each(groups, _SHOWN)
+        groups = None if groups is None else [groups[i] for i in shown]
+        images = codec.pixels.display(torch.from_numpy(values[shown]).permute(0, 3, 1, 2))
+        zoom = max(1, 32 // images.shape[-1])
+        write_grid(images, folder / "grid.png", columns, zoom, groups, names)
     elif values.shape[1:] == (2,):
         write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
     elif codec.rate:
-        for i, signal in enumerate(torch.from_numpy(values[:256])):
+        for i, signal in enumerate(torch.from_numpy(values[:_SHOWN])):
             signals.write(signal, folder / f"{i:06d}.wav", codec.rate)
 
 

@@ -158,7 +158,7 @@ def _floor(config: ConfigDict) -> dict[str, float]:
 def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: int) -> torch.Tensor | None:
     """A grid of 64 images, or where 4096 points of the plane fall; None for other data.
 
-    Of a class-conditional model as many images as there are classes in 64, a column for each.
+    Of a class-conditional model as many images of each class as there are in 64, in rows of their own.
     """
     steps = getattr(model.sde, "steps", None)
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
@@ -166,15 +166,16 @@ def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: i
     count = _PICTURES if pixels is not None else 4096
     if pixels is None and shape != (2,):
         return None
-    columns = classes if 1 < classes <= 32 else None
-    if columns and pixels is not None:
-        count = _PICTURES // columns * columns
+    groups, names = None, list[str]()
+    if pixels is not None and 1 < classes <= _PICTURES:
+        count = _PICTURES // classes * classes
+        groups, names = [i % classes for i in range(count)], [str(label) for label in range(classes)]
     if classes:
         model = model.given(label=torch.arange(count) % classes)
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
     if pixels is None:
         return histogram(x)
-    return grid(pixels.display(x), columns, zoom=max(1, 32 // x.shape[-1]))
+    return grid(pixels.display(x), None, max(1, 32 // x.shape[-1]), groups, names)
 
 
 @torch.no_grad()

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL import Image
 from torch import Tensor
 
 from score_sde import VPSDE, Observation, ScoreModel, classifier, guide, load, load_classifier, sample, times
@@ -235,6 +236,11 @@ def test_classes_are_sampled_in_turn_and_kept(trained: Path) -> None:
     folder = results(trained, "samples", "samples.npz")[-1].parent
     with np.load(folder / "samples.npz") as found:
         assert found["arr_1"].tolist() == [3, 7] * 10
+        x = np.round(found["arr_0"][..., 0] * (255 / 16)).astype(np.uint8)
+    picture = np.asarray(Image.open(folder / "grid.png"))  # no strip: two rows of five for each class, behind its name
+    assert picture.shape[0] == 4 * 34 + 2 and picture[:, : -(5 * 34 + 2)].any()
+    tiles = picture[2:, -5 * 34 :].reshape(4, 34, 5, 34)[:, :32:4, :, :32:4].swapaxes(1, 2).reshape(20, 8, 8)
+    assert np.array_equal(tiles, np.concatenate([x[::2], x[1::2]]))
     stamp = json.loads((folder / "stamp.json").read_text())
     assert (stamp["labels"], stamp["guidance"]) == ([3, 7], [2.0, 0.0, 0.0, 0.0])
 

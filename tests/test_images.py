@@ -1,11 +1,13 @@
 """PNGs hold the pixels they were given; grids have their geometry."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from score_sde.images import grid, histogram, write_grid, write_png
+from score_sde.images import first_of_each, grid, histogram, layout, write_grid, write_png
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -20,13 +22,13 @@ def test_pngs_come_back_bit_by_bit(tmp_path, channels):
     np.testing.assert_array_equal(read, image.permute(1, 2, 0).numpy())
 
 
-@pytest.mark.parametrize("n, columns, rows", [(1, None, 1), (5, None, 2), (9, None, 3), (5, 5, 1), (5, 2, 3)])
+@pytest.mark.parametrize("n, columns, rows", [(1, None, 1), (5, None, 3), (9, None, 3), (5, 5, 1), (5, 2, 3)])
 @pytest.mark.parametrize("zoom", [1, 3])
 def test_grids_place_images_row_by_row_with_black_between(tmp_path, n, columns, rows, zoom):
     images = random(n, 3, 4, 6)
     write_grid(images, tmp_path / "g.png", columns, zoom)
     picture = np.array(Image.open(tmp_path / "g.png"))
-    across = columns or int(np.ceil(np.sqrt(n)))
+    across = columns or {1: 1, 5: 2, 9: 3}[n]  # 5: 2 across and 3 down is nearer to a square, as they are wide
     assert picture.shape == (rows * (4 * zoom + 2) + 2, across * (6 * zoom + 2) + 2, 3)
     for i in range(n):
         top, left = i // across * (4 * zoom + 2) + 2, i % across * (6 * zoom + 2) + 2
@@ -34,6 +36,46 @@ def test_grids_place_images_row_by_row_with_black_between(tmp_path, n, columns, 
         np.testing.assert_array_equal(tile, images[i].permute(1, 2, 0).numpy().repeat(zoom, 0).repeat(zoom, 1))
         tile[:] = 0
     assert not picture.any()  # what is left is black
+
+
+@pytest.mark.parametrize("groups", [2, 3, 10, 16, 32, 64])
+@pytest.mark.parametrize("ratio", [1.0, 0.5])
+def test_grids_of_groups_are_nearly_square_and_have_room_for_all(groups, ratio):
+    """64 samples of 2 classes once were a strip of 2 by 32."""
+    most = math.ceil(64 / groups)
+    across, down, wide = layout(groups, most, ratio)
+    rows, columns = math.ceil(groups / across) * down * ratio, across * wide
+    assert down * wide >= most and max(rows, columns) <= 2.4 * min(rows, columns)
+    assert layout(1, 64) == (1, 8, 8) and layout(1, 5) == (1, 2, 3) and layout(2, 32) == (1, 4, 8)
+    assert layout(3, 4) == (1, 1, 4) and layout(10, 7) == (1, 1, 7)  # a row for each
+
+
+def test_the_images_of_a_group_stand_together_behind_its_name():
+    groups = [2, 0, 1, 2, 0, 1, 2, 0, 1, 2]
+    images = random(10, 3, 4, 6)
+    plain = grid(images, groups=groups, zoom=3)
+    named = grid(images, groups=groups, zoom=3, names=["automobile", "cat", "a name that is much too long for a grid"])
+    for picture in (plain, named):
+        assert picture.shape[1] == 3 * 14 + 2
+        margin = picture.shape[2] - (4 * 20 + 2)
+        for group in range(3):
+            for j, i in enumerate(k for k, of in enumerate(groups) if of == group):
+                tile = picture[:, group * 14 + 2 :, margin + j * 20 + 2 :][:, :12:3, :18:3]
+                assert torch.equal(tile, images[i])
+    written = [named[:, group * 14 + 2 : group * 14 + 14, : named.shape[2] - 82] for group in range(3)]
+    lengths = [int(text.amax((0, 1)).nonzero().max()) for text in written]
+    assert plain.shape[2] == 82 and 10 < lengths[1] < lengths[0] < lengths[2] < 200
+    assert torch.equal(plain[:, :, 2:], named[:, :, -80:])
+
+
+def test_names_in_any_script_are_written():
+    assert grid(random(2, 1, 8, 8), groups=[0, 1], names=["猫", "Ż\n"]).shape[0] == 1
+
+
+def test_a_crowd_of_groups_shows_as_many_of_each():
+    assert first_of_each([0, 1, 0, 1, 0, 1, 1], 5) == [0, 1, 2, 3]
+    assert first_of_each([0] * 5 + [1] * 5, 6) == [0, 1, 2, 5, 6, 7]
+    assert first_of_each([3, 1, 2], 2) == [0, 1] and first_of_each([], 2) == []
 
 
 def test_points_become_a_picture_with_y_upwards():

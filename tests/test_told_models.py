@@ -309,7 +309,8 @@ def test_prompts_are_sampled_in_turn_at_each_scale(captioned: tuple[Path, list[s
         assert modes("sample", workdir, *settings, *asked[:2], f"--config.sampling.guidance={scale}") == 0
         with np.load(latest(workdir) / "samples.npz") as found:
             assert np.array_equal(found["arr_0"], rows[i])
-    assert Image.open(latest(workdir) / "grid.png").size == (2 * 34 + 2, 3 * 34 + 2)  # a column for each prompt
+    width, height = Image.open(latest(workdir) / "grid.png").size
+    assert width > 3 * 34 + 2 + 5 and height == 2 * 34 + 2  # a row for each prompt, which stands before it
 
 
 def test_at_scale_0_a_sample_is_what_the_negative_prompt_says(captioned: tuple[Path, list[str]]) -> None:
@@ -318,7 +319,7 @@ def test_at_scale_0_a_sample_is_what_the_negative_prompt_says(captioned: tuple[P
     with np.load(latest(workdir) / "samples.npz") as found:
         negative, guided = found["arr_0"].reshape(2, 6, 8, 8, 1).astype(int)
     width, height = Image.open(latest(workdir) / "grid.png").size
-    assert (width, height) == (6 * 34 + 2, 2 * 34 + 2)  # a row for each scale, of images 4 times larger
+    assert width > 6 * 34 + 2 + 5 and height == 2 * 34 + 2  # a row for each scale, of images 4 times larger
     plain = {}
     for prompt in ("a dog", "a red cat"):
         assert modes("sample", workdir, *settings, f"--prompt={prompt}") == 0
