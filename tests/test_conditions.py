@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from PIL import Image
 from torch import Tensor
 
 from score_sde import VPSDE, Observation, ScoreModel, classifier, guide, load, load_classifier, sample, times
