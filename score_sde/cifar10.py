@@ -45,7 +45,8 @@ class Part(NamedTuple):
 def caption(name: str) -> str:
     """A file's own word as a caption: "a tabby cat" of `tabby_cat_s_000001.png`, "an airbus" of `airbus_s_...`."""
     noun = name.rsplit("_s_", 1)[0].replace("_", " ").lower()
-    return f"{'an' if noun[:1] in 'aeiou' else 'a'} {noun}"
+    vowel = noun[:1] in "aeiou" and not noun.startswith(("eu", "uni"))  # as they sound: a european elk
+    return f"{'an' if vowel else 'a'} {noun}"
 
 
 def read(path: Path, url: str = URL, md5: str = MD5) -> tuple[Part, Part]:

@@ -1,6 +1,7 @@
 """The variational bound: each term against closed forms, the whole against evidence that is known, and its objectives
 and laws against the formulas of Improved DDPM."""
 
+import itertools
 import math
 from itertools import pairwise
 
@@ -246,6 +247,58 @@ def test_a_model_that_knows_nothing_needs_the_bits_of_its_decoder() -> None:
     total = chain_bound(Line(sde, 0.0, 0.0), x0, levels=3, variance="small").bits_per_dim()
     wanted = [-math.log2(norm.cdf(-0.5)), -math.log2(1 - 2 * norm.cdf(-0.5)), -math.log2(norm.cdf(-0.5))]
     assert total.tolist() == pytest.approx(wanted, abs=2e-3)
+
+
+@pytest.mark.parametrize("levels", [None, 17])
+@pytest.mark.parametrize("variance", ["small", "large"])
+def test_a_chain_of_one_step_is_its_prior_and_its_decoder(levels: int | None, variance: str) -> None:
+    """There is no step before, whose variance the decoder could take: it has (sigma/alpha)²."""
+    sde = DDPM([0.4]).as_sde()
+    model, x0 = Line(sde, 0.5, 0.2), torch.tensor([[-1.0, 0.5], [0.25, 1.0]], dtype=torch.float64)
+    bound = chain_bound(model, x0, levels=levels, variance=variance, seed=torch.Generator().manual_seed(5))
+    z = torch.randn(x0.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    mean, var = 0.5 * (math.sqrt(0.6) * x0 + math.sqrt(0.4) * z) + 0.2, torch.tensor(0.4 / 0.6, dtype=torch.float64)
+    if levels is None:
+        wanted = -torch.distributions.Normal(mean, var.sqrt()).log_prob(x0).sum(1)
+    else:
+        low, high = (torch.where(x0 * side == 1, side * math.inf, x0 + side / 16) for side in (-1, 1))
+        cdf = lambda v: torch.from_numpy(norm.cdf(v.numpy(), mean.numpy(), var.sqrt().item()))
+        wanted = -(cdf(high) - cdf(low)).log().sum(1)
+    torch.testing.assert_close(bound.reconstruction, wanted, rtol=1e-10, atol=0)
+    assert bound.diffusion.shape == (2, 0)
+    torch.testing.assert_close(bound.total, bound.prior + wanted)
+    with pytest.raises(ValueError, match="a chain of at least 2 steps"):
+        chain_term(sde, model(x0, scalar(1.0)), x0, torch.ones(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("width", [1.0, 2.0])
+def test_data_between_their_levels_are_refused(width: float) -> None:
+    """0.005 of a level is rounding; 0.02 and 0.2 of it are dequantisation, of a single number and on either side."""
+    sde = DDPM.linear(5, 0.01, 0.5).as_sde()
+    x0 = (1 - width + width * torch.arange(17) / 16).to(torch.float32).reshape(1, 17)
+    for off in (-0.005, 0.0, 0.005):
+        chain_bound(Line(sde, 0.5, 0.2), x0 + off * width / 16, levels=17, width=width)
+    beyond = [(-1.0, 0), (1.0, 16)]  # other levels, which there are not
+    for off, k in [*itertools.product((-0.2, -0.02, 0.02, 0.2, 0.5), (0, 8, 16)), *beyond]:
+        moved = x0.clone()
+        moved[0, k] += off * width / 16
+        with pytest.raises(ValueError, match="x0 must hold the values k/16"):
+            chain_bound(Line(sde, 0.5, 0.2), moved, levels=17, width=width)
+
+
+@pytest.mark.parametrize("log_variance", [20.0, 60.0, 90.0])
+def test_a_decoder_of_huge_variance_has_a_finite_gradient(log_variance: float) -> None:
+    """An inner bin then has the mass half/std times twice the density at 0; float64 cannot see it beyond 1e-16."""
+    x = torch.linspace(-1, 1, 5, dtype=torch.float64)
+    mean = torch.zeros(5, dtype=torch.float64, requires_grad=True)
+    spread = torch.full((5,), log_variance, dtype=torch.float64, requires_grad=True)
+    value = discretised(x, mean, spread, 5)
+    gradients = torch.autograd.grad(value.sum(), (mean, spread))
+    assert all(bool(v.isfinite().all()) for v in (value, *gradients))
+    if log_variance < 70:
+        inner = math.log(0.5) - log_variance / 2 - math.log(2 * math.pi) / 2
+        torch.testing.assert_close(value[1:4], torch.full((3,), inner, dtype=torch.float64), rtol=1e-2, atol=1e-2)
+        torch.testing.assert_close(value[[0, 4]].exp(), torch.full((2,), 0.5, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 def test_an_example_s_bound_depends_on_seed_and_index_alone() -> None:

@@ -120,6 +120,16 @@ def test_a_file_without_optimizer_cannot_be_resumed(trained: Path) -> None:
         restore(path, state.model, state.ema, state.optimizer)
 
 
+def test_after_a_single_step_too_the_optimizer_s_state_is_needed(tmp_path: Path) -> None:
+    """Before the first step there is none."""
+    state, path = make_state(toy_config(), (2,), CPU), tmp_path / "weights.safetensors"
+    save(path, Card(to_json(toy_config()), (2,), 1), state.model, state.ema, None)
+    with pytest.raises(ValueError, match="no optimizer state"):
+        restore(path, state.model, state.ema, state.optimizer)
+    save(path, Card(to_json(toy_config()), (2,), 0), state.model, state.ema, None)
+    assert restore(path, state.model, state.ema, state.optimizer).step == 0
+
+
 def test_an_interrupted_write_leaves_the_old_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = checkpoints(trained)[-1]
     before = path.read_bytes()

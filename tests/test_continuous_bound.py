@@ -249,6 +249,16 @@ def test_sampling_by_the_weight_lowers_the_variance_of_the_bound() -> None:
     assert better < plain / 100  # measured: 1/760
 
 
+def test_times_spread_evenly_lower_the_variance() -> None:
+    """Of 16 draws with noise that hardly counts: independent times would leave 1/16 of one draw's variance."""
+    sde = SubVPSDE(t_min=0.1)
+    model = from_score(sde, lambda x, t: torch.zeros_like(x))  # its error is |z|², of relative variance 2/D
+    x = torch.zeros(400, 2000, dtype=torch.float64)
+    one, many = (variational_bound(model, x, t_min=0.1, draws=k, law=uniform).diffusion for k in (1, 16))
+    assert many.mean().item() == pytest.approx(one.mean().item(), rel=0.1)
+    assert many.var() < one.var() / 16 / 8  # measured: 1/16 of it
+
+
 def test_examples_depend_on_seed_and_index_alone() -> None:
     model, x = Gaussian(VPSDE(), MEAN, VARIANCES), numbers(5, 2)
     whole = variational_bound(model, x, draws=3, seed=7)
@@ -304,6 +314,19 @@ def test_a_model_that_knows_its_discrete_data_pays_log_n() -> None:
     by_image = found.total.reshape(250, 8)
     assert bool(((by_image.mean(0) - math.log(8)).abs() < 4.5 * by_image.std(0) / math.sqrt(250) + 1e-3).all())
     assert found.bits_per_dim(levels=1, width=1).mean().item() == pytest.approx(0.75, abs=0.03)
+
+
+def test_data_between_the_decoder_s_levels_are_refused() -> None:
+    model, x = Gaussian(VPSDE(), MEAN, VARIANCES), LEVELS[torch.tensor([[0, 4], [2, 3]])]
+    for off in (-0.2, -0.02, 0.02, 0.2):  # of the distance between two levels, 1/2
+        moved = x.clone()
+        moved[1, 0] += off / 2
+        with pytest.raises(
+            ValueError, match=re.escape(f"x is up to {abs(off) / 2:.3g} away from the decoder's 5 levels")
+        ):
+            variational_bound(model, moved, decoder=LEVELS, draws=1)
+    variational_bound(model, x.float(), decoder=LEVELS, draws=1)
+    variational_bound(model, x + 1e-4, decoder=LEVELS, draws=1)  # rounding
 
 
 def test_bits_per_dim_count_the_dequantisation() -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_sde import VESDE, VPSDE, Preconditioned, ScoreModel, SubVPSDE, log_likelihood
+from score_sde import VESDE, VPSDE, Likelihood, Preconditioned, ScoreModel, SubVPSDE, log_likelihood
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.codecs import PixelCodec
 from score_sde.continuous_bound import variational_bound
@@ -251,6 +251,24 @@ def test_draws_depend_on_seed_and_index_alone_and_share_their_probes() -> None:
         2,
         0,
     )
+
+
+def test_draws_of_uneven_weight_enter_value_and_error_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Uniform noise on four levels of width 1/2 has log q = log 2 a dimension; weights are 1, 2 and 5 of 8."""
+    values = iter(([1.0, 1.0, 1.0], [2.0, 1.0, 0.0], [5.0, 1.0, 0.0]))  # densities of three images, in three draws
+    errors = iter(([0.1, 0.1, 0.3], [0.2, 0.4, 0.9], [0.4, 0.1, 0.9]))
+
+    def given(model: ScoreModel, x: Tensor, **options: object) -> Likelihood:
+        density, error = (torch.tensor(next(v), dtype=torch.float64) for v in (values, errors))
+        return Likelihood(density.log(), error, x, 7)
+
+    monkeypatch.setattr("score_sde.dequantisation.log_likelihood", given)
+    k = torch.ones(3, 1, dtype=torch.uint8)
+    found = log_probability(MIXTURE, k, Uniform(CODEC), samples=3, dtype=torch.float64)
+    means = torch.tensor([8 / 3, 1.0, 1 / 3], dtype=torch.float64) / 2
+    torch.testing.assert_close(found.log_prob, means.log(), rtol=1e-12, atol=0)
+    wanted = [(1 * 0.1 + 2 * 0.2 + 5 * 0.4) / 8, (0.1 + 0.4 + 0.1) / 3, 0.3]
+    assert found.std_error.tolist() == pytest.approx(wanted, rel=1e-12) and found.nfe == 21
 
 
 def test_the_bound_of_the_sde_is_on_the_same_scale_and_not_below_the_exact_number() -> None:

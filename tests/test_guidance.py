@@ -237,6 +237,23 @@ def test_classifier_guidance_keeps_to_its_interval() -> None:
     assert asked == []
 
 
+@pytest.mark.parametrize("make", ["guide", "classifier"])
+def test_an_interval_is_open_below_and_closed_above(make: str) -> None:
+    t, x = torch.tensor([0.3, 0.45, 0.6], dtype=torch.float64), points(3)
+    low, _, high = (SDE.sigma(t) / SDE.alpha(t)).tolist()
+    if make == "guide":
+        model, other = MIXTURE, Gaussian(SDE, torch.zeros(x.shape[1:], dtype=torch.float64), 1.0)
+        within, always = guide(model, other, 3.0, low=low, high=high), guide(model, other, 3.0)
+    else:
+        model = MIXTURE
+        within, always = (classifier(model, posterior, 3.0, label=0, **i) for i in ({"low": low, "high": high}, {}))
+    for each in (t, *t):  # a time for every example, and one for all
+        found, free, guided = (m(x, each).noise for m in (within, model, always))
+        wanted = torch.where((SDE.sigma(each) / SDE.alpha(each) > low).reshape(-1, 1), guided, free)
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+        assert not torch.allclose(free, guided)
+
+
 def test_any_log_prob_guides() -> None:
     """log p(y | x_t) = -|x - y|²/2 has the gradient y - x; a module is asked in its own precision."""
     model, y, x = Gaussian(SDE, [0.0, 0.0], 0.25), torch.tensor([0.3, -0.2]), points()

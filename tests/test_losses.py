@@ -251,6 +251,13 @@ def test_the_ends_of_u_stay_inside_the_law() -> None:
             assert bool(((t >= sde.t_min) & (t <= 1)).all()) and bool(weight.isfinite().all())
 
 
+@pytest.mark.parametrize("law", [log_snr, log_normal])
+def test_where_t_min_is_0_the_smallest_time_is_1e_5(law: TimeLaw) -> None:
+    """VP's log SNR is infinite at t = 0; EDM's is not, and is taken as it is."""
+    assert law(VPSDE(t_min=0.0), torch.zeros(1, dtype=torch.float64)).t.item() == pytest.approx(1e-5, rel=1e-6)
+    assert law(EDMSDE(), torch.zeros(1, dtype=torch.float64)).t.item() == pytest.approx(0.0, abs=1e-12)
+
+
 @pytest.mark.parametrize("sde", SDES[:2], ids=name)
 def test_importance_sampling_lowers_the_variance_of_the_likelihood_weighted_loss(sde: SDE) -> None:
     model = Gaussian(sde, MEAN, COV)

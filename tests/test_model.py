@@ -1,5 +1,6 @@
 """What a model answers with: every rule keeps x = alpha data + sigma noise and means what it says."""
 
+import math
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,8 @@ from torch import Tensor, nn
 
 from score_sde import DDPM, SDE, SMLD, VPSDE, Estimate, Preconditioned, ScoreModel, from_score, guide
 from score_sde.closed_form import Gaussian
-from score_sde.model import RULES, label_log_sigma, label_sigma, label_time, predict_edm, unit_variance
-from score_sde.sdes import like
+from score_sde.model import RULES, label_edm, label_log_sigma, label_sigma, label_time, predict_edm, unit_variance
+from score_sde.sdes import WrongShape, like
 from tests.oracles import CHAINS, SDES, name
 
 # Everything here is float64 and a handful of operations long: 1e-10 leaves room for sigma or alpha of 1e-3.
@@ -208,3 +209,21 @@ def test_errors_name_the_thing_and_the_remedy() -> None:
 def test_label_time_is_the_published_label() -> None:
     t = torch.tensor([0.0, 0.5, 1.0])
     assert label_time(t, t, t).tolist() == [0.0, 499.5, 999.0]
+
+
+def test_labels_are_their_formulas_of_the_noise_level() -> None:
+    """Of sigma/alpha = 4: 4 itself, 4 log 4, and EDM's log(4)/4."""
+    alpha, sigma, t = (torch.tensor(v, dtype=torch.float64) for v in (0.2, 0.8, 0.3))
+    found = {label: label(alpha, sigma, t).item() for label in (label_sigma, label_log_sigma, label_edm)}
+    wanted = {label_sigma: 4.0, label_log_sigma: 4 * math.log(4), label_edm: math.log(4) / 4}
+    assert found == pytest.approx(wanted, rel=1e-12)
+
+
+@pytest.mark.parametrize("half", ["data", "noise"])
+def test_an_estimate_of_which_one_half_has_another_shape_is_refused(half: str) -> None:
+    class Halved(ScoreModel):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> Estimate:
+            return Estimate(x, x, torch.ones(()))._replace(**{half: x[:, :1]})
+
+    with pytest.raises(WrongShape, match=rf"Halved returned {half} of shape \(3, 1\) for a state of shape \(3, 2\)"):
+        Halved(VPSDE())(torch.zeros(3, 2), torch.tensor(0.5))

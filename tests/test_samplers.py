@@ -176,6 +176,20 @@ def test_ddim_with_eta_zero_is_eulers_method_in_sigma_over_alpha(sde: SDE) -> No
         torch.testing.assert_close(y, euler, rtol=1e-12, atol=1e-12 * (1 + (x / sde.alpha(t)).abs().max().item()))
 
 
+@pytest.mark.parametrize("eta", [0.4, 1.0, 1.3, 4.0])
+@EVERY
+def test_ddim_s_step_is_the_paper_s_and_above_1_its_noise_may_be_all(sde: SDE, eta: float) -> None:
+    """Song et al. 2021 (2010.02502), eq. 12 and 16, in numbers of their own; the root is held at 0."""
+    model, x, z = Gaussian(sde, torch.zeros(2), 0.5), numbers(4, 2), numbers(4, 2, seed=1)
+    for t, s in ((0.9, 0.8), (0.9, 0.3)):
+        t, s = (torch.tensor(u, dtype=torch.float64) for u in (t, s))
+        a, b, p, q = (c(u).item() for c in (sde.alpha, sde.sigma) for u in (t, s))
+        fresh = eta * math.sqrt(q**2 / p**2 * (p**2 - (a / b) ** 2 * q**2))
+        e = model(x, t)
+        wanted = b * e.data + math.sqrt(max(q**2 - fresh**2, 0.0)) * e.noise + fresh * z
+        torch.testing.assert_close(DDIM(eta).step(model, x, t, s, lambda like: z), wanted, rtol=1e-9, atol=1e-9)
+
+
 @EVERY
 def test_heuns_method_takes_the_mean_of_the_slopes_in_sigma_over_alpha(sde: SDE) -> None:
     model, x, t, s = bent(sde), numbers(6, 3), seconds(0.6), seconds(0.55)

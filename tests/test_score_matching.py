@@ -169,6 +169,25 @@ def test_fisher_divergence_of_gaussians_and_its_standard_error() -> None:
     assert float(at_t.mean / found.mean) == pytest.approx(v_p * (1 / v_p - 1 / v_q) ** 2 / (a * (1 / a - 1 / b) ** 2))
 
 
+def test_fisher_divergence_of_few_examples() -> None:
+    """Of three values 0, 1/2 and 2 the variance of the mean is 13/36, by n - 1; one says nothing of its error."""
+    x = torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    found = fisher_divergence(lambda x, t: x, lambda x, t: 0 * x, x, NOW)
+    assert float(found.mean) == pytest.approx(5 / 6) and float(found.std_error) == pytest.approx(math.sqrt(13) / 6)
+    single = fisher_divergence(lambda x, t: x, lambda x, t: 0 * x, x[1:2], NOW)
+    assert float(single.mean) == 0.5 and math.isnan(float(single.std_error))
+
+
+def test_no_gradient_goes_into_the_truth() -> None:
+    model, truth = (torch.nn.Linear(2, 2).double() for _ in range(2))
+    x = numbers(5, 2).requires_grad_(True)
+    explicit(lambda x, t: model(x), lambda x, t: truth(x), x, NOW).sum().backward()
+    assert all(p.grad is None for p in truth.parameters()) and model.weight.grad is not None
+    error = model(x.detach()) - truth(x.detach())
+    torch.testing.assert_close(x.grad, error.detach() @ model.weight.detach())  # through the model alone
+    torch.testing.assert_close(model.weight.grad, error.detach().T @ x.detach())
+
+
 # -- sliced: unbiased, and its variance
 
 

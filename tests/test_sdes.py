@@ -348,6 +348,8 @@ def test_parameters_act():
         (lambda: SubVPSDE(beta_min=0.0), "beta_min and beta_max must be positive, got 0.0 and 20.0"),
         (lambda: VESDE(sigma_min=0.0), "0 < sigma_min < sigma_max, got 0.0 and 50.0"),
         (lambda: EDMSDE(sigma_max=0.001), "0 < sigma_min < sigma_max, got 0.002 and 0.001"),
+        (lambda: VESDE(sigma_min=2.0, sigma_max=2.0), "0 < sigma_min < sigma_max, got 2.0 and 2.0"),
+        (lambda: EDMSDE(sigma_min=2.0, sigma_max=2.0), "0 < sigma_min < sigma_max, got 2.0 and 2.0"),
     ],
 )
 def test_impossible_parameters_are_refused(make, message):

@@ -61,7 +61,19 @@ from score_sde.closed_form import Empirical, Gaussian, Mixture
 from score_sde.model import RULES
 from score_sde.ode import integrate
 from score_sde.samplers import adaptive, exponential
-from score_sde.samplers.exponential import SHORT, TURN, advance, moments, orders, part, plan, point, weights
+from score_sde.samplers.exponential import (
+    SHORT,
+    TURN,
+    Point,
+    advance,
+    moments,
+    orders,
+    part,
+    plan,
+    point,
+    predictions,
+    weights,
+)
 from score_sde.sdes import like
 from tests.oracles import SDES, name, numbers
 
@@ -274,6 +286,23 @@ def test_the_embedded_pair_takes_back_steps_that_are_too_long() -> None:
     assert (ends[0] - ends[1]).abs().max() < 1e-3
 
 
+@pytest.mark.parametrize(("error", "accepted"), [(0.99, True), (1.0, True), (1.01, False), (2.9, False)])
+def test_a_step_is_accepted_where_its_error_is_at_most_1(error: float, accepted: bool) -> None:
+    """The first step's error is given, those after it vanish: a step taken back costs six evaluations more."""
+    errors, starts = [error], []
+
+    def norm(e: Tensor, old: Tensor, new: Tensor, rtol: float, atol: float) -> Tensor:
+        starts.append(old.item())
+        return torch.full((1,), errors.pop() if errors else 1e-3, dtype=torch.float64)
+
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    field = lambda u, y, rows, whole: torch.ones_like(y)
+    half = torch.full((1,), 0.5, dtype=torch.float64)
+    found = ode.integrate_each(field, zero.reshape(1, 1), zero, one, rtol=1e-5, atol=1e-5, step=half, norm=norm)
+    assert starts[:2] == ([0.0, pytest.approx(0.5)] if accepted else [0.0, 0.0])
+    assert found.nfe.item() == 1 + 6 * len(starts) and found.state.item() == pytest.approx(1)
+
+
 @pytest.mark.parametrize("kind", ["gaussian", "mixture"])
 @EVERY
 def test_the_embedded_pair_keeps_its_tolerance_from_end_to_end(sde: SDE, kind: str) -> None:
@@ -351,6 +380,16 @@ def test_where_noise_outweighs_a_direction_the_data_are_the_smoother_estimate_an
         assert missed[worse] / missed[better] == pytest.approx(2 ** (order - 1), rel=0.1)
 
 
+def test_a_step_that_begins_at_a_log_snr_of_minus_2_or_above_takes_the_noise() -> None:
+    """What the docstrings of Multistep and UniPC say; the last time is where nothing begins."""
+    sde = EDMSDE()
+    grid = sde.time(torch.tensor([-9.0, -2.1, -1.9, 1.0, 9.0], dtype=torch.float64))
+    assert predictions(point(sde, grid), "both") == ["data", "data", "noise", "noise"]
+    ones = np.ones(2)
+    assert predictions(Point(ones, ones, np.array([-1.0, 0.0])), "both") == ["noise"]
+    assert predictions(point(sde, grid), "data") == ["data"] * 4
+
+
 @EVERY
 def test_ddim_is_eulers_method_in_sigma_over_alpha_and_the_exponential_eulers(sde: SDE) -> None:
     model, x, grid = bent(sde), numbers(6, 3), torch.linspace(0.9, 0.1, 6, dtype=torch.float64)
@@ -385,6 +424,17 @@ def test_churn_without_noise_is_heun_and_its_step_is_the_papers() -> None:
     expected = x_hat + (after - raised) * (first + slope(euler, after)) / 2
     found = next(Churn(0.3, inflate=1.01).walk(model, x, pair, lambda like: z))
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_churn_s_interval_holds_both_of_its_ends() -> None:
+    sde, grid = VPSDE(), torch.linspace(0.8, 0.2, 5, dtype=torch.float64)
+    model, x, ratios = bent(sde), numbers(4, 3), (sde.sigma(grid) / sde.alpha(grid)).tolist()
+    drawn: list[int] = []
+    noise = lambda like: drawn.append(1) or torch.zeros_like(like)  # type: ignore[func-returns-value]
+    for low, high, count in ((ratios[2], ratios[1], 2), (ratios[2], ratios[2], 1), (0.0, ratios[3], 1), (1e-9, 1e9, 4)):
+        drawn.clear()
+        last(Churn(1, low=low, high=high).walk(model, x, grid, noise))
+        assert len(drawn) == count, (low, high)
 
 
 def test_churn_never_raises_noise_above_the_prior_and_never_by_more_than_sqrt_2() -> None:

@@ -147,6 +147,8 @@ def test_encoders_are_told_apart_by_their_files(tmp_path: Path, folder: Path) ->
 def test_cifar_10_s_file_names_are_captions(tmp_path: Path) -> None:
     assert cifar10.caption("tabby_cat_s_000001.png") == "a tabby cat"
     assert cifar10.caption("airbus_s_001234.png") == "an airbus"
+    words = ("elk", "icebreaker", "oil_tanker", "umbrella_bird", "european_elk", "unicycle", "yacht")
+    assert [cifar10.caption(f"{word}_s_1.png").split()[0] for word in words] == ["an"] * 4 + ["a"] * 3
     assert cifar10.caption("leptodactylus_pentadactylus_s_000004.png") == "a leptodactylus pentadactylus"
     data = load_data("cifar10", write(tmp_path / PY, python2_pickle))
     assert data.captions == ("a cat",)

@@ -35,8 +35,10 @@ from score_sde.train import (
     make_state,
     noise_bins,
     noise_floor,
+    seed_dropout,
     train,
     train_step,
+    update,
 )
 
 NETS = Path(__file__).parent / "data" / "nets"
@@ -258,6 +260,39 @@ def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices() -> None:
     assert abs(np.corrcoef(whole.z.flatten(), other.z.flatten())[0, 1]) < 0.6
 
 
+def test_everything_random_in_a_batch_depends_on_the_seed(digits: Data) -> None:
+    """Times, noise, projections, dequantisation, a low resolution's noise, labels left out, and the examples."""
+    config = image_config(
+        training__objective="sliced", data__uniform_dequantization=True, model__super_resolution=2,
+        training__augmentation=0.5, model__class_conditional=True, training__condition_dropout=0.5,
+        training__batch_size=32,
+    )  # fmt: skip
+
+    def drawn(seed: int, data: Data) -> dict[str, torch.Tensor]:
+        config.seed = seed
+        b = draw(config, data.train, codec_of(17), VPSDE(), 3, slice(None), flip=False)
+        return {"x0": b.x0, "t": b.t, "z": b.z, "v": b.v, **b.condition}
+
+    one = Split(digits.train.x[:1], digits.train.y[:1])  # type: ignore[index]
+    alike = Data(one, one, levels=17, num_classes=10)  # the order of the examples then changes nothing
+    first, again, other = (drawn(seed, alike) for seed in (42, 42, 43))
+    assert {"x0", "t", "z", "v", "label"} < first.keys() and len(first) > 6
+    for name, value in first.items():
+        assert torch.equal(value, again[name]), name
+        assert not torch.equal(value, other[name]), name
+    assert not torch.equal(drawn(42, digits)["x0"].round(), drawn(43, digits)["x0"].round())
+
+
+def test_dropout_differs_between_processes_and_steps_and_seeds() -> None:
+    def mask(seed: int, step: int, rank: int) -> torch.Tensor:
+        seed_dropout(seed, step, Processes(rank, 4, torch.device("cpu")))
+        return torch.nn.functional.dropout(torch.ones(64), 0.5)
+
+    assert torch.equal(mask(1, 2, 0), mask(1, 2, 0))
+    for other in ((1, 2, 1), (1, 3, 0), (2, 2, 0)):
+        assert not torch.equal(mask(1, 2, 0), mask(*other)), other
+
+
 def test_soft_truncation_draws_a_smallest_time_for_each_batch_of_training() -> None:
     """log tau is uniform for k = 1; above it, 16 even times leave a gap of 1/16 of the range at most."""
     config, data = toy_config(training__soft_truncation=1.0, training__low_discrepancy=True), load_data("ring")
@@ -375,6 +410,13 @@ def test_noise_levels_are_binned_by_log_snr() -> None:
     assert list(found) == names and list(found.values()) == [0, 1, 2, 3, 4]
 
 
+def test_noise_levels_begin_at_1e_5_where_t_min_is_0() -> None:
+    edges, names = noise_bins(VPSDE(t_min=0.0))
+    ends = VPSDE().log_snr(torch.tensor([1e-5, 1.0], dtype=torch.float64))
+    torch.testing.assert_close(edges, torch.linspace(*ends.tolist(), 6, dtype=torch.float64))
+    assert names[0].startswith("sigma 0.001 to")
+
+
 def test_the_floor_is_the_error_of_the_exact_model_and_no_model_beats_it() -> None:
     sde = VPSDE(t_min=1e-5)
     exact = closed_form.Gaussian(sde, torch.zeros(1), torch.tensor([0.25]))
@@ -426,6 +468,14 @@ def test_check_finite_names_the_noise_levels_of_the_bad_examples() -> None:
         check_finite([record], VPSDE())
 
 
+@pytest.mark.parametrize("norm", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_stops_though_the_loss_is(norm: float) -> None:
+    t, loss = torch.tensor([0.1, 0.5], dtype=torch.float64), torch.ones(2)
+    check_finite([Record(11, 1e-3, torch.tensor(3.0), loss, loss, t)], VPSDE())
+    with pytest.raises(FloatingPointError, match=f"step 12: 0 of 2 examples, gradient norm {norm}"):
+        check_finite([Record(12, 1e-3, torch.tensor(norm), loss, loss, t)], VPSDE())
+
+
 def test_the_batch_must_be_divisible(tmp_path: Path) -> None:
     config = toy_config(training__accumulate=3)
     with pytest.raises(ValueError, match="multiple of 3"):
@@ -448,3 +498,34 @@ def test_held_out_loss_is_the_same_at_every_call(digits: Data) -> None:
     state = make_state(config, digits.shape, torch.device("cpu"))
     values = [evaluate_loss(state, config, digits.test, codec_of(17)) for _ in range(2)]
     assert values[0] == values[1]
+
+
+def test_held_out_loss_is_of_the_averaged_weights(digits: Data) -> None:
+    config = image_config()
+    state = make_state(config, digits.shape, torch.device("cpu"))
+
+    def value() -> float:
+        return evaluate_loss(state, config, digits.test, codec_of(17))["eval_loss"]
+
+    before = value()
+    with torch.no_grad():
+        for p in state.model.parameters():
+            p.add_(0.3)
+        assert value() == before
+        for p in state.ema.parameters():
+            p.add_(0.3)
+        assert abs(value() - before) > 1e-3
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_clipping_scales_large_gradients_down_and_leaves_small_ones(fused: bool) -> None:
+    """Adam's first moment after one step is (1 - beta1) times the gradient that it was given."""
+    for limit, factor in ((math.inf, 1.0), (100.0, 1.0), (5.0, 1.0), (1.0, 0.2)):
+        model = torch.nn.Linear(1, 2, bias=False)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.999), fused=fused)
+        state = State(model, copy.deepcopy(model), optimizer)  # type: ignore[arg-type]
+        gradient = torch.tensor([[3.0], [-4.0]])
+        model.weight.grad = gradient.clone()
+        assert update(state, limit).item() == pytest.approx(5.0)
+        given = optimizer.state[model.weight]["exp_avg"] / 0.1
+        torch.testing.assert_close(given, factor * gradient, rtol=1e-5, atol=0)
