@@ -185,7 +185,8 @@ def fisher_divergence(p: ScoreModel | Score, q: ScoreModel | Score, x: Tensor, t
     Of p to q it takes samples of p; for a marginal of an SDE, samples of x_t and t.
     """
     values = explicit(p, q, x, t).double()
-    return Divergence(values.mean(), values.std() / math.sqrt(len(values)))
+    error = values.std() / math.sqrt(len(values)) if len(values) > 1 else torch.full_like(values.sum(), math.nan)
+    return Divergence(values.mean(), error)
 
 
 def projections(z: Tensor, law: Law = "rademacher") -> Tensor:
