@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from torch.optim import Optimizer
 from . import config as configs
 from .autoencoder import ConvolutionalAutoencoder
 from .build import Trained, build_trained
+from .codecs import Codec
+from .data import Data
 from .interop import load_score_sde_file
 from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier
@@ -36,17 +38,62 @@ SUFFIX = ".safetensors"
 class Card:
     """What a checkpoint says of itself: the config (as JSON text), the shape of an example, and the step.
 
-    `codes`, of a model of an autoencoder's codes, are their statistics, as JSON text.
+    `codes`, of a model of an autoencoder's codes, are their statistics, and `data` is a `DataCard`, both as JSON text;
+    "" where there is none, as in files of version 0.1.0.
     """
 
     config: str
     shape: tuple[int, ...]
     step: int
     codes: str = ""
+    data: str = ""
 
     def header(self) -> dict[str, str]:
         known = {"format": FORMAT, "config": self.config, "shape": json.dumps(self.shape), "step": str(self.step)}
-        return {**known, "codes": self.codes} if self.codes else known
+        return known | {name: text for name, text in (("codes", self.codes), ("data", self.data)) if text}
+
+
+@dataclass(frozen=True)
+class DataCard:
+    """What a model's data were, so that sampling needs them not, and training on others can be told.
+
+    Args:
+        levels: values of a pixel, None for floats; of a model of codes, of the images' pixels.
+        rate: samples per second of recordings, else None.
+        num_classes: 0 unless the labels are classes.
+        class_names: one for each class, or () where nothing names them.
+        digest: `Split.digest` of the training split, captions included.
+    """
+
+    levels: int | None
+    rate: int | None
+    num_classes: int
+    class_names: tuple[str, ...]
+    digest: str
+
+    @classmethod
+    def of(cls, data: Data, codec: Codec) -> DataCard:
+        """Of data that `codec` encodes."""
+        levels = None if codec.pixels is None else codec.pixels.levels
+        return cls(levels, data.rate, data.num_classes, data.class_names, data.train.digest(data.captions))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> DataCard:
+        """What `to_json` wrote. Raises ValueError for a text that it cannot have written."""
+        try:
+            found = json.loads(text)
+            card = cls(**{**found, "class_names": tuple(found["class_names"])})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{text[:60]!r} does not describe a model's data ({error!r})") from error
+        counts = (card.levels, card.rate, card.num_classes)
+        if not all(_is_count(value) for value in counts if value is not None) or card.num_classes is None:
+            raise ValueError(f"levels, rate and num_classes of a model's data are counts, got {counts}")
+        if not all(isinstance(name, str) for name in (*card.class_names, card.digest)):
+            raise ValueError(f"class names and digest of a model's data are text, got {text[:60]!r}")
+        return card
 
 
 def save(
@@ -85,7 +132,7 @@ def read_card(path: Path) -> Card:
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this package (format {header.get('format')!r}, not {FORMAT!r})")
     shape, step = tuple(json.loads(header["shape"])), int(header["step"])
-    return Card(header["config"], shape, step, header.get("codes", ""))
+    return Card(header["config"], shape, step, header.get("codes", ""), header.get("data", ""))
 
 
 def restore(
@@ -131,6 +178,10 @@ def restore(
             where = parameter.device if key != "step" or _fused(optimizer) else torch.device("cpu")
             optimizer.state[parameter][key] = value.to(where)
     return card
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def _fused(optimizer: Optimizer) -> bool:

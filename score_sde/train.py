@@ -354,6 +354,7 @@ def train(
         objective = DistributedDataParallel(objective, device_ids=gpu)
     split, held_out = data.train.to(processes.device), data.test.to(processes.device)
     text = None if text is None else text.to(processes.device)
+    about = checkpoint.DataCard.of(data, codec).to_json() if processes.main else ""
     records: list[Record] = []
     since, clock = state.step, time.perf_counter()
 
@@ -382,7 +383,7 @@ def train(
         path = checkpoint.checkpoint_path(workdir, state.step)
         if processes.main:
             codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
-            card = checkpoint.Card(configs.to_json(config), data.shape, state.step, codes)
+            card = checkpoint.Card(configs.to_json(config), data.shape, state.step, codes, about)
             checkpoint.save(path, card, state.model, state.ema, state.optimizer, state.law)
             checkpoint.prune(workdir, t.keep_last, t.keep_every * t.snapshot_freq)
         processes.barrier()

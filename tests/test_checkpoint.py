@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import load_file
 
 from score_sde import checkpoint
-from score_sde.checkpoint import Card, checkpoints, load, newest, prune, read_card, restore, save
-from score_sde.codecs import VectorCodec
+from score_sde.checkpoint import Card, DataCard, checkpoints, load, newest, prune, read_card, restore, save
+from score_sde.codecs import PixelCodec, VectorCodec
 from score_sde.config import to_json
 from score_sde.data import load_data
 from score_sde.train import make_state, train
@@ -24,6 +24,7 @@ from tests.test_train import ALONE, toy_config
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
+OLD = ROOT / "tests" / "data" / "checkpoints" / "mlp-0.1.0.safetensors"  # of 3 steps on the ring, by version 0.1.0
 
 
 @pytest.fixture
@@ -159,6 +160,27 @@ def test_a_workdir_without_checkpoints_says_what_to_do(tmp_path: Path) -> None:
         load(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no checkpoint"):
         load(tmp_path / "nothing.safetensors")
+
+
+def test_the_card_describes_the_data_and_an_old_file_has_none(trained: Path) -> None:
+    data = load_data("ring")
+    about = DataCard.from_json(read_card(checkpoints(trained)[-1]).data)
+    assert about == DataCard(None, None, 0, (), data.train.digest(data.captions))
+    assert read_card(OLD).data == ""
+    digits = load_data("digits")
+    assert DataCard.of(digits, PixelCodec(17)).class_names == tuple("0123456789")
+    assert DataCard.of(digits, PixelCodec(17)) == DataCard(17, None, 10, tuple("0123456789"), digits.train.digest())
+
+
+@pytest.mark.parametrize(
+    "change", [{"levels": -1}, {"levels": 2.5}, {"num_classes": None}, {"rate": "44100"}, {"class_names": [1]},
+               {"class_names": 3}, {"digest": 5}, {"size": 3}]
+)  # fmt: skip
+def test_a_description_of_data_that_is_none_is_refused(change: dict[str, object]) -> None:
+    good = {"levels": 17, "rate": None, "num_classes": 2, "class_names": ["a", "b"], "digest": "0f"}
+    assert DataCard.from_json(json.dumps(good)) == DataCard(17, None, 2, ("a", "b"), "0f")
+    with pytest.raises(ValueError, match=r"a model's data"):
+        DataCard.from_json(json.dumps({**good, **change}))
 
 
 # -- runs
