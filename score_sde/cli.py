@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
-from .build import is_autoencoder, is_classifier, resolve_classes, resolve_conditions
+from .build import resolve_classes, resolve_conditions
 from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
 from .codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
 from .conditions import RESTORING, Wanted, check_conditions, load_guides, sampled_labels, told, trained_at
@@ -34,6 +34,7 @@ from .inverse_modes import restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
 from .ode import GaveUp
+from .options import MODES, check, scales_of
 from .parallel import Processes
 from .scan import scan
 from .show import Show, log_to, warn
@@ -69,8 +70,6 @@ where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, 
 what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
 several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
-
-MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *RESTORING, "dequantize", "demo")
 
 log = logging.getLogger("score_sde")
 
@@ -155,7 +154,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = configs.load(options.config, overrides)
-    _check_input(options, config)
+    check(options, config)
     workdir = Path(options.workdir or Path("runs") / Path(options.config).stem)
     processes = parallel.start(config.device)
     if processes.main:
@@ -181,7 +180,7 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if options.mode == "demo":
         return _demo(config, workdir, data, codec, processes)
     shape = data.shape if source is None else source.shape
-    scales = _scales(options.scales)
+    scales = scales_of(options)
     model, path = _model(options.checkpoint or workdir, options.mode, config, shape, processes, scales)
     if source is not None:
         codec = codec_from(path, source)
@@ -234,74 +233,6 @@ def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, proces
     return coded, AutoencoderCodec(source.autoencoder, statistics, source.pixels)
 
 
-def _check_input(options: argparse.Namespace, config: ConfigDict) -> None:
-    """Refuse an --input that nobody would read, a decode without one, and the modes of models for what is none."""
-    if is_autoencoder(config) and options.mode not in ("scan", "train"):
-        raise ValueError(
-            f"{options.config} is of an autoencoder, and --mode {options.mode} of models: train a model of its codes, "
-            "with --config.data.autoencoder=WORKDIR (its own bound is eval_loss in its log, in bits/dim)"
-        )
-    if config.data.autoencoder and options.mode in (*RESTORING, "dequantize", "demo"):
-        raise ValueError(
-            f"--mode {options.mode} works on pixels, and data.autoencoder={config.data.autoencoder} makes this a model "
-            "of codes: take a model of pixels"
-        )
-    if is_classifier(config) and options.mode not in ("scan", "train"):
-        raise ValueError(
-            f"{options.config} is of a classifier, and --mode {options.mode} of models: take the config of a model, "
-            "with --config.sampling.classifier=WORKDIR"
-        )
-    if options.mode == "decode" and options.input is None:
-        raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
-    seeds = options.mode == "interpolate" and config.interpolation.between == "seeds"
-    if options.mask is not None and options.mode != "inpaint":
-        raise ValueError(f"--mode {options.mode} reads no --mask, got {options.mask}; leave it out")
-    enlarges = options.mode == "sample" and config.model.super_resolution
-    reads = options.mode in ("encode", "decode", "interpolate", *RESTORING) or enlarges
-    if options.input is not None and (seeds or not reads):
-        what = "interpolation.between=seeds" if seeds else f"--mode {options.mode}"
-        raise ValueError(f"{what} reads no --input, got {options.input}; leave it out")
-    draws = options.mode == "sample" or options.mode in RESTORING
-    for name, value in (("--prompt", options.prompt), ("--negative", options.negative), ("--scales", options.scales)):
-        if value and (options.mode != "sample" if name == "--scales" else not draws):
-            raise ValueError(f"{name} is of --mode sample, and this is --mode {options.mode}; leave it out")
-    if options.mode in RESTORING and config.model.super_resolution:
-        raise ValueError(
-            f"--mode {options.mode} is for a model of whole images, and model.super_resolution="
-            f"{config.model.super_resolution} makes this one of smaller ones: --mode sample --input FILE_OR_FOLDER "
-            "enlarges by it"
-        )
-    if (options.prompt or options.negative) and not config.model.text_encoder:
-        name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
-        raise ValueError(
-            f"{name} {value!r} is for a model of text, which this is not: train one with model.text_encoder"
-        )
-    if options.negative and not options.prompt:
-        raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")
-    s, scales = config.sampling, _scales(options.scales) or [config.sampling.guidance]
-    classes = (config.model.class_conditional or s.classifier) and (options.mode == "sample" or s.labels)
-    guided = classes or s.guidance_checkpoint or options.prompt
-    if options.mode in RESTORING and s.classifier and not s.labels:
-        raise ValueError(f"sampling.classifier has no class to guide to in --mode {options.mode}: set sampling.labels")
-    if draws and not options.scales and s.guidance != 1 and not guided:
-        text = config.model.text_encoder
-        what, remedy = ("prompt", "give one, --prompt TEXT") if text else ("class", "set sampling.labels")
-        raise ValueError(f"sampling.guidance={s.guidance:g} has no {what} to guide by: {remedy}")
-    if options.negative and (s.classifier or s.guidance_checkpoint):
-        raise ValueError(
-            f"--negative {options.negative!r} is for a model that guides by itself: leave sampling.classifier and "
-            "sampling.guidance_checkpoint alone"
-        )
-    away = f"--negative {options.negative!r}" if options.negative else f"sampling.negative_label={s.negative_label}"
-    if draws and (options.negative or s.negative_label >= 0) and all(scale == 1 for scale in scales):
-        raise ValueError(f"{away} has no effect without guidance: set sampling.guidance above 1, such as 2")
-    if options.scales and not guided:
-        raise ValueError(
-            f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "
-            "sampling.classifier or sampling.guidance_checkpoint"
-        )
-
-
 def _captions(config: ConfigDict, data: Data, workdir: Path, processes: Processes) -> Text | None:
     """What the model is told of the data's captions, each encoded once and kept in the workdir; None if of none."""
     m = config.model
@@ -343,7 +274,7 @@ def _sample(
     wanted = _prompted(Wanted(sampled_labels(config, guides)), options, config, workdir, processes)
     if config.model.super_resolution:
         wanted = wanted._replace(images=_smaller(options, config, shape, codec, processes))
-    scales = _scales(options.scales)
+    scales = scales_of(options)
     folder, _ = run_sampling(model, config, shape, codec, path, workdir / "samples", processes, guides, wanted, scales)
     return folder
 
@@ -401,17 +332,6 @@ def _smaller(
     log.info("%d samples: %s", s.num_samples, folder)
     with np.load(folder / "samples.npz") as samples:
         return torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2).contiguous()
-
-
-def _scales(text: str) -> list[float]:
-    """ "0,1,2.5" as numbers."""
-    try:
-        found = [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise ValueError(f"--scales must be numbers such as 0,1,2.5, got {text!r}") from None
-    if any(not 0 <= scale < math.inf for scale in found):
-        raise ValueError(f"--scales must be at least 0, got {text}")
-    return found
 
 
 def _latents(

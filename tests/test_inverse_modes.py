@@ -216,7 +216,7 @@ def test_slips_are_answered_with_the_remedy(
             "inverse.method=twisted walks on sampling's grid, and sampling.method=embedded chooses its own steps",
         ),
         ("vp_digits", "deblur", ["--prompt", "a cat"], {}, "--prompt 'a cat' is for a model of text"),
-        ("vp_digits", "deblur", ["--scales", "1,2"], {}, "--scales is of --mode sample, and this is --mode deblur"),
+        ("vp_digits", "deblur", ["--scales", "1,2"], {}, "--mode deblur reads no --scales, got 1,2; leave it out"),
         ("vp_digits", "deblur", ["--input", text], {}, "text.png in"),
         ("vp_digits", "deblur", ["--input", small], {}, "holds uint8 of shape (2, 1, 4, 4), and uint8 images of shape"),
     ):  # fmt: skip
