@@ -18,7 +18,6 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from examples.pages import DOCS, cell, fill, picture, table
 from score_sde import checkpoint, load, recommended, sample
@@ -27,6 +26,7 @@ from score_sde.codecs import PixelCodec
 from score_sde.conditions import Wanted
 from score_sde.data import Data, load_data, shrink
 from score_sde.model import ScoreModel
+from score_sde.progress import with_progress
 
 from .guidance import Results, held_out, judged
 from .judges import judge
@@ -113,7 +113,7 @@ def measure(stages: list[Stage], single: Stage, data: Data, path: str | None, na
             return draw(stages[-1], small, y, best, levels, seed), y
         return cascade(stages, label, float(key.rsplit(" ", 1)[1]), levels, seed)[-1], label
 
-    for seed in tqdm(range(o.seeds), desc="seeds"):
+    for seed in with_progress(range(o.seeds), "seeds", o.seeds, "seed"):
         for key in (REAL, ONE, *(f"cascade, noise {level:g}" for level in LEVELS), ENLARGED):
             if results.done(key, "accuracy") <= seed:
                 begin = time.process_time()

@@ -26,7 +26,6 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from examples.pages import DOCS, cell, fill, picture, table
 from score_sde import classifier, guide, load, load_classifier, recommended, sample
@@ -35,6 +34,7 @@ from score_sde.data import Data, Split, load_data
 from score_sde.images import grid
 from score_sde.model import ScoreModel
 from score_sde.noisy_classifier import NoisyClassifier
+from score_sde.progress import Progress
 
 from .judges import Judge, Training, convolutions, judge, train
 from .timing import machine
@@ -167,7 +167,7 @@ def measure(
 ) -> None:
     """Everything that is not in the results yet."""
     settings = [(kind, scale) for kind, scales in SCALES[name].items() for scale in scales]
-    with tqdm(total=seeds * (len(settings) + len(TAUGHT[name]) + 2), desc=name) as bar:
+    with Progress(name, seeds * (len(settings) + len(TAUGHT[name]) + 2), "cell") as bar:
         for seed in range(seeds):
             if results.done("real", "accuracy") <= seed:
                 results.add("real", judged(who, *held_out(data, count, seed)))

@@ -18,9 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from score_sde.data import Data, batch, load_data
+from score_sde.progress import with_progress
 
 JUDGES = Path("runs/judges")  # where trained networks are kept
 
@@ -159,7 +159,7 @@ def train(network: nn.Module, data: Data, training: Training) -> None:
         optimizer, lambda i: (i + 1) / up if i < up else max(steps - i, 1) / (steps - up)
     )
     network.train()
-    for step in tqdm(range(steps), desc="a judge of CIFAR-10", unit="step"):
+    for step in with_progress(range(steps), "a judge of CIFAR-10", steps):
         x, y = batch(data.train, step, training.batch, training.seed, flip=True)
         assert y is not None and data.levels is not None
         optimizer.zero_grad()

@@ -17,7 +17,6 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor
-from tqdm import tqdm
 
 from examples.pages import DOCS, cell, fill, picture, table
 from score_sde import checkpoint, guide, load, recommended, sample
@@ -25,6 +24,7 @@ from score_sde import config as configs
 from score_sde.codecs import PixelCodec
 from score_sde.data import Data, load_data
 from score_sde.model import ScoreModel
+from score_sde.progress import with_progress
 from score_sde.text import HuggingFaceEncoder, Text, embed
 
 from .guidance import Results
@@ -139,7 +139,7 @@ def main() -> None:
 
     about: dict[str, object] = {"count": o.count, "model": checkpoint.file_hash(path), "judge": str(who)}
     results = Results(o.results, about)
-    for seed in tqdm(range(o.seeds), desc="seeds"):
+    for seed in with_progress(range(o.seeds), "seeds", o.seeds, "seed"):
         for name, captions in groups.items():
             # as many words of each group, other ones for each seed
             g = torch.Generator().manual_seed(seed)

@@ -19,7 +19,6 @@ import matplotlib
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from benchmarks.timing import machine
 from score_sde import (
@@ -35,6 +34,7 @@ from score_sde import (
     time_laws,
 )
 from score_sde.networks import MLP
+from score_sde.progress import Progress
 from score_sde.toys import EXACT, TOYS, checkerboard_log_prob
 
 from . import pages
@@ -72,15 +72,16 @@ def descend(module: nn.Module, loss: LogProb, data: Iterator[Tensor], steps: int
     """
     start = time.process_time()
     optimizer = torch.optim.Adam(module.parameters(), lr=rate, betas=(0.9, 0.99))
-    bar = tqdm(zip(range(steps), data), total=steps, desc=name, mininterval=1.0)
-    for i, x in bar:
-        optimizer.param_groups[0]["lr"] = rate * min((i + 1) / 20, 1) * (1 + math.cos(math.pi * i / steps)) / 2
-        optimizer.zero_grad()
-        value = loss(x).mean()
-        value.backward()
-        nn.utils.clip_grad_norm_(module.parameters(), 5.0)
-        optimizer.step()
-        bar.set_postfix(loss=f"{value.item():.3f}", refresh=False)
+    with Progress(name, steps) as bar:
+        for i, x in zip(range(steps), data):
+            optimizer.param_groups[0]["lr"] = rate * min((i + 1) / 20, 1) * (1 + math.cos(math.pi * i / steps)) / 2
+            optimizer.zero_grad()
+            value = loss(x).mean()
+            value.backward()
+            nn.utils.clip_grad_norm_(module.parameters(), 5.0)
+            optimizer.step()
+            bar.note(f"loss {value.item():.3f}")
+            bar.update()
     return time.process_time() - start
 
 

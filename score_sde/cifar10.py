@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
+
+from .progress import Progress
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -78,11 +79,11 @@ def download(url: str, target: Path, md5: str) -> None:
     try:
         with urllib.request.urlopen(url, timeout=30) as source, open(unfinished, "wb") as sink:
             total = int(source.headers.get("Content-Length", 0)) or None
-            with tqdm(total=total, unit="B", unit_scale=True, desc=f"downloading {target.name}") as progress:
+            with Progress(f"downloading {target.name}", total, "B") as bar:
                 while block := source.read(1 << 20):
                     sink.write(block)
                     digest.update(block)
-                    progress.update(len(block))
+                    bar.update(len(block))
         if digest.hexdigest() != md5:
             raise ValueError(
                 f"{url} gave an incomplete or altered file, md5 {digest.hexdigest()} instead of {md5}: start again "

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
-from tqdm import tqdm
 
 from . import checkpoint, parallel
 from . import config as configs
@@ -36,6 +35,7 @@ from .model import ScoreModel
 from .ode import GaveUp
 from .options import MODES, check, scales_of
 from .parallel import Processes
+from .progress import Progress
 from .scan import scan
 from .show import Show, log_to, warn
 from .text import HuggingFaceEncoder, Text, embed
@@ -403,7 +403,7 @@ def run_training(
     if processes.main:
         _remember(config, workdir)
         warn(config, data, codec)
-    with Stop() as stop, tqdm(total=n, desc="training", unit="step", disable=not processes.main) as bar:
+    with Stop() as stop, Progress("training", n, shown=processes.main) as bar:
         show = Show(config, workdir, data, codec, processes.device, bar, text) if processes.main else None
         for m in train(config, workdir, data, codec, processes, stop, text):
             step = m.step
@@ -431,12 +431,12 @@ def run_dequantizing(
     if not isinstance(codec, PixelCodec):
         raise ValueError(f"--mode dequantize is for pixels; data.dataset={config.data.dataset} holds floats")
     d, e = config.dequantizer, config.eval
-    with tqdm(total=d.n_iters, desc="dequantizer", unit="step") as bar:
+    with Progress("dequantizer", d.n_iters) as bar:
 
         def progress(step: int, loss: torch.Tensor) -> None:
-            bar.update()
             if step % 50 == 0:
-                bar.set_postfix_str(f"loss {loss.item() / math.prod(split.shape) / math.log(2):.3f} bits/dim")
+                bar.note(f"loss {loss.item() / math.prod(split.shape) / math.log(2):.3f} bits/dim")
+            bar.update()
 
         dequantiser = fit_dequantiser(
             model,

@@ -20,7 +20,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from . import checkpoint
 from . import config as configs
@@ -28,6 +27,7 @@ from .autoencoder import Autoencoder
 from .codecs import AutoencoderCodec, PixelCodec, Statistics
 from .data import Data, Split, digest
 from .files import Stream
+from .progress import Progress
 
 FORMAT = "score_sde codes 1"
 _TOGETHER = 250  # images encoded together
@@ -248,7 +248,7 @@ def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
         parts.append(("train", data.train, lambda k: k.flip(-1)))
     parts.append(("test", data.test, lambda k: k))
     found: dict[str, list[Tensor]] = {}
-    with tqdm(total=sum(len(split) for _, split, _ in parts), desc="encoding", unit="image") as bar:
+    with Progress("encoding", sum(len(split) for _, split, _ in parts), "image") as bar:
         for name, split, turned in parts:
             for index in torch.arange(len(split)).split(_TOGETHER):
                 k = turned(split[index][0]).to(device)

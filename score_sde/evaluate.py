@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
-from tqdm import tqdm
 
 from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times, grid_name
@@ -42,6 +41,7 @@ from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel
 from .ode import Solver
 from .parallel import Processes
+from .progress import Progress
 from .results import (
     Arrays,
     channels_last,
@@ -267,9 +267,9 @@ def run_likelihood(
             arrays |= in_bits(found, math.prod(split.shape))
         return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([found.nfe])}
 
-    def progress(bar: tqdm, done: list[Arrays]) -> None:
+    def progress(bar: Progress, done: list[Arrays]) -> None:
         mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
-        bar.set_postfix_str(f"{made_from['unit']} {mean:.3f} ± {error:.3f}")
+        bar.note(f"{made_from['unit']} {mean:.3f} ± {error:.3f}")
 
     def work(folder: Path) -> dict[str, Any]:
         batches = partial(in_batches, batch_size=e.batch_size, processes=processes)
@@ -496,9 +496,9 @@ def run_bound(
         arrays["std_error"] = found.std_error.double().cpu().numpy()
         return {**arrays, "nfe": np.array([counted.nfe])}
 
-    def progress(bar: tqdm, done: list[Arrays]) -> None:
+    def progress(bar: Progress, done: list[Arrays]) -> None:
         mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
-        bar.set_postfix_str(f"{made_from['unit']} at most {mean:.3f} ± {error:.3f}")
+        bar.note(f"{made_from['unit']} at most {mean:.3f} ± {error:.3f}")
 
     def work(folder: Path) -> dict[str, Any]:
         joined = in_batches(folder, n, e.batch_size, processes, compute, made_from["unit"], progress)

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import score_sde
 
@@ -27,6 +26,7 @@ from .checkpoint import file_hash
 from .codecs import Codec
 from .images import first_of_each, histogram, write_grid, write_png
 from .parallel import Processes
+from .progress import Progress
 
 Arrays = dict[str, np.ndarray]
 _SHOWN = 256  # images of a grid
@@ -84,7 +84,7 @@ def in_batches(
     processes: Processes,
     compute: Callable[[int, int], Arrays],
     description: str,
-    progress: Callable[[tqdm, list[Arrays]], None] = lambda bar, done: None,
+    progress: Callable[[Progress, list[Arrays]], None] = lambda bar, done: None,
 ) -> Arrays:
     """compute(first, count) for all of 0..total-1, each batch kept in a file; return them joined, on every process."""
     parts = folder / "parts"
@@ -92,7 +92,7 @@ def in_batches(
     starts = list(range(0, total, batch_size))
     mine = starts[processes.rank :: processes.world]
     done: list[Arrays] = []
-    with tqdm(total=len(mine), desc=description, unit="batch", disable=not processes.main) as bar:
+    with Progress(description, len(mine), "batch", shown=processes.main) as bar:
         for first in mine:
             path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
             arrays = read_arrays(path)
@@ -100,8 +100,8 @@ def in_batches(
                 arrays = compute(first, min(batch_size, total - first))
                 write_arrays(path, arrays)
             done.append(arrays)
-            bar.update()
             progress(bar, done)
+            bar.update()
     processes.barrier()
     whole = [read_arrays(parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz") for first in starts]
     processes.barrier()

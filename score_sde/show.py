@@ -13,9 +13,8 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
-from . import checkpoint
+from . import checkpoint, progress
 from .autoencoder import ConvolutionalAutoencoder
 from .build import build_sde, is_autoencoder, is_classifier
 from .codecs import Codec, PixelCodec
@@ -24,6 +23,7 @@ from .conditions import given
 from .data import Data
 from .images import grid, histogram, write_png
 from .model import ScoreModel
+from .progress import Progress
 from .samplers import Heun, sample, times
 from .scan import disagreements
 from .text import Text
@@ -51,7 +51,7 @@ class _BarSafe:
 
     def write(self, text: str) -> None:
         if text.strip():
-            tqdm.write(text.rstrip("\n"), file=sys.stderr)
+            progress.write(text.rstrip("\n"))
 
     def flush(self) -> None:
         sys.stderr.flush()
@@ -67,7 +67,7 @@ class Show:
         data: Data,
         codec: Codec,
         device: torch.device,
-        bar: tqdm,
+        bar: Progress,
         text: Text | None,
     ) -> None:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
@@ -86,13 +86,13 @@ class Show:
     def __call__(self, m: Metrics) -> None:
         for sentence in m.notes:
             log.info(sentence)
-            self.bar.initial = self.bar.n = m.step  # where a resumed run begins, lest the time left be wrong
-        self.bar.update(m.step - self.bar.n)
+            self.bar.start(m.step)
         if "training_loss" in m.scalars:
             loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
-            self.bar.set_postfix_str(f"loss {loss:.4g}, {speed:.3g} images/s")
+            self.bar.note(f"loss {loss:.4g}, {speed:.3g} images/s")
             for name, value in self.floor.items():
                 self.writer.add_scalar(f"noise_error_floor/{name}", value, m.step)
+        self.bar.update(m.step - self.bar.n)
         if m.scalars:
             log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
         for name, value in m.scalars.items():

@@ -32,6 +32,7 @@ from score_sde import (
     SubVPSDE,
     from_score,
     guide,
+    progress,
     sample,
     times,
 )
@@ -543,7 +544,8 @@ def test_small_cases() -> None:
         assert bool(sample(model, sampler, (1, 2), times.uniform(VPSDE(), 3)).isfinite().all())
 
 
-def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "EVERY", 0)
     model, grid = Gaussian(VPSDE(), MEAN, COV), times.uniform(VPSDE(), 3)
     sample(model, DDIM(), (1, 2), grid)
     assert capsys.readouterr().err == ""

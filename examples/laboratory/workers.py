@@ -10,7 +10,8 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
+
+from score_sde.progress import Progress
 
 from .experiment import Job, run
 
@@ -29,9 +30,10 @@ def run_all(jobs: Sequence[Job], base: Path, workers: int, total: int) -> float:
     done = context.Value("q", 0)
     spent = 0.0
     with (
-        tqdm(total=total, initial=total - sum(map(weight, jobs)), unit="step", desc="laboratory", smoothing=0) as bar,
+        Progress("laboratory", total) as bar,
         ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(done,)) as pool,
     ):
+        bar.start(total - sum(map(weight, jobs)))
         running = {pool.submit(_work, job, base): job for job in jobs}
         try:
             while running:
@@ -39,7 +41,7 @@ def run_all(jobs: Sequence[Job], base: Path, workers: int, total: int) -> float:
                 bar.update(total - sum(map(weight, jobs)) + done.value - bar.n)
                 for future in finished:
                     spent += future.result()
-                    bar.set_postfix_str("{0.data}, {0.objective}".format(running.pop(future)), refresh=False)
+                    bar.note("{0.data}, {0.objective}".format(running.pop(future)))
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from ..model import Estimate, ScoreModel, WrongShape, at
+from ..progress import Progress
 from ..sdes import SDE, Noise, add_
 
 _LOOK = 50  # steps between looks for values that are not finite
@@ -159,7 +159,7 @@ def sample(
         denoise: return E[x_0 | x] at the last time instead of x; where that is clean data (sigma = 0), x itself.
         temperature: factor of the draw from the prior. Below 1 samples are nearer to what the flow carries the prior's
             middle to: more alike, and of another law than the model's. For samplers that draw no noise.
-        progress: show a bar.
+        progress: show a bar, or a line every half minute where standard error is no terminal.
 
     Returns x of shape `shape`. Raises ValueError for a grid that is not 1-D and decreasing within [0, 1], for a shape
     that is not a batch of states, for an estimate of another shape than its state, and for a sampler that draws noise
@@ -185,10 +185,10 @@ def sample(
     (x, noise), n = begin(), len(times) - 1
     done = 0
     try:
-        with tqdm(
-            sampler.walk(model, x, times, noise), total=n, desc="sampling", leave=False, disable=not progress
-        ) as states:
-            for done, x in enumerate(states, 1):
+        with Progress("sampling", n, leave=False, shown=progress) as bar:
+            walk = sampler.walk(model, x, times, noise)
+            for done, x in enumerate(walk, 1):
+                bar.update()
                 if done % _LOOK == 0 and not _finite(x):
                     break
             else:
