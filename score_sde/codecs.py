@@ -135,9 +135,13 @@ class Statistics:
 
     @classmethod
     def from_json(cls, text: str) -> Statistics:
-        """What `to_json` wrote, to the last bit."""
-        found = json.loads(text)
-        return cls(tuple(found["mean"]), tuple(found["std"]), found["deviation"])
+        """What `to_json` wrote, to the last bit. Raises ValueError for a text that it cannot have written."""
+        try:
+            found = json.loads(text)
+            mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
+            return cls(mean, std, float(found["deviation"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"statistics of codes are mean, std and deviation, got {text[:60]!r}") from error
 
 
 class AutoencoderCodec:

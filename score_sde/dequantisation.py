@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,8 +31,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
@@ -44,6 +41,7 @@ from .likelihood import log_likelihood
 from .losses import denoising, simple
 from .model import ScoreModel
 from .sdes import SDE
+from .tensor_file import read_header, read_tensors, write_tensors
 from .time_laws import log_snr, low_discrepancy
 
 if TYPE_CHECKING:  # at run time it would bring scikit-learn's data sets along
@@ -355,27 +353,21 @@ def save_dequantiser(path: Path, dequantiser: VariationalDequantiser, **about: s
     d = dequantiser
     built = {"levels": d.codec.levels, "centered": d.codec.centered, "shape": d.shape, "hidden": d.hidden}
     built |= {"layers": len(d.couplings), "t_min": d.t_min}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in d.state_dict().items()}
-    save_file(tensors, partial, {"format": FORMAT, "built": json.dumps(built), **about})
-    partial.replace(path)
+    write_tensors(path, d.state_dict(), {"format": FORMAT, "built": json.dumps(built), **about})
 
 
 def load_dequantiser(path: Path) -> tuple[VariationalDequantiser, dict[str, str]]:
     """(dequantiser, its file's header). Raises FileNotFoundError, or ValueError for a file that is none."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no dequantiser {path}; fit one with --mode dequantize")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fit it again") from error
+    header, tensors = read_header(path), read_tensors(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} holds no dequantiser (format {header.get('format')!r}, not {FORMAT!r})")
-    built = json.loads(header["built"])
-    codec, shape = PixelCodec(built.pop("levels"), built.pop("centered")), tuple(built.pop("shape"))
-    dequantiser = VariationalDequantiser(codec, shape, **built)
-    dequantiser.load_state_dict(tensors)
+    try:
+        built = json.loads(header["built"])
+        codec, shape = PixelCodec(built.pop("levels"), built.pop("centered")), tuple(built.pop("shape"))
+        dequantiser = VariationalDequantiser(codec, shape, **built)
+        dequantiser.load_state_dict(tensors)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not describe the dequantiser that it holds ({error}); fit it again") from error
     return dequantiser.eval().requires_grad_(False), header
