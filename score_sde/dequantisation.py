@@ -15,7 +15,7 @@ A dequantiser is a callable ``(k, u) -> Dequantised``, a map from uniform number
 of k, with an attribute `t_min`: the time whose state the result is.
 
 - `Uniform`: the bin itself, of the codec's (k + u)/levels, but for its top 2^-14 (`PixelCodec.filled`).
-- `TruncatedNormal`: the noise that the data have at t_min, cut off at the bin, around the k/(levels - 1) of training.
+- `TruncatedNormal`: the noise that the data have at t_min, cut off at the bin, around the level's value in training.
   A model that was trained without dequantisation has seen just that (Zheng et al. 2023, arXiv:2305.03935).
 - `VariationalDequantiser`: a small flow, fitted to the model by `fit_dequantiser`.
 """
@@ -37,6 +37,7 @@ from torch.nn.functional import logsigmoid
 from .bounds import prior_divergence
 from .codecs import PixelCodec
 from .continuous_bound import reconstruction
+from .levels import half_bin
 from .likelihood import log_likelihood
 from .losses import denoising, simple
 from .model import ScoreModel
@@ -81,7 +82,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """x = alpha k/(levels - 1) + sigma z, scaled, with z normal but cut off half way to the neighbouring levels.
+    """x = alpha value_of(k) + sigma z, scaled, with z normal but cut off half way to the neighbouring levels.
 
     alpha and sigma are the SDE's at t_min; z lies in [-reach, reach]. With a reach of about 3 hardly anything is cut
     off, and x has the law of the noised data; see `truncation_time`. Raises ValueError without noise at t_min.
@@ -104,7 +105,7 @@ class TruncatedNormal:
     def reach(self) -> float:
         """Half a bin, in standard deviations of the noise."""
         alpha, sigma = self._curves
-        return alpha * _half_bin(self.codec) / sigma if sigma > 0 else math.inf
+        return alpha * half_bin(self.codec.levels, self.codec.width) / sigma if sigma > 0 else math.inf
 
     def __call__(self, k: Tensor, u: Tensor) -> Dequantised:
         (alpha, sigma), reach = self._curves, self.reach
@@ -121,7 +122,7 @@ def truncation_time(codec: PixelCodec, sde: SDE, reach: float = 3.0, least: floa
     For 8 bits that is at a log SNR of 13.3, where the schedule of Kingma et al. 2021 begins. A longer reach asks the
     model for noise that it can hardly see, a shorter one cuts off much of what it was trained on.
     """
-    target = torch.tensor(2 * math.log(reach / _half_bin(codec)), dtype=torch.float64)
+    target = torch.tensor(2 * math.log(reach / half_bin(codec.levels, codec.width)), dtype=torch.float64)
     first = sde.log_snr(torch.tensor(least, dtype=torch.float64))
     return least if bool(target >= first) else sde.time(target).item()
 
@@ -129,11 +130,6 @@ def truncation_time(codec: PixelCodec, sde: SDE, reach: float = 3.0, least: floa
 def _log_density(codec: PixelCodec) -> float:
     """Log of the density, per dimension, of `codec.encode(k, u)` for uniform u."""
     return math.log(codec.levels / (codec.width * codec.filled))
-
-
-def _half_bin(codec: PixelCodec) -> float:
-    """Half the distance of two levels k/(levels - 1), scaled."""
-    return codec.width / (2 * (codec.levels - 1))
 
 
 class VariationalDequantiser(nn.Module):
