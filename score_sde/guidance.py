@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .model import Estimate, Given, ScoreModel, absent, bound, in_precision_of, twice_differentiable
-from .sdes import SDE, like
+from .sdes import SDE, like, some
 
 Scale = float | Tensor  # one for all examples, or (B,)
 
@@ -166,7 +166,7 @@ def within(sde: SDE, t: Tensor, low: float, high: float, scale: Scale, outside: 
     """The scale where low < sigma/alpha <= high, (B,) or (), else `outside`; None if all are."""
     ratio = sde.sigma(t) / sde.alpha(t)
     inside = (low < ratio) & (ratio <= high)
-    if not bool(inside.any()):
+    if not some(inside):
         return None
     value = torch.as_tensor(scale, dtype=ratio.dtype)
     return torch.where(inside.to(value.device), value, outside)

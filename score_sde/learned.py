@@ -98,6 +98,14 @@ class MonotoneSchedule(nn.Module):
         whole = a + end - start
         return [part / whole for part in found]
 
+    def same_as(self, other: MonotoneSchedule) -> bool:
+        """Whether it has the other's parameters, whatever their device."""
+        pairs = [(mine.cpu(), theirs.cpu()) for mine, theirs in zip(self._all(), other._all(), strict=True)]
+        return self is other or all(a.shape == b.shape and torch.equal(a.double(), b.double()) for a, b in pairs)
+
+    def _all(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.slope, self.units, self.ends
+
     def variance_loss(self, t: Tensor, error: Tensor) -> Tensor:
         """Zeros (B,) whose gradient in the shape is that of E (s'(t) error)², the loss's second moment and variance.
 
@@ -129,6 +137,15 @@ class LearnedVPSDE(SDE):
 
     schedule: MonotoneSchedule
     t_min: float = 0.0
+
+    def __eq__(self, other: object) -> bool:
+        """Also where the schedules are equal copies, as of a checkpoint that was loaded twice."""
+        if not isinstance(other, LearnedVPSDE):
+            return NotImplemented
+        return self.t_min == other.t_min and self.schedule.same_as(other.schedule)
+
+    def __hash__(self) -> int:
+        return hash((LearnedVPSDE, self.t_min))
 
     def __repr__(self) -> str:
         low, high = self.schedule.ends.tolist()

@@ -59,13 +59,24 @@ def add_(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
     if isinstance(weight, Tensor):
         if weight.ndim > 0 or weight.requires_grad:  # a learned schedule's weights have a gradient
             return y.addcmul_(like(weight, y), z)
-        weight = weight.item()
+        try:
+            return y.add_(z, alpha=weight.item())
+        except RuntimeError:  # of a time that torch.func.vmap has mapped
+            return y.addcmul_(like(weight, y), z)
     return y.add_(z, alpha=weight)
 
 
 def add(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
     """y + weight · z in one pass over memory, for the same weights."""
     return torch.addcmul(y, like(weight, y), z) if isinstance(weight, Tensor) else torch.add(y, z, alpha=weight)
+
+
+def some(mask: Tensor) -> bool:
+    """Whether any is true; also where nobody can tell, as of times that torch.func.vmap has mapped."""
+    try:
+        return bool(mask.any())
+    except RuntimeError:
+        return True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,14 @@ from torch import Tensor
 from score_sde import (
     VPSDE,
     CosineSDE,
+    Heun,
     LearnedVPSDE,
     MonotoneSchedule,
     Preconditioned,
     Sampler,
     ScoreModel,
     from_score,
+    guide,
     load,
     log_likelihood,
     sample,
@@ -245,11 +247,12 @@ def test_the_schedule_is_a_part_of_the_model_and_copies_with_it() -> None:
     with torch.no_grad():
         twin.schedule.units[0] += 3 * numbers(8, dtype=torch.float32)
     assert torch.equal(model.sde.sigma(t), before) and not torch.allclose(twin.sde.sigma(t), before)
+    assert model.sde != twin.sde
     model.load_state_dict(twin.state_dict())
     assert torch.equal(model.sde.sigma(t), twin.sde.sigma(t))
     later = replace(model.sde, t_min=0.1)
     assert later.module is model.schedule and times.uniform(later, 2).tolist() == pytest.approx([1, 0.55, 0.1])
-    assert model.sde == model.sde and model.sde != twin.sde and hash(later) != hash(twin.sde)
+    assert model.sde == twin.sde and model.sde != later and hash(later) != hash(twin.sde)
     assert repr(later) == "LearnedVPSDE(gamma=-13.3..5, t_min=0.1)"
 
 
@@ -393,3 +396,19 @@ def test_held_out_loss_is_the_bounds_diffusion_term(digits: Data) -> None:
     value = evaluate_loss(state, config, digits.test, codec_of(17))["eval_loss"]
     assert value == pytest.approx(evaluate_loss(state, config, digits.test, codec_of(17))["eval_loss"], rel=1e-12)
     assert 0 < value < 30
+
+
+def test_two_models_with_one_schedule_or_with_copies_of_it_guide_each_other() -> None:
+    sde = LearnedVPSDE(schedule=MonotoneSchedule(units=16), t_min=1e-3)
+    model, weak = (Gaussian(sde, torch.zeros(2), variance) for variance in (0.3, 0.5))
+    twin = copy.deepcopy(weak)
+    grid = times.log_snr(sde, 6)
+    one, other = (sample(guide(model, w, 1.5), Heun(), (3, 2), grid) for w in (weak, twin))
+    assert torch.equal(one, other)
+    assert twin.sde == sde and hash(twin.sde) == hash(sde) and twin.sde is not sde and sde != VPSDE()
+    assert twin.sde != LearnedVPSDE(schedule=twin.sde.schedule)  # its t_min is 0
+    with torch.no_grad():
+        twin.schedule.units[1] += 0.1
+    assert twin.sde != sde
+    with pytest.raises(ValueError, match="both models must share one SDE"):
+        guide(model, twin, 1.5)
