@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from ml_collections import ConfigDict
 
-from .build import AUTOENCODE, CHAINS, CLASSIFY, FITTABLE, FITTED
+from .build import AUTOENCODE, CHAINS, CLASSIFY, FITTABLE, FITTED, build_sde
 from .objectives import DECODED, TWICE
-from .pictures import Pixels
+from .samplers.stochastic import check_flow
 from .toys import TOYS
 
 
@@ -18,23 +18,13 @@ def check(config: ConfigDict) -> None:
             torch.device(config.device)
         except RuntimeError:
             raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}") from None
-    for rules in (_data, _autoencoder, _conditions, _training, _noise, _network, _sampling, _likelihood):
+    for rules in (_autoencoder, _conditions, _training, _noise, _network, _sampling, _likelihood):
         rules(config)
 
 
 def refuse(wrong: bool, sentence: str) -> None:
     if wrong:
         raise ValueError(sentence)
-
-
-def _data(config: ConfigDict) -> None:
-    """How files are read."""
-    d = config.data
-    Pixels(d.file_bits, d.bits, d.background)
-    refuse(
-        d.dataset != "files" and max(d.file_bits, d.bits) > 0,
-        f"data.file_bits and data.bits are of image files: leave them 0 for data.dataset={d.dataset}",
-    )
 
 
 def _autoencoder(config: ConfigDict) -> None:
@@ -347,8 +337,10 @@ def _sampling(config: ConfigDict) -> None:
     )
     refuse(
         s.method == "pc" and s.probability_flow and s.predictor == "ancestral_sampling",
-        "sampling.probability_flow has no ancestral_sampling: use the predictor reverse_diffusion, or method ddim",
+        "sampling.probability_flow has no ancestral_sampling: set sampling.method=ddim, the same steps without noise",
     )
+    if s.method == "pc" and s.probability_flow and s.predictor == "reverse_diffusion" and t.sde != "learned":
+        check_flow(build_sde(config))
     refuse(
         s.step_lr > 0 and "ald" not in (s.method, s.corrector if s.method == "pc" else ""),
         "sampling.step_lr is the step of annealed Langevin dynamics: set sampling.method=ald, or step_lr=0",
