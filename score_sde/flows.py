@@ -317,9 +317,17 @@ def as_state(x: Tensor) -> Tensor:
 
     Raises ValueError for what is no batch of states.
     """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a tensor (B, *shape), got {type(x).__name__}; torch.as_tensor(x) makes it one")
     if x.ndim < 2 or not x.is_floating_point():
         raise ValueError(f"x must be (B, *shape) in floating point, got {x.dtype} of shape {tuple(x.shape)}")
     return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def refuse_gradient(x: Tensor, name: str, instead: str) -> None:
+    """Raise ValueError where x asks for a gradient, which what is computed without one would lose in silence."""
+    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name} has no gradient, and x asks for one: take score_flow(model).{instead}, or x.detach()")
 
 
 def check_start(sde: SDE, t_min: float) -> None:

@@ -15,30 +15,32 @@ import math
 import torch
 from torch import Tensor
 
-from .flows import score_flow
+from .flows import refuse_gradient, score_flow
 from .model import ScoreModel
 from .ode import EACH, Solver
 
 DEFAULT = Solver(EACH)
 
 
-@torch.no_grad()
 def encode(model: ScoreModel, x: Tensor, *, t_min: float = 1e-5, solver: Solver = DEFAULT) -> Tensor:
     """The states at t = 1 of the paths through x, (B, *shape), at t_min; the latents of `log_likelihood`.
 
-    Conditions are bound before, as in ``encode(model.given(label=y), x)``. Raises RuntimeError where the solver gives
-    up.
+    Conditions are bound before, as in ``encode(model.given(label=y), x)``. Without a gradient, which
+    ``score_flow(model).encode(x)`` has. Raises ValueError where x asks for one, RuntimeError where the solver gives up.
     """
-    return score_flow(model, t_min=t_min, solver=solver).encode(x)
+    refuse_gradient(x, "encode", "encode(x)")
+    with torch.no_grad():
+        return score_flow(model, t_min=t_min, solver=solver).encode(x)
 
 
-@torch.no_grad()
 def decode(model: ScoreModel, z: Tensor, *, t_min: float = 1e-5, solver: Solver = DEFAULT) -> Tensor:
     """The states at t_min of the paths through z, (B, *shape), at t = 1: what `encode` undoes, to the solver's error.
 
-    Raises RuntimeError where the solver gives up.
+    Without a gradient, as `encode`. Raises ValueError where z asks for one, RuntimeError where the solver gives up.
     """
-    return score_flow(model, t_min=t_min, solver=solver).decode(z)
+    refuse_gradient(z, "decode", "decode(z)")
+    with torch.no_grad():
+        return score_flow(model, t_min=t_min, solver=solver).decode(z)
 
 
 def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .flows import Probe, score_flow
+from .flows import Probe, refuse_gradient, score_flow
 from .model import ScoreModel
 from .ode import Solver
 
@@ -55,7 +55,8 @@ def log_likelihood(
 ) -> Likelihood:
     """Log density of x under the probability flow of `model`, with x taken as the state at t_min.
 
-    With the default method an example's result and cost do not depend on its batch.
+    With the default method an example's result and cost do not depend on its batch. The result has no gradient, neither
+    in x nor in the model's parameters: ``score_flow(model).log_prob(x)`` has both, for training by maximum likelihood.
 
     Args:
         model: any score model.
@@ -72,8 +73,10 @@ def log_likelihood(
         seed: of the probes; example i's depend on (seed, first + i) alone. A torch.Generator serves the whole batch.
         first: index of the batch's first example.
 
-    Raises ValueError for an unknown probe or method or a wrong shape, RuntimeError where the solver gives up.
+    Raises ValueError for an unknown probe or method, a wrong shape, or where x asks for a gradient, RuntimeError where
+    the solver gives up.
     """
+    refuse_gradient(x, "log_likelihood", "log_prob(x)")
     flow = score_flow(model, base=prior_log_prob, t_min=t_min, solver=Solver(method, rtol, atol))
     with torch.no_grad():
         found = flow.evaluate(x, probe=probe, probes=probes, seed=seed, first=first)

@@ -90,6 +90,10 @@ class ScoreModel(nn.Module, ABC):
         return self(x, t).score
 
     def __call__(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        if not isinstance(t, Tensor):
+            raise ValueError(
+                f"t must be a tensor of shape () or ({len(x)},), got {type(t).__name__}: pass torch.as_tensor(t)"
+            )
         estimate: Estimate = super().__call__(x, t, **condition)
         for name, value in (("data", estimate.data), ("noise", estimate.noise)):
             if value.shape != x.shape:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from score_sde import SDE, VESDE, VPSDE, Ancestral, Heun, Solver, closed_form, log_likelihood, sample, times
+from score_sde import SDE, VESDE, VPSDE, Ancestral, Heun, Solver, closed_form, log_likelihood, sample, score_flow, times
 from score_sde.latents import decode, encode, slerp
 from score_sde.samplers import DDIM, Churn, EmbeddedODE, UniPC
 
@@ -43,6 +43,24 @@ def test_an_example_s_latent_does_not_depend_on_its_batch() -> None:
     z = encode(model, x)
     for i in range(4):
         torch.testing.assert_close(encode(model, x[i : i + 1])[0], z[i], rtol=1e-9, atol=1e-9)
+
+
+def test_what_has_no_gradient_refuses_an_x_that_asks_for_one_and_names_what_has() -> None:
+    model, x = closed_form.Gaussian(VPSDE(), torch.zeros(2), 0.3), numbers(3, 2).requires_grad_()
+    for use, instead in ((encode, "encode"), (decode, "decode"), (log_likelihood, "log_prob")):
+        with pytest.raises(
+            ValueError, match=rf"has no gradient, and x asks for one: take score_flow\(model\).{instead}"
+        ):
+            use(model, x)
+        with torch.no_grad():
+            use(model, x)
+        with pytest.raises(ValueError, match="x must be a tensor .*, got ndarray; torch.as_tensor"):
+            use(model, x.detach().numpy())  # type: ignore[arg-type]
+    flow = score_flow(model)
+    for y in (flow.log_prob(x).sum(), flow.encode(x).sum(), flow.decode(x).sum()):
+        assert bool(torch.autograd.grad(y, x)[0].isfinite().all())
+    with pytest.raises(ValueError, match=r"t must be a tensor of shape \(\) or \(3,\), got float"):
+        model(x, 0.5)  # type: ignore[arg-type]
 
 
 def test_the_way_back_ends_where_the_way_there_began_to_the_solver_s_error() -> None:

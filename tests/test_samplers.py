@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from scipy.stats import kstest
@@ -21,6 +22,7 @@ from score_sde import (
     AdaptiveODE,
     Ancestral,
     AnnealedLangevin,
+    CosineSDE,
     EulerMaruyama,
     FixedODE,
     Heun,
@@ -30,11 +32,16 @@ from score_sde import (
     Sampler,
     ScoreModel,
     SubVPSDE,
+    chain_bound,
     from_score,
     guide,
+    langevin_dynamics,
+    log_likelihood,
     progress,
+    recommended,
     sample,
     times,
+    variational_bound,
 )
 from score_sde.chains import Piecewise
 from score_sde.closed_form import Empirical, Gaussian, Mixture
@@ -47,7 +54,7 @@ close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)  # float64, 
 
 MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
 COV = torch.tensor([[0.5, 0.3], [0.3, 1.2]], dtype=torch.float64)
-CHAINS: list[DDPM | SMLD] = [DDPM.linear(24, 0.003, 0.8), SMLD.from_sde(VESDE(), 24)]
+CHAINS: list[DDPM | SMLD] = [DDPM.linear(24, 0.003, 0.6), SMLD.from_sde(VESDE(), 24)]
 EVERY = pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], ids=name)
 
 # sampler: its order as a solver of the probability flow. A new deterministic sampler is one more row.
@@ -364,9 +371,17 @@ def truth(sde: SDE, sampler: Sampler) -> tuple[float, float, float]:
     return mean, std, 0.0
 
 
+# on every SDE and chain; a cosine schedule is none for the flow's reverse diffusion (tests/test_spread.py)
+PAIRS = [
+    pytest.param(sde, sampler, id=f"{name(sde)}-{sampler}")
+    for sde in [*SDES, *(c.as_sde() for c in CHAINS)]
+    for sampler in SAMPLERS
+    if not (isinstance(sde, CosineSDE) and sampler == ReverseDiffusion(flow=True))
+]
+
+
 @pytest.mark.parametrize("wrapper", ["plain", "given", "guided"])
-@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
-@EVERY
+@pytest.mark.parametrize(("sde", "sampler"), PAIRS)
 def test_every_sde_sampler_wrapper_and_rank(sde: SDE, sampler: Sampler, wrapper: str) -> None:
     shapes = [(400, 10), (100, 3, 4, 4)]
     if isinstance(sampler, (DDIM, EulerMaruyama)) and wrapper == "plain":
@@ -555,12 +570,40 @@ def test_progress_is_shown_when_asked_for(capsys: pytest.CaptureFixture[str], mo
 
 @pytest.mark.parametrize(
     "grid",
-    [[1.0], [0.0, 1.0], [1.0, 1.0], [[1.0, 0.5]], [1.0, math.nan], [1.0, -0.1], [2.0, 1.0]],
+    [[1.0], [0.0, 1.0], [1.0, 1.0], [[1.0, 0.5]], [1.0, math.nan], [1.0, -0.1], [2.0, 1.0], None, "uniform"],
     ids=str,
 )
-def test_a_grid_that_does_not_fall_within_the_unit_interval_is_refused(grid: list[float]) -> None:
-    with pytest.raises(ValueError, match="times must be a 1-D grid that falls from 1 to 0 or above, got"):
-        sample(Gaussian(VPSDE(), MEAN, COV), DDIM(), (4, 2), torch.tensor(grid))
+def test_a_grid_that_does_not_fall_within_the_unit_interval_is_refused(grid: object) -> None:
+    for times_ in (grid, torch.tensor(grid)) if isinstance(grid, list) else (grid,):
+        with pytest.raises(ValueError, match="times must be a 1-D grid that falls from 1 to 0 or above, got"):
+            sample(Gaussian(VPSDE(), MEAN, COV), DDIM(), (4, 2), times_)
+
+
+def test_times_may_be_any_numbers_and_a_seed_any_integer() -> None:
+    model = Gaussian(VPSDE(), MEAN, COV)
+
+    def run(grid: object, seed: object = 3) -> Tensor:
+        return sample(model, DDIM(), (2, 2), grid, seed=seed)  # type: ignore[arg-type]
+
+    grid = [1, 0.5, 0.25]
+    wanted = run(torch.tensor(grid, dtype=torch.float64))
+    for same in (grid, tuple(grid), np.array(grid), np.array(grid, np.float32), torch.tensor(grid)):
+        assert torch.equal(run(same), wanted)
+    assert torch.equal(run(grid, np.int64(3)), wanted) and torch.equal(run(grid, torch.tensor(3)), wanted)
+    chain = Gaussian(CHAINS[0].as_sde(), MEAN, COV)
+    assert bool(sample(chain, DDIM(), (2, 2), torch.tensor([1, 0])).isfinite().all())
+    for seed in (None, 0.5, -1, "0", np.float64(1)):
+        for use in (
+            lambda seed=seed: run(grid, seed),
+            lambda seed=seed: log_likelihood(model, numbers(2, 2), seed=seed),
+            lambda seed=seed: langevin_dynamics(model, numbers(2, 2), 0.1, 1, t=0.5, seed=seed),
+            lambda seed=seed: variational_bound(model, numbers(2, 2), seed=seed),
+            lambda seed=seed: chain_bound(model, numbers(2, 2), torch.tensor(grid), seed=seed, terms=1),
+        ):
+            with pytest.raises(ValueError, match="seed must be an integer of at least 0 .*, got"):
+                use()
+    with pytest.raises(ValueError, match="first must be an integer of at least 0, got -1"):
+        sample(model, DDIM(), (2, 2), grid, first=-1)
 
 
 def test_a_shape_without_batch_or_dimensions_is_refused() -> None:
@@ -634,7 +677,45 @@ def test_a_uniform_grid_of_edms_sde_is_its_papers() -> None:
     torch.testing.assert_close(sde.sigma(times.karras(sde, n)), published)
 
 
-def test_log_snr_grids_need_noise_at_their_end() -> None:
-    for grid in (times.log_snr, times.karras, times.arcsinh):
+@dataclass(frozen=True, kw_only=True)
+class Straight(VPSDE):
+    """x_t = (1 - t) x_0 + t z, which keeps no signal at t = 1."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+
+def test_a_grid_says_at_which_of_its_ends_the_log_snr_is_infinite() -> None:
+    for grid in (times.log_snr, times.karras, times.arcsinh, lambda sde, n: recommended(sde, n)[1]):
         with pytest.raises(ValueError, match=r"has no finite log SNR at t_min = 0; give it a t_min > 0"):
             grid(CHAINS[0].as_sde(), 10)
+        with pytest.raises(
+            ValueError, match=r"no finite log SNR at t = 1, where no signal is left; take times.uniform"
+        ):
+            grid(Straight(), 10)
+    assert sample(Gaussian(Straight(), MEAN, COV), DDIM(), (2, 2), times.uniform(Straight(), 4)).shape == (2, 2)
+
+
+@pytest.mark.parametrize("grid", [times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh])
+def test_a_grid_may_begin_below_one(grid: Callable) -> None:
+    sde = VPSDE()
+    t = grid(sde, 4, start=0.4)
+    assert t[0] == 0.4 and t[-1] == sde.t_min and len(t) == 5 and bool((t.diff() < 0).all())
+    whole = grid(sde, 4, start=1.0)
+    assert torch.equal(whole, grid(sde, 4))
+    # the same rule: beginning at one of a grid's times, the steps left are the grid's own
+    torch.testing.assert_close(grid(sde, 3, start=float(whole[1])), whole[1:], rtol=1e-9, atol=1e-12)
+    for start in (sde.t_min, 1.5, 0.0):
+        with pytest.raises(ValueError, match=rf"above the SDE's t_min = 0.001 and at most at 1, got start={start:g}"):
+            grid(sde, 4, start=start)
+
+
+def test_a_chain_begins_at_its_nearest_step() -> None:
+    assert times.spaced(10, 4, start=0.4).tolist() == [0.4, 0.3, 0.2, 0.1]
+    assert times.spaced(10, 2, start=0.44).tolist() == [0.4, 0.1]
+    assert times.spaced(10, 1, start=0.01).tolist() == [0.1]
+    with pytest.raises(ValueError, match="got 5 from t = 0.4"):
+        times.spaced(10, 5, start=0.4)

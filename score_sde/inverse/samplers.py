@@ -14,6 +14,7 @@ from torch import Tensor
 from ..model import ScoreModel, of_examples
 from ..samplers.base import Sampler, Update, default_state, noise_source
 from ..samplers.stochastic import Corrector, PredictorCorrector
+from ..samplers.times import as_grid, check_first
 from ..sdes import SDE, Noise, add_, like
 from .models import spread
 from .operators import Observation, spectral
@@ -164,7 +165,8 @@ def twisted(
         dtype, device: of the state, as for `sample`.
         progress: called with the number of steps done.
 
-    Raises ValueError for an exact observation, an operator that is not Spectral, batches that differ, and K below 1.
+    Raises ValueError for an exact observation, an operator that is not Spectral, batches that differ, a grid that does
+    not fall from 1, and K below 1.
     """
     operator, s = spectral(observation.operator, "twisted"), observation.noise
     if s == 0:
@@ -176,6 +178,8 @@ def twisted(
             f"particles must be at least 1, threshold between 0 and 1, and the observation of the batch of {shape[0]}, "
             f"got {particles}, {threshold:g} and one of {len(observation.y)}"
         )
+    times = as_grid(times)
+    check_first(times)
     b, k, sde = shape[0], particles, model.sde
     dtype, device = default_state(model, dtype, device)
     noise = noise_source((b, k, *shape[1:]), seed, first, dtype, device)

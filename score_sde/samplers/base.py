@@ -9,6 +9,7 @@ randomness only as ``noise(like)``.
 from __future__ import annotations
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from ..model import Estimate, ScoreModel, WrongShape, at
 from ..progress import Progress
 from ..sdes import SDE, Noise, add_
+from .times import as_grid, check_first
 
 _LOOK = 50  # steps between looks for values that are not finite
 
@@ -83,8 +85,26 @@ def add_noise_(y: Tensor, std: Tensor | float, noise: Noise) -> Tensor:
     return add_(y, std, noise(y)) if some else y
 
 
+def natural(value: Any, name: str, remedy: str = "") -> int:
+    """`value`, any kind of integer, as an int. Raises ValueError for what is none, or below 0."""
+    try:
+        found = operator.index(value)
+    except TypeError:
+        found = -1
+    if found < 0:
+        raise ValueError(f"{name} must be an integer of at least 0{remedy}, got {value!r}")
+    return found
+
+
 def example_generators(seed: int, first: int, count: int, device: torch.device) -> list[torch.Generator]:
-    """One generator per example, seeded by a hash of (seed, first + i) alone."""
+    """One generator per example, seeded by a hash of (seed, first + i) alone.
+
+    Raises ValueError for what is no seed.
+    """
+    seed, first = (
+        natural(seed, "seed", " (or where a whole batch may share one, a torch.Generator)"),
+        natural(first, "first"),
+    )
     generators = []
     for i in range(first, first + count):
         state = np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]
@@ -117,13 +137,14 @@ def noise_source(
 
 
 def default_state(
-    model: nn.Module, dtype: torch.dtype | None, device: torch.device | str | None
+    model: nn.Module | Tensor, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[torch.dtype, torch.device]:
-    """Those given; else those of the model's first parameter or buffer; else float32 on the CPU.
+    """Those given; else those of the state, or of the model's first parameter or buffer; else float32 on the CPU.
 
     A state is float32 for a model in half precision: the increments of many steps would be lost in its rounding.
     """
-    like = next((p for p in (*model.parameters(), *model.buffers()) if p.is_floating_point()), None)
+    known = (model,) if isinstance(model, Tensor) else (*model.parameters(), *model.buffers())
+    like = next((p for p in known if p.is_floating_point()), None)
     dtype = dtype or (torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32))
     return dtype, torch.device(device if device is not None else "cpu" if like is None else like.device)
 
@@ -133,8 +154,9 @@ def sample(
     model: ScoreModel,
     sampler: Sampler,
     shape: tuple[int, ...],
-    times: Tensor,
+    times: Tensor | np.ndarray | Sequence[float],
     *,
+    start: Tensor | None = None,
     seed: int | torch.Generator = 0,
     first: int = 0,
     dtype: torch.dtype | None = None,
@@ -151,34 +173,40 @@ def sample(
             its grid for a number of evaluations.
         shape: (B, *shape) of the result.
         times: decreasing 1-D grid from 1 to where sampling stops, e.g. ``times.uniform(model.sde, 1000)``.
+        start: the state at times[0], which may then be below 1, in place of a draw from the prior. It is not changed.
+            ``model.sde.perturb(x0, grid[0], z)`` gives variants of x0 (SDEdit; Meng et al. 2022, arXiv:2108.01073).
         seed: of the draws; example i's depend on (seed, first + i) alone, so results do not depend on the batch's size.
             A torch.Generator gives one stream for the batch instead.
         first: index of the batch's first example.
-        dtype, device: of the state; by default those of the model's first parameter or buffer, else float32 on the CPU;
-            float32 for a model in half precision.
+        dtype, device: of the state; by default those of `start`, else of the model's first parameter or buffer, else
+            float32 on the CPU; float32 for half precision.
         denoise: return E[x_0 | x] at the last time instead of x; where that is clean data (sigma = 0), x itself.
         temperature: factor of the draw from the prior. Below 1 samples are nearer to what the flow carries the prior's
             middle to: more alike, and of another law than the model's. For samplers that draw no noise.
         progress: show a bar, or a line every half minute where standard error is no terminal.
 
-    Returns x of shape `shape`. Raises ValueError for a grid that is not 1-D and decreasing within [0, 1], for a shape
-    that is not a batch of states, for an estimate of another shape than its state, and for a sampler that draws noise
-    at another temperature than 1; FloatingPointError, with step and time, where the model or the state is not finite.
+    Returns x of shape `shape`, without a gradient. Raises ValueError for a grid that is not 1-D and decreasing within
+    [0, 1] or begins below 1 without a `start`, for a shape that is not a batch of states, for a start of another shape
+    or not finite, for an estimate of another shape than its state, and for a sampler that draws noise at another
+    temperature than 1; FloatingPointError, with step and time, where the model or the state is not finite.
     """
     shape = tuple(shape)
     if len(shape) < 2 or min(shape) < 0:
         raise ValueError(f"shape must be (B, *shape), a batch of states, got {shape}")
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
-    times = times.to("cpu", torch.float64)
-    falling = times.ndim == 1 and len(times) >= 2 and bool((times.diff() < 0).all())
-    if not falling or times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
-    dtype, device = default_state(model, dtype, device)
+    times = as_grid(times)
+    if start is None:
+        check_first(times)
+    else:
+        _check_start(start, shape, temperature)
+    dtype, device = default_state(model if start is None else start, dtype, device)
     before = seed.get_state() if isinstance(seed, torch.Generator) else None
 
     def begin() -> tuple[Tensor, Noise]:
         noise = noise_source(shape, seed, first, dtype, device)
+        if start is not None:
+            return start.to(device, dtype), noise
         x = model.sde.prior(shape, noise)
         return (x, noise) if temperature == 1 else (temperature * x, _refuse(sampler, temperature))
 
@@ -201,6 +229,16 @@ def sample(
             seed.set_state(before)
         raise FloatingPointError(_why(model, sampler, times, *begin()))
     return x
+
+
+def _check_start(start: Tensor, shape: tuple[int, ...], temperature: float) -> None:
+    if not isinstance(start, Tensor) or start.shape != shape or not start.is_floating_point():
+        what = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+        raise ValueError(f"start must be a floating-point tensor of the samples' shape {shape}, got {what}")
+    if temperature != 1:
+        raise ValueError(f"temperature={temperature:g} scales the draw from the prior, and start is given in its place")
+    if not _finite(start):
+        raise ValueError("start holds values that are not finite")
 
 
 class Watched(ScoreModel):

@@ -1,13 +1,94 @@
-"""Time grids: n + 1 decreasing float64 values from 1 to the SDE's t_min, apart from the solvers that walk them."""
+"""Time grids: n + 1 decreasing float64 values from `start`, by default 1, to the SDE's t_min, apart from solvers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..sdes import SDE
+
+
+def uniform(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
+    """Evenly spaced in t: the grid of Song et al. 2021."""
+    first, last = _ends(sde, start)
+    return _with_ends(first + (last - first) * _unit(n), first, last)
+
+
+def quadratic(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
+    """Evenly spaced in sqrt(t): DDIM's, denser near the data (Song et al. 2021, arXiv:2010.02502, appendix D.2)."""
+    ends = _ends(sde, start)
+    first, last = ends.sqrt()
+    return _with_ends((first + (last - first) * _unit(n)) ** 2, *ends)
+
+
+def log_snr(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
+    """Evenly spaced in log SNR (Lu et al. 2022, arXiv:2206.00927, section 3.3)."""
+    ends = _ends(sde, start)
+    first, last = _log_snr(sde, ends)
+    return _with_ends(sde.time(first + (last - first) * _unit(n)), *ends)
+
+
+def karras(sde: SDE, n: int, rho: float = 7.0, *, start: float = 1.0) -> Tensor:
+    """Evenly spaced in (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5)."""
+    ends = _ends(sde, start)
+    first, last = torch.exp(-_log_snr(sde, ends) / (2 * rho))
+    return _with_ends(sde.time(-2 * rho * torch.log(first + (last - first) * _unit(n))), *ends)
+
+
+def arcsinh(sde: SDE, n: int, scale: float = 2.0, *, start: float = 1.0) -> Tensor:
+    """Evenly spaced in arcsinh(log(alpha/sigma)/scale): `log_snr` where data and noise are alike, longer steps outside.
+
+    For data of about unit size, whose structure comes and goes around sigma = alpha. Grids fitted to models
+    (`fit_times`) look like it; docs/performance.md has what it gains.
+    """
+    ends = _ends(sde, start)
+    first, last = torch.asinh(_log_snr(sde, ends) / (2 * scale))
+    return _with_ends(sde.time(2 * scale * torch.sinh(first + (last - first) * _unit(n))), *ends)
+
+
+def spaced(n: int, count: int, *, start: float = 1.0) -> Tensor:
+    """`count` of a chain's n steps, evenly spaced, from the one nearest to `start` to 1/n: both, and what lies between.
+
+    The chain of these times alone is Improved DDPM's respaced one (Nichol & Dhariwal 2021, section 4), rounding
+    included. Raises ValueError for more steps than there are up to `start`.
+    """
+    within = max(round(start * n), 1) if 0 < start <= 1 else 0
+    if not 1 <= count <= within:
+        raise ValueError(f"a chain of {n} steps can be walked in 1 to {n} of them, got {count} from t = {start:g}")
+    stride = (within - 1) / max(count - 1, 1)
+    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: where a half is rounded to hangs on it
+    return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
+
+
+def as_grid(times: Tensor | np.ndarray | Sequence[float], least: int = 2) -> Tensor:
+    """At least so many times as a decreasing 1-D float64 tensor on the CPU.
+
+    Raises ValueError for what is no such grid within [0, 1].
+    """
+    try:
+        values = times.detach().cpu() if isinstance(times, Tensor) else torch.from_numpy(np.array(times, np.float64))
+        grid = values.to(torch.float64)
+        falls = (
+            grid.ndim == 1 and len(grid) >= least and bool((grid.diff() < 0).all() and grid[0] <= 1 and grid[-1] >= 0)
+        )
+    except (TypeError, ValueError):
+        falls = False
+    if not falls:
+        raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
+    return grid
+
+
+def check_first(grid: Tensor) -> None:
+    """Raise ValueError for a grid below t = 1, whose law the prior is."""
+    if grid[0] < 1 - 1e-6:  # in float32, say, 1 may have been rounded
+        raise ValueError(
+            f"the grid begins at t = {grid[0].item():.6g}, and the prior is the law at t = 1: begin it there, or "
+            "give sample() the state at that time, start=x"
+        )
 
 
 def _unit(n: int) -> Tensor:
@@ -16,59 +97,26 @@ def _unit(n: int) -> Tensor:
     return torch.linspace(0, 1, n + 1, dtype=torch.float64)
 
 
-def uniform(sde: SDE, n: int) -> Tensor:
-    """Evenly spaced in t: the grid of Song et al. 2021."""
-    return _with_ends(sde, 1 - (1 - sde.t_min) * _unit(n))
+def _ends(sde: SDE, start: float) -> Tensor:
+    if not sde.t_min < start <= 1:
+        raise ValueError(f"a grid begins above the SDE's t_min = {sde.t_min:g} and at most at 1, got start={start:g}")
+    return torch.tensor([start, sde.t_min], dtype=torch.float64)
 
 
-def quadratic(sde: SDE, n: int) -> Tensor:
-    """Evenly spaced in sqrt(t): DDIM's, denser near the data (Song et al. 2021, arXiv:2010.02502, appendix D.2)."""
-    return _with_ends(sde, (1 - (1 - sde.t_min**0.5) * _unit(n)) ** 2)
-
-
-def log_snr(sde: SDE, n: int) -> Tensor:
-    """Evenly spaced in log SNR (Lu et al. 2022, arXiv:2206.00927, section 3.3)."""
-    first, last = sde.log_snr(_ends(sde))
-    return _with_ends(sde, sde.time(first + (last - first) * _unit(n)))
-
-
-def karras(sde: SDE, n: int, rho: float = 7.0) -> Tensor:
-    """Evenly spaced in (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5)."""
-    first, last = torch.exp(-sde.log_snr(_ends(sde)) / (2 * rho))
-    return _with_ends(sde, sde.time(-2 * rho * torch.log(first + (last - first) * _unit(n))))
-
-
-def arcsinh(sde: SDE, n: int, scale: float = 2.0) -> Tensor:
-    """Evenly spaced in arcsinh(log(alpha/sigma)/scale): `log_snr` where data and noise are alike, longer steps outside.
-
-    For data of about unit size, whose structure comes and goes around sigma = alpha. Grids fitted to models
-    (`fit_times`) look like it; docs/performance.md has what it gains.
-    """
-    first, last = torch.asinh(sde.log_snr(_ends(sde)) / (2 * scale))
-    return _with_ends(sde, sde.time(2 * scale * torch.sinh(first + (last - first) * _unit(n))))
-
-
-def spaced(n: int, count: int) -> Tensor:
-    """`count` of a chain's n steps, evenly spaced, from 1 to 1/n: the first, the last, and what lies between.
-
-    The chain of these times alone is Improved DDPM's respaced one (Nichol & Dhariwal 2021, section 4), rounding
-    included. Raises ValueError for more steps than the chain has.
-    """
-    if not 1 <= count <= n:
-        raise ValueError(f"a chain of {n} steps can be walked in 1 to {n} of them, got {count}")
-    stride = (n - 1) / max(count - 1, 1)
-    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: where a half is rounded to hangs on it
-    return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
-
-
-def _ends(sde: SDE) -> Tensor:
-    ends = torch.tensor([1.0, sde.t_min], dtype=torch.float64)
-    if not bool(torch.isfinite(sde.log_snr(ends)).all()):
+def _log_snr(sde: SDE, ends: Tensor) -> Tensor:
+    """Those at the ends. Raises ValueError, with the remedy, for an end at which it is infinite."""
+    values = sde.log_snr(ends)
+    if not bool(torch.isfinite(values[1])):
         raise ValueError(f"{sde} has no finite log SNR at t_min = {sde.t_min:g}; give it a t_min > 0 with replace()")
-    return ends
+    if not bool(torch.isfinite(values[0])):
+        raise ValueError(
+            f"{sde} has no finite log SNR at t = {ends[0]:g}, where no signal is left; take times.uniform or "
+            "times.quadratic, or an SDE that keeps a little"
+        )
+    return values
 
 
-def _with_ends(sde: SDE, times: Tensor) -> Tensor:
+def _with_ends(times: Tensor, first: Tensor, last: Tensor) -> Tensor:
     """The grid with its ends exact, not to rounding."""
-    times[0], times[-1] = 1.0, sde.t_min
+    times[0], times[-1] = first, last
     return times
