@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
 from score_sde.data import Data, batch, load_data
 from score_sde.progress import with_progress
+from score_sde.tensor_file import read_tensors, write_tensors
 
 JUDGES = Path("runs/judges")  # where trained networks are kept
 
@@ -133,13 +132,10 @@ def convolutional(data: Data, kept: Path, training: Training = Training()) -> Ju
     key = hashlib.sha256(f"{training}, {len(data.train)} images{_size(data)}".encode()).hexdigest()[:12]
     file = kept / f"cifar10-{key}.safetensors"
     if file.is_file():
-        network.load_state_dict(load_file(file))
+        network.load_state_dict(read_tensors(file))
     else:
         train(network, data, training)
-        kept.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-        save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
-        partial.replace(file)
+        write_tensors(file, network.state_dict(), {})
     return Judge(data, network[0], network[1], "a convolutional network")
 
 

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .levels import half_bin, value_of
 from .model import Estimate, ScoreModel, Variance, check_finite, reverse_log_variance
 from .samplers.base import noise_source
 from .samplers.times import as_grid, check_first
@@ -80,7 +81,7 @@ def chain_bound(
 
     Args:
         model: any score model.
-        x0: data, (B, *shape); with `levels` the values k/(levels - 1), k integer, scaled to [1 - width, 1].
+        x0: data, (B, *shape); with `levels` their values (`levels.value_of`), scaled to [1 - width, 1].
         times: decreasing 1-D grid from 1 to clean data (sigma = 0) or to where the last noise is; by default all of a
             chain's. Some of a chain's times are a respaced chain, whose betas follow from the alphas that are kept.
         variance: of p(x_s | x_t): "small", "large" or "learned", see `reverse_log_variance`. A last step into clean
@@ -195,12 +196,12 @@ def decode(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int | None = 
 def discretised(x: Tensor, mean: Tensor, log_variance: Tensor, levels: int, width: float = 2.0) -> Tensor:
     """Log of the mass that N(mean, exp(log_variance)) has in the bin of each x, of x's shape.
 
-    The bin of a level k/(levels - 1), scaled to [1 - width, 1], reaches half way to its neighbours, and without end at
-    the first and the last: the masses of all levels sum to 1 (Ho et al. 2020, eq. 13). Computed in float64 from
+    The bin of a level, `levels.value_of` scaled to [1 - width, 1], reaches half way to its neighbours, and without end
+    at the first and the last: the masses of all levels sum to 1 (Ho et al. 2020, eq. 13). Computed in float64 from
     log Phi(a) - log Phi(b) in the left tail, on which every bin is laid by symmetry, so that no tail underflows; the
     published code replaces Phi by a tanh, up to 2e-4 off, and bounds the mass below by 1e-12.
     """
-    half = width / (2 * (levels - 1))
+    half, (low, high) = half_bin(levels, width), _ends(levels, width)
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     off, std = (x - mean).to(wide), torch.exp(log_variance.to(wide) / 2)
     middle, reach = off / std, (half / std).expand_as(off)
@@ -209,7 +210,7 @@ def discretised(x: Tensor, mean: Tensor, log_variance: Tensor, levels: int, widt
     gap = (lower - upper).clamp_max(-torch.finfo(wide).tiny)  # the logarithm and its gradient stay finite
     inner = upper + torch.log(-torch.expm1(gap))
     bottom, top = torch.special.log_ndtr(middle + reach), torch.special.log_ndtr(reach - middle)
-    return torch.where(x < 1 - width + half, bottom, torch.where(x > 1 - half, top, inner)).to(mean.dtype)
+    return torch.where(x < low + half, bottom, torch.where(x > high - half, top, inner)).to(mean.dtype)
 
 
 def _variances(sde: SDE, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -246,12 +247,18 @@ def _check_levels(x0: Tensor, levels: int | None, width: float) -> None:
     """Data between their levels would get a probability that belongs to no value."""
     if levels is None:
         return
-    k = (x0 - (1 - width)) * ((levels - 1) / width)
+    low, high = _ends(levels, width)
+    k = (x0 - low) / (2 * half_bin(levels, width))
     if bool(((k - k.round()).abs() > 0.01).any()) or bool((k < -0.01).any()) or bool((k > levels - 0.99).any()):
         raise ValueError(
-            f"x0 must hold the values k/{levels - 1}, k = 0..{levels - 1}, scaled to [{1 - width:g}, 1]: encode it "
-            "without dequantisation, or pass levels=None for the density of floats"
+            f"x0 must hold {levels} evenly spaced values from {low:g} to {high:g}, as PixelCodec.encode gives them: "
+            "encode it without dequantisation, or pass levels=None for the density of floats"
         )
+
+
+def _ends(levels: int, width: float) -> tuple[float, float]:
+    """The values of the first and the last level."""
+    return 1 - width + width * value_of(0.0, levels), 1 - width + width * value_of(levels - 1.0, levels)
 
 
 def _strata(steps: int, terms: int, batch: int, seed: int | torch.Generator, first: int) -> tuple[Tensor, Tensor]:

@@ -1,37 +1,46 @@
 """Checkpoints: one safetensors file each, written atomically, read without executing anything.
 
 A file holds the parameters (`model/NAME`), their average (`ema/NAME`), the optimizer's moments (`optimizer/KEY/NAME`),
-and what a law of t has learned (`law/NAME`), as plain tensors; its header holds, as JSON, the step, the config and the
-data's shape. So a file stands for itself: `load(path)` builds the model it describes.
+and what a law of t has learned (`law/NAME`), as plain tensors; its header holds, as JSON, the step, the config and what
+the data were. So a file stands for itself: `load(path)` builds the model it describes. What is read is what was saved:
+`tensor_file.py` tells any change by its hashes, and types, shapes and names are compared with what the config asks for.
+
+In a workdir, checkpoints are the files that training names, by their step. What else is beside them, such as a copy
+`best.safetensors`, is read where it is named, and otherwise left alone.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
+import logging
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import config as configs
 from .autoencoder import ConvolutionalAutoencoder
 from .build import Trained, build_trained
-from .codecs import Codec
+from .codecs import Codec, Statistics
 from .data import Data
 from .interop import load_score_sde_file
 from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier
+from .tensor_file import is_finite, read_header, read_tensors, write_tensors
 
 FORMAT = "score_sde 1"
 SUFFIX = ".safetensors"
+_NAMED = re.compile(r"\d{9,}" + re.escape(SUFFIX), re.ASCII)
+_MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW, beside their step
+
+log = logging.getLogger("score_sde")
 
 
 @dataclass(frozen=True)
@@ -51,6 +60,27 @@ class Card:
     def header(self) -> dict[str, str]:
         known = {"format": FORMAT, "config": self.config, "shape": json.dumps(self.shape), "step": str(self.step)}
         return known | {name: text for name, text in (("codes", self.codes), ("data", self.data)) if text}
+
+    @classmethod
+    def from_header(cls, header: Mapping[str, str]) -> Card:
+        """What `header` wrote. Raises ValueError, one sentence, for what it cannot have written."""
+        for key in ("config", "shape", "step"):
+            if key not in header:
+                raise ValueError(f"its header has no {key}")
+        found = {key: _json(key, header[key]) for key in ("config", "shape", "step")}
+        if not isinstance(found["config"], dict):
+            raise ValueError(f"its config is no JSON object but {header['config'][:60]!r}")
+        shape = found["shape"]
+        if not (isinstance(shape, list) and shape and all(_is_count(size) and size > 0 for size in shape)):
+            raise ValueError(f"its shape is no list of sizes but {header['shape'][:60]!r}")
+        if not _is_count(found["step"]):
+            raise ValueError(f"its step is no count but {header['step'][:60]!r}")
+        codes, data = header.get("codes", ""), header.get("data", "")
+        if codes:
+            Statistics.from_json(codes)
+        if data:
+            DataCard.from_json(data)
+        return cls(header["config"], tuple(shape), found["step"], codes, data)
 
 
 @dataclass(frozen=True)
@@ -86,7 +116,7 @@ class DataCard:
         try:
             found = json.loads(text)
             card = cls(**{**found, "class_names": tuple(found["class_names"])})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{text[:60]!r} does not describe a model's data ({error!r})") from error
         counts = (card.levels, card.rate, card.num_classes)
         if not all(_is_count(value) for value in counts if value is not None) or card.num_classes is None:
@@ -104,35 +134,35 @@ def save(
     optimizer: Optimizer | None,
     law: nn.Module | None = None,
 ) -> None:
-    """Write a checkpoint under a temporary name, flush and rename it: `path` is whole or absent."""
-    tensors = {f"model/{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
-    if law is not None:
-        tensors |= {f"law/{name}": value for name, value in law.state_dict().items()}
+    """Write a checkpoint under a temporary name, flush and rename it: `path` is whole or absent.
+
+    Raises FloatingPointError, and writes nothing, where a number is not finite.
+    """
+    tensors = _tensors(model, ema, law)
     if optimizer is not None:
         for name, parameter in model.named_parameters():
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in optimizer.state[parameter].items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, partial, card.header())
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
+            known = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in known.items()}
+    for name, value in tensors.items():
+        if not is_finite(value):
+            raise FloatingPointError(
+                f"{name} is not finite at step {card.step}, so {path.name} is not written; the last checkpoint is "
+                "intact: lower optim.lr, raise optim.warmup or lower optim.grad_clip, and run again"
+            )
+    write_tensors(path, tensors, card.header())
 
 
 def read_card(path: Path) -> Card:
     """The card of a checkpoint. Raises FileNotFoundError, or ValueError for a file that is broken or not ours."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); take another checkpoint") from error
+    header = read_header(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} was not written by this package (format {header.get('format')!r}, not {FORMAT!r})")
-    shape, step = tuple(json.loads(header["shape"])), int(header["step"])
-    return Card(header["config"], shape, step, header.get("codes", ""), header.get("data", ""))
+    try:
+        return Card.from_header(header)
+    except ValueError as error:
+        raise ValueError(f"{path} is no checkpoint that can be read: {error}; take another checkpoint") from error
 
 
 def restore(
@@ -144,104 +174,146 @@ def restore(
 ) -> Card:
     """Copy a checkpoint into `model`, and its average, its moments and its law's memory into the others, each if given.
 
-    Everything is read and compared first: names and shapes must be exactly those expected, else ValueError is raised
-    and nothing was changed.
+    A moment lies in memory as its parameter does. Everything is read and compared first: names, shapes and types must
+    be exactly those expected, else ValueError is raised and nothing was changed.
     """
     card = read_card(path)
-    expected = {f"model/{name}": value for name, value in model.state_dict().items()}
-    if ema is not None:
-        expected |= {f"ema/{name}": value for name, value in ema.state_dict().items()}
-    if law is not None:
-        expected |= {f"law/{name}": value for name, value in law.state_dict().items()}
-    moments: dict[str, tuple[str, nn.Parameter]] = {}
-    with safe_open(path, "pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-    _compare(path, expected, found)
-    if optimizer is not None:
-        parameters = dict(model.named_parameters())
-        for full in found:
-            if full.startswith("optimizer/"):
-                _, key, name = full.split("/", 2)
-                if name in parameters:
-                    moments[full] = (key, parameters[name])
-        if card.step > 0 and {id(p) for _, p in moments.values()} != {
-            id(p) for p in parameters.values() if p.requires_grad
-        }:
-            raise ValueError(f"{path} holds no optimizer state for this model; it cannot be resumed")
+    expected = _tensors(model, ema, law)
+    found = read_tensors(path)
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad] if optimizer is not None else []
+    moments = {f"optimizer/{key}/{name}": p for name, p in trained for key in _MOMENTS}
+    counts = {f"optimizer/step/{name}": torch.zeros((), dtype=torch.float32) for name, _ in trained}
+    begun = any(name.startswith("optimizer/") for name in found)
+    if trained and card.step > 0 and not begun:
+        raise ValueError(f"{path} holds no optimizer state for this model; it cannot be resumed")
+    _compare(path, expected | (moments | counts if begun else {}), found)
     for name, value in expected.items():
         value.copy_(found[name])
     if optimizer is not None:
         optimizer.state.clear()
-        for full, (key, parameter) in moments.items():
-            value = found[full]
-            # Adam counts its steps in a float tensor that lives on the CPU unless it is fused on a GPU.
-            where = parameter.device if key != "step" or _fused(optimizer) else torch.device("cpu")
-            optimizer.state[parameter][key] = value.to(where)
+        for name, p in trained if begun else []:
+            # Fused steps go through memory side by side, and Adam counts on the CPU unless it is fused on a GPU.
+            known = {key: torch.empty_like(p).copy_(found[f"optimizer/{key}/{name}"]) for key in _MOMENTS}
+            where = p.device if optimizer.param_groups[0].get("fused") else torch.device("cpu")
+            optimizer.state[p] = {"step": found[f"optimizer/step/{name}"].to(where, copy=True), **known}
     return card
 
 
-def _is_count(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _fused(optimizer: Optimizer) -> bool:
-    return bool(optimizer.param_groups[0].get("fused"))
+def _tensors(model: nn.Module, ema: nn.Module | None, law: nn.Module | None) -> dict[str, Tensor]:
+    parts = {"model": model, "ema": ema, "law": law}
+    return {
+        f"{part}/{name}": value
+        for part, module in parts.items()
+        if module is not None
+        for name, value in module.state_dict().items()
+    }
 
 
 def _compare(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     ours = {name for name in found if name.split("/")[0] in {name.split("/")[0] for name in expected}}
     for name in sorted(expected.keys() ^ ours):
         where = "is missing from" if name in expected else "is in"
-        raise ValueError(f"{name} {where} {path}, against the model's config; use the config that it was trained with")
+        raise ValueError(f"{name} {where} {path}, against the model's config; {_AS_TRAINED}")
     for name, value in expected.items():
-        if found[name].shape != value.shape:
-            raise ValueError(
-                f"{name} has shape {tuple(found[name].shape)} in {path}, but the config asks for {tuple(value.shape)}; "
-                "use the config that it was trained with"
-            )
+        for what, a, b in (
+            ("has shape", tuple(found[name].shape), tuple(value.shape)),
+            ("is", found[name].dtype, value.dtype),
+        ):
+            if a != b:
+                raise ValueError(f"{name} {what} {a} in {path}, but the config asks for {b}; {_AS_TRAINED}")
+
+
+_AS_TRAINED = "use the config that it was trained with"
+
+
+def _json(key: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"its {key} is no JSON but {text[:60]!r}") from None
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
 def checkpoints(workdir: Path) -> list[Path]:
-    """The checkpoints of a workdir, oldest first."""
-    return sorted(p for p in (workdir / "checkpoints").glob(f"*{SUFFIX}") if not p.name.startswith("."))
+    """The checkpoints of a workdir that training named, oldest first by their names."""
+    named = (p for p in (workdir / "checkpoints").glob(f"*{SUFFIX}") if _NAMED.fullmatch(p.name))
+    return sorted(named, key=lambda path: int(path.stem))
 
 
 def checkpoint_path(workdir: Path, step: int) -> Path:
     return workdir / "checkpoints" / f"{step:09d}{SUFFIX}"
 
 
-def prune(workdir: Path, keep_last: int, keep_every: int) -> None:
-    """Delete all checkpoints but the last `keep_last` and those whose step is a multiple of `keep_every` (0: none)."""
-    for path in checkpoints(workdir)[:-keep_last]:
-        if not (keep_every and int(path.stem) % keep_every == 0):
-            path.unlink()
+def prune(written: Path, keep_last: int, keep_every: int) -> None:
+    """Delete what a workdir needs no more, now that `written` is there.
+
+    The last `keep_last` stay, and those whose step is a multiple of `keep_every` (0: none), and `written` whatever its
+    step. What cannot be read does not count and stays, and so does a file under another step's name.
+    """
+    steps: dict[Path, int] = {}
+    for path in checkpoints(written.parent.parent):
+        try:
+            step = read_card(path).step
+        except (ValueError, FileNotFoundError):
+            continue
+        if path == checkpoint_path(written.parent.parent, step):
+            steps[path] = step
+    for path in sorted(steps, key=steps.__getitem__)[:-keep_last]:
+        if path != written and not (keep_every and steps[path] % keep_every == 0):
+            path.unlink(missing_ok=True)
 
 
 def newest(workdir: Path) -> tuple[Path | None, list[str]]:
-    """The newest readable checkpoint of a workdir, and a sentence for each newer one that was skipped as broken."""
-    skipped = []
-    for path in reversed(checkpoints(workdir)):
+    """The checkpoint of the highest step, by its card, that is whole, and a sentence for each later one that is broken.
+
+    Whole means that every byte of it is as it was saved.
+    """
+    broken: list[tuple[int, str]] = []
+    steps: list[tuple[int, Path]] = []
+    for path in checkpoints(workdir):
         try:
-            read_card(path)
+            steps.append((read_card(path).step, path))
+        except FileNotFoundError:  # pruned by a run in this moment
+            continue
         except ValueError as error:
-            skipped.append(f"skipped: {error}")
+            broken.append((int(path.stem), f"skipped: {error}"))
+    for step, path in sorted(steps, reverse=True):
+        try:
+            configs.from_text(read_card(path).config, str(path))
+            read_tensors(path)
+        except ValueError as error:
+            broken.append((step, f"skipped: {error}"))
         else:
-            return path, skipped
-    return None, skipped
+            return path, [sentence for at, sentence in sorted(broken, reverse=True) if at >= step]
+    return None, [sentence for _, sentence in sorted(broken, reverse=True)]
 
 
 def find(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest readable one of a workdir."""
+    """The checkpoint that `path` means: itself, or the newest whole one of a workdir; a later one, broken, is told."""
     path = Path(path)
     if not path.is_dir():
         return path
     found, skipped = newest(path)
     if found is None:
+        others = sorted(p.name for p in (path / "checkpoints").glob(f"*{SUFFIX}") if not p.name.startswith("."))
+        named = [name for name in others if not _NAMED.fullmatch(name)]
         raise FileNotFoundError(
             f"{path} has no checkpoint in {path / 'checkpoints'}; train it first with --mode train"
+            + (f", or name the file that you mean, such as {path / 'checkpoints' / named[0]}" if named else "")
             + "".join(f" ({sentence})" for sentence in skipped)
         )
+    for sentence in skipped:
+        _tell(sentence)
     return found
+
+
+@cache
+def _tell(sentence: str) -> None:
+    """A warning, once however many parts of a command look for the same checkpoint."""
+    log.warning(sentence)
 
 
 def load(
@@ -304,10 +376,14 @@ def load_autoencoder(
 def _load(path: Path, ema: bool, map_location: str | torch.device) -> Trained:
     """What a checkpoint of ours holds, in eval mode."""
     card = read_card(path)
-    model = build_trained(configs.from_text(card.config, str(path)), card.shape)
+    config = configs.from_text(card.config, str(path))
+    try:
+        model = build_trained(config, card.shape)
+    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+        why = next(iter(str(error).splitlines()), "")
+        raise ValueError(f"{path}: its config and shape {card.shape} build no model: {why}") from error
     prefix = "ema/" if ema else "model/"
-    with safe_open(path, "pt") as file:
-        found = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
+    found = read_tensors(path, prefix)
     expected = {prefix + name: value for name, value in model.state_dict().items()}
     _compare(path, expected, found)
     for name, value in expected.items():

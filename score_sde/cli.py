@@ -35,6 +35,7 @@ from .model import ScoreModel
 from .ode import GaveUp
 from .options import MODES, check, scales_of
 from .parallel import Processes
+from .pictures import Pixels
 from .progress import Progress
 from .scan import scan
 from .show import Show, log_to, warn
@@ -300,7 +301,7 @@ def _smaller(
     s, factor = config.sampling, config.model.super_resolution
     small = (shape[0], *(size // factor for size in shape[1:]))
     if options.input is not None:
-        images = read_examples(options.input, small, codec).x
+        images = read_examples(options.input, small, codec, config.data.background).x
         assert isinstance(images, Tensor)
         s.num_samples = min(s.num_samples, len(images))
         return images
@@ -357,7 +358,7 @@ def _latents(
         return
     split, source = {"test": data.test, "train": data.train}[config.eval.split], None
     if options.input is not None:
-        split = read_examples(options.input, images.shape, codec.pixels or codec)
+        split = read_examples(options.input, images.shape, codec.pixels or codec, config.data.background)
         source = f"sha256 {fingerprint(split)}"
         if isinstance(codec, AutoencoderCodec):
             split = as_asked(replace(images, test=split), codec, processes.device).test
@@ -378,8 +379,9 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
     d = config.data
 
     def read() -> Data:
-        size, channels = d.image_size or None, d.num_channels or None
-        data = load_data(d.dataset, d.path or None, image_size=size, num_channels=channels, length=d.length)
+        size, channels, pixels = d.image_size or None, d.num_channels or None, Pixels(d.file_bits, d.bits, d.background)
+        form = {"image_size": size, "num_channels": channels, "length": d.length, "pixels": pixels}
+        data = load_data(d.dataset, d.path or None, **form)
         return leave_out(data, [caption.strip() for caption in d.leave_out.split(",") if caption.strip()])
 
     if not processes.main:

@@ -2,7 +2,7 @@
 
 A pixel k of {0, ..., levels - 1} enters a model as v in [0, 1], or as 2 v - 1 in [-1, 1] if centred, with
 
-    v = k / (levels - 1)        in training, as score_sde trains, and
+    v = k / (levels - 1)        in training, as score_sde trains (of more than 256 levels (k + 1/2) / levels), and
     v = (k + u) / levels        dequantised with u uniform in [0, 1): for likelihoods, or for training if asked.
 
 Dequantised, P(k) is the integral of p over the bin of k, and Jensen's inequality gives log P(k) >= E_u log p(k + u) in
@@ -28,28 +28,32 @@ import torch
 from torch import Tensor
 
 from .autoencoder import Autoencoder, log_prob
+from .levels import COARSE, value_of
 
 # Float32 holds 2 v - 1 to 2^-17 of a level of 256, and decoding adds as much again: within this margin, in levels, of
 # a bin's lower edge decoding still finds the bin, and u stays twice as far from its upper edge. Two things must hold:
-# the margin is above the rounding of `encode` and `decode`, also where there are more levels, whose bins are narrower;
-# and who states a density of `encode(k, u)` states levels/(width filled), or the bound on log P(k) is none.
-_MARGIN = 2.0**-15
+# the margin is above the rounding of `encode` and `decode`; and who states a density of `encode(k, u)` states
+# levels/(width filled), or the bound on log P(k) is none. Of 65,536 levels float32 holds v to 2^-9 of one, and what is
+# computed beside it is exact for powers of two: half of `_FINE` times their number.
+_MARGIN, _FINE = 2.0**-15, 2.0**-24
 _TOGETHER = 256  # images that an autoencoder decodes together
 
 
 @dataclass(frozen=True)
 class PixelCodec:
-    """Integers {0, ..., levels - 1} of any shape, held as uint8, as floats in [-1, 1] (centered) or [0, 1].
+    """Integers {0, ..., levels - 1} of any shape, as floats in [-1, 1] (centered) or [0, 1].
 
-    Raises ValueError unless 2 <= levels <= 256.
+    Up to 256 levels are held as uint8, more, which must be a power of two up to 65,536, as int32. Raises ValueError for
+    another number of levels.
     """
 
     levels: int = 256
     centered: bool = True
 
     def __post_init__(self) -> None:
-        if not 2 <= self.levels <= 256:
-            raise ValueError(f"levels must be between 2 and 256, got {self.levels}")
+        fine = self.levels in [2**bits for bits in range(9, 17)]
+        if not 2 <= self.levels <= COARSE and not fine:
+            raise ValueError(f"levels must be between 2 and 256, or 512, 1024, ... or 65536, got {self.levels}")
 
     @property
     def pixels(self) -> PixelCodec:
@@ -69,34 +73,47 @@ class PixelCodec:
     @property
     def filled(self) -> float:
         """The part of its bin, from below, over which `encode` spreads u; float32's rounding then stays in the bin."""
-        return 1 - 2 * _MARGIN
+        return 1 - 2 * self._margin
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the integers."""
+        return torch.uint8 if self.levels <= COARSE else torch.int32
+
+    @property
+    def _margin(self) -> float:
+        return max(_MARGIN, _FINE * self.levels)
 
     def encode(self, k: Tensor, u: Tensor | None = None) -> Tensor:
-        """uint8 to floats: k / (levels - 1), scaled, or (k + filled u) / levels, scaled, for u in [0, 1] of k's shape.
+        """Levels to floats: `value_of`, scaled, or (k + filled u) / levels, scaled, for u in [0, 1] of k's shape.
 
         float32, or u's dtype. For uniform u the law on the bin is uniform too, of density levels/(width filled): no
         mass piles up at its upper end, as it would if u were clamped.
         """
-        if u is None:
-            v = k.to(torch.float32) / (self.levels - 1)
-        elif u.shape != k.shape:
+        if u is not None and u.shape != k.shape:
             raise ValueError(f"u must have the shape of k, {tuple(k.shape)}, got {tuple(u.shape)}")
-        else:
-            v = (k.to(u.dtype) + self.filled * u) / self.levels
+        dtype = torch.float32 if u is None else u.dtype
+        if self.levels > COARSE and self.centered:  # the middle is taken off while k is an integer, which is exact
+            inside = 0.5 if u is None else self.filled * u
+            return ((2 * k.to(torch.int32) - self.levels).to(dtype) + 2 * inside) / self.levels
+        v = value_of(k.to(dtype), self.levels) if u is None else (k.to(dtype) + self.filled * u) / self.levels
         return 2 * v - 1 if self.centered else v
 
     def decode(self, x: Tensor) -> Tensor:
-        """Floats to uint8: floor(levels v), clamped to the levels; NaN gives 0.
+        """Floats to levels: floor(levels v), clamped to the levels; NaN gives 0.
 
-        It inverts `encode` with any u by definition, and without u because k <= levels k / (levels - 1) < k + 1 for
+        It inverts `encode` with any u by definition, and without u because k <= levels value_of(k) < k + 1 for
         k < levels - 1, while the top level is clamped. Against rounding to the nearest k / (levels - 1), a value moves
         by at most half a level, at black and white, and not at all at mid-grey.
         """
-        v = (x + 1) / 2 if self.centered else x
-        return (v * self.levels + _MARGIN).nan_to_num(nan=0.0).clamp(0, self.levels - 1).to(torch.uint8)
+        if self.levels > COARSE and self.centered:
+            k = (x * (self.levels // 2) + self._margin).floor() + self.levels // 2
+        else:
+            k = ((x + 1) / 2 if self.centered else x) * self.levels + self._margin
+        return k.nan_to_num(nan=0.0).clamp(0, self.levels - 1).to(self.dtype)
 
     def display(self, k: Tensor) -> Tensor:
-        """uint8 levels spread over 0..255, for a PNG; 256 levels are left as they are."""
+        """Levels spread over 0..255, uint8, for a PNG; 256 levels are left as they are."""
         return (k.to(torch.float32) * (255 / (self.levels - 1))).round().to(torch.uint8)
 
 
@@ -135,9 +152,13 @@ class Statistics:
 
     @classmethod
     def from_json(cls, text: str) -> Statistics:
-        """What `to_json` wrote, to the last bit."""
-        found = json.loads(text)
-        return cls(tuple(found["mean"]), tuple(found["std"]), found["deviation"])
+        """What `to_json` wrote, to the last bit. Raises ValueError for a text that it cannot have written."""
+        try:
+            found = json.loads(text)
+            mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
+            return cls(mean, std, float(found["deviation"]))
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise ValueError(f"statistics of codes are mean, std and deviation, got {text[:60]!r}") from error
 
 
 class AutoencoderCodec:
@@ -149,7 +170,7 @@ class AutoencoderCodec:
     Args:
         autoencoder: see `Autoencoder`; its parameters' device is where images and codes are taken to.
         statistics: of its codes. Raises ValueError unless all deviations are above 0.
-        pixels: what the autoencoder sees of uint8 images.
+        pixels: what the autoencoder sees of images.
     """
 
     levels: None = None
@@ -166,7 +187,7 @@ class AutoencoderCodec:
 
     @torch.no_grad()
     def posterior(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of q(y | k), (B, c, h, w), for uint8 images k (B, C, H, W)."""
+        """Mean and standard deviation of q(y | k), (B, c, h, w), for images k (B, C, H, W)."""
         mean, std = self.autoencoder.encode(self.pixels.encode(k))
         return (mean - self._of_channels(self.statistics.mean, mean)) / self._of_channels(
             self.statistics.std, mean
@@ -174,7 +195,7 @@ class AutoencoderCodec:
 
     @torch.no_grad()
     def decode(self, y: Tensor) -> Tensor:
-        """uint8 images of normalised codes, a few at a time."""
+        """Images of normalised codes, a few at a time."""
         return torch.cat([self.pixels.decode(self.decoded(part)) for part in y.split(_TOGETHER)])
 
     def decoded(self, y: Tensor) -> Tensor:
@@ -200,6 +221,13 @@ class AutoencoderCodec:
 
 
 Codec = PixelCodec | VectorCodec | AutoencoderCodec
+
+
+def requantised(k: Tensor, levels: int, codec: PixelCodec) -> Tensor:
+    """k of `levels` levels as the codec's: bins joined where that is possible, else the nearest k/(levels - 1)."""
+    if levels % codec.levels == 0:
+        return (k // (levels // codec.levels)).to(codec.dtype)
+    return (k.to(torch.float64) * ((codec.levels - 1) / (levels - 1))).round().to(codec.dtype)
 
 
 def codec_of(levels: int | None, centered: bool = True, rate: int | None = None) -> Codec:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import runpy
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -17,8 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from . import checkpoint
@@ -28,6 +26,7 @@ from .codecs import AutoencoderCodec, PixelCodec, Statistics
 from .data import Data, Split, digest
 from .files import Stream
 from .progress import Progress
+from .tensor_file import read_header, read_tensors, write_tensors
 
 FORMAT = "score_sde codes 1"
 _TOGETHER = 250  # images encoded together
@@ -158,7 +157,7 @@ def codes_of(source: Source, data: Data, folder: Path, mirror: bool, write: bool
     if found is None:
         found = _encode_all(source, data, mirror)
         if write:
-            _write(path, found, about)
+            write_tensors(path, found, {"format": FORMAT, **about})
     statistics = Statistics(
         tuple(found["mean"].tolist()), tuple(found["std"].tolist()), float(found["deviation"].item())
     )
@@ -295,18 +294,6 @@ def _parameters(autoencoder: Autoencoder) -> list[nn.Parameter]:
 def _read(path: Path, about: dict[str, str]) -> dict[str, Tensor] | None:
     """The codes in a file that is of these images and this autoencoder; None where there is none that can be read."""
     try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            if {key: header.get(key) for key in ("format", *about)} != {"format": FORMAT, **about}:
-                return None
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-    except (OSError, SafetensorError):
+        return read_tensors(path) if read_header(path) == {"format": FORMAT, **about} else None
+    except (FileNotFoundError, ValueError):
         return None
-
-
-def _write(path: Path, codes: dict[str, Tensor], about: dict[str, str]) -> None:
-    """A file that is whole or absent."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    save_file({name: value.contiguous() for name, value in codes.items()}, partial, {"format": FORMAT, **about})
-    partial.replace(path)

@@ -201,6 +201,11 @@ def default_config() -> ConfigDict:
                 "image_size": 32,
                 "num_channels": 3,  # files are made grey (1) or RGB (3); 0: as they are
                 "length": 0,  # the first samples of .wav files that are taken; 0: all, if all are as long
+                # bits that image files use of each number, such as 12 in files of 16; 0: all. And how many of them, the
+                # highest, are kept, such as 8; 0: all
+                "file_bits": 0,
+                "bits": 0,
+                "background": "white",  # colour that transparent files are laid over: a name or #rrggbb
                 "random_flip": True,  # mirror training images with probability 1/2
                 "centered": True,  # pixels in [-1, 1]; False: [0, 1]
                 "leave_out": "",  # captions, separated by commas, whose examples are not trained on
@@ -355,6 +360,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """optim.decay sampling.threshold sampling.augmentation sampling.guidance_rescale training.condition_dropout
         training.augmentation""",
     ),
+    "between 0 and 16": (lambda v: 0 <= v <= 16, "data.file_bits data.bits"),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
     "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps model.super_resolution"),
 }

@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from .build import AUTOENCODE, CHAINS, CLASSIFY, FITTABLE, FITTED, build_sde
 from .objectives import DECODED, TWICE
+from .pictures import Pixels
 from .samplers.stochastic import check_flow
 from .toys import TOYS
 
@@ -18,13 +19,23 @@ def check(config: ConfigDict) -> None:
             torch.device(config.device)
         except RuntimeError:
             raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}") from None
-    for rules in (_autoencoder, _conditions, _training, _noise, _network, _sampling, _likelihood):
+    for rules in (_data, _autoencoder, _conditions, _training, _noise, _network, _sampling, _likelihood):
         rules(config)
 
 
 def refuse(wrong: bool, sentence: str) -> None:
     if wrong:
         raise ValueError(sentence)
+
+
+def _data(config: ConfigDict) -> None:
+    """How files are read."""
+    d = config.data
+    Pixels(d.file_bits, d.bits, d.background)
+    refuse(
+        d.dataset != "files" and max(d.file_bits, d.bits) > 0,
+        f"data.file_bits and data.bits are of image files: leave them 0 for data.dataset={d.dataset}",
+    )
 
 
 def _autoencoder(config: ConfigDict) -> None:

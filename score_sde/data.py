@@ -25,6 +25,7 @@ from torch import Tensor
 
 from . import cifar10, files, signals
 from .files import Stream
+from .pictures import AS_THEY_ARE, Pixels
 from .toys import TOYS
 
 # A random stream's key begins with what it is for.
@@ -33,8 +34,9 @@ _ORDER, _FLIPS = 0, 1
 
 @dataclass(frozen=True)
 class Split:
-    """Examples x, uint8 (N, C, H, W) or float32 (N, *shape), and labels y: int64 (N,), float32 (N, K) or none.
+    """Examples x, uint8 (N, C, H, W), int32 where they have more than 256 levels, or float32 (N, *shape).
 
+    Labels y are int64 (N,), float32 (N, K) or none.
     `caption` (N,) int64 are places in the data's `captions`, or none. With `std`, of x's shape, examples are the normal
     laws N(x, std²) of an autoencoder's codes.
     """
@@ -86,7 +88,8 @@ class Data:
 
     `class_names`, one for each class, are () where nothing names them.
     `captions`, each once, are what the splits' `caption` names; () where examples have none.
-    `rate` is the sample rate of recordings.
+    `rate` is the sample rate of recordings. `notes` are sentences on files that were not read, and on what was made of
+    the others.
     """
 
     train: Split
@@ -96,11 +99,19 @@ class Data:
     captions: tuple[str, ...] = ()
     rate: int | None = None
     class_names: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one example."""
         return self.train.shape
+
+    @property
+    def empty_classes(self) -> tuple[int, ...]:
+        """Classes without an example to train on."""
+        if not self.num_classes or self.train.y is None:
+            return ()
+        return tuple((torch.bincount(self.train.y.cpu(), minlength=self.num_classes) == 0).nonzero()[:, 0].tolist())
 
     def to(self, device: torch.device | str) -> Data:
         """The same set with both splits there."""
@@ -115,6 +126,7 @@ def load_data(
     num_channels: int | None = None,
     length: int | None = None,
     memory: int = 4 << 30,
+    pixels: Pixels = AS_THEY_ARE,
 ) -> Data:
     """The data set `name`, in any case: a row of `_DATASETS`, or "files" for what you have at `path`.
 
@@ -126,6 +138,7 @@ def load_data(
         num_channels: "files" makes images grey (1) or RGB (3); None or 0 follows the first image.
         length: "files" takes the first samples of recordings, this many; None or 0: all must have the same length.
         memory: "files" of more bytes than this stay on disk and are read batch by batch.
+        pixels: how those of "files" are read: their bits, and what transparent ones lie over.
 
     Raises ValueError for an unknown name, with the nearest one, and for files that are not what they should be;
     FileNotFoundError for those that are missing.
@@ -137,7 +150,7 @@ def load_data(
     if name.lower() == "files":
         if path is None:
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
-        return _files(path, image_size or None, num_channels or None, length or None, memory)
+        return _files(path, image_size or None, num_channels or None, length or None, memory, pixels)
     names = [*_DATASETS, "files"]
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
     raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, and all are {', '.join(names)}")
@@ -204,13 +217,13 @@ def leave_out(data: Data, captions: Sequence[str]) -> Data:
 
 
 def shrink(images: Tensor, factor: int) -> Tensor:
-    """uint8 images (N, C, H, W) at 1/factor of their size: means of factor x factor pixels, rounded.
+    """Images (N, C, H, W) at 1/factor of their size: means of factor x factor pixels, rounded.
 
     Raises ValueError where the factor divides height or width not.
     """
     if any(size % factor for size in images.shape[2:]):
         raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} cannot be shrunk by a factor of {factor}")
-    parts = [F.avg_pool2d(part.float(), factor).round().to(torch.uint8) for part in images.split(5_000)]
+    parts = [F.avg_pool2d(part.float(), factor).round().to(images.dtype) for part in images.split(5_000)]
     return torch.cat(parts)
 
 
@@ -272,27 +285,39 @@ def _toy(name: str) -> Callable[[Path | None], Data]:
     return lambda path: Data(Split(TOYS[name](20_000, 0)), Split(TOYS[name](4_000, 1)), levels=None)
 
 
-def _files(path: Path, image_size: int | None, num_channels: int | None, length: int | None, memory: int) -> Data:
+def _files(
+    path: Path, image_size: int | None, num_channels: int | None, length: int | None, memory: int, pixels: Pixels
+) -> Data:
     """What is at `path`; where nothing says what is held out, a tenth is, chosen by `_hold_out`."""
-    rate = None
-    if path.is_dir() and signals.recordings(path):
-        train_part, test_part, rate = signals.read(path, length)
+    rate, sounds = None, signals.recordings(path) if path.is_dir() else None
+    if sounds is not None:
+        found, rate = signals.read(path, sounds, length)
     else:
-        train_part, test_part = files.read(path, image_size, num_channels, memory)
-    train, test = Split(train_part.x, train_part.y), Split(*(test_part or train_part)[:2])
-    if test_part is None and len(train) < 2:
+        found = files.read(path, image_size, num_channels, memory, pixels)
+    train, test = Split(*found.train[:2]), Split(*(found.test or found.train)[:2])
+    if found.test is None and len(train) < 2:
         raise ValueError(f"{path} holds one example: at least two are needed, one to train on and one to hold out")
     if test.shape != train.shape:
         raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
-    example = train[torch.zeros(1, dtype=torch.int64)][0]
+    if _kind_of_labels(train.y) != _kind_of_labels(test.y):
+        raise ValueError(
+            f"{path} has {_kind_of_labels(train.y)} to train on, but {_kind_of_labels(test.y)} for the held-out "
+            f"examples: label both alike"
+        )
     classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
-    levels = 256 if example.dtype == torch.uint8 else None
-    data = Data(train, test, levels, max(classes, default=0), rate=rate, class_names=train_part.class_names)
-    data = _captioned(data, train_part.captions, (test_part or train_part).captions)
-    if test_part is None:
+    names = found.train.class_names
+    data = Data(train, test, found.levels, max(classes, default=0), (), rate, names, found.notes)
+    data = _captioned(data, found.train.captions, (found.test or found.train).captions)
+    if found.test is None:
         train, test = _hold_out(data.train, max(1, len(train) // 10))
         data = replace(data, train=train, test=test)
     return data
+
+
+def _kind_of_labels(y: Tensor | None) -> str:
+    if y is None:
+        return "no labels"
+    return f"{y.shape[1]} floats each" if y.is_floating_point() else "classes"
 
 
 def _hold_out(split: Split, size: int) -> tuple[Split, Split]:

@@ -15,7 +15,7 @@ A dequantiser is a callable ``(k, u) -> Dequantised``, a map from uniform number
 of k, with an attribute `t_min`: the time whose state the result is.
 
 - `Uniform`: the bin itself, of the codec's (k + u)/levels, but for its top 2^-14 (`PixelCodec.filled`).
-- `TruncatedNormal`: the noise that the data have at t_min, cut off at the bin, around the k/(levels - 1) of training.
+- `TruncatedNormal`: the noise that the data have at t_min, cut off at the bin, around the level's value in training.
   A model that was trained without dequantisation has seen just that (Zheng et al. 2023, arXiv:2305.03935).
 - `VariationalDequantiser`: a small flow, fitted to the model by `fit_dequantiser`.
 """
@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,19 +31,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from .bounds import prior_divergence
 from .codecs import PixelCodec
 from .continuous_bound import reconstruction
+from .levels import half_bin
 from .likelihood import log_likelihood
 from .losses import denoising, simple
 from .model import ScoreModel
 from .samplers.base import natural
 from .sdes import SDE
+from .tensor_file import read_header, read_tensors, write_tensors
 from .time_laws import log_snr, low_discrepancy
 
 if TYPE_CHECKING:  # at run time it would bring scikit-learn's data sets along
@@ -84,7 +83,7 @@ class Uniform:
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """x = alpha k/(levels - 1) + sigma z, scaled, with z normal but cut off half way to the neighbouring levels.
+    """x = alpha value_of(k) + sigma z, scaled, with z normal but cut off half way to the neighbouring levels.
 
     alpha and sigma are the SDE's at t_min; z lies in [-reach, reach]. With a reach of about 3 hardly anything is cut
     off, and x has the law of the noised data; see `truncation_time`. Raises ValueError without noise at t_min.
@@ -107,7 +106,7 @@ class TruncatedNormal:
     def reach(self) -> float:
         """Half a bin, in standard deviations of the noise."""
         alpha, sigma = self._curves
-        return alpha * _half_bin(self.codec) / sigma if sigma > 0 else math.inf
+        return alpha * half_bin(self.codec.levels, self.codec.width) / sigma if sigma > 0 else math.inf
 
     def __call__(self, k: Tensor, u: Tensor) -> Dequantised:
         (alpha, sigma), reach = self._curves, self.reach
@@ -124,7 +123,7 @@ def truncation_time(codec: PixelCodec, sde: SDE, reach: float = 3.0, least: floa
     For 8 bits that is at a log SNR of 13.3, where the schedule of Kingma et al. 2021 begins. A longer reach asks the
     model for noise that it can hardly see, a shorter one cuts off much of what it was trained on.
     """
-    target = torch.tensor(2 * math.log(reach / _half_bin(codec)), dtype=torch.float64)
+    target = torch.tensor(2 * math.log(reach / half_bin(codec.levels, codec.width)), dtype=torch.float64)
     first = sde.log_snr(torch.tensor(least, dtype=torch.float64))
     return least if bool(target >= first) else sde.time(target).item()
 
@@ -132,11 +131,6 @@ def truncation_time(codec: PixelCodec, sde: SDE, reach: float = 3.0, least: floa
 def _log_density(codec: PixelCodec) -> float:
     """Log of the density, per dimension, of `codec.encode(k, u)` for uniform u."""
     return math.log(codec.levels / (codec.width * codec.filled))
-
-
-def _half_bin(codec: PixelCodec) -> float:
-    """Half the distance of two levels k/(levels - 1), scaled."""
-    return codec.width / (2 * (codec.levels - 1))
 
 
 class VariationalDequantiser(nn.Module):
@@ -357,27 +351,21 @@ def save_dequantiser(path: Path, dequantiser: VariationalDequantiser, **about: s
     d = dequantiser
     built = {"levels": d.codec.levels, "centered": d.codec.centered, "shape": d.shape, "hidden": d.hidden}
     built |= {"layers": len(d.couplings), "t_min": d.t_min}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    tensors = {name: value.detach().cpu().contiguous() for name, value in d.state_dict().items()}
-    save_file(tensors, partial, {"format": FORMAT, "built": json.dumps(built), **about})
-    partial.replace(path)
+    write_tensors(path, d.state_dict(), {"format": FORMAT, "built": json.dumps(built), **about})
 
 
 def load_dequantiser(path: Path) -> tuple[VariationalDequantiser, dict[str, str]]:
     """(dequantiser, its file's header). Raises FileNotFoundError, or ValueError for a file that is none."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no dequantiser {path}; fit one with --mode dequantize")
-    try:
-        with safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is not a dict)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); fit it again") from error
+    header, tensors = read_header(path), read_tensors(path)
     if header.get("format") != FORMAT:
         raise ValueError(f"{path} holds no dequantiser (format {header.get('format')!r}, not {FORMAT!r})")
-    built = json.loads(header["built"])
-    codec, shape = PixelCodec(built.pop("levels"), built.pop("centered")), tuple(built.pop("shape"))
-    dequantiser = VariationalDequantiser(codec, shape, **built)
-    dequantiser.load_state_dict(tensors)
+    try:
+        built = json.loads(header["built"])
+        codec, shape = PixelCodec(built.pop("levels"), built.pop("centered")), tuple(built.pop("shape"))
+        dequantiser = VariationalDequantiser(codec, shape, **built)
+        dequantiser.load_state_dict(tensors)
+    except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} does not describe the dequantiser that it holds ({error}); fit it again") from error
     return dequantiser.eval().requires_grad_(False), header

@@ -1,8 +1,8 @@
 """Your own data: a folder or a zip of images, a single one, a .npy or a .npz.
 
 Images may lie at any depth. What lies under `train/` is for training, and under `test/` held out; where there is no
-`train/`, all are one set. Where all images lie in sub-folders, and these are two or more, the sub-folders are the
-classes, numbered by name. A `dataset.json` at the top, as in EDM's zips, gives labels instead: {"labels":
+`train/`, all are one set (`folders`). Where all images lie in sub-folders, and these are two or more, the sub-folders
+are the classes, numbered by name. A `dataset.json` at the top, as in EDM's zips, gives labels instead: {"labels":
 [["00000/img00000000.png", 6], ...]}, ints or lists of floats, or null. Captions are in text files beside the images,
 `cat.txt` beside `cat.png`, or in a `metadata.jsonl` of lines {"file_name": "cat.png", "text": "a cat"}, with names from
 where it lies. Nothing here unpickles anything.
@@ -11,33 +11,34 @@ where it lies. Nothing here unpickles anything.
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import math
-import os
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-_EXAMPLES, _LABELS = ("arr_0", "x", "images", "data"), ("arr_1", "y", "labels")
-_PARTS = ("x_train", "y_train", "x_test", "y_test")
-_CAPTIONS = ("text", "caption", "prompt")  # keys of metadata.jsonl
+from . import arrays, pictures
+from .folders import Layout, classes_of, hidden, lay_out, listing, once_each, root_of
+from .labels import beside_image, labels_of, named_labels, read_captions, read_dataset_json
+from .pictures import AS_THEY_ARE, Picture, Pixels
+
+IMAGES = pictures.ENDINGS
+_SAMPLE = 64  # images that are looked at where a set stays on disk
+_LARGEST = 1 << 30  # bytes of a zip's member, unpacked
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Examples on disk: `shape` is (N, *example), `read` gives those at some indices as a uint8 or float32 tensor.
+    """Examples on disk: `shape` is (N, *example), `read` gives those at some indices, of the type that a part has.
 
     `identity` changes with the files that they are read from and with what is made of them: see `identity_of`. Where it
     is empty, whoever wants to know has to read them all.
@@ -72,86 +73,159 @@ class Part(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-def read(
-    path: Path, image_size: int | None = None, num_channels: int | None = None, memory: int = 4 << 30
-) -> tuple[Part, Part | None]:
-    """(train, test) of what lies at `path`; test is None where nothing says what is held out.
+class Found(NamedTuple):
+    """What lies at a path: `test` is None where nothing says what is held out, `levels` where values are floats.
 
-    Images are uint8 (N, C, H, W), other arrays float32 (N, *shape); labels int64 (N,) or float32 (N, K). A part of more
-    than `memory` bytes stays on disk if it is of images or a .npy.
+    `notes` are sentences on what was not read, and on what was made of the rest.
+    """
+
+    train: Part
+    test: Part | None = None
+    levels: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def read(
+    path: Path,
+    image_size: int | None = None,
+    num_channels: int | None = None,
+    memory: int = 4 << 30,
+    pixels: Pixels = AS_THEY_ARE,
+) -> Found:
+    """What lies at `path`.
+
+    Images are (N, C, H, W), uint8 up to 256 levels and int32 above, other arrays float32 (N, *shape); labels int64 (N,)
+    or float32 (N, K). A part of more than `memory` bytes stays on disk if it is of images or a .npy.
 
     Raises FileNotFoundError if nothing is there, and ValueError for what cannot be read or does not fit together.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}: say where your data are, --config.data.path=PATH")
     if path.is_dir():
-        root = path.parent if path.name == "train" and (path.parent / "test").is_dir() else path
-        found = (Path(where, name) for where, _, inside in os.walk(root, followlinks=True) for name in inside)
-        names = [file.relative_to(root).as_posix() for file in found]
-        folder = _Images(path, lambda name: (root / name).read_bytes(), image_size, num_channels, lambda n: root / n)
-        return _images(folder, names, memory)
-    if path.suffix.lower() in IMAGES:
-        one = _Images(path.parent, lambda name: path.read_bytes(), image_size, num_channels, lambda name: path)
+        root = root_of(path)
+        found = listing(root)
+        source = _Images(path, lambda n: (root / n).read_bytes(), lambda n: root / n, image_size, num_channels, pixels)
+        return _images(source, found.names, memory, found.skipped, lambda layout: once_each(root, layout))
+    ending = path.suffix.lower()
+    if path.is_file() and ending in IMAGES:
+        one = _Images(path.parent, lambda n: path.read_bytes(), lambda n: path, image_size, num_channels, pixels)
         return _images(one, [path.name], memory)
-    if path.suffix == ".zip":
-        try:
-            archive = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise ValueError(f"{path} is damaged or no zip file ({error})") from error
-        zipped = _Images(path, archive.read, image_size, num_channels, lambda name: path)
-        return _images(zipped, archive.namelist(), memory)
-    if path.suffix == ".npy":
-        on_disk = path.stat().st_size > memory
-        with _reading(path):
-            array = np.load(path, mmap_mode="r" if on_disk else None, allow_pickle=False)
-        return Part(_examples(array, num_channels, path)), None
-    if path.suffix == ".npz":
-        return _npz(path, num_channels)
+    if path.is_file() and ending == ".zip":
+        archive = _Archive(path)
+        zipped = _Images(path, archive.read, lambda n: path, image_size, num_channels, pixels)
+        return _images(zipped, archive.names, memory)
+    if path.is_file() and ending == ".npy":
+        return _arrays(arrays.Named(arrays.load_npy(path, memory), None, None, None), num_channels, pixels, path)
+    if path.is_file() and ending == ".npz":
+        return _arrays(arrays.load_npz(path), num_channels, pixels, path)
     raise ValueError(f"{path} is neither a folder nor an image, nor a .zip, .npy or .npz file")
+
+
+class _Archive:
+    """A zip's files by name. Raises ValueError, as `read` does, for what is damaged, encrypted or oversized."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.archive = zipfile.ZipFile(path)
+        except Exception as error:
+            raise ValueError(f"{path} is damaged or no zip file ({error})") from error
+        self.members: dict[str, zipfile.ZipInfo] = {}
+        for member in self.archive.infolist():
+            name = member.filename.replace("\\", "/")
+            if member.is_dir() or name.endswith("/") or any(hidden(part) for part in name.split("/")):
+                continue
+            if name in self.members:
+                raise ValueError(f"{path} holds {name} twice: pack it anew")
+            self.members[name] = member
+
+    @property
+    def names(self) -> list[str]:
+        return sorted(self.members)
+
+    def read(self, name: str) -> bytes:
+        member = self.members[name]
+        if member.file_size > _LARGEST:
+            raise ValueError(
+                f"{name} in {self.path} is {member.file_size / 2**30:.1f} GiB unpacked: nothing here is so large"
+            )
+        if member.flag_bits & 1:
+            raise ValueError(f"{name} in {self.path} is encrypted: pack it anew without a password")
+        try:
+            return self.archive.read(member)
+        except Exception as error:  # among them zlib.error, EOFError, and NotImplementedError for compressions
+            raise ValueError(f"{name} in {self.path} is damaged or cannot be unpacked ({error})") from error
+
+
+class _Like(NamedTuple):
+    """What all images of a set have to be like: those that the first one tells."""
+
+    name: str
+    shape: tuple[int, ...]
+    bits: int
+    dtype: type
 
 
 @dataclass(frozen=True)
 class _Images:
-    """Encoded images by name, and what they are to become; `file` is where one lies, by itself or in a zip."""
+    """Encoded images by name, and what they are to become.
+
+    `file` is where one lies, by itself or in a zip; `transparent` and `several` are those met that are so.
+    """
 
     path: Path
     contents: Callable[[str], bytes]
+    file: Callable[[str], Path]
     size: int | None
     channels: int | None
-    file: Callable[[str], Path]
+    pixels: Pixels
+    transparent: set[str] = field(default_factory=set)
+    several: set[str] = field(default_factory=set)
 
-    def open(self, name: str) -> Image.Image:
+    def is_grey(self, name: str) -> bool:
+        content = self.contents(name)
         try:
-            image = Image.open(io.BytesIO(self.contents(name)))
-            image.load()
-        except (UnidentifiedImageError, OSError, SyntaxError) as error:
-            why = "" if isinstance(error, UnidentifiedImageError) else f" ({error})"  # of that it names our buffer
-            raise ValueError(f"{name} in {self.path} cannot be read as an image{why}") from error
-        if image.mode.startswith(("I", "F")):
-            raise ValueError(f"{name} in {self.path} has more than 8 bits per pixel: save it with 8")
-        return ImageOps.exif_transpose(image)
+            return pictures.is_grey(content)
+        except ValueError as error:
+            raise ValueError(f"{name} in {self.path} {error}") from None
 
-    def decode(self, name: str) -> np.ndarray:
-        """uint8 (C, H, W)."""
-        image = self.open(name).convert("L" if self.channels == 1 else "RGB")
-        if self.size and image.size != (self.size, self.size):
-            side = min(image.size)
-            left, top = (image.width - side) // 2, (image.height - side) // 2
-            square = image.crop((left, top, left + side, top + side))
-            image = square.resize((self.size, self.size), Image.Resampling.LANCZOS)
-        return np.array(image).reshape(image.height, image.width, -1).transpose(2, 0, 1)
+    def open(self, name: str) -> Picture:
+        """As the file has it, but for channels and background."""
+        content = self.contents(name)
+        try:
+            found = pictures.decode(content, self.channels == 1, self.pixels.colour)
+        except ValueError as error:
+            raise ValueError(f"{name} in {self.path} {error}") from None
+        if found.transparent:
+            self.transparent.add(name)
+        if found.frames > 1:
+            self.several.add(name)
+        return found
 
-    def read(self, names: Sequence[str], shape: tuple[int, ...], index: Sequence[int]) -> Tensor:
-        """uint8 (len(index), *shape): the images names[i], which must all have this shape."""
-        out = np.empty((len(index), *shape), dtype=np.uint8)
+    def finished(self, picture: Picture, name: str) -> tuple[np.ndarray, int]:
+        """(C, H, W) of the wanted size and bits, and how many levels that makes."""
+        used = self.pixels.bits_used(picture.array, picture.bits, f"{name} in {self.path}")
+        array = pictures.square(picture.array, self.size, (1 << used) - 1) if self.size else picture.array
+        return self.pixels.kept(array, used).transpose(2, 0, 1), self.pixels.levels(used)
+
+    def read(self, names: Sequence[str], like: _Like, index: Sequence[int]) -> Tensor:
+        """(len(index), *shape): the images names[i], which must all be like the first."""
+        out: np.ndarray = np.empty((len(index), *like.shape), dtype=like.dtype)
 
         def place(row: int, i: int) -> None:
-            image = self.decode(names[i])
-            if image.shape != shape:
+            name = names[i]
+            picture = self.open(name)
+            if picture.bits != like.bits and not self.pixels.bits:
+                raise ValueError(
+                    f"{name} in {self.path} has {picture.bits} bits per number, but {like.name} {like.bits}: cut all "
+                    f"to 8 with --config.data.bits=8"
+                )
+            image, _ = self.finished(picture, name)
+            if image.shape != like.shape:
                 height, width = image.shape[1:]
                 raise ValueError(
-                    f"{names[i]} in {self.path} is {height} x {width} but others are {shape[1]} x {shape[2]}: crop and "
-                    f"resize all with --config.data.image_size=SIZE"
+                    f"{name} in {self.path} is {height} x {width} but others are {like.shape[1]} x {like.shape[2]}: "
+                    f"crop and resize all with --config.data.image_size=SIZE"
                 )
             out[row] = image
 
@@ -159,160 +233,132 @@ class _Images:
             list(pool.map(place, range(len(index)), index))
         return torch.from_numpy(out)
 
+    def notes(self, bits: int, of: int) -> list[str]:
+        """What is to be said of so many images, which were met by now."""
+        found = []
+        if self.transparent:
+            found.append(
+                f"{len(self.transparent)} of {of} images are transparent somewhere: they lie over "
+                f"data.background={self.pixels.background}"
+            )
+        if self.several:
+            found.append(f"{len(self.several)} of {of} images have several frames, of which the first is read")
+        return found + _about_bits(self.pixels, bits)
 
-def _images(source: _Images, names: list[str], memory: int) -> tuple[Part, Part | None]:
+
+def _images(
+    source: _Images,
+    names: list[str],
+    memory: int,
+    skipped: Mapping[str, int] = MappingProxyType({}),
+    narrow: Callable[[Layout], Layout] = lambda layout: layout,
+) -> Found:
     if source.channels not in (None, 1, 3):
         raise ValueError(f"images have 1 channel or 3, got {source.channels}: set --config.data.num_channels to 1 or 3")
-    names = sorted(n for n in names if not any(p.startswith((".", "__MACOSX")) for p in n.split("/")))
+    where = str(source.path)
     images = [n for n in names if n.lower().endswith(IMAGES)]
-    train, test = parts_of(images)
-    if not train:
-        raise ValueError(f"there are no images ({', '.join(IMAGES)}) in {source.path}")
+    if not images:
+        raise ValueError(f"there are no images ({', '.join(IMAGES)}) in {where}" + _instead(names))
+    layout = narrow(lay_out(images, where))
+    train, test = layout.train, layout.test
     if source.channels is None:
-        grey = source.open(train[0]).mode in ("1", "L", "LA")
-        source = replace(source, channels=1 if grey else 3)
-
-    listed = json.loads(source.contents("dataset.json")).get("labels") if "dataset.json" in names else None
-    label, classes = (dict(listed), ()) if listed else class_folders(train, test, source.path)
-    shape, captions = source.decode(train[0]).shape, _captions(source, names, images)
+        source = replace(source, channels=1 if source.is_grey(train[0]) else 3)
+    label, classes = _listed(source, names, layout)
+    if not label:
+        label, classes = classes_of(layout, where)
+    captions = read_captions(source.contents, names, train + test, where)
+    first = source.open(train[0])
+    image, levels = source.finished(first, train[0])
+    like = _Like(train[0], image.shape, first.bits, np.uint8 if levels <= 256 else np.int32)
 
     def part(chosen: list[str]) -> Part:
-        load = partial(source.read, chosen, shape)
-        on_disk = len(chosen) * math.prod(shape) > memory
+        load = partial(source.read, chosen, like)
+        on_disk = len(chosen) * math.prod(like.shape) * np.dtype(like.dtype).itemsize > memory
         if on_disk:
-            identity = identity_of(((name, source.file(name)) for name in chosen), source.size, source.channels)
-        x = Stream((len(chosen), *shape), load, identity) if on_disk else load(range(len(chosen)))
-        y = named_labels(label, chosen, source.path) if label else None
+            load(range(0, len(chosen), max(1, len(chosen) // _SAMPLE)))
+            files = ((name, source.file(name)) for name in chosen)
+            identity = identity_of(files, source.size, source.channels, source.pixels)
+        x = Stream((len(chosen), *like.shape), load, identity) if on_disk else load(range(len(chosen)))
+        y = named_labels(label, chosen, f"dataset.json in {where}") if label else None
         return Part(x, y, [captions[n] for n in chosen] if captions else None, classes)
 
-    return part(train), part(test) if test else None
+    parts = part(train), part(test) if test else None
+    read_by_now = sum(len(p.x) if isinstance(p.x, Tensor) else min(_SAMPLE, len(p.x)) for p in parts if p is not None)
+    beside = {*images, *(beside_image(n) for n in train + test if captions), layout.top + "dataset.json"}
+    rest = [n for n in names if n not in beside and not n.endswith("metadata.jsonl")]
+    notes = (*layout.notes, *unread(rest, skipped), *source.notes(first.bits, read_by_now))
+    return Found(*parts, levels, notes)
 
 
-def parts_of(names: list[str]) -> tuple[list[str], list[str]]:
-    """The names under train/ and under test/; all and none where there is no train/."""
-    train, test = ([n for n in names if n.startswith(part)] for part in ("train/", "test/"))
-    return (train, test) if train else (names, [])
+def _listed(source: _Images, names: list[str], layout: Layout) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Labels by name of the dataset.json at the top, and no names of classes."""
+    for folder in dict.fromkeys((layout.top, "")):
+        if folder + "dataset.json" in names:
+            where = f"{folder}dataset.json in {source.path}"
+            found = read_dataset_json(source.contents(folder + "dataset.json"), where)
+            return {folder + name: label for name, label in found.items()}, ()
+    return {}, ()
 
 
-def class_folders(train: list[str], test: list[str], path: Path) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The class of every image, from the sub-folder it lies in, and their names; nothing where these are no classes."""
-    depth = 1 if all(n.startswith("train/") for n in train) else 0
-    folder = {n: n.split("/")[depth] for n in train + test if n.count("/") > depth}
-    classes = sorted({folder[n] for n in train if n in folder})
-    if len(classes) < 2 or any(n not in folder for n in train):
-        return {}, ()
-    for n in test:
-        if folder.get(n) not in classes:
-            raise ValueError(f"{n} in {path} lies in none of train/'s class folders, which are {', '.join(classes)}")
-    return {n: classes.index(folder[n]) for n in folder}, tuple(classes)
+def unread(names: Sequence[str], skipped: Mapping[str, int]) -> list[str]:
+    """A sentence on files of these names, and on what `folders.listing` left out."""
+    files = Counter(_ending(name) for name in names)
+    parts = [f"{count} {ending}" for ending, count in sorted(files.items())]
+    parts += [f"{count} {kind}" for kind, count in sorted(skipped.items())]
+    return [f"not read: {', '.join(parts)}"] if parts else []
 
 
-def named_labels(label: Mapping[str, int | list[float]], names: list[str], path: Path) -> Tensor:
-    missing = next((n for n in names if n not in label), None)
-    if missing is not None:
-        raise ValueError(f"dataset.json in {path} has no label for {missing}")
-    return _labels(np.array([label[n] for n in names]), len(names), path)
+def _ending(name: str) -> str:
+    return Path(name).suffix.lower() or "files without ending"
 
 
-def _captions(source: _Images, names: list[str], images: list[str]) -> dict[str, str]:
-    """The caption of every image; nothing where none has one."""
-    found: dict[str, str] = {}
-    for name in names:
-        if name.rsplit("/", 1)[-1] == "metadata.jsonl":
-            folder = name.removesuffix("metadata.jsonl")
-            for number, line in enumerate(source.contents(name).decode().splitlines(), 1):
-                found |= _metadata(line, folder, f"{name} in {source.path}, line {number}")
-    beside, there = {n: n.rsplit(".", 1)[0] + ".txt" for n in images}, set(names)
-    found |= {n: source.contents(txt).decode().strip() for n, txt in beside.items() if txt in there}
-    missing = next((n for n in images if n not in found), None)
-    if found and missing is not None:
-        raise ValueError(
-            f"{missing} in {source.path} has no caption, and others have: give it one in {beside[missing]}"
-        )
-    return found
+def _instead(names: list[str]) -> str:
+    there = Counter(_ending(n) for n in names)
+    return f", but {', '.join(f'{count} {kind}' for kind, count in there.most_common(3))}" if there else ""
 
 
-def _metadata(line: str, folder: str, where: str) -> dict[str, str]:
-    """{image: caption} of a line of metadata.jsonl; nothing of one without a caption."""
-    try:
-        row = json.loads(line) if line.strip() else {}
-        caption = next((row[key] for key in _CAPTIONS if key in row), None)
-        return {} if caption is None else {folder + row["file_name"]: str(caption)}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f'{where} should be like {{"file_name": "cat.png", "text": "a cat"}} ({error!r})') from None
+def _about_bits(pixels: Pixels, held: int) -> list[str]:
+    if held == 8 and not (pixels.bits or pixels.file_bits):
+        return []
+    used = pixels.file_bits or held
+    cut = f", cut to {pixels.bits} (data.bits)" if pixels.bits else ""
+    return [f"pixels have {used} bits on file{cut}: {pixels.levels(used)} levels"]
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read as arrays of numbers ({error})") from error
+def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path: Path) -> Found:
+    held = [named.x.dtype] + ([] if named.x_test is None else [named.x_test.dtype])
+    if len({_kind(dtype) for dtype in held}) > 1:
+        raise ValueError(f"{path} has {held[0]} to train on but holds out {held[1]}: save both as one type")
+
+    def held_as(
+        x: np.ndarray, dtype: type, cut: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
+    ) -> Tensor | Stream:
+        """As a tensor; what is mapped from disk stays there."""
+        if not isinstance(x, np.memmap):
+            return torch.from_numpy(np.ascontiguousarray(cut(x), dtype=dtype))
+        identity = identity_of([(path.name, path)], num_channels, pixels)
+        return Stream(x.shape, lambda rows: torch.from_numpy(np.ascontiguousarray(cut(x[list(rows)]), dtype)), identity)
+
+    def part(x: np.ndarray, y: np.ndarray | None, key: str) -> tuple[Part, int | None, list[str]]:
+        where = f"{path}, {key}" if named.x_test is not None else str(path)
+        x, notes = arrays.examples(x, num_channels, where)
+        if x.dtype.kind == "f":
+            return Part(held_as(x, np.float32), _labels(y, len(x), where)), None, notes
+        used = arrays.bits_used(x, pixels, where)
+        levels = pixels.levels(used)
+        kept = held_as(x, np.uint8 if levels <= 256 else np.int32, partial(pixels.kept, used=used))
+        return Part(kept, _labels(y, len(x), where)), levels, notes + _about_bits(pixels, 8 * x.dtype.itemsize)
+
+    train, levels, notes = part(named.x, named.y, "x_train")
+    if named.x_test is None:
+        return Found(train, None, levels, tuple(notes))
+    test, _, _ = part(named.x_test, named.y_test, "x_test")
+    return Found(train, test, levels, tuple(notes))
 
 
-def _npz(path: Path, num_channels: int | None) -> tuple[Part, Part | None]:
-    """Arrays by name: x_train, y_train, x_test, y_test, or one of _EXAMPLES and of _LABELS, or a single array."""
-    with _reading(path), np.load(path, allow_pickle=False) as found:
-        keys = list(found.keys())
-        arrays = {key: found[key] for key in keys if key in (*_EXAMPLES, *_LABELS, *_PARTS) or len(keys) == 1}
-
-    def part(x_key: str, y_key: str | None) -> Part:
-        x = _examples(arrays[x_key], num_channels, path)
-        return Part(x, _labels(arrays[y_key], len(x), path) if y_key in arrays else None)
-
-    if "x_train" in arrays:
-        return part("x_train", "y_train"), part("x_test", "y_test") if "x_test" in arrays else None
-    x_key = keys[0] if len(keys) == 1 else next((key for key in _EXAMPLES if key in arrays), None)
-    if x_key is None:
-        raise ValueError(f"{path} holds {', '.join(keys) or 'nothing'}: name the examples {' or '.join(_EXAMPLES)}")
-    return part(x_key, next((key for key in _LABELS if key in arrays and key != x_key), None)), None
+def _kind(dtype: np.dtype) -> str:
+    return "float" if dtype.kind == "f" else str(dtype)
 
 
-def _examples(array: np.ndarray, num_channels: int | None, path: Path) -> Tensor | Stream:
-    """uint8 images as (N, C, H, W), floats as float32 (N, *shape); what is mapped from disk stays there."""
-    if array.ndim < 2 or len(array) == 0:
-        raise ValueError(f"{path} should hold examples (N, ...), got an array of shape {array.shape}")
-    if array.dtype != np.uint8 and not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{path} holds {array.dtype}: save pixels as uint8 and vectors as float32")
-    if array.dtype == np.uint8:
-        array = _channels_second(array, num_channels, path)
-    dtype = np.uint8 if array.dtype == np.uint8 else np.float32
-    if isinstance(array, np.memmap):
-        identity = identity_of([(path.name, path)], num_channels)
-        return Stream(array.shape, lambda index: _tensor(array[list(index)], dtype), identity)
-    return _tensor(array, dtype)
-
-
-def _channels_second(array: np.ndarray, num_channels: int | None, path: Path) -> np.ndarray:
-    """uint8 images (N, H, W), (N, H, W, C) or (N, C, H, W) as the last of these; where both fit, channels are last."""
-    if array.ndim == 3:
-        return array[:, None]
-    if array.ndim != 4:
-        raise ValueError(f"{path} holds uint8 of shape {array.shape}, no images: save vectors as float32")
-    channels = (num_channels,) if num_channels else (1, 3, 4)
-    if array.shape[-1] in channels:
-        return np.moveaxis(array, -1, 1)
-    if array.shape[1] in channels:
-        return array
-    raise ValueError(
-        f"{path} has shape {array.shape}, with {' or '.join(map(str, channels))} channels neither last nor second: say "
-        f"how many there are, --config.data.num_channels=C"
-    )
-
-
-def _labels(y: np.ndarray, n: int, path: Path) -> Tensor:
-    """int64 (N,) of classes or float32 (N, K) of conditions."""
-    integers = np.issubdtype(y.dtype, np.integer)
-    if y.ndim == 2 and y.shape[1] == 1 and integers:
-        y = y[:, 0]
-    if not integers and y.ndim == 1 and np.issubdtype(y.dtype, np.floating):
-        y = y[:, None]
-    if len(y) != n or y.ndim != (1 if integers else 2) or not (integers or np.issubdtype(y.dtype, np.floating)):
-        raise ValueError(f"{path} should hold {n} labels, ints or rows of floats, got {y.dtype} of shape {y.shape}")
-    if integers and y.min() < 0:
-        raise ValueError(f"{path} should number its classes from 0, got label {y.min()}")
-    return torch.from_numpy(y.astype(np.int64 if integers else np.float32))
-
-
-def _tensor(array: np.ndarray, dtype: type) -> Tensor:
-    return torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+def _labels(y: np.ndarray | None, n: int, where: str) -> Tensor | None:
+    return None if y is None else labels_of(y, n, where)

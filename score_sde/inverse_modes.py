@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from ml_collections import ConfigDict
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from .build import build_sampler, build_times, grid_name
@@ -41,6 +40,7 @@ from .latent_modes import as_trained, fingerprint, read_examples
 from .metrics import psnr
 from .model import ScoreModel
 from .parallel import Processes
+from .pictures import grey_and_alpha
 from .results import Arrays, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
 from .samplers import Sampler, sample
 from .samplers.base import example_generators, noise_source
@@ -61,8 +61,9 @@ METHODS = (*GUIDED, "projection", "repaint", "twisted")
 def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
     """bool (H, W) of an image file for examples of `shape`: white where they are known, black where they are not.
 
+    A mask drawn in transparency is known where it is opaque: such as a picture with a hole rubbed out.
     Raises FileNotFoundError, and ValueError for no path or image, for another size, for other colours, and for a mask
-    that leaves nothing to do.
+    that leaves nothing to do, or that could mean two things.
     """
     height, width = shape[1:]
     if path is None:
@@ -73,10 +74,16 @@ def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"there is no mask {path}")
     try:
-        with Image.open(path) as image:
-            grey = np.array(image.convert("L"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"the mask {path} cannot be read as an image ({error})") from error
+        grey, alpha = grey_and_alpha(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"the mask {path} {error}") from None
+    if alpha.min() < 255:
+        if 0 in (shades := set(np.unique(grey[alpha == 255]).tolist())) and shades <= {0, 255}:
+            raise ValueError(
+                f"the mask {path} is drawn in black and in transparency, and either could be what is to be filled: "
+                "save it in black and white without transparency"
+            )
+        grey = alpha
     if grey.shape != (height, width):
         raise ValueError(
             f"the mask {path} is {grey.shape[0]} x {grey.shape[1]}, and the model's images are {height} x {width}, to "
@@ -113,10 +120,12 @@ def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Pa
     return Average(factor)
 
 
-def read_observed(path: Path, task: str, operator: Spectral, shape: tuple[int, ...], codec: Codec) -> Split:
+def read_observed(
+    path: Path, task: str, operator: Spectral, shape: tuple[int, ...], codec: Codec, background: str
+) -> Split:
     """The user's images: what is left of them to restore, which for superresolve are the small ones."""
     seen = operator.apply(torch.zeros(1, *shape)).shape[1:] if task == "superresolve" else shape
-    return read_examples(path, tuple(seen), codec)
+    return read_examples(path, tuple(seen), codec, background)
 
 
 def restore(
@@ -212,7 +221,7 @@ def run_restoring(
     shape, operator = data.shape, operator_for(task, config, data.shape, mask)
     split, source = {"test": data.test, "train": data.train}[e.split], None
     if given is not None:
-        split = read_observed(given, task, operator, shape, codec)
+        split = read_observed(given, task, operator, shape, codec, config.data.background)
         source = f"sha256 {fingerprint(split)}"
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     own = source is not None

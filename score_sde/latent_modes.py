@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from .checkpoint import file_hash
-from .codecs import Codec, PixelCodec
+from .codecs import Codec, PixelCodec, requantised
 from .conditions import in_turn, labelled, sampled_labels, told
 from .data import Split, digest
 from .dequantisation import uniform_numbers
@@ -26,17 +26,19 @@ from .latents import decode, encode, slerp
 from .model import ScoreModel
 from .ode import Solver
 from .parallel import Processes
+from .pictures import Pixels
 from .results import Arrays, channels_last, in_batches, once, read_arrays, stamp, write_arrays, write_pictures
 from .samplers.base import noise_source
 
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
 
 
-def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
+def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, background: str = "white") -> Split:
     """The user's examples for a model of examples of `shape`, as a data set stores them; of a folder its train/ if any.
 
-    An image, or a folder or zip of them, is cropped, resized and made grey or RGB, and its 256 levels become those of
-    the data. Arrays of a .npy or .npz hold levels, or for vectors floats, as they are.
+    An image, or a folder or zip of them, is cropped, resized and made grey or RGB, laid over the background where it is
+    transparent, and its levels become those of the data. Arrays of a .npy or .npz hold levels, or for vectors floats,
+    as they are.
 
     Raises FileNotFoundError, and ValueError for what cannot be read or is of another kind or shape.
     """
@@ -44,20 +46,22 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec) -> Split:
         raise FileNotFoundError(f"there is no file or folder {path}: name what is to be read, --input FILE_OR_FOLDER")
     square = len(shape) == 3 and shape[-1] == shape[-2]
     channels = shape[0] if len(shape) == 3 else None
-    x = read(path, shape[-1] if square else None, channels, memory=2**62)[0].x
+    found = read(path, shape[-1] if square else None, channels, 2**62, Pixels(background=background))
+    x = found.train.x
     assert isinstance(x, Tensor)
-    if tuple(x.shape[1:]) != shape or (x.dtype == torch.uint8) != isinstance(codec, PixelCodec):
-        kind = "uint8 images" if isinstance(codec, PixelCodec) else "floats"
+    if tuple(x.shape[1:]) != shape or (found.levels is None) == isinstance(codec, PixelCodec):
+        kind = f"{str(codec.dtype)[6:]} images" if isinstance(codec, PixelCodec) else "floats"
         pictures = " (pictures such as PNGs would be cropped and resized)" if len(shape) == 3 else ""
         raise ValueError(
             f"{path} holds {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, and {kind} of shape "
             f"{shape} are to be read{pictures}"
         )
-    if isinstance(codec, PixelCodec):
+    if isinstance(codec, PixelCodec) and found.levels is not None:
         if path.suffix.lower() not in (".npy", ".npz"):
-            x = (x.to(torch.float32) * ((codec.levels - 1) / 255)).round().to(torch.uint8)
+            x = requantised(x, found.levels, codec)
         elif int(x.max()) >= codec.levels:
             raise ValueError(f"{path} holds the value {int(x.max())}, and the data have levels 0..{codec.levels - 1}")
+        x = x.to(codec.dtype)
     return Split(x)
 
 

@@ -17,6 +17,7 @@ from .build import AUTOENCODE, CLASSIFY
 from .codecs import Codec, PixelCodec, VectorCodec
 from .continuous_bound import reconstruction
 from .learned import MonotoneSchedule
+from .levels import COARSE
 from .metrics import psnr
 from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier
@@ -109,6 +110,11 @@ class Objective(nn.Module):
         self.sum = not t.reduce_mean
         self.levels: Tensor | None = None
         if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
+            if config.model.learn_ends and codec.levels > COARSE:
+                raise ValueError(
+                    f"model.learn_ends compares each pixel with each of {codec.levels} levels: set data.bits=8, or "
+                    "data.uniform_dequantization=True"
+                )
             self.levels = codec.encode(torch.arange(codec.levels))
 
     def forward(

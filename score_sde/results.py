@@ -163,8 +163,9 @@ def write_pictures(
 
 
 def channels_last(y: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) as (N, H, W, C), as files have them; vectors as they are."""
+    """Images (N, C, H, W) as (N, H, W, C), those of more than 256 levels as uint16, as files have them; or vectors."""
     array = y.cpu().numpy()
+    array = array.astype(np.uint16) if array.dtype == np.int32 else array
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 

@@ -6,7 +6,6 @@ sample rate and 16 bits (PCM); several channels are averaged. A set is held in m
 
 from __future__ import annotations
 
-import os
 import wave
 from pathlib import Path
 
@@ -14,29 +13,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .files import IMAGES, Part, class_folders, named_labels, parts_of
+from .files import IMAGES, Found, Part, unread
+from .folders import Listing, classes_of, lay_out, listing, once_each
+from .labels import named_labels
 
 
-def recordings(path: Path) -> list[str]:
-    """The .wav files in a folder, by their names relative to it, sorted; none where there are images too."""
-    found = (Path(folder, name) for folder, _, inside in os.walk(path, followlinks=True) for name in inside)
-    names = [file.relative_to(path).as_posix() for file in found]
-    names = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    if any(name.lower().endswith(IMAGES) for name in names):
-        return []
-    return sorted(name for name in names if name.lower().endswith(".wav"))
+def recordings(path: Path) -> Listing | None:
+    """The files in a folder of .wav files, or None where there are none, or images too."""
+    found = listing(path)
+    has_images = any(name.lower().endswith(IMAGES) for name in found.names)
+    return found if not has_images and any(_is_recording(name) for name in found.names) else None
 
 
-def read(path: Path, length: int | None = None) -> tuple[Part, Part | None, int]:
-    """(train, test, sample rate) of a folder of .wav files; test is None where nothing says what is held out.
+def read(path: Path, found: Listing, length: int | None = None) -> tuple[Found, int]:
+    """What a folder of .wav files holds, of which these were found, and its sample rate.
 
     Examples are float32 (N, 1, length): the first `length` samples of each recording, with silence behind shorter ones;
     without a length all must have the same.
 
     Raises ValueError for files that are no 16-bit PCM, or that differ in sample rate or length.
     """
-    names = recordings(path)
-    train, test = parts_of(names)
+    layout = once_each(path, lay_out([name for name in found.names if _is_recording(name)], str(path)))
+    names = sorted(layout.train + layout.test)
     signals, rates = {}, {}
     for name in names:
         signals[name], rates[name] = _recording(path / name)
@@ -52,15 +50,17 @@ def read(path: Path, length: int | None = None) -> tuple[Part, Part | None, int]
             f"--config.data.length=SAMPLES"
         )
     size = length or len(signals[names[0]])
-    label, classes = class_folders(train, test, path)
+    label, classes = classes_of(layout, str(path))
 
     def part(chosen: list[str]) -> Part:
         x = torch.zeros(len(chosen), 1, size)
         for row, name in zip(x, chosen, strict=True):
             row[0, : len(signals[name])] = torch.from_numpy(signals[name][:size])
-        return Part(x, named_labels(label, chosen, path) if label else None, class_names=classes)
+        return Part(x, named_labels(label, chosen, str(path)) if label else None, class_names=classes)
 
-    return part(train), part(test) if test else None, rates[names[0]]
+    others = [name for name in found.names if not _is_recording(name)]
+    notes = (*layout.notes, *unread(others, found.skipped))
+    return Found(part(layout.train), part(layout.test) if layout.test else None, None, notes), rates[names[0]]
 
 
 def write(signal: Tensor, path: str | Path, rate: int) -> None:
@@ -75,13 +75,17 @@ def write(signal: Tensor, path: str | Path, rate: int) -> None:
         file.writeframes(pcm.tobytes())
 
 
+def _is_recording(name: str) -> bool:
+    return name.lower().endswith(".wav")
+
+
 def _recording(path: Path) -> tuple[np.ndarray, int]:
     """float32 (length,) in [-1, 1] and the sample rate of a .wav file."""
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
             contents = file.readframes(file.getnframes())
-    except (wave.Error, EOFError) as error:
+    except Exception as error:  # among them wave.Error, EOFError and struct.error
         raise ValueError(f"{path} cannot be read as a PCM recording ({error})") from error
     if width != 2:
         raise ValueError(f"{path} has {8 * width} bits per sample: save it with 16")

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
+
+from .tensor_file import read_header, read_tensors, write_tensors
 
 _BATCH = 64  # captions encoded together
 
@@ -154,24 +155,21 @@ Known = dict[str, tuple[Tensor, Tensor]]
 def _read(path: Path, sha256: str) -> Known:
     """The captions in a cache that this encoder wrote; none of another's, or where it cannot be read."""
     try:
-        with safe_open(path, "pt") as file:
-            if (file.metadata() or {}).get("encoder") != sha256:
-                return {}
-            tokens, pooled = file.get_tensor("tokens"), file.get_tensor("pooled")
-            lengths, text = file.get_tensor("lengths").tolist(), bytes(file.get_tensor("captions").numpy()).decode()
-    except (OSError, SafetensorError):
+        if read_header(path).get("encoder") != sha256:
+            return {}
+        found = read_tensors(path)
+        tokens, pooled = found["tokens"], found["pooled"]
+        lengths, text = found["lengths"].tolist(), bytes(found["captions"].numpy()).decode()
+    except (FileNotFoundError, ValueError, KeyError):
         return {}
     return dict(zip(text.split("\0"), zip(tokens.split(lengths), pooled, strict=True), strict=True))
 
 
 def _write(path: Path, sha256: str, known: Known) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
     tensors = {
         "tokens": torch.cat([tokens for tokens, _ in known.values()]),
         "pooled": torch.stack([pooled for _, pooled in known.values()]),
         "lengths": torch.tensor([len(tokens) for tokens, _ in known.values()]),
         "captions": torch.frombuffer(bytearray("\0".join(known).encode()), dtype=torch.uint8),
     }
-    save_file(tensors, partial, {"encoder": sha256})
-    partial.replace(path)
+    write_tensors(path, tensors, {"encoder": sha256})

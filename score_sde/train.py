@@ -37,6 +37,7 @@ from .model import ScoreModel
 from .objectives import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
 from .parallel import Processes
 from .sdes import SDE
+from .tensor_file import remove_leftovers
 from .text import Text
 from .time_laws import SecondMoments, TimeLaw
 
@@ -338,6 +339,8 @@ def train(
         )
     state = make_state(config, data.shape, processes.device)
     state.model.train()
+    if processes.main:
+        remove_leftovers(workdir / "checkpoints")
     found, notes = checkpoint.newest(workdir)
     if found is not None:
         state.step = checkpoint.restore(found, state.model, state.ema, state.optimizer, state.law).step
@@ -385,7 +388,7 @@ def train(
             codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
             card = checkpoint.Card(configs.to_json(config), data.shape, state.step, codes, about)
             checkpoint.save(path, card, state.model, state.ema, state.optimizer, state.law)
-            checkpoint.prune(workdir, t.keep_last, t.keep_every * t.snapshot_freq)
+            checkpoint.prune(path, t.keep_last, t.keep_every * t.snapshot_freq)
         processes.barrier()
         return path
 

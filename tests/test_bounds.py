@@ -79,11 +79,12 @@ def test_the_prior_s_divergence_is_torch_s() -> None:
             torch.testing.assert_close(prior_divergence(sde, x0, t), wanted, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize(("levels", "width"), [(2, 1.0), (17, 2.0), (256, 2.0), (256, 1.0)])
+@pytest.mark.parametrize(("levels", "width"), [(2, 1.0), (17, 2.0), (256, 2.0), (256, 1.0), (65536, 2.0)])
 @pytest.mark.parametrize("std", [1e-4, 0.003, 0.1, 3.0])
 @pytest.mark.parametrize("mean", [-0.3, 0.0, 0.456, 1.2])
 def test_the_decoder_s_levels_share_all_the_mass(levels: int, width: float, std: float, mean: float) -> None:
-    x = 1 - width + width * torch.arange(levels, dtype=torch.float64) / (levels - 1)
+    k = torch.arange(levels, dtype=torch.float64)
+    x = 1 - width + width * (k / (levels - 1) if levels <= 256 else (k + 0.5) / levels)
     mass = discretised(x, torch.full_like(x, mean), scalar(2 * math.log(std)), levels, width)
     assert mass.exp().sum().item() == pytest.approx(1, abs=1e-12)
     edges = torch.cat([x.new_tensor([-math.inf]), (x[1:] + x[:-1]) / 2, x.new_tensor([math.inf])]).numpy()
@@ -357,7 +358,7 @@ def test_errors_name_the_thing_and_the_remedy() -> None:
     with pytest.raises(ValueError, match="terms must be between 1 and the chain's 3 diffusion terms, got 4"):
         chain_bound(model, x0, terms=4)
     for wrong in (x0, torch.full_like(x0, -1.25), torch.full_like(x0, 1.25)):
-        with pytest.raises(ValueError, match=r"x0 must hold the values k/16.*scaled to \[-1, 1\]: encode it without"):
+        with pytest.raises(ValueError, match=r"x0 must hold 17 evenly spaced values from -1 to 1, .*: encode"):
             chain_bound(model, wrong, levels=17)
     with pytest.raises(ValueError, match=r'no learned variances: use variance="small" or "large", or train one with'):
         chain_bound(model, x0, variance="learned")

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -12,13 +13,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from score_sde import checkpoint
-from score_sde.checkpoint import Card, DataCard, checkpoints, load, newest, prune, read_card, restore, save
+from score_sde.checkpoint import (
+    Card,
+    DataCard,
+    checkpoints,
+    file_hash,
+    find,
+    load,
+    newest,
+    prune,
+    read_card,
+    restore,
+    save,
+)
 from score_sde.codecs import PixelCodec, VectorCodec
 from score_sde.config import to_json
 from score_sde.data import load_data
+from score_sde.tensor_file import write_tensors
 from score_sde.train import make_state, train
 from tests.test_train import ALONE, toy_config
 
@@ -92,8 +107,6 @@ def test_a_truncated_newest_checkpoint_is_named_and_skipped(trained: Path, lengt
 
 
 def test_a_foreign_checkpoint_is_refused(trained: Path) -> None:
-    from safetensors.torch import save_file
-
     other = trained / "other.safetensors"
     save_file({"weight": torch.zeros(2)}, other)
     with pytest.raises(ValueError, match=r"other\.safetensors was not written by this package"):
@@ -136,23 +149,247 @@ def test_an_interrupted_write_leaves_the_old_file(trained: Path, monkeypatch: py
     before = path.read_bytes()
     state = make_state(toy_config(), (2,), CPU)
 
-    def fail(tensors: object, where: Path, header: object) -> None:
-        Path(where).write_bytes(b"half")
+    def fail(number: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(checkpoint, "save_file", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
         save(path, Card("{}", (2,), 6), state.model, state.ema, state.optimizer)
     assert path.read_bytes() == before
-    assert newest(trained) == (path, [])
+    assert newest(trained) == (path, []) and list(path.parent.iterdir()) == [path]
+
+
+def test_a_state_that_is_not_finite_is_never_written(trained: Path) -> None:
+    path = checkpoints(trained)[-1]
+    before = path.read_bytes()
+    state = make_state(toy_config(), (2,), CPU)
+    restore(path, state.model, state.ema, state.optimizer)
+    state.optimizer.state[state.parameters[0]]["exp_avg_sq"][0] = torch.inf
+    with pytest.raises(FloatingPointError, match=r"optimizer/exp_avg_sq/.* is not finite at step 6"):
+        save(path, Card(to_json(toy_config()), (2,), 6), state.model, state.ema, state.optimizer)
+    assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
+
+
+def test_equal_states_are_equal_files(trained: Path, tmp_path: Path) -> None:
+    """Whatever order things were in; so their hashes, in stamps and configs, are equal, too."""
+    path, other = checkpoints(trained)[-1], tmp_path / "other.safetensors"
+    state = make_state(toy_config(), (2,), CPU)
+    card = restore(path, state.model, state.ema, state.optimizer)
+    save(other, card, state.model, state.ema, state.optimizer)
+    assert other.read_bytes() == path.read_bytes() and file_hash(other) == file_hash(path)
+
+
+# -- which checkpoint
+
+
+def small(workdir: Path, *steps: int) -> list[Path]:
+    """Checkpoints of these steps, of a model of a few numbers."""
+    state = make_state(toy_config(model__hidden=4, model__depth=1), (2,), CPU)
+    paths = [checkpoint.checkpoint_path(workdir, step) for step in steps]
+    for step, path in zip(steps, paths, strict=True):
+        save(path, Card(to_json(toy_config(model__hidden=4, model__depth=1)), (2,), step), state.model, state.ema, None)
+    return paths
+
+
+def damage(path: Path) -> None:
+    """Change one bit of the last tensor."""
+    content = bytearray(path.read_bytes())
+    content[-2] ^= 4
+    path.write_bytes(content)
+
+
+def test_the_newest_is_of_the_highest_step_inside_and_named_files_do_not_count(tmp_path: Path) -> None:
+    two, four, six = small(tmp_path, 2, 4, 6)
+    shutil.copy(two, checkpoint.checkpoint_path(tmp_path, 9))
+    for name in ("best", "000000012 (copy)", "12", "zz-000000012", "٠٠٠٠٠٠٠١٢"):
+        shutil.copy(four, four.with_name(f"{name}.safetensors"))
+    assert newest(tmp_path) == (six, []) and find(tmp_path) == six
+    assert [path.stem for path in checkpoints(tmp_path)] == ["000000002", "000000004", "000000006", "000000009"]
+    six.unlink()
+    assert find(tmp_path) == four
+    many = small(tmp_path, 2_000_000_000, 1_000_000_000, 999_999_999)  # ten digits come after nine
+    assert find(tmp_path) == many[0] and checkpoints(tmp_path)[-3:] == [many[2], many[1], many[0]]
+
+
+def test_a_workdir_of_named_files_alone_says_how_to_read_them(tmp_path: Path) -> None:
+    best = small(tmp_path, 4)[0].rename(tmp_path / "checkpoints" / "best.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"or name the file that you mean, such as .*best\.safetensors"):
+        load(tmp_path)
+    load(best)
+
+
+def test_a_broken_checkpoint_is_told_and_the_one_before_is_taken(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Cut short, changed in a tensor, without a header's key, of no JSON: each is skipped with a sentence."""
+    paths = small(tmp_path, 1, 2, 3, 4, 5, 6, 7)
+    damage(paths[0])  # an older one does not matter
+    damage(paths[2])
+    paths[3].write_bytes(paths[3].read_bytes()[:-1])
+    write_tensors(paths[4], {}, {"format": "score_sde 1", "config": "{}", "shape": "[2]"})
+    write_tensors(
+        paths[5], {}, {"format": "score_sde 1", "config": '{"model": {"name": 3}}', "shape": "[2]", "step": "6"}
+    )
+    paths[6].write_bytes(b"")
+    found, skipped = newest(tmp_path)
+    assert found == paths[1]
+    assert [re.search(r"\d{9}", sentence)[0] for sentence in skipped] == [path.stem for path in paths[:1:-1]]
+    for sentence, words in zip(
+        skipped, ("truncated", "model.name", "has no step", "truncated", "was changed"), strict=True
+    ):
+        assert words in sentence
+    with caplog.at_level("WARNING"):
+        assert find(tmp_path) == find(tmp_path) == paths[1]
+    assert [record.message for record in caplog.records] == skipped  # once, however often they are looked for
+    damage(paths[1])
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoint in .*000000002.*was changed.*000000001"):
+        find(tmp_path)
+
+
+def test_training_goes_on_from_the_last_whole_checkpoint_and_says_what_it_skipped(tmp_path: Path) -> None:
+    ring, config = load_data("ring"), toy_config(training__snapshot_freq=2, training__keep_last=9)
+    list(train(config, tmp_path / "a", ring, VectorCodec(), ALONE))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    a, b = (checkpoints(tmp_path / name) for name in "ab")
+    damage(b[-1])
+    (b[0].parent / ".000000009.safetensors.1.partial").touch()
+    os.utime(b[0].parent / ".000000009.safetensors.1.partial", (0, 0))
+    notes = [note for m in train(config, tmp_path / "b", ring, VectorCodec(), ALONE) for note in m.notes]
+    assert len(notes) == 2 and str(b[-1]) in notes[0] and "was changed" in notes[0]
+    assert notes[1] == f"going on from step 4 of {b[1]}"
+    assert a[-1].read_bytes() == b[-1].read_bytes() and not list(b[0].parent.glob(".*"))
 
 
 def test_the_last_and_every_nth_are_kept(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").mkdir()
-    for step in range(100, 1100, 100):
-        checkpoint.checkpoint_path(tmp_path, step).touch()
-    prune(tmp_path, keep_last=2, keep_every=400)
+    paths = small(tmp_path, *range(100, 1100, 100))
+    prune(paths[-1], keep_last=2, keep_every=400)
     assert [int(p.stem) for p in checkpoints(tmp_path)] == [400, 800, 900, 1000]
+
+
+def test_what_was_written_and_what_training_did_not_name_is_never_pruned(tmp_path: Path) -> None:
+    """Nor what cannot be read, which does not count among the last."""
+    paths = small(tmp_path, 1, 2, 3, 4, 5, 6)
+    paths[5].write_bytes(paths[5].read_bytes()[:300])
+    best = shutil.copy(paths[0], paths[0].with_name("best.safetensors"))
+    copied = shutil.copy(paths[0], checkpoint.checkpoint_path(tmp_path, 7))
+    prune(paths[4], keep_last=2, keep_every=0)
+    assert sorted(paths[0].parent.iterdir()) == sorted([paths[3], paths[4], paths[5], copied, best])
+    prune(paths[3], keep_last=1, keep_every=0)  # a run to fewer steps, whose file is older than another
+    assert sorted(paths[0].parent.iterdir()) == sorted([paths[3], paths[4], paths[5], copied, best])
+
+
+# -- files that are not as they were saved
+
+
+def rewritten(path: Path, header: dict[str, str] | None = None, **tensors: torch.Tensor | None) -> None:
+    """A file as version 0.1.0 wrote it, without hashes, with other tensors (None: without) or another header."""
+    with safe_open(path, "pt") as file:
+        known = {key: value for key, value in (file.metadata() or {}).items() if not key.endswith("sha256")}
+    kept = {**load_file(path), **tensors}
+    save_file(
+        {name: value for name, value in kept.items() if value is not None}, path, known if header is None else header
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "words"),
+    [
+        ("shape", None, "no shape"), ("step", None, "no step"), ("config", None, "no config"),
+        ("step", "-3", "step is no count"), ("step", "3.0", "step is no count"), ("step", "", "step is no JSON"),
+        ("step", "true", "step is no count"), ("step", '"3"', "step is no count"), ("step", "٣", "step is no JSON"),
+        ("shape", "2", "shape is no list"), ("shape", "[]", "shape is no list"), ("shape", "[2.5]", "shape is no list"),
+        ("shape", "[0]", "shape is no list"), ("shape", "[-2]", "shape is no list"), ("shape", "[2", "shape is no JS"),
+        ("shape", '["2"]', "shape is no list"), ("shape", "[true]", "shape is no list"),
+        ("config", "", "config is no JSON"), ("config", "[]", "config is no JSON object"),
+        ("config", "[" * 100_000, "config is no JSON"), ("config", '{"model": {"nams": "mlp"}}', "model.nam"),
+        ("config", '{"model": {"hidden": "wide"}}', "model.hidden"), ("config", "{}", "build no model"),
+        ("codes", "{}", "statistics of codes"), ("codes", "x", "statistics of codes"),
+        ("data", "[]", "a model's data"), ("data", '{"levels": 3}', "a model's data"), ("format", "score_sde 9", "not"),
+    ],
+)  # fmt: skip
+def test_a_header_that_cannot_be_is_told_in_one_sentence(
+    tmp_path: Path, key: str, text: str | None, words: str
+) -> None:
+    """Also in a file without hashes."""
+    path = Path(shutil.copy(OLD, tmp_path / "x.safetensors"))
+    with safe_open(path, "pt") as file:
+        header = file.metadata()
+    rewritten(path, {**header, key: text} if text is not None else {k: v for k, v in header.items() if k != key})
+    with pytest.raises(ValueError, match=words) as caught:
+        load(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_file_that_was_changed_anywhere_is_refused_or_holds_what_was_saved(tmp_path: Path) -> None:
+    """Bits turned and ends cut off at places all over a checkpoint: one sentence, or all of it as it was."""
+    path = small(tmp_path, 3)[0]
+    content, card, weights = path.read_bytes(), read_card(path), load_file(path)
+    places = range(3, len(content), 397)
+    changed = [content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :] for place in places]
+    changed += [content[:length] for length in range(0, len(content), 1499)] + [content + b"\0"]
+    for i, now in enumerate(changed):
+        path.write_bytes(now)
+        try:
+            found = load(path).state_dict()
+            assert read_card(path) == card
+            assert all(torch.equal(found[name], weights[f"ema/{name}"]) for name in found), i
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+            assert newest(tmp_path) == (None, [f"skipped: {error}"])
+        else:
+            assert i < len(places), f"cut number {i - len(places)} was not told"
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"optimizer/exp_avg/network.first.bias": torch.zeros(5)}, r"exp_avg/network.first.bias has shape \(5,\)"),
+        ({"optimizer/exp_avg/network.first.bias": torch.zeros(4, dtype=torch.int32)}, "first.bias is torch.int32"),
+        ({"optimizer/exp_avg_sq/network.first.bias": torch.zeros(4, dtype=torch.float64)}, "is torch.float64"),
+        ({"optimizer/exp_avg_sq/network.first.bias": None}, "exp_avg_sq/network.first.bias is missing"),
+        ({"optimizer/step/network.first.bias": None}, "step/network.first.bias is missing"),
+        ({"optimizer/step/network.first.bias": torch.tensor(3)}, "step/network.first.bias is torch.int64"),
+        ({"optimizer/exp_avg_sq/network.first.bias": None, "optimizer/exp_avg_s/network.first.bias": torch.zeros(4)},
+         r"exp_avg_s/network.first.bias is in"),
+        ({"optimizer/exp_avg/network.first.bias": torch.full((4,), torch.nan)}, "not finite in optimizer/exp_avg"),
+        ({"optimizer/exp_avg/other": torch.zeros(4)}, "optimizer/exp_avg/other is in"),
+        ({"optimizer/odd": torch.zeros(4)}, "optimizer/odd is in"),
+        ({"model/network.first.bias": torch.zeros(4, dtype=torch.int32)}, "model/network.first.bias is torch.int32"),
+        ({"ema/network.first.bias": torch.zeros(4, dtype=torch.float16)}, "ema/network.first.bias is torch.float16"),
+        ({"ema/network.first.bias": torch.full((4,), torch.inf)}, "not finite in ema/network.first.bias"),
+        ({"ema/network.first.bias": None}, "ema/network.first.bias is missing"),
+    ],
+)  # fmt: skip
+def test_a_tensor_that_cannot_be_is_named_and_nothing_is_restored(
+    tmp_path: Path, changes: dict[str, torch.Tensor | None], words: str
+) -> None:
+    path = Path(shutil.copy(OLD, tmp_path / "x.safetensors"))
+    rewritten(path, **changes)
+    state = make_state(toy_config(model__hidden=4, model__depth=1), (2,), CPU)
+    before = {name: value.clone() for name, value in state.model.state_dict().items()}
+    with pytest.raises(ValueError, match=words) as caught:
+        restore(path, state.model, state.ema, state.optimizer)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+    assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
+    assert not state.optimizer.state
+
+
+def test_a_checkpoint_of_version_0_1_0_is_read_and_gone_on_from(tmp_path: Path) -> None:
+    """It has no hashes, and does not say what its data were; on goes the run that went on then."""
+    path = checkpoint.checkpoint_path(tmp_path / "on", 3)
+    path.parent.mkdir(parents=True)
+    shutil.copy(OLD, path)
+    card = read_card(path)
+    assert (card.step, card.shape, card.data, card.codes) == (3, (2,), "", "")
+    ring, config = load_data("ring"), toy_config(model__hidden=4, model__depth=1)
+    for name in ("on", "new"):
+        list(train(config, tmp_path / name, ring, VectorCodec(), ALONE))
+    a, b = (load_file(checkpoint.checkpoint_path(tmp_path / name, 6)) for name in ("on", "new"))
+    assert a.keys() == b.keys()
+    for name, value in a.items():  # to the rounding of another machine
+        torch.testing.assert_close(b[name], value, rtol=1e-4, atol=1e-6)
+    weights = load_file(OLD)
+    assert all(torch.equal(value, weights[f"ema/{name}"]) for name, value in load(OLD).state_dict().items())
 
 
 def test_a_workdir_without_checkpoints_says_what_to_do(tmp_path: Path) -> None:

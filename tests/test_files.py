@@ -2,7 +2,11 @@
 
 import io
 import json
+import re
+import struct
+import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +16,7 @@ from PIL import Image
 
 from score_sde.data import Data, load_data
 from score_sde.files import Stream
+from score_sde.pictures import Pixels
 
 
 def pixels(n: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -152,8 +157,10 @@ def test_formats_and_transparency(tmp_path):
     Image.fromarray(np.dstack([image, np.full((4, 4), 9, np.uint8)])).save(tmp_path / "transparent.PNG")
     x, _ = everything(load(tmp_path))
     assert len(x) == 5
+    white = [(9 * value + 246 * 255 + 127) // 255 for value in (200, 100, 50)]
+    seen = [(x.int() - torch.tensor(colour)[:, None, None]).abs().amax((1, 2, 3)) for colour in ((200, 100, 50), white)]
     # jpg and webp lose a little
-    assert (x.int() - torch.tensor([200, 100, 50])[:, None, None]).abs().max() <= 4
+    assert (seen[0] <= 4).sum() == 4 and (seen[1] == 0).sum() == 1
 
 
 def test_image_errors_name_the_file(tmp_path):
@@ -167,8 +174,9 @@ def test_image_errors_name_the_file(tmp_path):
         load(tmp_path)
     (tmp_path / "broken.png").unlink()
     Image.fromarray(np.zeros((4, 4), np.uint16)).save(tmp_path / "deep.png")
-    with pytest.raises(ValueError, match=r"deep\.png in .* has more than 8 bits"):
+    with pytest.raises(ValueError, match=r"only\.png in .* has 8 bits per number, but deep\.png 16: .*data\.bits=8"):
         load(tmp_path)
+    assert load(tmp_path, pixels=Pixels(bits=8)).levels == 256
     (tmp_path / "not.zip").write_bytes(b"not a zip")
     with pytest.raises(ValueError, match=r"not\.zip is damaged or no zip file"):
         load(tmp_path / "not.zip")
@@ -292,3 +300,132 @@ def test_large_sets_stay_on_disk_and_give_the_same(tmp_path, kind):
             assert x.dtype == y.dtype if x is not None else y is None
             assert x is None or torch.equal(x, y)
     assert (whole.levels, whole.num_classes) == (streamed.levels, streamed.num_classes)
+
+
+def values(tmp_path: Path, **arrays: np.ndarray) -> Path:
+    np.savez(tmp_path / "a.npz", **arrays)
+    return tmp_path / "a.npz"
+
+
+def test_values_that_cannot_be_meant_are_refused_with_their_row(tmp_path):
+    good = np.random.default_rng(0).standard_normal((40, 3))
+    for row, value, why in ((7, np.nan, "not finite"), (39, -np.inf, "not finite"), (0, 1e39, "float32 cannot hold")):
+        wrong = good.copy()
+        wrong[row, 1] = value
+        words = rf"row {row} \(from 0\), holds {re.escape(str(np.float64(value)))}, which (is )?{why}"
+        np.save(tmp_path / "a.npy", wrong)
+        for memory in (4 << 30, 100):
+            with pytest.raises(ValueError, match=words):
+                load(tmp_path / "a.npy", memory=memory)
+        with pytest.raises(ValueError, match=words):
+            load(values(tmp_path, x=wrong))
+        with pytest.raises(ValueError, match="a.npz, x_test " + words):
+            load(values(tmp_path, x_train=good, x_test=wrong))
+
+
+def test_the_row_is_right_in_later_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr("score_sde.arrays._CHUNK", 8 * 3 * 10)
+    wrong = np.zeros((40, 3), np.float32)
+    wrong[33] = np.nan
+    with pytest.raises(ValueError, match=r"row 33 \(from 0\)"):
+        load(values(tmp_path, x=wrong))
+
+
+def test_float_images_with_channels_last_are_recognised_and_that_is_said(tmp_path):
+    array = np.random.default_rng(0).random((20, 8, 8, 3)).astype(np.float32)
+    for channels in (None, 3, 1):
+        data = load(values(tmp_path, x=array), num_channels=channels)
+        assert torch.equal(everything(data)[0], expected(array.transpose(0, 3, 1, 2)))
+        assert data.notes == ("floats of shape (20, 8, 8, 3) are read as images with their channels last",)
+    for kept in (array.transpose(0, 3, 1, 2), np.zeros((20, 4, 4, 4)), np.zeros((20, 16, 5, 7))):
+        data = load(values(tmp_path, x=kept))
+        assert data.shape == kept.shape[1:] and data.notes == ()
+    assert load(values(tmp_path, x=array), num_channels=8).shape == (8, 8, 3)
+    assert "save grey images as (N, 1, 8, 8)" in load(values(tmp_path, x=array[..., 0])).notes[0]
+
+
+def test_parts_of_unlike_type_are_refused(tmp_path):
+    images = pixels(6, 4, 4)
+    for other in (np.zeros((3, 1, 4, 4), np.float32), images.astype(np.uint16)):
+        with pytest.raises(ValueError, match=rf"has uint8 to train on but holds out {other.dtype}: save both as one"):
+            load(values(tmp_path, x_train=images, x_test=other))
+    assert load(values(tmp_path, x_train=np.zeros((3, 2), np.float32), x_test=np.zeros((3, 2)))).shape == (2,)
+
+
+def test_upper_case_endings_are_read(tmp_path):
+    images = pixels(6, 4, 4)
+    np.save(tmp_path / "a.npy", images)
+    np.savez(tmp_path / "a.npz", images)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as out:
+        for i, image in enumerate(images):
+            out.writestr(f"{i}.PNG", png(image))
+    for name in ("a.npy", "a.npz", "a.zip"):
+        (tmp_path / name).rename(tmp_path / name.upper())
+        assert load(tmp_path / name.upper()).shape == (1, 4, 4)
+
+
+def test_what_is_wrong_with_a_zip_is_told_with_the_member(tmp_path, monkeypatch):
+    path, image = tmp_path / "a.zip", png(pixels(1, 9, 9)[0])
+
+    def refused(words: str) -> None:
+        with pytest.raises(ValueError, match=words):
+            load(path)
+
+    def pack(*members: tuple[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytearray:
+        with warnings.catch_warnings(), zipfile.ZipFile(path, "w", compression) as out:
+            warnings.simplefilter("ignore")  # of names that come twice
+            for name, content in members:
+                out.writestr(name, content)
+        return bytearray(path.read_bytes())
+
+    whole = pack(("0.png", image), ("1.png", image))
+    whole[whole.index(b"IDAT") + 6] ^= 1
+    path.write_bytes(whole)
+    refused(r"0\.png in .*a\.zip is damaged or cannot be unpacked \(Bad CRC-32 for file '0\.png'\)")
+    whole = pack(("0.png", image), ("1.png", image))
+    for mark in (b"PK\x03\x04", b"PK\x01\x02"):  # the flag of encryption, in both headers
+        whole[whole.index(mark) + (6 if mark[2] == 3 else 8)] |= 1
+    path.write_bytes(whole)
+    refused(r"0\.png in .*a\.zip is encrypted: pack it anew without a password")
+    whole = pack(("0.png", image), ("1.png", image))
+    for mark in (b"PK\x03\x04", b"PK\x01\x02"):
+        whole[whole.index(mark) + (8 if mark[2] == 3 else 10)] = 99
+    path.write_bytes(whole)
+    refused(r"0\.png in .*a\.zip is damaged or cannot be unpacked \(That compression method is not supported\)")
+    whole = pack(("0.png", image * 50), ("1.png", image), compression=zipfile.ZIP_DEFLATED)
+    whole[45] ^= 0xFF
+    path.write_bytes(whole)
+    refused(r"0\.png in .*a\.zip is damaged or cannot be unpacked")
+    pack(("0.png", image), ("0.png", image))
+    refused(r"a\.zip holds 0\.png twice: pack it anew")
+    pack(("0.png", image), ("1.png", image[:50]))
+    refused(r"1\.png in .*a\.zip cannot be read as an image")
+    monkeypatch.setattr("score_sde.files._LARGEST", 300)
+    pack(("0.png", image), ("1.txt", bytes(400)), ("0.txt", bytes(400)), compression=zipfile.ZIP_DEFLATED)
+    refused(r"0\.txt in .*a\.zip is .* unpacked")
+
+
+def test_oversized_images_and_arrays_are_refused(tmp_path):
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    head = chunk(b"IHDR", struct.pack(">IIBBBBB", 14000, 14000, 8, 0, 0, 0, 0))
+    (tmp_path / "big.png").write_bytes(b"\x89PNG\r\n\x1a\n" + head + chunk(b"IDAT", b"") + chunk(b"IEND", b""))
+    with pytest.raises(
+        ValueError, match=r"big\.png in .* cannot be read as an image \(Image size \(196000000 pixels\)"
+    ):
+        load(tmp_path)
+    np.save(tmp_path / "a.npy", np.zeros((4, 2), np.float32))
+    content = (tmp_path / "a.npy").read_bytes().replace(b"(4, 2), }      ", b"(4" + b"0" * 6 + b", 2), }")
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.npy cannot be read as arrays of numbers"):
+        load(tmp_path / "a.npy")
+
+
+def test_the_digest_of_a_stream_knows_how_pixels_are_read(tmp_path):
+    for i in range(20):
+        Image.new("RGBA", (4, 4), (i, 0, 0, 10 * i)).save(tmp_path / f"{i}.png")
+    seen = {
+        load(tmp_path, memory=10, pixels=p).train.digest() for p in (Pixels(), Pixels(bits=4), Pixels(background="red"))
+    }
+    assert len(seen) == 3

@@ -1,0 +1,124 @@
+"""Examples in .npy and .npz files: which array is what, of which kind, and that all its values can be meant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from .labels import as_float32
+from .pictures import Pixels
+
+_EXAMPLES, _LABELS = ("arr_0", "x", "images", "data"), ("arr_1", "y", "labels")
+_PARTS = ("x_train", "y_train", "x_test", "y_test")
+_CHUNK = 1 << 26  # bytes that are looked at together
+
+
+@dataclass(frozen=True)
+class Named:
+    """Examples and labels, to train on and held out, under the names that the file gives them."""
+
+    x: np.ndarray
+    y: np.ndarray | None
+    x_test: np.ndarray | None
+    y_test: np.ndarray | None
+
+
+def load_npy(path: Path, memory: int) -> np.ndarray:
+    """The array of a .npy; of more than `memory` bytes it is mapped from disk. Raises ValueError for no such file."""
+    with _reading(path):
+        return np.load(path, mmap_mode="r" if path.stat().st_size > memory else None, allow_pickle=False)
+
+
+def load_npz(path: Path) -> Named:
+    """Arrays by name: x_train, y_train, x_test, y_test, or one of _EXAMPLES and of _LABELS, or a single array.
+
+    Raises ValueError for no such file, and for one without examples.
+    """
+    with _reading(path), np.load(path, allow_pickle=False) as found:
+        keys = list(found.keys())
+        arrays = {key: found[key] for key in keys if key in (*_EXAMPLES, *_LABELS, *_PARTS) or len(keys) == 1}
+    if "x_train" in arrays:
+        return Named(*(arrays.get(key) for key in _PARTS))  # type: ignore[arg-type]
+    x_key = keys[0] if len(keys) == 1 else next((key for key in _EXAMPLES if key in arrays), None)
+    if x_key is None:
+        raise ValueError(f"{path} holds {', '.join(keys) or 'nothing'}: name the examples {' or '.join(_EXAMPLES)}")
+    y_key = next((key for key in _LABELS if key in arrays and key != x_key), None)
+    return Named(arrays[x_key], arrays[y_key] if y_key else None, None, None)
+
+
+def examples(array: np.ndarray, num_channels: int | None, where: str) -> tuple[np.ndarray, list[str]]:
+    """Pixels as (N, C, H, W), uint8 or uint16, and floats (N, *shape); and what is to be said of them.
+
+    Raises ValueError for anything else, with the first row of floats that float32 cannot hold.
+    """
+    if array.ndim < 2 or array.size == 0:
+        raise ValueError(f"{where} should hold examples (N, ...), got an array of shape {array.shape}")
+    if array.dtype in (np.uint8, np.uint16):
+        return _channels_second(array, num_channels, where), []
+    if not np.issubdtype(array.dtype, np.floating):
+        raise ValueError(f"{where} holds {array.dtype}: save pixels as uint8 or uint16 and vectors as float32")
+    _check_floats(array, where)
+    if array.ndim == 4 and _channels_are_last(array.shape, num_channels):
+        return np.moveaxis(array, -1, 1), [f"floats of shape {array.shape} are read as images with their channels last"]
+    if array.ndim == 3 and array.shape[1] == array.shape[2]:
+        size = array.shape[1]
+        return array, [
+            f"floats of shape {array.shape} are read as signals of {size} channels: save grey images as "
+            f"(N, 1, {size}, {size})"
+        ]
+    return array, []
+
+
+def bits_used(array: np.ndarray, pixels: Pixels, where: str) -> int:
+    """How many bits the numbers of pixels use. Raises ValueError as `Pixels.bits_used` does."""
+    return max(pixels.bits_used(part, 8 * array.dtype.itemsize, where) for part in _parts(array))
+
+
+def _check_floats(array: np.ndarray, where: str) -> None:
+    row = 0
+    for part in _parts(array):
+        as_float32(part, where, row)
+        row += len(part)
+
+
+def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+    rows = max(1, _CHUNK // max(1, array[0].size * 8))
+    for start in range(0, len(array), rows):
+        yield array[start : start + rows]
+
+
+def _channels_are_last(shape: tuple[int, ...], num_channels: int | None) -> bool:
+    """Whether floats (N, a, b, c) are images (N, H, W, C) rather than (N, C, H, W), which stay as they are."""
+    return shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4, num_channels)
+
+
+def _channels_second(array: np.ndarray, num_channels: int | None, where: str) -> np.ndarray:
+    """Pixels (N, H, W), (N, H, W, C) or (N, C, H, W) as the last of these; where both fit, channels are last."""
+    if array.ndim == 3:
+        return array[:, None]
+    if array.ndim != 4:
+        raise ValueError(f"{where} holds {array.dtype} of shape {array.shape}, no images: save vectors as float32")
+    channels = (num_channels,) if num_channels else (1, 3, 4)
+    if array.shape[-1] in channels:
+        return np.moveaxis(array, -1, 1)
+    if array.shape[1] in channels:
+        return array
+    raise ValueError(
+        f"{where} has shape {array.shape}, with {' or '.join(map(str, channels))} channels neither last nor second: "
+        f"say how many there are, --config.data.num_channels=C"
+    )
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Whatever numpy and zipfile raise for a damaged file, in one sentence with its name."""
+    try:
+        yield
+    except (MemoryError, OverflowError) as error:
+        raise ValueError(f"{path} says that it holds more than memory can ({error})") from error
+    except Exception as error:  # among them zlib.error, RuntimeError (encrypted) and NotImplementedError (compression)
+        raise ValueError(f"{path} cannot be read as arrays of numbers ({error})") from error

@@ -1,0 +1,193 @@
+"""Files that are whole or absent, and files of named tensors that give back what was saved, or say that they do not.
+
+A file of tensors is a safetensors file. Its header holds text by name, and two hashes with it: `tensors_sha256`, of
+each tensor's type, shape and numbers (a JSON object by name), and `header_sha256`, of all the other text. So a byte
+that changed on disk, a tensor that was renamed or lost and a header that was edited are told, and the sentence names
+what it was. Equal content is equal bytes: tensors lie by size of their type and name, and text by name. Files without
+hashes, as version 0.1.0 wrote them, are read too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+_TENSORS, _HEADER = "tensors_sha256", "header_sha256"
+_TYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
+    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_REMEDY = "take another file, or make it again"
+_DAY = 24 * 60 * 60
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which is put in the place of `path` where the block ends well, and else leaves no trace.
+
+    Until then it has a temporary name in the same folder, which says what writes it: `.NAME.HOST.PID.partial`.
+    """
+    partial = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files of `whole` in a folder whose process was killed as it wrote.
+
+    A process of another host cannot be asked whether it lives: its file goes when nothing was written to it for a day.
+    """
+    for path in folder.glob(".*.partial"):
+        try:
+            if _is_left(path):
+                path.unlink()
+        except OSError:  # its process has just finished it, or another one was first, or it belongs to somebody else
+            continue
+
+
+def _is_left(path: Path) -> bool:
+    *_, host, number = path.name.removesuffix(".partial").split(".")
+    if host != _host() or not number.isdecimal():
+        return time.time() - path.stat().st_mtime > _DAY
+    return int(number) == os.getpid() or not is_alive(int(number))
+
+
+def is_alive(process: int) -> bool:
+    """Whether this host runs a process of that number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _host() -> str:
+    """Where process numbers mean the same: this host, and its namespace of them, as containers have their own."""
+    namespace = Path("/proc/self/ns/pid")
+    number = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
+    return re.sub(r"[^\w-]", "-", socket.gethostname()) + number
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
+    """Write tensors and the header's text, whole or not at all; equal content gives equal bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent)
+    kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = {**header, _TENSORS: json.dumps({name: _hash(value) for name, value in sorted(kept.items())})}
+    text[_HEADER] = _header_hash(text)
+    # The largest types first, so that each tensor begins at a multiple of its type's size.
+    order = sorted(kept, key=lambda name: (-kept[name].element_size(), name))
+    described: dict[str, object] = {"__metadata__": dict(sorted(text.items()))}
+    end = 0
+    for name in order:
+        begin, end = end, end + kept[name].nbytes
+        described[name] = {
+            "dtype": _TYPES[kept[name].dtype], "shape": list(kept[name].shape), "data_offsets": [begin, end]
+        }  # fmt: skip
+    first = json.dumps(described, separators=(",", ":")).encode()
+    first += b" " * (-len(first) % 8)
+    with whole(path) as file:
+        file.write(len(first).to_bytes(8, "little") + first)
+        for name in order:
+            file.write(_bytes(kept[name]))
+
+
+def read_header(path: Path) -> dict[str, str]:
+    """The header's text without its hashes.
+
+    Raises FileNotFoundError, or ValueError, one sentence, for a file that is none of tensors or whose header changed.
+    """
+    with _opened(path) as file:
+        return {name: text for name, text in _checked_header(path, file).items() if name not in (_TENSORS, _HEADER)}
+
+
+def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, on the CPU, each as it was saved, by name.
+
+    Raises what `read_header` does, and ValueError, one sentence, for a tensor that was changed, renamed or lost, or
+    that holds numbers that are not finite.
+    """
+    with _opened(path) as file:
+        names = sorted(file.keys())
+        saved = _saved(path, _checked_header(path, file), names)
+        found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+        for name, value in found.items():
+            if value.dtype not in _TYPES:
+                raise ValueError(f"{path} holds {name} as {value.dtype}, which is never written; {_REMEDY}")
+            if saved is not None and _hash(value) != saved[name]:
+                raise ValueError(f"{path} was changed: {name} is not what was saved; {_REMEDY}")
+            if not is_finite(value):
+                raise ValueError(f"{path} holds numbers that are not finite in {name}; {_REMEDY}")
+        return found
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor an infinity."""
+    # A finite sum has finite terms, and costs a twentieth of looking at each; only a sum can also overflow.
+    return not value.is_floating_point() or bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    try:
+        with safe_open(path, "pt") as file:
+            yield file
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or not a safetensors file ({error}); {_REMEDY}") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error}); {_REMEDY}") from error
+
+
+def _checked_header(path: Path, file: Any) -> dict[str, str]:
+    text: dict[str, str] = file.metadata() or {}
+    if (_HEADER in text or _TENSORS in text) and text.get(_HEADER) != _header_hash(text):
+        raise ValueError(f"{path} was changed: its header is not what was saved; {_REMEDY}")
+    return text
+
+
+def _saved(path: Path, text: Mapping[str, str], names: Sequence[str]) -> dict[str, str] | None:
+    """The tensors' hashes by name, None in an old file that has none."""
+    if _TENSORS not in text:
+        return None
+    saved: dict[str, str] = json.loads(text[_TENSORS])
+    for name in sorted(saved.keys() ^ set(names)):
+        raise ValueError(f"{path} was changed: {name} was {'lost' if name in saved else 'not saved'}; {_REMEDY}")
+    return saved
+
+
+def _header_hash(text: Mapping[str, str]) -> str:
+    known = sorted((name, value) for name, value in text.items() if name != _HEADER)
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def _hash(value: Tensor) -> str:
+    digest = hashlib.sha256(f"{_TYPES.get(value.dtype)} {tuple(value.shape)} ".encode())
+    digest.update(_bytes(value))
+    return digest.hexdigest()
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.reshape(-1).view(torch.uint8).numpy().data
