@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
+import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,7 +22,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from . import checkpoint, parallel
+from . import checkpoint, failures, parallel
 from . import config as configs
 from .build import resolve_classes, resolve_conditions
 from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
@@ -32,7 +35,6 @@ from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sa
 from .inverse_modes import restoring_line, run_restoring
 from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
-from .ode import GaveUp
 from .options import MODES, check, scales_of
 from .parallel import Processes
 from .pictures import Pixels
@@ -99,29 +101,40 @@ class Stop:
 def run(arguments: list[str] | None = None) -> int:
     """Entry point of `main.py` and of the console script; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments in (["-h"], ["--help"]):
-        print(USAGE + "\nconfigs\n" + "\n".join(_config_lines()))
-        return 0
+    mode, workdir = "", ""
+    threading.excepthook = failures.thread_failed
     try:
-        rest, overrides = configs.split_arguments(arguments)
-        options = _parser().parse_args(rest)
-        return main(options, overrides)
-    except (ValueError, FileNotFoundError, FloatingPointError, GaveUp) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError as error:
-        print(
-            f"error: out of memory ({str(error).splitlines()[0]}); compute the batch in parts "
-            "(--config.training.accumulate=2), recompute activations (--config.training.checkpoint_activations=true), "
-            "or sample and evaluate fewer at a time (--config.sampling.batch_size, --config.eval.batch_size)",
-            file=sys.stderr,
-        )
-        return 2
+        if not arguments or {"-h", "--help"} & set(arguments):
+            print(USAGE + "\nconfigs\n" + "\n".join(_config_lines()))
+            code = 0
+        else:
+            rest, overrides = configs.split_arguments(arguments)
+            options = _parser().parse_args(rest)
+            mode, workdir = options.mode, options.workdir or ""
+            code = main(options, overrides)
+        sys.stdout.flush()  # now, where it can be told that nobody reads it
+        return code
     except KeyboardInterrupt:
-        print("interrupted; what was finished is on disk, and the same command goes on", file=sys.stderr)
+        _tell("interrupted; what was finished is on disk, and the same command goes on")
         return 130
+    except Exception as error:
+        sentence = failures.sentence(error, mode, workdir)
+        if sentence is None:
+            raise
+        if isinstance(error, BrokenPipeError):  # what Python has left for standard output would fail again as it ends
+            with contextlib.suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _tell(f"error: {sentence}")
+        return 2
     finally:
+        threading.excepthook = threading.__excepthook__
         parallel.finish()
+
+
+def _tell(line: str) -> None:
+    """A last line on standard error, if somebody reads it."""
+    with contextlib.suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
 
 
 def _config_lines() -> list[str]:
@@ -226,6 +239,8 @@ def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, proces
         check_codes(begun, source.sha256, source.where)
     if not processes.main:
         processes.barrier()
+    if processes.main:
+        failures.writable(workdir / "codes")
     coded, statistics = codes_of(source, data, workdir / "codes", config.data.random_flip, processes.main)
     if processes.main:
         processes.barrier()
@@ -252,7 +267,9 @@ def _embedded(config: ConfigDict, captions: Sequence[str], workdir: Path, proces
     m = config.model
     cache = workdir / "text" / f"{m.text_sha256[:16]}-{m.text_length}.safetensors"
     encoder = HuggingFaceEncoder(m.text_encoder, length=m.text_length, device=processes.device)
-    if not processes.main:
+    if processes.main:
+        failures.writable(cache.parent)
+    else:
         processes.barrier()
     found = embed(encoder, captions, cache)
     if processes.main:
@@ -403,6 +420,8 @@ def run_training(
     """--mode train: the loop of `train.train`, shown as a bar, lines of a log, TensorBoard scalars and grids."""
     n, step = config.training.n_iters, 0
     if processes.main:
+        for folder in ("checkpoints", "samples"):
+            failures.writable(workdir / folder)
         _remember(config, workdir)
         warn(config, data, codec)
     with Stop() as stop, Progress("training", n, shown=processes.main) as bar:
@@ -412,7 +431,7 @@ def run_training(
             if show is not None:
                 show(m)
     if show is not None:
-        show.writer.close()
+        show.close()
         if step < n:
             log.info("stopped at step %d of %d; the same command goes on from there", step, n)
         else:
@@ -433,6 +452,8 @@ def run_dequantizing(
     if not isinstance(codec, PixelCodec):
         raise ValueError(f"--mode dequantize is for pixels; data.dataset={config.data.dataset} holds floats")
     d, e = config.dequantizer, config.eval
+    target = dequantiser_path(workdir, path, e.weights)
+    failures.writable(target.parent)
     with Progress("dequantizer", d.n_iters) as bar:
 
         def progress(step: int, loss: torch.Tensor) -> None:
@@ -453,7 +474,6 @@ def run_dequantizing(
             seed=config.seed,
             progress=progress,
         )
-    target = dequantiser_path(workdir, path, e.weights)
     save_dequantiser(target, dequantiser, checkpoint_sha256=checkpoint.file_hash(path))
     return target
 

@@ -62,9 +62,10 @@ def start(device: str = "auto") -> Processes:
     name = device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     try:
         where = torch.device(f"cuda:{local}" if name == "cuda" else name)
-        torch.empty(0, device=where)
+        torch.ones(1, device=where).item()
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here ({error}); set --config.device=cpu or auto") from error
+        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")  # PyTorch goes on for pages
+        raise ValueError(f"device {device!r} cannot be used here ({reason}): set --config.device=cpu or auto") from None
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if world == 1:

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from typing import ClassVar, TypeVar
 
 from tqdm import tqdm
@@ -119,9 +120,10 @@ def with_progress(items: Iterable[T], what: str, total: int | None, unit: str = 
 
 
 def write(text: str) -> None:
-    """Lines of text on standard error, above the bars that run there."""
-    tqdm.write(text, file=sys.stderr)
-    sys.stderr.flush()
+    """Lines of text on standard error, above the bars that run there; lost where nobody reads them any more."""
+    with suppress(OSError):  # a pipe that was closed, a full disk: no reason to end what is being done
+        tqdm.write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 def _duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from . import checkpoint, progress
+from . import checkpoint, failures, progress
 from .autoencoder import ConvolutionalAutoencoder
 from .build import build_sde, is_autoencoder, is_classifier
 from .codecs import Codec, PixelCodec
@@ -41,9 +42,17 @@ def log_to(workdir: Path) -> None:
     log.handlers.clear()
     terminal: logging.Handler = logging.StreamHandler(_BarSafe())
     terminal.setLevel(logging.INFO)
-    for handler in (terminal, logging.FileHandler(workdir / "log.txt")):
+    for handler in (terminal, _LogFile(workdir / "log.txt")):
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         log.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A file whose lines are lost where the disk is full: what is being done may go on, and the terminal has them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
 
 
 class _BarSafe:
@@ -74,6 +83,7 @@ class Show:
         self.device, self.bar = device, bar
         self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
         self.held_out = data.test
+        self.failed: str | None = None  # the last reason why something could not be shown
         if config.model.super_resolution or text is not None:
             held_out, text = data.test.to(device), None if text is None else text.to(device)
             index = torch.arange(_PICTURES) % len(held_out)
@@ -84,6 +94,21 @@ class Show:
             log.info("irreducible error by noise level: %s", _line(self.floor))
 
     def __call__(self, m: Metrics) -> None:
+        """Show what a step left. Where that cannot be written, training goes on, and one warning tells why."""
+        try:
+            self._show(m)
+        except OSError as error:
+            reason = failures.sentence(error, "train", str(self.workdir))
+            if reason != self.failed:
+                log.warning("warning: nothing is shown of step %d, and training goes on: %s", m.step, reason)
+            self.failed = reason
+
+    def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
+        with suppress(OSError):
+            self.writer.close()
+
+    def _show(self, m: Metrics) -> None:
         for sentence in m.notes:
             log.info(sentence)
             self.bar.start(m.step)

@@ -384,15 +384,20 @@ def train(
     def snapshot() -> Path:
         check_finite(records, sde)
         path = checkpoint.checkpoint_path(workdir, state.step)
+        gone = made and not path.parent.is_dir()
         if processes.main:
             codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
             card = checkpoint.Card(configs.to_json(config), data.shape, state.step, codes, about)
             checkpoint.save(path, card, state.model, state.ema, state.optimizer, state.law)
             checkpoint.prune(path, t.keep_last, t.keep_every * t.snapshot_freq)
-        processes.barrier()
+        if processes.any(gone):
+            raise FileNotFoundError(
+                f"{workdir} was deleted during the run: the checkpoint of step {state.step} is there again, as {path}, "
+                "and the same command goes on from it"
+            )
         return path
 
-    saved = state.step if found is not None else -1
+    made, saved = (workdir / "checkpoints").is_dir(), state.step if found is not None else -1
     while state.step < t.n_iters:
         if processes.any(stop()):
             if saved != state.step:
