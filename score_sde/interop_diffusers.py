@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from .networks import DiT, UNet
+from .tensor_file import read_tensors
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -28,13 +28,13 @@ def load_network(folder: str | Path) -> UNet | DiT:
     """The network in a folder that diffusers' `save_pretrained` wrote, in evaluation mode.
 
     Its labels are theirs: the index of a step of the chain. Raises FileNotFoundError for files that are missing, and
-    ValueError for an option that has no counterpart here.
+    ValueError for a broken one and for an option that has no counterpart here.
     """
     folder = Path(folder)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {folder / name}: give the folder of one model of diffusers'")
-    return network_from(load_file(folder / WEIGHTS), json.loads((folder / "config.json").read_text()))
+    return network_from(read_tensors(folder / WEIGHTS), json.loads((folder / "config.json").read_text()))
 
 
 def network_from(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> UNet | DiT:

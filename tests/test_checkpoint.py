@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from score_sde import checkpoint
+from score_sde import checkpoint, interop_diffusers
 from score_sde.checkpoint import (
     Card,
     DataCard,
@@ -125,10 +125,11 @@ def test_a_checkpoint_of_another_network_changes_nothing(trained: Path) -> None:
         assert torch.equal(value, before[name])
 
 
-def test_a_file_without_optimizer_cannot_be_resumed(trained: Path) -> None:
+@pytest.mark.parametrize("step", [1, 5])
+def test_a_file_without_optimizer_cannot_be_resumed(trained: Path, step: int) -> None:
     state = make_state(toy_config(), (2,), CPU)
     path = trained / "weights.safetensors"
-    save(path, Card(to_json(toy_config()), (2,), 5), state.model, state.ema, None)
+    save(path, Card(to_json(toy_config()), (2,), step), state.model, state.ema, None)
     load(path)
     with pytest.raises(ValueError, match="no optimizer state"):
         restore(path, state.model, state.ema, state.optimizer)
@@ -372,6 +373,17 @@ def test_a_tensor_that_cannot_be_is_named_and_nothing_is_restored(
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
     assert not state.optimizer.state
+
+
+def test_broken_weights_of_diffusers_are_told_in_one_sentence(tmp_path: Path) -> None:
+    weights = tmp_path / interop_diffusers.WEIGHTS
+    (tmp_path / "config.json").write_text("{}")
+    weights.write_bytes(OLD.read_bytes()[:5000])
+    with pytest.raises(ValueError, match=r"diffusion_pytorch_model\.safetensors is truncated"):
+        interop_diffusers.load_network(tmp_path)
+    save_file({"conv_in.bias": torch.tensor([1.0, torch.nan])}, weights)
+    with pytest.raises(ValueError, match=r"safetensors holds numbers that are not finite in conv_in\.bias"):
+        interop_diffusers.load_network(tmp_path)
 
 
 def test_a_checkpoint_of_version_0_1_0_is_read_and_gone_on_from(tmp_path: Path) -> None:
