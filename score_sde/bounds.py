@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .devices import sent
 from .levels import half_bin, value_of
 from .model import Estimate, ScoreModel, Variance, check_finite, reverse_log_variance
 from .samplers.base import noise_source
@@ -122,7 +123,8 @@ def chain_bound(
     visited = knots[:-1] if terms is None else knots[which]
     last = knots[-1:].expand(*visited.shape[:-1], 1)
     check_finite(torch.cat([diffusion, reconstruction[:, None]], 1), torch.cat([visited, last], -1), "the bound")
-    prior, weighted = prior_divergence(sde, x0, knots[0]), size.to(diffusion) * diffusion
+    prior = prior_divergence(sde, x0, knots[0])
+    weighted = sent(size, diffusion.device, diffusion.dtype) * diffusion
     error = torch.zeros_like(prior) if terms is None else stratified_error(weighted)
     return Bound(
         prior + weighted.sum(1) + reconstruction,
@@ -159,7 +161,7 @@ def chain_term(
     # The posterior at s = 0 is a point: where the divergence is not wanted take it elsewhere, lest it be NaN.
     kl = divergence(sde, estimate, x0, torch.where(first, t / 2, s), t, variance)
     nll = -decode(x0, estimate.data, _decoder_log_variance(sde, estimate, s, t, after, variance), levels, width)
-    return torch.where(first.to(kl.device), nll, kl)
+    return torch.where(sent(first, kl.device), nll, kl)
 
 
 def divergence(sde: SDE, estimate: Estimate, x0: Tensor, s: Tensor, t: Tensor, variance: Variance = "small") -> Tensor:
@@ -204,7 +206,7 @@ def discretised(x: Tensor, mean: Tensor, log_variance: Tensor, levels: int, widt
     half, (low, high) = half_bin(levels, width), _ends(levels, width)
     wide = torch.float32 if x.device.type == "mps" else torch.float64
     off, std = (x - mean).to(wide), torch.exp(log_variance.to(wide) / 2)
-    middle, reach = off / std, (half / std).expand_as(off)
+    middle, reach = off / std, half / std  # one width for all may be a number on the CPU, and stays there
     left = -middle.abs()
     upper, lower = torch.special.log_ndtr(left + reach), torch.special.log_ndtr(left - reach)
     gap = (lower - upper).clamp_max(-torch.finfo(wide).tiny)  # the logarithm and its gradient stay finite

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .bounds import prior_divergence, stratified_error
+from .devices import sent
 from .losses import denoising, simple
 from .model import ScoreModel, check_finite
 from .samplers.base import example_generators
@@ -102,7 +103,7 @@ def variational_bound(
 
     def noise() -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
-        return drawn(torch.randn, tuple(x.shape[1:]), wide).to(x)
+        return sent(drawn(torch.randn, tuple(x.shape[1:]), wide), x.device, x.dtype)
 
     u = (drawn(torch.rand, (draws,), torch.float64) + torch.arange(draws)) / draws  # one in each of `draws` cells
     t, weight = law(replace(sde, t_min=t_min), u.flatten())
@@ -117,7 +118,8 @@ def variational_bound(
                 'dequantisation, or use decoder="gaussian"'
             )
     last = reconstruction(sde, x, end, noise(), decoder)
-    terms = torch.stack([d / 2 * rate[k].to(x) * denoising(model, x, t[k], noise(), simple) for k in range(draws)])
+    rate = sent(rate, x.device, x.dtype)
+    terms = torch.stack([d / 2 * rate[k] * denoising(model, x, t[k], noise(), simple) for k in range(draws)])
     check_finite(terms.T, t.T, "the bound")
     error = stratified_error(terms.T / draws)
     return ContinuousBound(prior_divergence(sde, x, torch.ones_like(end)), terms.mean(0), last, error, d)
@@ -147,11 +149,11 @@ def reconstruction(sde: SDE, x: Tensor, t: Tensor, z: Tensor, decoder: Decoder |
     if decoder not in ("state", "gaussian"):
         raise ValueError(f'unknown decoder {decoder!r}; use "gaussian", "state" or a tensor of levels')
     std = sigma if decoder == "state" else sigma / alpha
-    return (d * torch.log(math.sqrt(2 * math.pi * math.e) * std)).to(x).expand(len(x))
+    return sent(d * torch.log(math.sqrt(2 * math.pi * math.e) * std), x.device, x.dtype).expand(len(x))
 
 
 def _levels(x: Tensor, decoder: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(values in order, index of the one nearest to x, distance to it)."""
-    values = decoder.to(x).sort().values
+    values = sent(decoder, x.device, x.dtype).sort().values
     nearest = torch.bucketize(x.contiguous(), (values[1:] + values[:-1]) / 2)
     return values, nearest, (values[nearest] - x).abs()

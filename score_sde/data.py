@@ -24,6 +24,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 from . import cifar10, files, signals
+from .devices import sent
 from .files import Stream
 from .pictures import AS_THEY_ARE, Pixels
 from .toys import TOYS
@@ -57,7 +58,7 @@ class Split:
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Examples and labels at `index`, (B,) int64 on the CPU, on this split's device."""
-        where = index.to(self.device)
+        where = sent(index, self.device)
         x = self.x[where] if isinstance(self.x, Tensor) else self.x[index].to(self.device)
         return x, None if self.y is None else self.y[where]
 
@@ -180,7 +181,7 @@ def batch(
         if x.ndim != 4:
             raise ValueError(f"examples of shape {split.shape} are no images to mirror: set data.random_flip=False")
         mirrored = torch.from_numpy(np.random.default_rng([_FLIPS, seed, step]).random(batch_size) < 0.5)[part]
-        x = torch.where(mirrored.to(x.device)[:, None, None, None], x.flip(-1), x)
+        x = torch.where(sent(mirrored, x.device)[:, None, None, None], x.flip(-1), x)
     return x, y
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from .build import takes_labels
 from .codecs import Codec
 from .data import Split, shrink
+from .devices import sent
 from .model import absent
 from .sdes import SDE
 from .text import Text
@@ -29,7 +30,7 @@ def of_data(config: ConfigDict, split: Split, index: Tensor, text: Text | None) 
     Raises ValueError where the split has none.
     """
     found: Conditions = {}
-    where = index.to(split.device)
+    where = sent(index, split.device)
     if takes_labels(config):
         if split.y is None:
             raise ValueError("the model takes labels, and these examples have none: set eval.conditional=False")
@@ -43,7 +44,7 @@ def of_data(config: ConfigDict, split: Split, index: Tensor, text: Text | None) 
 
 def left_out(conditions: Conditions, dropped: Tensor) -> Conditions:
     """All of them left out, together, for the examples where `dropped`, (B,), is true (Ho & Salimans 2022)."""
-    dropped = dropped.to(next(iter(conditions.values())).device)
+    dropped = sent(dropped, next(iter(conditions.values())).device)
     return {
         name: torch.where(dropped.reshape(-1, *[1] * (value.ndim - 1)), absent(value), value)
         for name, value in conditions.items()
@@ -64,5 +65,6 @@ def low_resolution(
 def augmented(image: Tensor, sde: SDE, augmentation: Tensor, noise: Callable[[Tensor], Tensor]) -> Conditions:
     """The conditions `image` and `augmentation`: images noised to these times, and left as they are for time 0."""
     noised = sde.perturb(image, augmentation, noise(image))
-    clean = augmentation.to(image.device).reshape(-1, *[1] * (image.ndim - 1)) == 0
-    return {"image": torch.where(clean, image, noised), "augmentation": augmentation.to(image)}
+    augmentation = sent(augmentation, image.device, image.dtype)
+    clean = augmentation.reshape(-1, *[1] * (image.ndim - 1)) == 0
+    return {"image": torch.where(clean, image, noised), "augmentation": augmentation}

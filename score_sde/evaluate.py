@@ -229,6 +229,7 @@ def run_likelihood(
         },
     )
     split, whole = split.to(processes.device), model
+    text = None if text is None else text.to(processes.device)
     # Bits per dimension of -1 nat; vectors stay in nats.
     unit = 1 / (math.prod(split.shape) * math.log(2)) if levels else 1.0
 
@@ -463,6 +464,7 @@ def run_bound(
         },
     )
     split = split.to(processes.device)
+    text = None if text is None else text.to(processes.device)
     counted = Counted(clip(model, *codec.range) if e.clip_denoised and isinstance(codec, PixelCodec) else model)
 
     def compute(first: int, count: int) -> Arrays:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .devices import sent
 from .model import Estimate, Given, ScoreModel, absent, bound, in_precision_of, twice_differentiable
 from .sdes import SDE, like, some
 
@@ -169,7 +170,7 @@ def within(sde: SDE, t: Tensor, low: float, high: float, scale: Scale, outside: 
     if not some(inside):
         return None
     value = torch.as_tensor(scale, dtype=ratio.dtype)
-    return torch.where(inside.to(value.device), value, outside)
+    return torch.where(sent(inside, value.device), value, outside)
 
 
 def checked(scale: Scale, low: float, high: float) -> Scale:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .bounds import chain_term
 from .model import ScoreModel, Variance
-from .sdes import SDE
+from .sdes import SDE, like
 from .time_laws import Weight
 
 
@@ -42,7 +42,7 @@ def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weigh
         )
     estimate = model(model.sde.perturb(x0, t, z), t, **condition)
     error = (estimate.noise - z).square().flatten(1).mean(1)
-    return weight(model.sde, t).to(error) * error
+    return like(weight(model.sde, t), error) * error
 
 
 def variational(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from .devices import sent
 from .sdes import SDE, WrongShape, add_, like
 
 
@@ -169,7 +170,7 @@ def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
 
     def chosen(value: object) -> object:
         each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
-        return value[rows.to(value.device)] if each else value  # type: ignore[index,attr-defined]
+        return value[sent(rows, value.device)] if each else value  # type: ignore[index,attr-defined]
 
     try:
         for m, condition in zip(parts, whole, strict=True):
@@ -359,8 +360,7 @@ class Preconditioned(ScoreModel):
         (skip, out), (lift, gain) = self.rule(alpha, sigma)
         from_x, std = like(skip, x), like(sigma, x)
         label = self.label(alpha, sigma, t)
-        label = label.to(x.dtype) if label.is_floating_point() else label
-        label = label.to(x.device, non_blocking=label.device.type == "cpu").expand(x.shape[0])
+        label = sent(label, x.device, x.dtype if label.is_floating_point() else None).expand(x.shape[0])
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
         y = self.network(in_precision_of(self.network, scaled), label, **condition)
         channels = (1 + self.learned_variance) * x.shape[1]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .devices import sent
 from .model import TimeMap, at, in_precision_of, label_time, unscaled
 from .sdes import SDE, WrongShape, like
 
@@ -33,7 +34,7 @@ class NoisyClassifier(nn.Module):
     def log_probs(self, x: Tensor, t: Tensor) -> Tensor:
         """Of all classes, (B, classes), in the dtype of x; x is (B, *shape), t () or (B,)."""
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        label = self.label(alpha, sigma, t).to(x.device, x.dtype).expand(x.shape[0])
+        label = sent(self.label(alpha, sigma, t), x.device, x.dtype).expand(x.shape[0])
         scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
         logits = self.network(in_precision_of(self.network, scaled), label)
         if logits.shape != (len(x), self.classes):
@@ -52,6 +53,6 @@ class NoisyClassifier(nn.Module):
         on_cpu = chosen.device.type == "cpu"  # elsewhere a look at them would wait for the device in every step
         if chosen.is_floating_point() or (on_cpu and bool(((chosen < -1) | (chosen >= self.classes)).any())):
             raise ValueError(f"label must lie in 0..{self.classes - 1}, or be -1 for none, got {label}")
-        chosen = chosen.to(x.device, non_blocking=on_cpu).expand(len(x))
+        chosen = sent(chosen, x.device).expand(len(x))
         found = self.log_probs(x, t).gather(1, chosen.clamp_min(0)[:, None])[:, 0]
         return torch.where(chosen < 0, 0.0, found)

@@ -21,6 +21,7 @@ from .levels import COARSE
 from .metrics import psnr
 from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier
+from .sdes import like
 from .time_laws import TimeLaw
 
 # (model, x0, t, z, v) -> (B,): the unweighted loss, a mean over dimensions, of x_t = alpha x0 + sigma z with the
@@ -41,7 +42,7 @@ def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tens
     def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
         directions = score_matching.projections(v.transpose(0, 1), law)
         value = estimate(model, model.sde.perturb(x0, t, z), t, directions)
-        return 1 + (2 * model.sde.sigma(t) ** 2 / math.prod(x0.shape[1:])).to(value) * value
+        return 1 + like(2 * model.sde.sigma(t) ** 2 / math.prod(x0.shape[1:]), value) * value
 
     return loss
 
@@ -122,7 +123,7 @@ class Objective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         error = self.estimate(self.model.given(**condition) if condition else self.model, x0, t, z, v)
         scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
-        loss = scale * self.weight(self.model.sde, t).to(error) * error
+        loss = scale * like(self.weight(self.model.sde, t), error) * error
         schedule = self.model.sde.module
         if isinstance(schedule, MonotoneSchedule):
             loss = loss + scale * (schedule.variance_loss(t, error) + self.ends(schedule, x0, z).to(error))

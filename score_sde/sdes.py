@@ -21,6 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from .devices import sent
+
 Noise = Callable[[Tensor], Tensor]  # noise(like): standard normal numbers in the shape of `like`
 
 
@@ -44,9 +46,7 @@ def like(a: Tensor, x: Tensor) -> Tensor:
         raise ValueError(
             f"t must have shape () or ({x.shape[0]},) for a state of shape {tuple(x.shape)}, got {tuple(a.shape)}"
         )
-    # From the CPU without waiting: a blocking copy would stop a GPU's queue several times in every step.
-    a = a.to(x.device, x.dtype, non_blocking=a.device.type == "cpu")
-    return a.reshape(-1, *(1,) * (x.ndim - 1))
+    return sent(a, x.device, x.dtype).reshape(-1, *(1,) * (x.ndim - 1))
 
 
 def scaled(x: Tensor, weight: Tensor | float) -> Tensor:
@@ -55,20 +55,32 @@ def scaled(x: Tensor, weight: Tensor | float) -> Tensor:
 
 
 def add_(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
-    """y += weight · z in place and in one pass over memory, for the same weights."""
-    if isinstance(weight, Tensor):
-        if weight.ndim > 0 or weight.requires_grad:  # a learned schedule's weights have a gradient
-            return y.addcmul_(like(weight, y), z)
-        try:
-            return y.add_(z, alpha=weight.item())
-        except RuntimeError:  # of a time that torch.func.vmap has mapped
-            return y.addcmul_(like(weight, y), z)
-    return y.add_(z, alpha=weight)
+    """y += weight · z in place, for the same weights, in one pass over memory but for a single weight with gradient."""
+    weight = _as_number(weight)
+    if not isinstance(weight, Tensor):
+        return y.add_(z, alpha=weight)
+    return y.addcmul_(like(weight, y), z) if weight.ndim else y.add_(like(weight, y) * z)
 
 
 def add(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
-    """y + weight · z in one pass over memory, for the same weights."""
-    return torch.addcmul(y, like(weight, y), z) if isinstance(weight, Tensor) else torch.add(y, z, alpha=weight)
+    """y + weight · z, likewise."""
+    weight = _as_number(weight)
+    if not isinstance(weight, Tensor):
+        return torch.add(y, z, alpha=weight)
+    return torch.addcmul(y, like(weight, y), z) if weight.ndim else y + like(weight, y) * z
+
+
+def _as_number(weight: Tensor | float) -> Tensor | float:
+    """A single weight as a number, as CUDA's addcmul takes no scalar from the CPU.
+
+    One with a gradient, as a learned schedule's, or of a time that torch.func.vmap has mapped, is left as it is.
+    """
+    if not isinstance(weight, Tensor) or weight.ndim > 0 or weight.requires_grad:
+        return weight
+    try:
+        return weight.item()
+    except RuntimeError:
+        return weight
 
 
 def some(mask: Tensor) -> bool:

@@ -32,11 +32,12 @@ from .build import Trained, build_sde, build_trained, code_shape, is_autoencoder
 from .codecs import AutoencoderCodec, Codec
 from .data import Data, Split, batch, batch_indices
 from .data_conditions import left_out, low_resolution, of_data
+from .devices import sent
 from .ema import ema_decay, ema_update
 from .model import ScoreModel
 from .objectives import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
 from .parallel import Processes
-from .sdes import SDE
+from .sdes import SDE, like
 from .tensor_file import remove_leftovers
 from .text import Text
 from .time_laws import SecondMoments, TimeLaw
@@ -169,7 +170,7 @@ def draw(
     x0 = codec.encode(k, u).to(floats)
     if split.std is not None:  # examples are laws of codes, of which each step has a draw of its own
         source = generator(seed, step, _CODES + purpose, k.device)
-        index = batch_indices(len(split), n, step, seed)[part].to(k.device)
+        index = sent(batch_indices(len(split), n, step, seed)[part], k.device)
         x0 = x0 + split.std[index] * _normal_part(x0, n, part, source)
     m = config.training.projections if config.training.objective in PROJECTED else 0
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
@@ -217,7 +218,7 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
         with synced, bf16:
             loss, measured = objective(p.x0, p.t, p.z, p.v, p.condition)
             if importance_weighted(config):
-                loss = loss * p.importance.to(loss)
+                loss = loss * like(p.importance, loss)
             (loss.mean() / len(parts)).backward()
         measures.append(measured)
         values.append(loss.detach())
@@ -300,7 +301,7 @@ def evaluate_loss(
     b = draw(config, split, codec, sde, 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
     loss, measured = build_objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
     if importance_weighted(config):
-        loss = loss * b.importance.to(loss)
+        loss = loss * like(b.importance, loss)
     if is_autoencoder(config):
         return {"eval_loss": float(loss.mean()), **parts_of(measured, "eval_")}
     return {"eval_loss": float(loss.mean()), f"eval_{measure(config)}": float(measured.mean())}

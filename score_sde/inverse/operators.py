@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..devices import sent
+
 Weights = Callable[[Tensor], Tensor]  # squared singular values -> what to multiply with there
 
 
@@ -81,7 +83,7 @@ class Scaled(Spectral):
     square: float = 1.0
 
     def filtered(self, x: Tensor, weights: Weights) -> Tensor:
-        lost, kept = (weights(x.new_tensor(v)) for v in (0.0, self.square))
+        lost, kept = (weights(x.new_full((), v)) for v in (0.0, self.square))
         return lost * x + (kept - lost) * (self.adjoint(self.apply(x)) / self.square)
 
 
@@ -106,7 +108,7 @@ class Mask(Scaled):
 
     def apply(self, x: Tensor) -> Tensor:
         try:
-            return torch.where(self.known.to(x.device), x, 0.0)
+            return torch.where(sent(self.known, x.device), x, 0.0)
         except RuntimeError:
             raise ValueError(
                 f"the mask has shape {tuple(self.known.shape)}, which does not fit examples of shape "
@@ -139,7 +141,7 @@ class Grey(Scaled):
     def _row(self, x: Tensor) -> Tensor:
         c = self.channels
         w = torch.full((c,), 1 / math.sqrt(c), dtype=torch.float64) if self.weights is None else self.weights
-        return w.to(x).reshape(1, -1, *(1,) * (x.ndim - 2))
+        return sent(w, x.device, x.dtype).reshape(1, -1, *(1,) * (x.ndim - 2))
 
     @property
     def square(self) -> float:  # type: ignore[override]
@@ -216,7 +218,7 @@ class Blur(Spectral):
 
     def _spectrum(self, sizes: tuple[int, ...], x: Tensor) -> Tensor:
         """The kernel's Fourier transform (as rfftn has it) on a circle or torus; longer kernels are wrapped around."""
-        k = self.kernel.to(x.device, torch.float64)
+        k = sent(self.kernel, x.device, torch.float64)
         if any(n % 2 == 0 for n in k.shape):
             raise ValueError(f"a kernel's sizes must be odd, so that it has a middle, got {tuple(k.shape)}")
         whole = torch.zeros(sizes, dtype=torch.float64, device=x.device)
@@ -253,14 +255,15 @@ class Dense(Spectral):
         self._squares = _cut(s.square())
 
     def apply(self, x: Tensor) -> Tensor:
-        return x.flatten(1) @ self.matrix.to(x).T
+        return x.flatten(1) @ sent(self.matrix, x.device, x.dtype).T
 
     def adjoint(self, y: Tensor) -> Tensor:
-        return (y @ self.matrix.to(y)).reshape(-1, *self.shape)
+        return (y @ sent(self.matrix, y.device, y.dtype)).reshape(-1, *self.shape)
 
     def filtered(self, x: Tensor, weights: Weights) -> Tensor:
-        basis = self._basis.to(x)
-        v = self._squares.to(x).reshape(-1, *(1,) * (x.ndim - 2))  # so that weights per example, (B, 1, ...), fit
+        basis = sent(self._basis, x.device, x.dtype)
+        # of a shape that weights per example, (B, 1, ...), fit
+        v = sent(self._squares, x.device, x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
         lost, kept = weights(x.new_zeros(())), weights(v)
         inside = x.flatten(1) @ basis.T
         moved = ((kept - lost).flatten(1) if kept.ndim == x.ndim else (kept - lost).flatten()) * inside

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..devices import sent
 from .blocks import LabelEmbedding, Sinusoidal, Text
 from .layers import linear
 
@@ -34,7 +35,7 @@ class ClassEmbedding(nn.Module):
             raise ValueError(
                 f"label must lie in 0..{len(self.table) - 1}, or be -1 for none, got {label.min()} to {label.max()}"
             )
-        label = label.to(self.table.device, non_blocking=True).expand(batch)
+        label = sent(label, self.table.device).expand(batch)
         return self.table[label.clamp_min(0)] * (label >= 0)[:, None]
 
 
@@ -114,13 +115,13 @@ class Conditional(nn.Module):
                     f"augmentation must be a number or ({len(x)},) of them, got shape {tuple(level.shape)}"
                 )
             # like labels of the time in float32 at least: bfloat16 would round 999 level to whole numbers
-            level = level.to(x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
+            level = sent(level, x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
             parts.append(self.augmentation.before(999 * level))
         if self.pooled is None:
             _refuse(pooled, "pooled", "no summary of a text", "model.pooled_width")
         elif pooled is not None:
             _check(pooled, "pooled", (len(x), self.pooled.in_features))
-            parts.append(self.pooled(pooled.to(self.pooled.weight)))
+            parts.append(self.pooled(_like(pooled, self.pooled.weight)))
         return Told(sum(parts[1:], parts[0]) if parts else None, low, self._text(x, text, mask))
 
     def _image(self, x: Tensor, image: Tensor | None, augmentation: Tensor | None) -> Tensor | None:
@@ -135,7 +136,7 @@ class Conditional(nn.Module):
                 f"image must have {x.ndim} dimensions, of which the first are {len(x)} and {self.image_channels}, got "
                 f"shape {tuple(image.shape)}"
             )
-        return resize(image.to(x), x.shape[2:])
+        return resize(_like(image, x), x.shape[2:])
 
     def _text(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Text | None:
         if self.tokens is None:
@@ -151,7 +152,11 @@ class Conditional(nn.Module):
         _check(mask, "mask", tuple(text.shape[:2]))
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be True where there is a token and False elsewhere, got {mask.dtype}")
-        return Text(self.tokens(text.to(self.tokens.weight)), mask.to(x.device))
+        return Text(self.tokens(_like(text, self.tokens.weight)), sent(mask, x.device))
+
+
+def _like(value: Tensor, x: Tensor) -> Tensor:
+    return sent(value, x.device, x.dtype)
 
 
 def resize(image: Tensor, size: torch.Size) -> Tensor:
