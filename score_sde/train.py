@@ -214,11 +214,8 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
     for i, p in enumerate(parts):
         last = i == len(parts) - 1
         synced = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
-        bf16 = torch.autocast(p.x0.device.type, torch.bfloat16, enabled=t.precision == "bfloat16")
-        with synced, bf16:
-            loss, measured = objective(p.x0, p.t, p.z, p.v, p.condition)
-            if importance_weighted(config):
-                loss = loss * like(p.importance, loss)
+        with synced, in_precision(config, p.x0.device):
+            loss, measured = loss_of(objective, p, config)
             (loss.mean() / len(parts)).backward()
         measures.append(measured)
         values.append(loss.detach())
@@ -230,6 +227,17 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
     )
     ema_update(state.averages, state.values, decay)
     return record
+
+
+def in_precision(config: ConfigDict, device: torch.device) -> torch.autocast:
+    """The autocast of training.precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bfloat16")
+
+
+def loss_of(objective: nn.Module, b: Batch, config: ConfigDict) -> tuple[Tensor, Tensor]:
+    """The objective's loss and measure of each example, the loss with the importance weight of its time."""
+    loss, measured = objective(b.x0, b.t, b.z, b.v, b.condition)
+    return loss * like(b.importance, loss) if importance_weighted(config) else loss, measured
 
 
 def update(state: State, limit: float) -> Tensor:
@@ -264,6 +272,23 @@ def check_finite(records: list[Record], sde: SDE) -> None:
             )
 
 
+def of_all(records: list[Record], processes: Processes) -> list[Record]:
+    """The records of whole batches, in all processes, of those that each process has of its parts.
+
+    So that the log tells of the whole batch, and all stop at a loss that is not finite in one of them.
+    """
+    if processes.world == 1 or not records:
+        return records
+
+    def joined(parts: list[Tensor]) -> Tensor:
+        """(records, batch, ...)."""
+        each = processes.gather(torch.stack(parts)).unflatten(0, (processes.world, len(parts)))
+        return each.transpose(0, 1).flatten(1, 2)
+
+    measures, losses_, t = (joined(list(parts)) for parts in zip(*[(r.measure, r.loss, r.t) for r in records]))
+    return [r._replace(measure=measures[i], loss=losses_[i], t=t[i]) for i, r in enumerate(records)]
+
+
 def noise_bins(sde: SDE, count: int = 5) -> tuple[Tensor, list[str]]:
     """Edges in log SNR, even from t_min (1e-5 at least) to 1, and the range of sigma/alpha of each bin as its name."""
     ends = sde.log_snr(torch.tensor([max(sde.t_min, 1e-5), 1.0], dtype=torch.float64))
@@ -294,17 +319,35 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
 
 @torch.no_grad()
 def evaluate_loss(
-    state: State, config: ConfigDict, split: Split, codec: Codec, text: Text | None = None
+    state: State,
+    config: ConfigDict,
+    split: Split,
+    codec: Codec,
+    text: Text | None = None,
+    processes: Processes | None = None,
 ) -> dict[str, float]:
-    """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call."""
-    sde = sde_of(state.ema, config)
-    b = draw(config, split, codec, sde, 0, slice(None), flip=False, purpose=_EVALUATION, text=text)
-    loss, measured = build_objective(state.ema, config, codec)(b.x0, b.t, b.z, b.v, b.condition)
-    if importance_weighted(config):
-        loss = loss * like(b.importance, loss)
+    """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call.
+
+    As in training each of the `processes` computes its part of the batch, in training.accumulate parts and in
+    training.precision; all have the whole batch's numbers, to the rounding of sums.
+    """
+    sde, part = sde_of(state.ema, config), slice(None) if processes is None else part_of(config, processes)
+    whole = draw(config, split, codec, sde, 0, part, flip=False, purpose=_EVALUATION, text=text)
+    objective = build_objective(state.ema, config, codec)
+    with in_precision(config, whole.x0.device):
+        found = [loss_of(objective, b, config) for b in whole.parts(config.training.accumulate)]
+    loss, measured = (torch.cat(each).double() for each in zip(*found, strict=True))
+    if processes is not None:
+        loss, measured = processes.gather(loss), processes.gather(measured)
     if is_autoencoder(config):
         return {"eval_loss": float(loss.mean()), **parts_of(measured, "eval_")}
     return {"eval_loss": float(loss.mean()), f"eval_{measure(config)}": float(measured.mean())}
+
+
+def part_of(config: ConfigDict, processes: Processes) -> slice:
+    """What this process takes of each batch."""
+    share = config.training.batch_size // processes.world
+    return slice(processes.rank * share, (processes.rank + 1) * share)
 
 
 def parts_of(measured: Tensor, prefix: str = "") -> dict[str, float]:
@@ -348,8 +391,7 @@ def train(
         notes.append(f"going on from step {state.step} of {found}")
     if notes:
         yield Metrics(state.step, notes=notes)
-    share = t.batch_size // processes.world
-    part = slice(processes.rank * share, (processes.rank + 1) * share)
+    part = part_of(config, processes)
     if t.compile:
         getattr(state.model, "network", state.model).compile()
     objective, sde = build_objective(state.model, config, codec), sde_of(state.model, config)
@@ -364,26 +406,27 @@ def train(
 
     def report() -> Metrics:
         nonlocal since, clock
-        check_finite(records, sde)
+        whole = of_all(records, processes)
+        check_finite(whole, sde)
         seconds = max(time.perf_counter() - clock, 1e-9)
         scalars = {
-            "training_loss": float(torch.cat([r.loss for r in records]).mean()),
-            "grad_norm": float(torch.stack([r.grad_norm for r in records]).mean()),
-            "learning_rate": records[-1].learning_rate,
+            "training_loss": float(torch.cat([r.loss for r in whole]).mean()),
+            "grad_norm": float(torch.stack([r.grad_norm for r in whole]).mean()),
+            "learning_rate": whole[-1].learning_rate,
             "images_per_second": (state.step - since) * t.batch_size / seconds,
         }
-        measured = torch.cat([r.measure for r in records]).cpu()
+        measured = torch.cat([r.measure for r in whole]).cpu()
         if is_autoencoder(config):
             scalars |= parts_of(measured)
         else:
-            levels = by_noise_level(sde, torch.cat([r.t for r in records]), measured)
+            levels = by_noise_level(sde, torch.cat([r.t for r in whole]), measured)
             scalars |= {f"{measure(config)}/{name}": value for name, value in levels.items()}
         records.clear()
         since, clock = state.step, time.perf_counter()
         return Metrics(state.step, scalars)
 
     def snapshot() -> Path:
-        check_finite(records, sde)
+        check_finite(of_all(records, processes), sde)
         path = checkpoint.checkpoint_path(workdir, state.step)
         gone = made and not path.parent.is_dir()
         if processes.main:
@@ -414,9 +457,9 @@ def train(
         last = state.step == t.n_iters
         if state.step % t.log_freq == 0 or last:
             yield report()
-        if processes.main and (state.step % t.eval_freq == 0 or last):
+        if state.step % t.eval_freq == 0 or last:
             before = time.perf_counter()
-            yield Metrics(state.step, evaluate_loss(state, config, held_out, codec, text))
+            yield Metrics(state.step, evaluate_loss(state, config, held_out, codec, text, processes))
             clock += time.perf_counter() - before
         if state.step % t.snapshot_freq == 0 or last:
             before = time.perf_counter()

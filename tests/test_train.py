@@ -35,6 +35,7 @@ from score_sde.train import (
     make_state,
     noise_bins,
     noise_floor,
+    of_all,
     seed_dropout,
     train,
     train_step,
@@ -503,6 +504,56 @@ def test_held_out_loss_is_the_same_at_every_call(digits: Data) -> None:
     state = make_state(config, digits.shape, torch.device("cpu"))
     values = [evaluate_loss(state, config, digits.test, codec_of(17)) for _ in range(2)]
     assert values[0] == values[1]
+
+
+class Alone(Processes):
+    """One of several processes that are not there: it keeps its part."""
+
+    def gather(self, values: torch.Tensor) -> torch.Tensor:
+        return values
+
+
+@pytest.mark.parametrize("objective", ["denoising", "autoencoder"])
+def test_held_out_loss_is_the_whole_batch_s_in_parts_and_over_processes(objective: str, digits: Data) -> None:
+    kind = {"training__objective": objective, "training__batch_size": 8, "model__dropout": 0.0}
+    config, codec = image_config(**kind, model__code_channels=1, training__time="importance"), codec_of(17)
+    state = make_state(config, digits.shape, torch.device("cpu"))
+    whole = evaluate_loss(state, config, digits.test, codec)
+    seen: list[int] = []
+    first = next(m for m in state.ema.modules() if isinstance(m, torch.nn.Conv2d))
+    first.register_forward_pre_hook(lambda m, inputs: seen.append(len(inputs[0])))
+    config.training.accumulate = 4
+    assert evaluate_loss(state, config, digits.test, codec) == pytest.approx(whole, rel=1e-5) and set(seen) == {2}
+    config.training.accumulate = 1
+    parts = [
+        evaluate_loss(state, config, digits.test, codec, None, Alone(rank, 2, torch.device("cpu"))) for rank in (0, 1)
+    ]
+    assert {name: (parts[0][name] + parts[1][name]) / 2 for name in whole} == pytest.approx(whole, rel=1e-5)
+    assert parts[0]["eval_loss"] != pytest.approx(whole["eval_loss"], rel=1e-3)
+    config.training.precision = "bfloat16"
+    half = evaluate_loss(state, config, digits.test, codec)
+    assert half == pytest.approx(whole, rel=0.05) and half != whole
+
+
+def test_records_of_parts_become_those_of_whole_batches() -> None:
+    class Two(Processes):
+        """Two processes, the second of which has what the first has plus 100."""
+
+        def gather(self, values: torch.Tensor) -> torch.Tensor:
+            return torch.cat([values, values + 100])
+
+    def record(step: int) -> Record:
+        values = torch.arange(3.0) + 10 * step
+        return Record(step, 0.1, torch.tensor(1.0), values[:, None].expand(3, 2), values, values.double())
+
+    found = of_all([record(0), record(1)], Two(0, 2, torch.device("cpu")))
+    assert [r.loss.tolist() for r in found] == [[0, 1, 2, 100, 101, 102], [10, 11, 12, 110, 111, 112]]
+    assert [r.measure.shape for r in found] == [(6, 2)] * 2 and found[1].t.tolist() == found[1].loss.tolist()
+    assert found[1].measure[:, 1].tolist() == found[1].loss.tolist() and found[1].step == 1
+    assert of_all([], Two(0, 2, torch.device("cpu"))) == []
+    bad = record(0)._replace(loss=torch.tensor([math.nan, 0.0, 0.0]))
+    with pytest.raises(FloatingPointError, match="2 of 6 examples"):
+        check_finite(of_all([bad], Two(0, 2, torch.device("cpu"))), VPSDE())
 
 
 def test_held_out_loss_is_of_the_averaged_weights(digits: Data) -> None:
