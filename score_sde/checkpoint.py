@@ -93,6 +93,7 @@ class DataCard:
         num_classes: 0 unless the labels are classes.
         class_names: one for each class, or () where nothing names them.
         digest: `Split.digest` of the training split, captions included.
+        empty_classes: those without an example to train on.
     """
 
     levels: int | None
@@ -100,12 +101,14 @@ class DataCard:
     num_classes: int
     class_names: tuple[str, ...]
     digest: str
+    empty_classes: tuple[int, ...] = ()
 
     @classmethod
     def of(cls, data: Data, codec: Codec) -> DataCard:
         """Of data that `codec` encodes."""
         levels = None if codec.pixels is None else codec.pixels.levels
-        return cls(levels, data.rate, data.num_classes, data.class_names, data.train.digest(data.captions))
+        digest = data.train.digest(data.captions)
+        return cls(levels, data.rate, data.num_classes, data.class_names, digest, data.empty_classes)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -115,12 +118,15 @@ class DataCard:
         """What `to_json` wrote. Raises ValueError for a text that it cannot have written."""
         try:
             found = json.loads(text)
-            card = cls(**{**found, "class_names": tuple(found["class_names"])})
+            lists = {key: tuple(found[key]) for key in ("class_names", "empty_classes") if key in found}
+            card = cls(**{**found, **lists})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{text[:60]!r} does not describe a model's data ({error!r})") from error
         counts = (card.levels, card.rate, card.num_classes)
         if not all(_is_count(value) for value in counts if value is not None) or card.num_classes is None:
             raise ValueError(f"levels, rate and num_classes of a model's data are counts, got {counts}")
+        if not all(_is_count(label) for label in card.empty_classes):
+            raise ValueError(f"empty classes of a model's data are counts, got {card.empty_classes}")
         if not all(isinstance(name, str) for name in (*card.class_names, card.digest)):
             raise ValueError(f"class names and digest of a model's data are text, got {text[:60]!r}")
         return card

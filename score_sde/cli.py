@@ -25,6 +25,7 @@ from torch import Tensor
 from . import checkpoint, failures, parallel
 from . import config as configs
 from .build import resolve_classes, resolve_conditions
+from .class_names import resolve_labels
 from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
 from .codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
 from .conditions import RESTORING, Wanted, check_conditions, load_guides, sampled_labels, told, trained_at
@@ -177,6 +178,7 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         log.info("workdir: %s", workdir)
     data, codec = _data(config, processes)
     resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
+    resolve_labels(config, data, options.mode in RESTORING)
     resolve_conditions(config, data.shape[0])
     if options.mode == "scan":
         if processes.main:

@@ -9,12 +9,15 @@ the names into values of the package; the mathematics above knows of no config.
 from __future__ import annotations
 
 import ast
+import csv
 import difflib
 import json
 import math
+import re
 import runpy
 import traceback
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +32,7 @@ from .build import (
     GRIDS,
     LABELS,
     METHODS,
+    NAMED,
     NETWORKS,
     PREDICTORS,
     RULES,
@@ -122,7 +126,8 @@ def default_config() -> ConfigDict:
                 "seed": 0,  # sample i depends on (seed, i) alone
                 "single_png": False,  # also a PNG of every sample
                 "weights": "ema",  # of the network: their moving average, or raw
-                # classes of the samples, in turn; -1: none. (): all that there are, or none where images are restored
+                # classes of the samples, in turn, by number or name; -1: none. (): all that there are, or none where
+                # images are restored
                 "labels": (),
                 "negative_label": -1,  # the class that guidance leads away from, in place of no label; -1: none
                 # scale of guidance. Classifier-free: 0 ignores the label, 1 is the conditional model, above 1
@@ -526,7 +531,10 @@ def _check(key: str, value: Any, where: str = "") -> Any:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
-    sound = type(value) is kind and (kind is not tuple or all(type(v) is int for v in value))
+    if key in NAMED and type(value) is str:
+        return value
+    kinds = (int, str) if key in NAMED else (int,)
+    sound = type(value) is kind and (kind is not tuple or all(type(v) in kinds for v in value))
     if not sound or (kind is float and not math.isfinite(value)):
         raise ValueError(f"{where}{key} must be {_KINDS[kind]}, got {value!r}")
     if key in CHOICES and value not in CHOICES[key]:
@@ -542,12 +550,16 @@ def _check(key: str, value: Any, where: str = "") -> Any:
 def _set(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
     value = _check(key, value, where)
     section, _, name = key.rpartition(".")
-    (config[section] if section else config)[name] = value
+    where_to = config[section] if section else config
+    with where_to.ignore_type() if key in NAMED else nullcontext():
+        where_to[name] = value
 
 
 def _parse(key: str, text: str) -> Any:
     """A command line's text as the type of `key`'s default, or as it is, for `_check` to refuse."""
     kind = type(_defaults().get(key))
+    if key in NAMED and kind is tuple:
+        return _names(text)
     try:
         return _PARSERS[kind](text) if kind in _PARSERS else text
     except (ValueError, SyntaxError):
@@ -567,6 +579,15 @@ def _tuple(text: str) -> tuple[Any, ...]:
     """ "(1, 2)", "[1, 2]" and "1,2" are (1, 2); "1" is (1,); "" is ()."""
     value = ast.literal_eval(text.strip() or "()")
     return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _names(text: str) -> tuple[int | str, ...]:
+    """ "1,2" are numbers, and "cat,dog" names; one in quotes may have commas."""
+    try:
+        return _tuple(text)
+    except (ValueError, SyntaxError):
+        words = [word.strip() for word in next(csv.reader([text.strip().strip("()[]")], skipinitialspace=True))]
+        return tuple(int(word) if re.fullmatch(r"-?\d+", word) else word.strip("'") for word in words if word)
 
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a name", tuple: "integers such as 1,2,2"}

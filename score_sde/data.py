@@ -87,7 +87,7 @@ class Split:
 class Data:
     """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes.
 
-    `class_names`, one for each class, are () where nothing names them.
+    `class_names`, one for each class, are () where nothing names them; `empty_classes` have no example to train on.
     `captions`, each once, are what the splits' `caption` names; () where examples have none.
     `rate` is the sample rate of recordings. `notes` are sentences on files that were not read, and on what was made of
     the others.
@@ -101,18 +101,12 @@ class Data:
     rate: int | None = None
     class_names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    empty_classes: tuple[int, ...] = ()
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of one example."""
         return self.train.shape
-
-    @property
-    def empty_classes(self) -> tuple[int, ...]:
-        """Classes without an example to train on."""
-        if not self.num_classes or self.train.y is None:
-            return ()
-        return tuple((torch.bincount(self.train.y.cpu(), minlength=self.num_classes) == 0).nonzero()[:, 0].tolist())
 
     def to(self, device: torch.device | str) -> Data:
         """The same set with both splits there."""
@@ -214,7 +208,7 @@ def leave_out(data: Data, captions: Sequence[str]) -> Data:
     assert data.train.caption is not None
     places = torch.tensor([data.captions.index(caption) for caption in captions])
     kept = (~torch.isin(data.train.caption, places)).nonzero()[:, 0]
-    return replace(data, train=_subset(data.train, kept))
+    return _with_empty_classes(replace(data, train=_subset(data.train, kept)))
 
 
 def shrink(images: Tensor, factor: int) -> Tensor:
@@ -312,7 +306,15 @@ def _files(
     if found.test is None:
         train, test = _hold_out(data.train, max(1, len(train) // 10))
         data = replace(data, train=train, test=test)
-    return data
+    return _with_empty_classes(data)
+
+
+def _with_empty_classes(data: Data) -> Data:
+    y = data.train.y
+    if not data.num_classes or y is None:
+        return data
+    empty = (torch.bincount(y.cpu(), minlength=data.num_classes) == 0).nonzero()[:, 0].tolist()
+    return replace(data, empty_classes=tuple(empty))
 
 
 def _kind_of_labels(y: Tensor | None) -> str:

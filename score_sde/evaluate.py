@@ -19,6 +19,7 @@ from torch import Tensor
 from .bounds import chain_bound
 from .build import build_bound_times, build_sampler, build_times, grid_name
 from .checkpoint import file_hash
+from .class_names import class_name, class_names_of
 from .codecs import AutoencoderCodec, Codec, PixelCodec
 from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
 from .continuous_bound import variational_bound
@@ -146,7 +147,7 @@ def run_sampling(
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if processes.main:
             write_arrays(folder / "samples.npz", {name: joined[name] for name in ("arr_0", "arr_1") if name in joined})
-            groups, names = _groups(wanted, strengths, s.num_samples)
+            groups, names = _groups(wanted, strengths, s.num_samples, class_names_of(checkpoint))
             write_pictures(joined["arr_0"], codec, folder, None, groups, names)
             if s.single_png and codec.pixels is not None:
                 for i, image in enumerate(codec.pixels.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
@@ -156,11 +157,13 @@ def run_sampling(
     return once(base, f"{checkpoint.stem}-{s.weights}-{s.method}", made_from, "samples.npz", processes, work)
 
 
-def _groups(wanted: Wanted, scales: Sequence[float], number: int) -> tuple[list[int] | None, list[str]]:
+def _groups(
+    wanted: Wanted, scales: Sequence[float], number: int, classes: Sequence[str]
+) -> tuple[list[int] | None, list[str]]:
     """(group of each sample, groups' names): rows of a grid are of a scale, or else of a prompt or a class."""
     if len(scales) > 1:
         return [i for i in range(len(scales)) for _ in range(number)], [f"guidance {scale:g}" for scale in scales]
-    names = list(wanted.prompts) or [str(label) if label >= 0 else "no label" for label in wanted.labels]
+    names = list(wanted.prompts) or [class_name(label, classes) for label in wanted.labels]
     if not 1 < len(names) <= number:
         return None, []
     return [i % len(names) for i in range(number)], names

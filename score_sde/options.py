@@ -122,7 +122,7 @@ def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
         what, remedy = ("prompt", "give one, --prompt TEXT") if text else ("class", "set sampling.labels")
         raise ValueError(f"sampling.guidance={s.guidance:g} has no {what} to guide by: {remedy}")
     away = f"--negative {options.negative!r}" if options.negative else f"sampling.negative_label={s.negative_label}"
-    if (options.negative or s.negative_label >= 0) and all(scale == 1 for scale in scales):
+    if (options.negative or s.negative_label != -1) and all(scale == 1 for scale in scales):
         raise ValueError(f"{away} has no effect without guidance: set sampling.guidance above 1, such as 2")
     if options.scales and not guided:
         raise ValueError(

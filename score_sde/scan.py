@@ -21,14 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .class_names import class_name
 from .codecs import Codec, VectorCodec
 from .data import Data, Split
+from .levels import COARSE
 from .likelihood import Likelihood
 from .noise_levels import NoiseLevels
 
 _CHUNK = 1 << 24  # numbers held in float64 at a time
 _STREAM = 1 << 31  # bytes read of a split that stays on disk
 _DIMENSIONS = 4096  # of the largest covariance that is fitted
+_SHOWN = 30  # classes that are named
 _FARTHEST = 4096  # examples whose distances are all computed
 
 
@@ -83,6 +86,8 @@ class Report:
         rows = [
             ("examples", f"{sizes[0]} to train on, {sizes[1]} held out" + (part if self.scanned != sizes else "")),
             ("shape", " x ".join(map(str, data.shape)) + classes),
+            *_classes(data),
+            *(("note", sentence) for sentence in data.notes),
             ("range", f"{self.range[0]:.4g} to {self.range[1]:.4g}{stored}"),
             ("mean", f"{self.mean:.4f}"),
             ("standard deviation", f"{self.std:.4f}"),
@@ -128,6 +133,16 @@ def scan(data: Data, codec: Codec, seed: int = 0) -> Report:
         largest_distance=distance,
         distance_is_exact=exact,
         gaussian=_baseline(train, test, codec, seed),
+    )
+
+
+def about_empty_classes(data: Data) -> str:
+    """A sentence on the classes that cannot be learnt."""
+    empty = [class_name(i, data.class_names) for i in data.empty_classes]
+    more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+    return (
+        f"{len(empty)} of {data.num_classes} classes have no examples to train on and are not sampled: "
+        f"{', '.join(empty[:_SHOWN])}{more}"
     )
 
 
@@ -211,10 +226,10 @@ def disagreements(
         if image_size and size != [image_size, image_size]:
             found.append(f"the images are {size[0]} x {size[1]}, but data.image_size={image_size}")
     if codec.levels and k.max() < codec.levels // 4:
-        found.append(
-            f"pixels reach {int(k.max())} of {codec.levels - 1}: if that is their white, multiply them by "
-            f"{(codec.levels - 1) // max(1, int(k.max()))}"
-        )
+        remedy = f"multiply them by {(codec.levels - 1) // max(1, int(k.max()))}"
+        if codec.levels > COARSE:
+            remedy = f"say how many bits they have, data.file_bits={int(k.max()).bit_length()}"
+        found.append(f"pixels reach {int(k.max())} of {codec.levels - 1}: if that is their white, {remedy}")
     if not codec.levels and not sigma_max and not 0.1 <= rms <= 10:
         found.append(
             f"the data's root mean square is {rms:.3g}, and noise levels are made for about 1: divide the data by it, "
@@ -228,6 +243,22 @@ def disagreements(
             f"--mode scan suggests a value"
         )
     return found
+
+
+def _classes(data: Data) -> list[tuple[str, str]]:
+    """Rows of the classes by name, with how many examples are for training and held out, five to a line."""
+    if not data.num_classes:
+        return []
+    splits = (split.y for split in (data.train, data.test))
+    counts = [[0] * data.num_classes if y is None else torch.bincount(y, minlength=data.num_classes) for y in splits]
+    each = [
+        f"{class_name(i, data.class_names)} {int(counts[0][i])} + {int(counts[1][i])}" for i in range(data.num_classes)
+    ]
+    shown = [", ".join(each[i : i + 5]) for i in range(0, min(len(each), _SHOWN), 5)]
+    if len(each) > _SHOWN:
+        shown.append(f"and {len(each) - _SHOWN} more")
+    rows = [("classes" if i == 0 else "", line) for i, line in enumerate(shown)]
+    return rows + ([("", about_empty_classes(data))] if data.empty_classes else [])
 
 
 def _baseline(train: Tensor, test: Tensor, codec: Codec, seed: int) -> tuple[float, float] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,15 +18,16 @@ from torch.utils.tensorboard import SummaryWriter
 from . import checkpoint, failures, progress
 from .autoencoder import ConvolutionalAutoencoder
 from .build import build_sde, is_autoencoder, is_classifier
+from .class_names import class_name
 from .codecs import Codec, PixelCodec
 from .codes import as_drawn
-from .conditions import given
+from .conditions import given, in_turn
 from .data import Data
 from .images import grid, histogram, write_png
 from .model import ScoreModel
 from .progress import Progress
 from .samplers import Heun, sample, times
-from .scan import disagreements
+from .scan import about_empty_classes, disagreements
 from .text import Text
 from .toys import EXACT, TOYS
 from .train import Metrics, noise_floor
@@ -84,6 +85,8 @@ class Show:
         self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
         self.held_out = data.test
         self.failed: str | None = None  # the last reason why something could not be shown
+        labels = (i for i in range(config.model.num_classes) if i not in data.empty_classes)
+        self.classes = {i: class_name(i, data.class_names) for i in labels}
         if config.model.super_resolution or text is not None:
             held_out, text = data.test.to(device), None if text is None else text.to(device)
             index = torch.arange(_PICTURES) % len(held_out)
@@ -146,7 +149,7 @@ class Show:
                 self.writer.add_image(f"reconstructions/{weights}", pairs, step)
                 continue
             model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
-            classes = 0 if self.shown is not None else self.config.model.num_classes
+            classes = {} if self.shown is not None else self.classes
             picture = _picture(self.shown(model) if self.shown else model, self.shape, self.codec, classes)
             if picture is not None:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -155,7 +158,11 @@ class Show:
 
 
 def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
-    """Say where the data and the config disagree."""
+    """Say what was not read of the data, and where they and the config disagree."""
+    for sentence in data.notes:
+        log.info("data: %s", sentence)
+    if data.empty_classes:
+        log.warning("warning: %s", about_empty_classes(data))
     d, m = config.data, config.model
     unscaled = config.training.sde in ("vesde", "edm")
     for sentence in disagreements(
@@ -180,10 +187,13 @@ def _floor(config: ConfigDict) -> dict[str, float]:
     return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
 
 
-def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: int) -> torch.Tensor | None:
+def _picture(
+    model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: Mapping[int, str]
+) -> torch.Tensor | None:
     """A grid of 64 images, or where 4096 points of the plane fall; None for other data.
 
-    Of a class-conditional model as many images of each class as there are in 64, in rows of their own.
+    Of a class-conditional model as many images of each class as there are in 64, in rows of their own; `classes` are
+    the names of those that were trained on.
     """
     steps = getattr(model.sde, "steps", None)
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
@@ -192,11 +202,11 @@ def _picture(model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: i
     if pixels is None and shape != (2,):
         return None
     groups, names = None, list[str]()
-    if pixels is not None and 1 < classes <= _PICTURES:
-        count = _PICTURES // classes * classes
-        groups, names = [i % classes for i in range(count)], [str(label) for label in range(classes)]
+    if pixels is not None and 1 < len(classes) <= _PICTURES:
+        count = _PICTURES // len(classes) * len(classes)
+        groups, names = [i % len(classes) for i in range(count)], list(classes.values())
     if classes:
-        model = model.given(label=torch.arange(count) % classes)
+        model = model.given(label=in_turn(list(classes), 0, count))
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
     if pixels is None:
         return histogram(x)
