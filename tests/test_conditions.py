@@ -371,9 +371,9 @@ def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
-        ("there is no class 10", ["--config.sampling.labels=3,10"]),
+        ("there is no class '10'", ["--config.sampling.labels=3,10"]),
         (
-            "negative_label: there is no class 10",
+            "negative_label: there is no class '10'",
             ["--config.sampling.negative_label=10", "--config.sampling.guidance=2"],
         ),
         ("negative_label=3 has no effect without guidance", ["--config.sampling.negative_label=3"]),
@@ -527,7 +527,7 @@ def test_a_classifier_and_a_weaker_model_guide_what_is_restored(judged: dict[str
     ("words", "settings"),
     [
         ("sampling.guidance=2 has no class to guide by: set sampling.labels", ["--config.sampling.guidance=2"]),
-        ("there is no class 10", ["--config.sampling.labels=10"]),
+        ("there is no class '10'", ["--config.sampling.labels=10"]),
         ("--prompt 'a cat' is for a model of text", ["--prompt=a cat"]),
     ],
 )
@@ -575,7 +575,7 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "settings"),
     [
-        ("there is no class 10", ["--config.sampling.labels=10", "{classifier}"]),
+        ("there is no class '10'", ["--config.sampling.labels=10", "{classifier}"]),
         ("has nothing to guide by", ["--config.sampling.guidance=2"]),
         ("guides by itself", ["{classifier}", "--config.sampling.guidance_rescale=0.5"]),
         ("sampling.classifier=nowhere", ["--config.sampling.classifier=nowhere"]),
