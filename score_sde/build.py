@@ -98,7 +98,7 @@ METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
     "embedded": lambda s: EmbeddedODE(s.rtol, s.atol),
     "adaptive_sde": lambda s: AdaptiveSDE(s.sde_rtol, s.sde_atol),
 }
-GRIDS: dict[str, Callable[[SDE, int], Tensor]] = {
+GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
     "uniform": times.uniform,
     "quadratic": times.quadratic,
     "log_snr": times.log_snr,
@@ -444,11 +444,12 @@ def grid_name(config: ConfigDict) -> str:
 
 
 def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, shape: tuple[int, ...] = ()) -> Tensor:
-    """The times to sample on, decreasing from 1; for `sample(..., denoise=config.sampling.noise_removal)`.
+    """The times to sample on, decreasing from sampling.start; for `sample(..., denoise=config.sampling.noise_removal)`.
 
-    A continuous model stops at sampling.t_min. A discrete one visits sampling.steps of its chain's steps and stops at
-    the first, from where the estimate of the clean data is the chain's own last step. Adaptive solvers get both ends.
-    For sampling.grid=fitted 32 trajectories of the `model` are solved, of examples of `shape`.
+    A continuous model stops at sampling.t_min. A discrete one begins at the step of its chain that is nearest to
+    sampling.start, visits sampling.steps of those that are left, or all, and stops at the first, from where the
+    estimate of the clean data is the chain's own last step. Adaptive solvers get both ends. For sampling.grid=fitted 32
+    trajectories of the `model` are solved, of examples of `shape`.
     """
     s, grid = config.sampling, grid_name(config)
     if grid == FITTED:
@@ -458,9 +459,10 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
             model, build_sampler(config), s.steps, (32, *shape), sde=replace(sde, t_min=s.t_min), seed=s.seed
         )
     if not config.training.continuous:
-        return times.spaced(config.model.num_scales, 2 if grid == "ends" else s.steps)
+        n = config.model.num_scales
+        return times.spaced(n, 2 if grid == "ends" else min(s.steps, round(s.start * n)), start=s.start)
     until = replace(sde, t_min=s.t_min)
-    return times.uniform(until, 1) if grid == "ends" else GRIDS[grid](until, s.steps)
+    return times.uniform(until, 1, start=s.start) if grid == "ends" else GRIDS[grid](until, s.steps, start=s.start)
 
 
 def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:

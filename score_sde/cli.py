@@ -34,7 +34,7 @@ from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
 from .inverse_modes import restoring_line, run_restoring
-from .latent_modes import fingerprint, read_examples, round_trip, run_decoding, run_encoding, run_interpolation
+from .latent_modes import read_examples, round_trip, run_decoding, run_encoding, run_interpolation
 from .model import ScoreModel
 from .options import MODES, check, scales_of
 from .parallel import Processes
@@ -55,7 +55,8 @@ modes
   train        train, or go on from the workdir's newest checkpoint; a model, or a classifier to guide one
   sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp; of classes
                by sampling.labels, of what --prompt TEXT says (--negative TEXT: what not), or enlarged from --input
-               FILE_OR_FOLDER; guided by sampling.guidance, or with --scales 0,1,2.5 by each of these scales
+               FILE_OR_FOLDER, or variants of its images with --config.sampling.start=0.4; guided by sampling.guidance,
+               or with --scales 0,1,2.5 by each of these scales
   likelihood   bits/dim of held-out data under it, with its errors: exact by the probability-flow ODE, or a
                variational bound (eval.estimate; by default the bound for models of a chain's steps)
   encode       latents of held-out data, or of your own (--input FILE_OR_FOLDER), by the probability-flow ODE, and how
@@ -202,7 +203,8 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
         codec = codec_from(path, source)
         data = as_asked(data, codec, processes.device)
     if options.mode == "sample":
-        folder = _sample(options, model, config, data.shape, codec, path, workdir, processes)
+        changed = _own(options, config, images, codec, processes) if config.sampling.start < 1 else None
+        folder = _sample(options, model, config, data.shape, codec, path, workdir, processes, changed)
         log.info("%d samples: %s", config.sampling.num_samples * max(1, len(scales)), folder)
     elif options.mode == "dequantize":
         if processes.main:
@@ -288,10 +290,12 @@ def _sample(
     path: Path,
     workdir: Path,
     processes: Processes,
+    changed: Split | None = None,
 ) -> Path:
-    """--mode sample; of a cascade, the samples of the stage before first."""
+    """--mode sample; of a cascade, the samples of the stage before first. Those of `changed` begin with examples."""
     guides = load_guides(config, model, shape, processes.device)
-    wanted = _prompted(Wanted(sampled_labels(config, guides)), options, config, workdir, processes)
+    wanted = Wanted(sampled_labels(config, guides), changed=changed)
+    wanted = _prompted(wanted, options, config, workdir, processes)
     if config.model.super_resolution:
         wanted = wanted._replace(images=_smaller(options, config, shape, codec, processes))
     scales = scales_of(options)
@@ -341,6 +345,7 @@ def _smaller(
     theirs = configs.from_text(card.config, str(path))
     for key in ("num_samples", "batch_size", "seed", "labels", "negative_label"):
         theirs.sampling[key] = s[key]
+    theirs.sampling.start = 1.0
     resolve_conditions(theirs, card.shape[0])
     log.info("the stage before: %s", path)
     model = checkpoint.load(path, ema=theirs.sampling.weights == "ema", map_location=processes.device)
@@ -352,6 +357,19 @@ def _smaller(
     log.info("%d samples: %s", s.num_samples, folder)
     with np.load(folder / "samples.npz") as samples:
         return torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2).contiguous()
+
+
+def _own(options: argparse.Namespace, config: ConfigDict, images: Data, codec: Codec, processes: Processes) -> Split:
+    """The examples of --input, of a model of codes as codes, as the data set has them."""
+    split = read_examples(options.input, images.shape, codec.pixels or codec, config.data.background)
+    if options.mode == "sample" and len(split) > config.sampling.num_samples:
+        raise ValueError(
+            f"--input {options.input} holds {len(split)} examples, and sampling.num_samples="
+            f"{config.sampling.num_samples} is fewer: set it to {len(split)} or more, or give fewer"
+        )
+    if isinstance(codec, AutoencoderCodec):
+        return as_asked(replace(images, test=split), codec, processes.device).test
+    return split
 
 
 def _latents(
@@ -377,10 +395,8 @@ def _latents(
         return
     split, source = {"test": data.test, "train": data.train}[config.eval.split], None
     if options.input is not None:
-        split = read_examples(options.input, images.shape, codec.pixels or codec, config.data.background)
-        source = f"sha256 {fingerprint(split)}"
-        if isinstance(codec, AutoencoderCodec):
-            split = as_asked(replace(images, test=split), codec, processes.device).test
+        split = _own(options, config, images, codec, processes)
+        source = f"sha256 {split.digest()}"
     if options.mode == "encode":
         folder, result = run_encoding(model, config, split, codec, path, workdir / "latents", processes, source)
         log.info("%s: %s", round_trip(result), folder)

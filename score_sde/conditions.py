@@ -25,7 +25,8 @@ from .text import Text
 
 RESTORING = ("inpaint", "colorize", "superresolve", "deblur")  # modes
 CPU = torch.device("cpu")
-_AUGMENTATION = 1_000_003  # added to the seed, lest an image's noise be that of the state to which it is told
+# added to the seed, lest an image's noise be that of the state to which it is told, or of the steps from there
+_AUGMENTATION, _START = 1_000_003, 1_000_033
 
 
 # What a model may be told: by which key of the section model, in words, and under which names.
@@ -169,12 +170,26 @@ def in_turn(labels: list[int], first: int, count: int) -> Tensor:
 
 
 class Wanted(NamedTuple):
-    """What is asked for of the samples: classes and prompts, each in turn, and the images that are to be enlarged."""
+    """What is asked for of the samples: classes and prompts, each in turn, and the examples that they are made of."""
 
     labels: list[int]
     prompts: tuple[str, ...] = ()
     text: Text | None = None  # of the prompts, and behind them of what is not wanted
     images: Tensor | None = None  # uint8 (N, C, H, W), of lower resolution, one for each sample
+    changed: Split | None = None  # from which, noised, the samples begin, in turn
+
+    def start(self, first: int, count: int, config: ConfigDict, codec: Codec, sde: SDE, t: Tensor) -> Tensor | None:
+        """The states at time t from which the samples first to first + count - 1 begin; None where from the prior.
+
+        Their noise is of (sampling.seed, first + i), and another than the sampler's.
+        """
+        if self.changed is None:
+            return None
+        k = self.changed[torch.arange(first, first + count) % len(self.changed)][0].cpu()
+        middle = torch.full(k.shape, 0.5) if config.data.uniform_dequantization else None
+        x0 = codec.encode(k, middle).to(torch.float32)
+        noise = noise_source(tuple(x0.shape), config.sampling.seed + _START, first, torch.float32, CPU)
+        return sde.perturb(x0, t, noise(x0))
 
     def of(
         self, first: int, count: int, config: ConfigDict, codec: Codec, sde: SDE
@@ -241,6 +256,8 @@ def about(config: ConfigDict, wanted: Wanted, scales: list[float], guides: Guide
         found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
     if wanted.images is not None:
         found |= {"images_sha256": digest(wanted.images), "augmentation": s.augmentation}
+    if wanted.changed is not None:
+        found |= {"start": s.start, "input_sha256": wanted.changed.digest()}
     return found
 
 

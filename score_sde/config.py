@@ -112,6 +112,9 @@ def default_config() -> ConfigDict:
                 "churn_high": 50.0,  # and this (S_tmax)
                 "churn_inflate": 1.003,  # deviation of that noise (S_noise)
                 "steps": 1000,  # predictor steps; adaptive solvers choose their own
+                # time at which sampling begins; below 1 with the examples of --input, noised to that time, whose
+                # coarse features the samples keep: more of them the smaller it is (SDEdit)
+                "start": 1.0,
                 # where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7) or arcsinh(log-SNR/4); or
                 # fitted to the model
                 "grid": "uniform",
@@ -365,6 +368,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """optim.decay sampling.threshold sampling.augmentation sampling.guidance_rescale training.condition_dropout
         training.augmentation""",
     ),
+    "above 0 and at most 1": (lambda v: 0 < v <= 1, "sampling.start"),
     "between 0 and 16": (lambda v: 0 <= v <= 16, "data.file_bits data.bits"),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
     "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps model.super_resolution"),

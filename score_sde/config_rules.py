@@ -351,7 +351,31 @@ def _sampling(config: ConfigDict) -> None:
         "sampling.probability_flow has no ancestral_sampling: set sampling.method=ddim, the same steps without noise",
     )
     if s.method == "pc" and s.probability_flow and s.predictor == "reverse_diffusion" and t.sde != "learned":
-        check_flow(build_sde(config))
+        check_flow(build_sde(config), s.start)
+    refuse(
+        not discrete and s.start <= s.t_min,
+        f"sampling.start={s.start:g} must be above sampling.t_min={s.t_min:g}, where sampling stops",
+    )
+    refuse(
+        discrete and round(s.start * m.num_scales) < 2,
+        f"sampling.start={s.start:g} leaves less than 2 of the chain's model.num_scales={m.num_scales} steps: set it "
+        f"to {2 / m.num_scales:g} or more",
+    )
+    refuse(
+        s.start < 1 and s.grid == FITTED,
+        f"sampling.grid=fitted is fitted to paths from t = 1: for sampling.start={s.start:g} take another, such as "
+        "log_snr",
+    )
+    refuse(
+        s.start < 1 and s.temperature != 1,
+        f"sampling.temperature={s.temperature:g} scales the draw from the prior, and with sampling.start={s.start:g} "
+        "there is none: set one of them to 1",
+    )
+    refuse(
+        s.start < 1 and m.super_resolution > 0,
+        f"sampling.start={s.start:g} is for models of whole images, and model.super_resolution={m.super_resolution} "
+        "makes this one of smaller ones, which are its --input: set it to 1",
+    )
     refuse(
         s.step_lr > 0 and "ald" not in (s.method, s.corrector if s.method == "pc" else ""),
         "sampling.step_lr is the step of annealed Langevin dynamics: set sampling.method=ald, or step_lr=0",

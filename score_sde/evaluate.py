@@ -94,6 +94,8 @@ def run_sampling(
     Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Where classes are
     sampled `arr_1` has the labels, (N,). With `scales` of guidance, in place of sampling.guidance, there are as many
     times N, the same noise with each scale in turn. A guided evaluation is counted as one, whatever guides by it.
+
+    Where samples begin with examples (`Wanted.changed`) `given` has each sample's, and the grid shows it before it.
     """
     s, guides = config.sampling, guides or Guides()
     wanted = wanted or Wanted(sampled_labels(config, guides))
@@ -128,6 +130,7 @@ def run_sampling(
             sampler,
             (count, *shape),
             times,
+            start=wanted.start(first, count, config, codec, model.sde, times[0]),
             seed=s.seed,
             first=first,
             device=processes.device,
@@ -136,6 +139,9 @@ def run_sampling(
             progress=processes.main,
         )
         found = {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
+        if wanted.changed is not None:
+            k = wanted.changed[torch.arange(first, first + count) % len(wanted.changed)][0]
+            found["given"] = channels_last(k if codec.levels or codec.pixels is None else codec.decode(k))
         return {**found, "arr_1": chosen.numpy()} if labels else found
 
     def work(folder: Path) -> dict[str, Any]:
@@ -146,9 +152,15 @@ def run_sampling(
             parts.append(in_batches(where, s.num_samples, s.batch_size, processes, of_scale, "batches"))
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if processes.main:
-            write_arrays(folder / "samples.npz", {name: joined[name] for name in ("arr_0", "arr_1") if name in joined})
+            kept = ("arr_0", "arr_1", "given")
+            write_arrays(folder / "samples.npz", {name: joined[name] for name in kept if name in joined})
             groups, names = _groups(wanted, strengths, s.num_samples, class_names_of(checkpoint))
-            write_pictures(joined["arr_0"], codec, folder, None, groups, names)
+            shown, columns = joined["arr_0"], None
+            if "given" in joined and codec.pixels is not None:
+                shown = np.stack([joined["given"], shown], 1).reshape(-1, *shown.shape[1:])
+                groups = None if groups is None else [group for group in groups for _ in range(2)]
+                columns = None if groups else 2 * max(1, min(4, s.num_samples // 2))
+            write_pictures(shown, codec, folder, columns, groups, names)
             if s.single_png and codec.pixels is not None:
                 for i, image in enumerate(codec.pixels.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
                     write_png(image, folder / f"{i:06d}.png")

@@ -84,9 +84,18 @@ def _input(options: argparse.Namespace, config: ConfigDict) -> None:
     """--input where the config makes of its mode one that reads none, and a decode without one."""
     if options.mode == "decode" and options.input is None:
         raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
+    mode, start = options.mode, config.sampling.start
+    if start < 1 and mode == "sample" and options.input is None:
+        raise ValueError(
+            f"sampling.start={start:g} begins with examples that are noised to that time: give them, --input "
+            "FILE_OR_FOLDER, or set it to 1"
+        )
+    if start < 1 and mode in (*RESTORING, "demo"):
+        raise ValueError(f"sampling.start={start:g} is of --mode sample, and this is --mode {mode}: set it to 1")
+    whole = mode == "sample" and start == 1 and not config.model.super_resolution
     unread = {
-        "interpolation.between=seeds": options.mode == "interpolate" and config.interpolation.between == "seeds",
-        "--mode sample": options.mode == "sample" and not config.model.super_resolution,
+        "interpolation.between=seeds": mode == "interpolate" and config.interpolation.between == "seeds",
+        "--mode sample without sampling.start below 1, such as --config.sampling.start=0.4,": whole,
     }
     for what, holds in unread.items():
         if holds and options.input is not None:
