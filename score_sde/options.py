@@ -92,14 +92,14 @@ def _input(options: argparse.Namespace, config: ConfigDict) -> None:
         )
     if start < 1 and mode in (*RESTORING, "demo"):
         raise ValueError(f"sampling.start={start:g} is of --mode sample, and this is --mode {mode}: set it to 1")
-    whole = mode == "sample" and start == 1 and not config.model.super_resolution
     unread = {
         "interpolation.between=seeds": mode == "interpolate" and config.interpolation.between == "seeds",
-        "--mode sample without sampling.start below 1, such as --config.sampling.start=0.4,": whole,
+        "--mode sample": mode == "sample" and start == 1 and not config.model.super_resolution,
     }
     for what, holds in unread.items():
         if holds and options.input is not None:
-            raise ValueError(f"{what} reads no --input, got {options.input}; leave it out")
+            begin = ", or begin with it: --config.sampling.start=0.4" if mode == "sample" else ""
+            raise ValueError(f"{what} reads no --input, got {options.input}; leave it out{begin}")
 
 
 def _prompt(options: argparse.Namespace, config: ConfigDict) -> None:

@@ -374,6 +374,13 @@ def test_a_model_of_codes_has_every_mode_that_makes_sense(trained: tuple[Path, P
     mine = ["--input", str(tmp_path / "two.npy")]
     assert command("latent_digits32", "encode", workdir, of(autoencoder), *mine) == 0
     assert np.load(only(workdir, "latents/*input*/latents.npz"))["latents"].shape == (2, *CODE)
+    # changed images begin at their codes, with little noise here
+    assert command("latent_digits32", "sample", workdir, of(autoencoder), *mine, "--config.sampling.start=0.002") == 0
+    (made,) = {path.parent for path in (workdir / "samples").glob("*/samples.npz")} - {folder}
+    arrays = np.load(made / "samples.npz")
+    own = codec.decode(codec.posterior(torch.from_numpy(x[[0, 1, 0, 1, 0, 1]]).permute(0, 3, 1, 2))[0])
+    assert np.array_equal(arrays["given"], own.permute(0, 2, 3, 1).numpy())
+    assert np.abs(arrays["arr_0"].astype(int) - arrays["given"]).mean() < 0.2
 
 
 @pytest.mark.parametrize("estimate, error", [("ode", "solver"), ("sde_bound", "draws"), ("bound", "images")])

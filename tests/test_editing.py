@@ -190,7 +190,7 @@ EARLY = {"sampling__start": 0.4, "sampling__method": "heun"}
 @pytest.mark.parametrize(
     ("mode", "own", "changes", "answer"),
     [
-        ("sample", True, {}, "without sampling.start below 1, such as --config.sampling.start=0.4, reads no --input"),
+        ("sample", True, {}, "own.npy; leave it out, or begin with it: --config.sampling.start=0.4"),
         ("sample", False, {"sampling__start": 0.4}, "sampling.start=0.4 begins with examples that are noised"),
         ("sample", True, {"sampling__start": 0.4, "sampling__num_samples": 2}, "own.npy holds 3 examples, and"),
         ("sample", True, {"sampling__start": 0}, "sampling.start must be above 0 and at most 1, got 0"),
