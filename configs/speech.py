@@ -1,6 +1,6 @@
 """Spoken words: a folder of .wav files, one word each, by a U-Net of signals.
 
-No paper's table. The first second of each recording at 8,000 samples per second, the words' classes being the
+No paper's table. The first 8,192 samples of each recording, a second at 8,000 a second, the words' classes being the
 sub-folders; such a folder is made by `python -m examples.speech --out FOLDER`, with espeak-ng. EDM's noise and
 preconditioning (Karras et al. 2022), t uniform in log SNR; sigma_data and sigma_max are what --mode scan suggests for
 these recordings, and should be set to what it suggests for others. The U-Net halves the length eight times, and its

@@ -3,7 +3,8 @@
 "DDPM++ cont. (VP)" of Song et al. 2021, tables 2 and 3. The hyperparameters of its appendix H and of score_sde's
 configs/vp/cifar10_ddpmpp_continuous.py are this package's defaults, so that there is nothing to add. Departures: none
 in training; sampling ends with the estimate of the clean data instead of a step's mean; the likelihood's solver is
-torchdiffeq's dopri5 instead of scipy's RK45, which has the same tableau.
+Dormand and Prince's pair with steps of each image's own ("embedded") instead of scipy's RK45, the same pair with one
+step size for the batch.
 """
 
 from ml_collections import ConfigDict

@@ -1,5 +1,6 @@
 """Configs: every file builds, and every slip is answered by one sentence that names it and the remedy."""
 
+import ast
 import math
 import re
 from pathlib import Path
@@ -57,7 +58,7 @@ from score_sde.config import (
     to_json,
     validate,
 )
-from score_sde.evaluate import about_grid
+from score_sde.evaluate import Counted, about_grid
 from score_sde.ode import ADAPTIVE
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
@@ -105,6 +106,72 @@ def test_every_config_builds_a_model_that_samples(path: Path) -> None:
     short = grid if adaptive else torch.stack([grid[0], grid[len(grid) // 2], grid[-1]])
     x = sample(model, build_sampler(config), (2, *shape), short, denoise=config.sampling.noise_removal)
     assert x.shape == (2, *shape) and x.isfinite().all()
+
+
+# What docstrings say of their configs: the words, and the keys that must agree. New claims are new rows.
+SAID = [
+    (
+        "vp_cifar",
+        'steps of each image\'s own ("embedded")',
+        {"eval.ode_method": "embedded", "sampling.noise_removal": True},
+    ),
+    ("adm_imagenet64", "a chain of 1000 steps, cosine schedule", {"model.num_scales": 1000, "training.sde": "cosine"}),
+    ("autoencoder_cifar", "a tenth of the divergence's weight", {"training.kl_weight": 0.1}),
+    ("ddpm_cifar", "in training, for 800,000 steps", {"training.n_iters": 800_000, "sampling.variance": "small"}),
+    (
+        "dit_cifar",
+        "rate 0.9999, batches of 256",
+        {"model.ema_rate": 0.9999, "training.batch_size": 256, "optim.lr": 1e-4},
+    ),
+    ("edm_vp_cifar", "Heun's method in 17 steps", {"sampling.method": "heun", "sampling.steps": 17}),
+    ("edm_adm_imagenet64", "churn, 255 steps", {"sampling.method": "edm", "sampling.steps": 255}),
+    ("edm_adm_imagenet64", "in batches of 4096", {"training.batch_size": 4096, "training.n_iters": 610_352}),
+    ("iddpm_cifar", "a chain of 4000 steps", {"model.num_scales": 4000, "training.n_iters": 500_000}),
+    ("iddpm_digits", "2,000 steps of 128 images", {"training.n_iters": 2000, "training.batch_size": 128}),
+    (
+        "ncsn_cifar",
+        "100 Langevin steps per level with eps 2e-5",
+        {"sampling.n_steps_each": 100, "sampling.step_lr": 2e-5},
+    ),
+    ("ncsn_cifar", "no denoising at the end", {"sampling.noise_removal": False, "model.ema_rate": 0.0}),
+    ("ncsn_digits", "1,500 steps of 64 images, learning rate 6e-3", {"training.n_iters": 1500, "optim.lr": 6e-3}),
+    ("ncsnv2_cifar", "232 noise levels", {"model.num_scales": 232, "sampling.steps": 232, "sampling.step_lr": 6.2e-6}),
+    (
+        "ncsnv2_digits",
+        "22 noise levels",
+        {"model.num_scales": 22, "sampling.n_steps_each": 30, "optim.grad_clip": 10.0},
+    ),
+    ("scoreflow_cifar", "smallest time 1e-2", {"model.t_min": 1e-2, "sampling.t_min": 1e-2, "eval.t_min": 1e-2}),
+    ("scoreflow_cifar", "samples by the probability-flow ODE", {"sampling.method": "ode"}),
+    (
+        "scoreflow_digits",
+        "ancestral on Karras's grid",
+        {"sampling.predictor": "ancestral_sampling", "sampling.grid": "karras"},
+    ),
+    ("speech", "The first 8,192 samples", {"data.length": 8192}),
+    ("vdm_cifar", "AdamW, t of low discrepancy", {"optim.optimizer": "AdamW", "training.low_discrepancy": True}),
+    ("vdm_digits", "The lower end begins at -8", {"model.gamma_min": -8.0, "training.n_iters": 2500}),
+    ("vp_digits32", "batches of 32", {"training.batch_size": 32}),
+]
+
+
+@pytest.mark.parametrize(("name", "words", "keys"), SAID, ids=lambda value: value if isinstance(value, str) else "")
+def test_a_config_does_what_its_docstring_says(name: str, words: str, keys: dict[str, object]) -> None:
+    path = VP.with_name(f"{name}.py")
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text())) or "").split())
+    assert words in text
+    config = load(path)
+    assert {key: config[key.split(".")[0]][key.split(".")[1]] for key in keys} == keys
+
+
+@pytest.mark.parametrize(("name", "nfe"), [("edm_vp_cifar", 35), ("edm_adm_imagenet64", 511)])
+def test_edm_samples_with_its_paper_s_evaluations(name: str, nfe: int) -> None:
+    config = load(VP.with_name(f"{name}.py"))
+    sde = build_sde(config)
+    model = Counted(Gaussian(sde, torch.zeros(2), 0.25))
+    grid = build_times(config, sde)
+    sample(model, build_sampler(config), (1, 2), grid, denoise=config.sampling.noise_removal)
+    assert model.nfe == nfe and (sde.sigma(grid[0]), sde.sigma(grid[-1])) == pytest.approx((80, 0.002))
 
 
 # Counted in score_sde_pytorch's models with its own configs; its NCSN++ counts 128 fixed frequencies besides. NCSN and
