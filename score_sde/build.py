@@ -291,7 +291,10 @@ def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
         return
     if classes == 0:
         whose = "model.class_conditional=False" if m.class_conditional else "training.objective=denoising"
-        raise ValueError(f"{name} has no classes: set {whose}, or take data with labels")
+        raise ValueError(
+            f"{name} has no classes, which are whole numbers from 0 or folders: set {whose}, or take data with such "
+            "labels"
+        )
     if m.num_classes not in (0, classes):
         raise ValueError(f"model.num_classes={m.num_classes}, but {name} has {classes}: leave it 0")
     m.num_classes = classes

@@ -300,8 +300,10 @@ def _files(
             f"examples: label both alike"
         )
     classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
-    names = found.train.class_names
-    data = Data(train, test, found.levels, max(classes, default=0), (), rate, names, found.notes)
+    names, notes = found.train.class_names, found.notes
+    if train.y is not None and train.y.is_floating_point():
+        notes += (f"labels are {_kind_of_labels(train.y)}, conditions that no network here takes: they are not used",)
+    data = Data(train, test, found.levels, max(classes, default=0), (), rate, names, notes)
     data = _captioned(data, found.train.captions, (found.test or found.train).captions)
     if found.test is None:
         train, test = _hold_out(data.train, max(1, len(train) // 10))

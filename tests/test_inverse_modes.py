@@ -229,3 +229,22 @@ def test_slips_are_answered_with_the_remedy(
     assert run([*vectors[:2], "--mode", "train", *vectors[4:]]) == 0
     assert run([*vectors, "--mask", str(mask)]) == 2
     assert "--mode inpaint is for images, and data.dataset=" in capsys.readouterr().err
+
+
+def test_a_mask_drawn_in_transparency_is_known_where_it_is_opaque(tmp_path: Path) -> None:
+    hole = np.zeros((8, 8), bool)
+    hole[2:5, 3:6] = True
+    photo = np.random.default_rng(0).integers(1, 255, (8, 8, 3), dtype=np.uint8)
+    alpha = np.where(hole, 0, 255).astype(np.uint8)[..., None]
+    for colours in (photo, np.full_like(photo, 255)):
+        Image.fromarray(np.concatenate([colours, alpha], -1)).save(tmp_path / "mask.png")
+        assert torch.equal(read_mask(tmp_path / "mask.png", (3, 8, 8)), torch.from_numpy(~hole))
+    Image.fromarray(np.concatenate([np.zeros_like(photo), alpha], -1)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="is drawn in black and in transparency, and either could be what is to be"):
+        read_mask(tmp_path / "mask.png", (3, 8, 8))
+    Image.fromarray(np.concatenate([photo, alpha // 2], -1)).save(tmp_path / "mask.png")
+    with pytest.raises(ValueError, match="has the grey level 127"):
+        read_mask(tmp_path / "mask.png", (3, 8, 8))
+    black = np.where(hole, 0, 255).astype(np.uint8)
+    Image.fromarray(np.stack([black, np.full_like(black, 255)], -1)).save(tmp_path / "mask.png")  # opaque all over
+    assert torch.equal(read_mask(tmp_path / "mask.png", (3, 8, 8)), torch.from_numpy(~hole))

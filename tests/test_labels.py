@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from score_sde.cli import run
 from score_sde.data import Data, load_data
 
 
@@ -37,7 +38,7 @@ def test_whole_numbers_are_classes_of_whatever_type(tmp_path, dtype):
     assert torch.equal(data.train.y, torch.from_numpy(y)[data.train.x[:, 0].long()])
 
 
-def test_classes_may_have_no_examples_and_other_floats_are_conditions(tmp_path):
+def test_classes_may_have_no_examples_and_other_floats_are_conditions(tmp_path, capsys):
     x = np.zeros((6, 2), np.float32)
     np.savez(tmp_path / "a.npz", x=x, y=np.array([1, 2, 4, 1, 2, 4]))
     data = load(tmp_path / "a.npz")
@@ -45,6 +46,11 @@ def test_classes_may_have_no_examples_and_other_floats_are_conditions(tmp_path):
     np.savez(tmp_path / "b.npz", x=x, y=np.array([0, 1, 2, 0.5, 1, 2]))
     data = load(tmp_path / "b.npz")
     assert data.num_classes == 0 and data.train.y.shape == (5, 1) and data.empty_classes == ()
+    assert data.notes == ("labels are 1 floats each, conditions that no network here takes: they are not used",)
+    command = ["--config", "configs/vp_toy.py", "--mode", "train", "--workdir", str(tmp_path / "run")]
+    command += ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'b.npz'}"]
+    assert run([*command, "--config.model.class_conditional=true"]) == 2
+    assert "has no classes, which are whole numbers from 0 or folders" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

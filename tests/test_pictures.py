@@ -1,6 +1,7 @@
 """Images of 16 bits and with transparency: every level arrives, and no hidden colour does."""
 
 import io
+import json
 import struct
 import zlib
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
+from score_sde.cli import run
+from score_sde.codecs import PixelCodec
 from score_sde.data import Data, load_data
+from score_sde.latent_modes import read_examples
 from score_sde.pictures import Pixels, decode, grey_and_alpha
 
 PNG_COLOUR = {1: 0, 2: 4, 3: 2, 4: 6}  # colour type by channels
@@ -253,3 +257,58 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path):
     data = load(tmp_path)
     assert sorted(both(data)[:, 0, 0, 0].tolist()) == [10, 30]
     assert data.notes == ("1 of 2 images have several frames, of which the first is read",)
+
+
+def test_a_model_of_16_bits_is_trained_sampled_and_evaluated(tmp_path):
+    (tmp_path / "data").mkdir()
+    for i, image in enumerate(random(20, 8, 8, 1)):
+        (tmp_path / "data" / f"{i}.png").write_bytes(png16(image))
+    settings = {
+        "data.dataset": "files", "data.path": tmp_path / "data", "data.num_channels": 1, "data.image_size": 8,
+        "data.uniform_dequantization": "false",
+        "training.batch_size": 4, "training.n_iters": 2, "training.eval_freq": 2, "training.snapshot_sampling": "false",
+        "model.nf": 8, "model.ch_mult": 1, "model.num_res_blocks": 1, "model.attn_resolutions": "",
+        "sampling.method": "heun", "sampling.steps": 2, "sampling.num_samples": 3, "eval.num_images": 2,
+        "eval.check_images": 0, "eval.rtol": 0.1, "eval.atol": 0.1, "eval.steps": 3, "sampling.single_png": "true",
+    }  # fmt: skip
+    words = ["--config", "configs/vp_digits.py", "--workdir", str(tmp_path / "run")]
+    words += [f"--config.{key}={value}" for key, value in settings.items()]
+    for mode in ("train", "sample", "likelihood"):
+        assert run([*words, "--mode", mode]) == 0
+    for estimate, law in (("ode", "truncated_normal"), ("bound", "uniform"), ("sde_bound", "uniform")):
+        more = [f"--config.eval.estimate={estimate}", f"--config.eval.dequantization={law}"]
+        assert run([*words, "--mode", "likelihood", *more]) == 0
+    (samples,) = (tmp_path / "run" / "samples").glob("*/samples.npz")
+    x = np.load(samples)["arr_0"]
+    assert x.dtype == np.uint16 and x.shape == (3, 8, 8, 1) and x.max() > 255
+    with Image.open(samples.parent / "000000.png") as picture:  # a picture for people, of 8 bits
+        np.testing.assert_allclose(np.array(picture), x[0, :, :, 0] / 257, atol=0.51)
+    stamps = [json.loads(path.read_text()) for path in (tmp_path / "run" / "likelihood").glob("*/stamp.json")]
+    assert [stamp["levels"] for stamp in stamps] == [65536] * 4
+    means = [stamp["mean"] for stamp in stamps]
+    assert min(means) > 16, means  # white noise has 16 bits, and a model that knows nothing needs more
+    user = png16(random(8, 8, 1, seed=1))
+    (tmp_path / "mine.png").write_bytes(user)
+    assert (
+        run([*words, "--mode", "superresolve", "--input", str(tmp_path / "mine.png"), "--config.inverse.factor=2"]) == 0
+    )
+    (restored,) = (tmp_path / "run" / "restored").glob("*/restored.npz")
+    assert np.load(restored)["restored"].dtype == np.uint16
+
+
+def test_the_user_s_images_become_the_model_s_levels(tmp_path):
+    deep = random(8, 8, 1)
+    (tmp_path / "deep.png").write_bytes(png16(deep))
+    plain = (deep >> 8).astype(np.uint8)
+    Image.fromarray(plain[..., 0]).save(tmp_path / "plain.png")
+    for name, levels, want in (
+        ("deep", 65536, deep), ("deep", 256, plain), ("deep", 4096, deep >> 4),
+        ("plain", 65536, plain.astype(int) * 257), ("plain", 256, plain),
+        ("plain", 17, (plain * (16 / 255)).round()),
+    ):  # fmt: skip
+        codec = PixelCodec(levels)
+        x = read_examples(tmp_path / f"{name}.png", (1, 8, 8), codec).x
+        assert x.dtype == codec.dtype
+        np.testing.assert_array_equal(x[0, 0].numpy(), want[..., 0])
+    Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "clear.png")
+    assert read_examples(tmp_path / "clear.png", (1, 8, 8), PixelCodec(), "#0a0a0a").x.unique().tolist() == [10]
