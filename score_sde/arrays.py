@@ -30,7 +30,10 @@ class Named:
 def load_npy(path: Path, memory: int) -> np.ndarray:
     """The array of a .npy; of more than `memory` bytes it is mapped from disk. Raises ValueError for no such file."""
     with _reading(path):
-        return np.load(path, mmap_mode="r" if path.stat().st_size > memory else None, allow_pickle=False)
+        found = np.load(path, mmap_mode="r" if path.stat().st_size > memory else None, allow_pickle=False)
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{path} holds several arrays: name it .npz")
+    return found
 
 
 def load_npz(path: Path) -> Named:
@@ -38,6 +41,9 @@ def load_npz(path: Path) -> Named:
 
     Raises ValueError for no such file, and for one without examples.
     """
+    with path.open("rb") as file:
+        if file.read(6) == b"\x93NUMPY":
+            raise ValueError(f"{path} holds one array: name it .npy")
     with _reading(path), np.load(path, allow_pickle=False) as found:
         keys = list(found.keys())
         arrays = {key: found[key] for key in keys if key in (*_EXAMPLES, *_LABELS, *_PARTS) or len(keys) == 1}
@@ -57,7 +63,7 @@ def examples(array: np.ndarray, num_channels: int | None, where: str) -> tuple[n
     """
     if array.ndim < 2 or array.size == 0:
         raise ValueError(f"{where} should hold examples (N, ...), got an array of shape {array.shape}")
-    if array.dtype in (np.uint8, np.uint16):
+    if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         return _channels_second(array, num_channels, where), []
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{where} holds {array.dtype}: save pixels as uint8 or uint16 and vectors as float32")
@@ -79,10 +85,17 @@ def bits_used(array: np.ndarray, pixels: Pixels, where: str) -> int:
 
 
 def _check_floats(array: np.ndarray, where: str) -> None:
-    row = 0
+    row, low, high, off = 0, np.inf, -np.inf, 0.0
     for part in _parts(array):
-        as_float32(part, where, row)
+        single = as_float32(part, where, row)
         row += len(part)
+        if array.dtype.itemsize > 4:
+            low, high = min(low, part.min()), max(high, part.max())
+            off = max(off, float(np.abs(part - single).max()))
+    if 1e3 * off > high - low > 0:
+        raise ValueError(
+            f"{where} has values from {low:.9g} to {high:.9g}, which float32 cannot tell apart: subtract their mean"
+        )
 
 
 def _parts(array: np.ndarray) -> Iterator[np.ndarray]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import posixpath
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import arrays, pictures
-from .folders import Layout, classes_of, hidden, lay_out, listing, once_each, root_of
+from .folders import Layout, about_classes, classes_of, hidden, lay_out, listing, once_each, root_of
 from .labels import beside_image, labels_of, named_labels, read_captions, read_dataset_json
 from .pictures import AS_THEY_ARE, Picture, Pixels
 
@@ -132,8 +133,8 @@ class _Archive:
             raise ValueError(f"{path} is damaged or no zip file ({error})") from error
         self.members: dict[str, zipfile.ZipInfo] = {}
         for member in self.archive.infolist():
-            name = member.filename.replace("\\", "/")
-            if member.is_dir() or name.endswith("/") or any(hidden(part) for part in name.split("/")):
+            name = posixpath.normpath(member.filename.replace("\\", "/")).lstrip("/")
+            if member.is_dir() or any(hidden(part) for part in name.split("/")):
                 continue
             if name in self.members:
                 raise ValueError(f"{path} holds {name} twice: pack it anew")
@@ -264,6 +265,7 @@ def _images(
     if source.channels is None:
         source = replace(source, channels=1 if source.is_grey(train[0]) else 3)
     label, classes = _listed(source, names, layout)
+    unused = [] if label else about_classes(layout)
     if not label:
         label, classes = classes_of(layout, where)
     captions = read_captions(source.contents, names, train + test, where)
@@ -286,7 +288,7 @@ def _images(
     read_by_now = sum(len(p.x) if isinstance(p.x, Tensor) else min(_SAMPLE, len(p.x)) for p in parts if p is not None)
     beside = {*images, *(beside_image(n) for n in train + test if captions), layout.top + "dataset.json"}
     rest = [n for n in names if n not in beside and not n.endswith("metadata.jsonl")]
-    notes = (*layout.notes, *unread(rest, skipped), *source.notes(first.bits, read_by_now))
+    notes = (*layout.notes, *unused, *unread(rest, skipped), *source.notes(first.bits, read_by_now))
     return Found(*parts, levels, notes)
 
 
@@ -357,7 +359,7 @@ def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path:
 
 
 def _kind(dtype: np.dtype) -> str:
-    return "float" if dtype.kind == "f" else str(dtype)
+    return "float" if dtype.kind == "f" else dtype.name
 
 
 def _labels(y: np.ndarray | None, n: int, where: str) -> Tensor | None:

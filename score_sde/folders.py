@@ -121,6 +121,15 @@ def lay_out(names: Sequence[str], where: str) -> Layout:
     return Layout(train, test, top, notes)
 
 
+def about_classes(layout: Layout) -> list[str]:
+    """A sentence where folders would be classes if all files lay in them."""
+    outside = [n for n in layout.train if layout.class_folder(n) is None]
+    folders = {layout.class_folder(n) for n in layout.train} - {None}
+    if not outside or len(folders) < 2:
+        return []
+    return [f"{len(folders)} folders are no classes, since {outside[0]} lies in none"]
+
+
 def once_each(root: Path, layout: Layout) -> Layout:
     """The layout without links to files that are in it already.
 

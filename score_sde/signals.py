@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .files import IMAGES, Found, Part, unread
-from .folders import Listing, classes_of, lay_out, listing, once_each
+from .folders import Listing, about_classes, classes_of, lay_out, listing, once_each
 from .labels import named_labels
 
 
@@ -59,7 +59,7 @@ def read(path: Path, found: Listing, length: int | None = None) -> tuple[Found, 
         return Part(x, named_labels(label, chosen, str(path)) if label else None, class_names=classes)
 
     others = [name for name in found.names if not _is_recording(name)]
-    notes = (*layout.notes, *unread(others, found.skipped))
+    notes = (*layout.notes, *about_classes(layout), *unread(others, found.skipped))
     return Found(part(layout.train), part(layout.test) if layout.test else None, None, notes), rates[names[0]]
 
 

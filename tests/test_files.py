@@ -344,6 +344,28 @@ def test_float_images_with_channels_last_are_recognised_and_that_is_said(tmp_pat
     assert "save grey images as (N, 1, 8, 8)" in load(values(tmp_path, x=array[..., 0])).notes[0]
 
 
+def test_floats_that_float32_cannot_tell_apart_are_refused(tmp_path):
+    x = np.random.default_rng(0).random((40, 3))
+    with pytest.raises(
+        ValueError, match=r"values from 1\.7e\+09 to 1\.7e\+09, which float32 cannot tell apart: subtract"
+    ):
+        load(values(tmp_path, x=1.7e9 + x))
+    for fine in (1e3 + x, np.full((40, 3), 0.1), 1.7e9 * x):
+        assert load(values(tmp_path, x=fine)).shape == (3,)
+
+
+def test_arrays_of_the_other_byte_order_and_of_the_other_ending(tmp_path):
+    a = np.random.default_rng(0).integers(0, 65536, (10, 4, 4))
+    assert torch.equal(*(load(values(tmp_path, x=a.astype(kind))).train.x for kind in (">u2", "<u2")))
+    np.save(tmp_path / "b.npy", a)
+    (tmp_path / "b.npy").rename(tmp_path / "b.npz")
+    with pytest.raises(ValueError, match=r"b\.npz holds one array: name it \.npy"):
+        load(tmp_path / "b.npz")
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(ValueError, match=r"a\.npy holds several arrays: name it \.npz"):
+        load(tmp_path / "a.npy")
+
+
 def test_parts_of_unlike_type_are_refused(tmp_path):
     images = pixels(6, 4, 4)
     for other in (np.zeros((3, 1, 4, 4), np.float32), images.astype(np.uint16)):

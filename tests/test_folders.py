@@ -46,9 +46,10 @@ def test_test_images_are_never_trained_on(tmp_path, train, test, top):
         assert data.notes == ()
 
 
-def test_names_with_backslashes_are_folders(tmp_path):
+@pytest.mark.parametrize("names", [("train\\1.png", "test\\2.png"), ("./train/1.png", "/test/2.png")])
+def test_names_of_any_writer_are_folders(tmp_path, names):
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
-        for i, name in enumerate(("train\\1.png", "test\\2.png")):
+        for i, name in enumerate(names):
             archive.writestr(name, png(np.full((2, 2), 10 + i, np.uint8)))
     assert greys(load(tmp_path / "a.zip")) == ([10], [11])
 
@@ -145,3 +146,9 @@ def test_no_images_but_others_says_which(tmp_path):
         (tmp_path / f"{i}.gif").write_text("")
     with pytest.raises(ValueError, match=r"no images \(\.png, .*\) in .*, but 3 \.gif"):
         load(tmp_path)
+
+
+def test_folders_that_are_no_classes_say_why(tmp_path):
+    save(tmp_path, "a/1.png b/2.png 3.png")
+    data = load(tmp_path)
+    assert data.num_classes == 0 and data.notes == ("2 folders are no classes, since 3.png lies in none",)
