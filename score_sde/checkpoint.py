@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from . import config as configs
+from . import interop_diffusers
 from .autoencoder import ConvolutionalAutoencoder
 from .build import Trained, build_trained
 from .codecs import Codec, Statistics
@@ -325,17 +326,20 @@ def _tell(sentence: str) -> None:
 def load(
     path: str | Path, config: Any = None, ema: bool = True, map_location: str | torch.device = "cpu"
 ) -> ScoreModel:
-    """The model in a workdir, in a checkpoint of ours, or in one of score_sde_pytorch, in eval mode.
+    """The model in a workdir, in a checkpoint of ours, or in one of score_sde_pytorch or diffusers, in eval mode.
 
     Args:
-        path: a workdir (its newest checkpoint), a `.safetensors` of ours, or a `.pth` of score_sde_pytorch.
-        config: only for the last, whose files carry none: a dict, a ConfigDict or the path of a JSON file.
+        path: a workdir (its newest checkpoint), a `.safetensors` of ours, a `.pth` of score_sde_pytorch, or the folder
+            of a pipeline of diffusers', see `interop_diffusers.load_folder`.
+        config: only for score_sde_pytorch, whose files carry none: a dict, a ConfigDict or the path of a JSON file.
         ema: take the averaged weights (default) or the raw ones.
         map_location: device of the result.
 
     Raises FileNotFoundError where nothing is, ValueError for a file that is broken, does not fit its config or holds a
     classifier or an autoencoder.
     """
+    if interop_diffusers.is_folder(path):
+        return interop_diffusers.load_folder(path, map_location)
     path = find(path)
     if path.suffix != SUFFIX:
         return load_score_sde_file(path, config, ema, map_location)

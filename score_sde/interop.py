@@ -9,6 +9,7 @@ NCSNv2 have names there too.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def load_score_sde(state: Mapping[str, Any], config: Any, ema: bool = True) -> S
     """
     network = build_network(config)
     keys = key_map(network, config)
-    theirs = {name.removeprefix("module."): tensor for name, tensor in state["model"].items()}
+    theirs = {bare(name): tensor for name, tensor in state["model"].items()}
     sigmas = theirs.pop("sigmas", None)
     if ema:
         trained, averages = [key.theirs for key in keys if key.trained], state["ema"]["shadow_params"]
@@ -77,6 +78,12 @@ def load_score_sde(state: Mapping[str, Any], config: Any, ema: bool = True) -> S
             raise ValueError(f"the config makes {name} {tuple(shapes[name])}, the checkpoint {tuple(tensor.shape)}")
     network.load_state_dict(ours)
     return as_model(network, sigmas, config)
+
+
+def bare(name: str) -> str:
+    """A tensor's name without what wrappers put before it, in any order: ``module.`` of data parallelism and
+    ``_orig_mod.`` of torch.compile, which stands before the part that was compiled."""
+    return re.sub(r"(^|\.)_orig_mod(?=\.)", "", re.sub(r"^((module|_orig_mod)\.)+", "", name)).removeprefix(".")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -173,7 +180,7 @@ def _build_refinenet(config: Any) -> RefineNet:
 class Key:
     """One of their tensors, and where it goes in our network."""
 
-    theirs: str  # without the prefix "module."
+    theirs: str  # without the prefixes of wrappers
     ours: str | None  # None: held there but never used; the same name three times: q, k and v are one tensor here
     transposed: bool = False  # (in, out) there, (out, in, 1, 1) here
     trained: bool = True  # it has an average in the EMA

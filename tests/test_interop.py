@@ -244,6 +244,17 @@ def test_every_tensor_must_be_there_and_be_known():
         interop.load_score_sde(state, config_of("ddpmpp_vp"))
 
 
+@pytest.mark.parametrize("before", ["", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.module."])
+def test_names_are_read_without_what_wrappers_put_before_them(before):
+    state = dict(checkpoint("ddpmpp_vp"))
+    bare = {name.removeprefix("module."): value for name, value in state["model"].items()}
+    state["model"] = {before + name: value for name, value in bare.items()}
+    found = interop.load_score_sde(state, config_of("ddpmpp_vp"), ema=False).state_dict()
+    wanted = interop.load_score_sde(checkpoint("ddpmpp_vp"), config_of("ddpmpp_vp"), ema=False).state_dict()
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+    assert interop.bare("network._orig_mod.module.conv") == "network.module.conv"  # a part that is called so stays
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 

@@ -1,12 +1,14 @@
 """Networks of diffusers' with random weights: read by the key map they give the same numbers, in float64."""
 
+import inspect
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from score_sde import interop_diffusers
+from score_sde import interop_diffusers, load
 from score_sde.interop_diffusers import load_network, network_from
 from score_sde.networks import DiT, UNet
 from score_sde.networks.dit import positions
@@ -112,6 +114,109 @@ def test_transformers_are_theirs_with_and_without_a_class(
     torch.testing.assert_close(ours, wanted, rtol=0, atol=tolerance)
 
 
+@TIMES
+def test_a_transformer_whose_blocks_learned_embeddings_of_their_own_is_theirs(
+    time: list[float], tolerance: float
+) -> None:
+    theirs, x, t = dit(num_layers=3), numbers(3, 3, 8, 8), torch.tensor(time, dtype=torch.float64)
+    for i, block in enumerate(theirs.transformer_blocks):
+        for p in block.norm1.emb.parameters():
+            p.data += 0.3 * numbers(*p.shape) * i
+    label = torch.tensor([3, 4, 0])
+    wanted = theirs(x, timestep=t, class_labels=label).sample
+    ours = read(theirs)
+    torch.testing.assert_close(ours(x, t, label=torch.where(label == 4, -1, label)), wanted, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours(x[1:2], t[1:2])[0], wanted[1], rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("padding", [0, 1])
+def test_downsampling_is_padded_as_theirs(padding: int) -> None:
+    theirs, x, t = unet("ddpm", downsample_padding=padding), numbers(2, 3, 16, 24), torch.zeros(2).double()
+    torch.testing.assert_close(read(theirs)(x, t), theirs(x, t).sample, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", interop_diffusers.DEFAULTS)
+def test_a_key_left_out_means_what_it_means_to_diffusers(kind: str) -> None:
+    parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters.values()
+    theirs = {p.name: p.default for p in parameters if p.name != "self"}
+    ours = interop_diffusers.DEFAULTS[kind]
+    assert {name: ours[name] for name in theirs} == theirs
+
+
+def test_a_scheduler_s_key_left_out_means_what_it_means_to_diffusers() -> None:
+    for kind in interop_diffusers.SCHEDULERS:
+        parameters = inspect.signature(getattr(diffusers, kind).__init__).parameters
+        for name, value in interop_diffusers.CHAIN_DEFAULTS.items():
+            assert name not in parameters or parameters[name].default == value, (kind, name)
+
+
+@pytest.mark.parametrize("key", [key for key in UNETS["ddpm"] if key not in ("sample_size", "norm_num_groups")])
+def test_without_any_one_key_the_outputs_are_theirs_or_it_is_refused(key: str) -> None:
+    theirs, x, t = unet("ddpm"), numbers(1, 3, 16, 16), torch.tensor([2.0]).double()
+    config = {name: value for name, value in config_of(theirs).items() if name != key}
+    try:
+        other = diffusers.UNet2DModel(**{name: v for name, v in config.items() if name[0] != "_"}).double().eval()
+        other.load_state_dict(theirs.state_dict())
+    except (RuntimeError, ValueError):
+        with pytest.raises(ValueError, match=r"."):
+            network_from(theirs.state_dict(), config)
+        return
+    ours = network_from(theirs.state_dict(), config)(x, t)
+    torch.testing.assert_close(ours, other(x, t).sample, rtol=0, atol=1e-5)
+
+
+def test_names_are_read_without_what_wrappers_put_before_them() -> None:
+    theirs, x, t = unet("ddpm"), numbers(1, 3, 16, 16), torch.zeros(1).double()
+    state = {f"module._orig_mod.module.{name}": value for name, value in theirs.state_dict().items()}
+    torch.testing.assert_close(network_from(state, config_of(theirs))(x, t), read(theirs)(x, t))
+
+
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "linear": {},
+    "scaled_linear": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+    "cosine": {"beta_schedule": "squaredcos_cap_v2", "num_train_timesteps": 40, "prediction_type": "v_prediction"},
+    "sigmoid": {"beta_schedule": "sigmoid", "num_train_timesteps": 30, "prediction_type": "sample"},
+    "trained": {"trained_betas": [0.1, 0.2, 0.4]},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_pipeline_s_folder_is_a_model_of_its_chain(name: str, tmp_path: Path) -> None:
+    """Estimates of the data are those of diffusers' own scheduler, and with the noise's they make the state again."""
+    theirs, scheduler = unet("ddpm").float(), diffusers.DDPMScheduler(**SCHEDULES[name], clip_sample=False)
+    diffusers.DDPMPipeline(theirs, scheduler).save_pretrained(tmp_path)
+    model = load(tmp_path)
+    n, x = len(scheduler.betas), numbers(2, 3, 16, 16).float()
+    for i in (0, n // 2, n - 1):
+        output = theirs(x, torch.tensor(i)).sample
+        wanted = scheduler.step(output, i, x).pred_original_sample
+        found = model(x, torch.tensor((i + 1) / n, dtype=torch.float64))
+        scale = wanted.abs().max()
+        torch.testing.assert_close(found.data / scale, wanted / scale, rtol=0, atol=1e-4)
+        again = scheduler.alphas_cumprod[i].sqrt() * found.data + found.sigma * found.noise
+        torch.testing.assert_close(again / scale, x / scale, rtol=0, atol=1e-4)
+
+
+def test_a_network_s_folder_without_a_scheduler_says_what_does(tmp_path: Path) -> None:
+    theirs = unet().float()
+    theirs.save_pretrained(tmp_path / "unet")
+    with pytest.raises(FileNotFoundError, match=r"no scheduler_config.json, which says on which chain"):
+        load(tmp_path / "unet")
+    diffusers.DDIMScheduler().save_pretrained(tmp_path / "unet")
+    assert load(tmp_path / "unet").learned_variance  # of twice the channels
+    for change, words in (
+        ({"_class_name": "ScoreSdeVeScheduler"}, "must be one of DDPMScheduler"),
+        ({"prediction_type": "flow"}, "prediction_type must be one of epsilon"),
+        ({"beta_schedule": "laplace"}, "beta_schedule of a scheduler must be one of linear"),
+        ({"rescale_betas_zero_snr": True}, "makes the last beta 1"),
+        ({"variance_type": "learned"}, "learned_range"),
+    ):
+        path = tmp_path / "unet" / "scheduler_config.json"
+        path.write_text(json.dumps({"_class_name": "DDIMScheduler", **change}))
+        with pytest.raises(ValueError, match=words):
+            load(tmp_path / "unet")
+
+
 def test_a_folder_is_read_without_diffusers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     theirs, x, t = dit().float().eval(), numbers(3, 3, 8, 8).float(), torch.tensor([0.0, 3.0, 40.0])
     theirs.save_pretrained(tmp_path)
@@ -138,11 +243,3 @@ def test_a_folder_is_read_without_diffusers(tmp_path: Path, monkeypatch: pytest.
 def test_what_has_no_counterpart_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read(unet(), **changes)
-
-
-def test_embeddings_that_differ_from_block_to_block_are_refused() -> None:
-    model = dit()
-    model.transformer_blocks[1].norm1.emb.timestep_embedder.linear_2.bias.data += 1
-    with pytest.raises(ValueError, match="the blocks have different timestep_embedder.linear_2.bias"):
-        read(model)
-    assert set(interop_diffusers._BUILDERS) == {"UNet2DModel", "DiTTransformer2DModel"}

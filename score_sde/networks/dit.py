@@ -73,16 +73,20 @@ class DiT(Conditional):
         h = self.first(shown if self.centered else 2 * shown - 1)  # (B, width, rows, columns)
         rows, columns = h.shape[2:]
         h = h.flatten(2).transpose(1, 2) + positions(rows, columns, h)
-        label = self.embed(time, told.embedding)
-        for block in self.blocks:
+        *labels, label = self.labels(time, told.embedding, condition.get("label"))
+        for block, each in zip(self.blocks, labels, strict=True):
             if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, label, told.text, use_reentrant=False)
+                h = checkpoint(block, h, each, told.text, use_reentrant=False)
             else:
-                h = block(h, label, told.text)
+                h = block(h, each, told.text)
         shift, scale = self.modulation(label)[:, None].chunk(2, dim=2)
         h = self.last(self.norm(h) * (1 + scale) + shift)
         pixels = h.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))  # (B, R, C, p, p, channels)
         return cropped(pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), size)
+
+    def labels(self, time: Tensor, embedding: Tensor | None, label: Any) -> list[Tensor]:
+        """What each block is told of the time and the conditions, (B, width), and in the end the last layer."""
+        return [self.embed(time, embedding)] * (len(self.blocks) + 1)
 
 
 class DiTBlock(nn.Module):

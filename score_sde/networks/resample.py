@@ -114,12 +114,13 @@ class ConvDown(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, taps: Taps | None, dimensions: int = 2) -> None:
         super().__init__()
+        self.before = 0  # zeros above and to the left, without taps; weights of other projects may want 1
         self.blur = None if taps is None else Blur(taps, margin=1, dimensions=dimensions)
         self.conv = conv(inputs, outputs, 3, stride=2, padding=0, dimensions=dimensions)
 
     def forward(self, x: Tensor) -> Tensor:
         # the plain form pads below and to the right only, as TensorFlow's "SAME" does for even sizes
-        return self.conv(F.pad(x, (0, 1) * (x.ndim - 2)) if self.blur is None else self.blur(x))
+        return self.conv(F.pad(x, (self.before, 1) * (x.ndim - 2)) if self.blur is None else self.blur(x))
 
 
 class ConvUp(nn.Module):
