@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 from scipy.linalg import hadamard
+from scipy.stats import t as student_t
 from torch import Tensor
 
 from score_sde import SDE, VPSDE
@@ -24,6 +25,7 @@ from .timing import Table
 
 PRODUCTS = 12
 DRAWS = 4000
+COVERED = (2, 3, 4, 8, 16)  # numbers of probes
 Draw = Callable[[int, int, torch.Generator], Tensor]  # (probes, dimensions, generator) -> (probes, dimensions)
 
 
@@ -101,6 +103,28 @@ def measure(j: Tensor, draws: int = DRAWS, seed: int = 0) -> dict[str, float]:
     return found
 
 
+def coverage(j: Tensor, draw: Draw, probes: int, draws: int, level: float = 0.95, seed: int = 0) -> float:
+    """How often the t-interval of this level, from the mean and the spread of so many probes, holds the trace."""
+    g = torch.Generator().manual_seed(seed)
+    e = draw(draws * probes, len(j), g)
+    each = ((e @ j) * e).sum(1).reshape(draws, probes)
+    reach = student_t.ppf((1 + level) / 2, probes - 1) * each.std(1) / math.sqrt(probes)
+    return ((each.mean(1) - torch.trace(j)).abs() <= reach).double().mean().item()
+
+
+def run_coverage(draws: int = 10 * DRAWS) -> Table:
+    """Of the intervals from `Likelihood.std_error`, for the Gaussian and for two dimensions, correlation 0.7."""
+    plane = torch.tensor([[1.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
+    cases = {"digits, 64 dimensions": integrated_jacobian(VPSDE(), fitted_covariance())[1], "two dimensions": plane}
+    rows = [
+        (f"{name}, {law.__name__}", *(f"{100 * coverage(j, law, k, draws):.1f} %" for k in COVERED))
+        for name, j in cases.items()
+        for law in (rademacher, gaussian)
+    ]
+    head = ("probes", *map(str, COVERED))
+    return Table("Coverage of t-intervals of 95 %", head, rows, [f"{draws} draws, of one example's log p"])
+
+
 def run(arguments: list[str] | None = None) -> Table:
     p = argparse.ArgumentParser("python -m benchmarks.probes", description=__doc__)
     p.add_argument("--draws", type=int, default=DRAWS, help=f"of every estimate ({DRAWS})")
@@ -110,6 +134,7 @@ def run(arguments: list[str] | None = None) -> Table:
     notes = [f"{PRODUCTS} products an estimate, {options.draws} draws; Gaussian fitted to the digits, VP from t = 1e-5"]
     table = Table("Standard deviation of log p in bits/dim", ("probe", "in t", "on the circle"), rows, notes)
     print(table)
+    print(run_coverage(10 * options.draws))
     return table
 
 

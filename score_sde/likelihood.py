@@ -21,7 +21,9 @@ from .ode import Solver
 class Likelihood(NamedTuple):
     """Log density in nats (B,), its standard error over probes (B,), the state at t = 1, and evaluations an example.
 
-    `std_error` is 0 for the exact trace and NaN for a single probe, which cannot tell its own error.
+    `std_error` is 0 for the exact trace and NaN for a single probe, which cannot tell its own error. Of one example in
+    few dimensions 2 to 4 probes hardly tell it either: in two, as many signs may agree, and t-intervals of 95 % made of
+    it then hold the truth in 50 to 87 % of the cases (`python -m benchmarks.probes`); in 64 they hold it in 95 %.
     """
 
     log_prob: Tensor

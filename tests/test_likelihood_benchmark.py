@@ -81,6 +81,16 @@ def test_estimates_of_a_trace_have_their_variances() -> None:
         assert abs(mean - float(j.trace())) < 4 * found[name] * unit / math.sqrt(800), name
 
 
+def test_two_probes_of_signs_in_two_dimensions_cover_in_half_of_the_cases() -> None:
+    """e^T J e is the trace plus or minus 1.4: two equal values, in half of the cases, have no spread."""
+    j = torch.tensor([[1.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
+    for k, wanted in ((2, 0.5), (3, 0.75), (4, 0.875)):
+        found = probes.coverage(j, probes.rademacher, k, 4000)
+        assert abs(found - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 4000), k
+    many = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert abs(probes.coverage(many + many.T, probes.rademacher, 3, 4000) - 0.95) < 4 * math.sqrt(0.05 * 0.95 / 4000)
+
+
 def test_the_known_jacobian_is_that_of_the_flow() -> None:
     model = Gaussian(VPSDE(), 0 * VARIANCES, VARIANCES)
     whole, rest = probes.integrated_jacobian(VPSDE(), torch.diag(VARIANCES), t_min=0.01)
