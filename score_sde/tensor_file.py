@@ -64,31 +64,6 @@ def remove_leftovers(folder: Path) -> None:
             continue
 
 
-def _is_left(path: Path) -> bool:
-    *_, host, number = path.name.removesuffix(".partial").split(".")
-    if host != _host() or not number.isdecimal():
-        return time.time() - path.stat().st_mtime > _DAY
-    return int(number) == os.getpid() or not is_alive(int(number))
-
-
-def is_alive(process: int) -> bool:
-    """Whether this host runs a process of that number."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-def _host() -> str:
-    """Where process numbers mean the same: this host, and its namespace of them, as containers have their own."""
-    namespace = Path("/proc/self/ns/pid")
-    number = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
-    return re.sub(r"[^\w-]", "-", socket.gethostname()) + number
-
-
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
     """Write tensors and the header's text, whole or not at all; equal content gives equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -146,6 +121,31 @@ def is_finite(value: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor an infinity."""
     # A finite sum has finite terms, and costs a twentieth of looking at each; only a sum can also overflow.
     return not value.is_floating_point() or bool(value.sum().isfinite()) or bool(value.isfinite().all())
+
+
+def _is_left(path: Path) -> bool:
+    *_, host, number = path.name.removesuffix(".partial").split(".")
+    if host != _host() or not number.isdecimal():
+        return time.time() - path.stat().st_mtime > _DAY
+    return int(number) == os.getpid() or not _is_alive(int(number))
+
+
+def _is_alive(process: int) -> bool:
+    """Whether this host runs a process of that number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def _host() -> str:
+    """Where process numbers mean the same: this host, and its namespace of them, as containers have their own."""
+    namespace = Path("/proc/self/ns/pid")
+    number = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
+    return re.sub(r"[^\w-]", "-", socket.gethostname()) + number
 
 
 @contextmanager
