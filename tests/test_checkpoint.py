@@ -224,7 +224,7 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_is_taken(
 ) -> None:
     """Cut short, changed in a tensor, without a header's key, of no JSON: each is skipped with a sentence."""
     paths = small(tmp_path, 1, 2, 3, 4, 5, 6, 7)
-    damage(paths[0])  # an older one does not matter
+    paths[0].write_bytes(b"an older one is not told of")
     damage(paths[2])
     paths[3].write_bytes(paths[3].read_bytes()[:-1])
     write_tensors(paths[4], {}, {"format": "score_sde 1", "config": "{}", "shape": "[2]"})
