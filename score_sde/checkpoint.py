@@ -217,7 +217,8 @@ def _tensors(model: nn.Module, ema: nn.Module | None, law: nn.Module | None) -> 
 
 
 def _compare(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    ours = {name for name in found if name.split("/")[0] in {name.split("/")[0] for name in expected}}
+    parts = {name.split("/")[0] for name in expected}
+    ours = {name for name in found if name.split("/")[0] in parts}
     for name in sorted(expected.keys() ^ ours):
         where = "is missing from" if name in expected else "is in"
         raise ValueError(f"{name} {where} {path}, against the model's config; {_AS_TRAINED}")

@@ -51,8 +51,6 @@ OF_IMAGES = {
         "optim__optimizer": "AdamW", "training__precision": "bfloat16", "training__accumulate": 2,
         "training__checkpoint_activations": True, "model__dropout": 0.2,
     },
-    "ddpm": {"model__name": "ddpm", "model__nf": 32, "model__ch_mult": (1,)},
-    "adm": {"model__name": "adm", "model__num_heads": 2},
     "ncsnv2": {
         "model__name": "ncsnv2", "model__ch_mult": (1, 1, 1), "training__sde": "vesde", "data__random_flip": True,
     },
@@ -73,24 +71,24 @@ def subset(data: Data, count: int = 40) -> Data:
 
 
 def straight_and_interrupted(config: ConfigDict, data: Data, workdir: Path, text: Text | None = None) -> None:
-    """Four steps, and the last two of them again from the checkpoint of the second: all that is kept is the same.
+    """Two steps, and the second again from the checkpoint of the first: all that is kept is the same.
 
     And as it goes on, each moment lies in memory as its parameter does.
     """
     resolve_classes(config, data.num_classes, "these")
     if text is None:
         resolve_conditions(config, data.shape[0])
-    config.training.n_iters, config.training.snapshot_freq, config.training.log_freq = 4, 2, 2
+    config.training.n_iters, config.training.snapshot_freq, config.training.log_freq = 2, 1, 1
     codec = codec_of(data.levels)
     list(train(config, workdir / "a", data, codec, ALONE, text=text))
     shutil.copytree(workdir / "a", workdir / "b")
-    second, last = checkpoint.checkpoints(workdir / "b")
+    first, last = checkpoint.checkpoints(workdir / "b")
     written = last.read_bytes()
     last.unlink()
     list(train(config, workdir / "b", data, codec, ALONE, text=text))
     assert last.read_bytes() == written
     state = make_state(config, data.shape, ALONE.device)
-    checkpoint.restore(second, state.model, state.ema, state.optimizer, state.law)
+    checkpoint.restore(first, state.model, state.ema, state.optimizer, state.law)
     assert len(state.optimizer.state) == len(state.parameters)
     for p in state.parameters:
         kept = state.optimizer.state[p]
