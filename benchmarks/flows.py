@@ -2,11 +2,13 @@
 
 Two measures of one forward and backward pass of the log-likelihood: the bytes that autograd keeps alive at the worst
 moment, counted exactly, and by how much the process's resident memory grew, each case in a process of its own. The
-table and the picture go into docs/flows.md.
+table and the picture go into a copy of docs/flows.md in runs/flow_memory, or with --page into another page, such as
+docs/flows.md itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import io
 import resource
@@ -34,6 +36,7 @@ import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
 ROOT = Path(__file__).parent.parent
+FOLDER = Path("runs/flow_memory")
 STEPS = (4, 16, 64)
 TOLERANCES = (1e-3, 1e-5)
 BATCH = 128
@@ -152,14 +155,22 @@ def draw(cases: dict[str, list[Case]]) -> Figure:
     return figure
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser("python -m benchmarks.flows", description=__doc__.partition("\n")[2])
+    p.add_argument("--page", type=Path, help=f"the page to fill, as docs/flows.md; default a copy of it in {FOLDER}")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    page = pages.page_for(options.page, pages.DOCS / "flows.md", FOLDER)
     print(machine(torch.device("cpu")))
     fixed = [Solver("rk4", steps=n) for n in STEPS]
     table, found = memory([*fixed, *(Solver("dopri5", tolerance, tolerance) for tolerance in TOLERANCES)])
     figure = draw({gradient: cases[: len(fixed)] for gradient, cases in found.items()})
-    picture = pages.picture(figure, pages.DOCS / "images" / "flow_memory.png", "Memory against evaluations")
-    pages.fill(pages.DOCS / "flows.md", {"memory": f"{table}\n\n{picture}"})
-    print(f"\n{table}\n\n{pages.DOCS / 'flows.md'}")
+    picture = pages.picture(figure, page.parent / "images" / "flow_memory.png", "Memory against evaluations")
+    pages.fill(page, {"memory": f"{table}\n\n{picture}"})
+    print(f"\n{table}\n\n{page}")
 
 
 if __name__ == "__main__":

@@ -282,7 +282,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--quick", action="store_true", help=f"1/{QUICK} of the steps: what it looks like, not what is true")
     p.add_argument("--seed", type=int, default=0, help="of initial weights and training points (0)")
     p.add_argument(
-        "--page", type=Path, help="where to write; default docs/flows.md, of a quick run runs/flows/flows.md"
+        "--page", type=Path, help="the page to fill, such as docs/flows.md; default a copy of it in runs/flows"
     )
     return p
 
@@ -292,7 +292,7 @@ def main(arguments: list[str]) -> Path:
     options = parser().parse_args(arguments)
     torch.set_num_threads(1)  # its tensors are too small to share
     start, quick = time.perf_counter(), QUICK if options.quick else 1
-    page = options.page or (Path("runs/flows/flows.md") if options.quick else PAGE)
+    page = pages.page_for(options.page, PAGE, Path("runs/flows"))
     rows, flows = [], {}
     for name in options.densities:
         flows[name], seconds = train_flow(name, STEPS // quick, options.seed)
@@ -311,8 +311,6 @@ def main(arguments: list[str]) -> Path:
         "flows": f"{tables[0]}\n{paths}",
         "tuning": f"{title(options.tuned).capitalize()}:\n\n{tables[1]}\n{densities}",
     }
-    if page != PAGE:
-        page.write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     pages.fill(page, blocks)
     print("\n".join(["", *tables, f"{(time.perf_counter() - start) / 60:.1f} minutes: {page}"]))
     return page

@@ -3,7 +3,8 @@
 ``python -m examples.mode_weights`` repeats figure 3 of Song & Ermon 2019 (arXiv:1907.05600, section 3.2.2) with exact
 scores: the mixture 1/5 N((-5, -5), I) + 4/5 N((5, 5), I), 1,000 Langevin steps from uniform states in [-8, 8]², and 100
 on each of ten noise levels from 20 to 1, both with the step eps = 0.1 of the published code (ermongroup/ncsn,
-runners/toy_runner.py). It prints the share of states at the lighter mode and draws docs/images/mode_weights.png.
+runners/toy_runner.py). It prints the share of states at the lighter mode and draws runs/mode_weights.png, or what
+--picture says.
 
 What remains of an error with annealing is that of finite annealing: below some level walks no longer change modes, and
 at the jump to it the weights have not settled. Four times the levels leave a quarter of it.
@@ -25,7 +26,7 @@ from score_sde.closed_form import Mixture
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-PICTURE = Path(__file__).parents[1] / "docs" / "images" / "mode_weights.png"
+PICTURE = Path("runs/mode_weights.png")
 WEIGHTS, MEANS = (0.2, 0.8), ((-5.0, -5.0), (5.0, 5.0))
 EPS = 0.1  # x += eps/2 score + sqrt(eps) z, times (sigma/sigma_L)² on a level
 STEPS = 100  # on a level; ten times as many without levels
@@ -89,7 +90,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("python -m examples.mode_weights", description="Modes' weights by Langevin walks.")
     parser.add_argument("--walks", type=int, default=10_000, help="of each kind (10,000)")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--picture", type=Path, default=PICTURE, help="where to draw (docs/images/mode_weights.png)")
+    parser.add_argument("--picture", type=Path, default=PICTURE, help=f"where to draw ({PICTURE})")
     options = parser.parse_args(arguments)
     if options.walks < 1:
         parser.error(f"--walks must be at least 1, got {options.walks}")

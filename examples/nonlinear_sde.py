@@ -8,11 +8,13 @@ starts from three narrow Gaussians. Denoising has no target here: E[z | x_t] nee
 score matching take simulated states x_t alone. The truth is that of a fine grid, on which `fokker_planck` solves the
 equation of the density.
 
-The command prints its numbers, draws the picture and fills the blocks of docs/score_matching.md.
+The command prints its numbers, draws the picture and fills a copy of docs/score_matching.md in runs/, or with --page
+another page, such as docs/score_matching.md itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,7 @@ from torch import Tensor
 from benchmarks.timing import machine
 from score_sde import SDE, Diffusion, backward, closed_form, implicit, paths, projections, sliced
 from score_sde.networks import MLP
+from score_sde.progress import with_progress
 from score_sde.sdes import VPSDE, like
 
 from . import pages
@@ -309,7 +312,7 @@ def run(iterations: int = 3000, walkers: int = 20_000, draws: int = 5000) -> Fou
     simple = {"a Gaussian at every t": gaussian_score(states), "the stationary score": stationary_score}
     untrained = {n: relative_error(on_grid(s, truth.x, truth.times), truth) for n, s in simple.items()}
     results = {}
-    for name, estimate in OBJECTIVES.items():
+    for name, estimate in with_progress(OBJECTIVES.items(), "estimates", len(OBJECTIVES), "estimate"):
         began = time.process_time()
         score = learn(estimate, states, iterations)
         results[name] = measure(score, time.process_time() - began, truth, draws)
@@ -390,9 +393,22 @@ def draw(found: Found) -> Figure:
     return figure
 
 
-def main(page: Path = pages.DOCS / "score_matching.md") -> None:
+PAGE, FOLDER = "docs/score_matching.md", Path("runs/nonlinear_sde")
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        "python -m examples.nonlinear_sde", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    p.add_argument("--page", type=Path, help=f"the page to fill, such as {PAGE}; default a copy of it in {FOLDER}")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Learn, measure, draw, fill the page."""
+    options = parser().parse_args(arguments)
     torch.set_num_threads(1)
+    page = pages.page_for(options.page, pages.DOCS / "score_matching.md", FOLDER)
     began = time.perf_counter()
     found = run()
     truth = found.truth

@@ -39,6 +39,18 @@ def fill(page: Path, blocks: dict[str, str]) -> None:
     page.write_text(_BLOCK.sub(replaced, text), encoding="utf-8")
 
 
+def page_for(given: Path | None, original: Path, folder: Path) -> Path:
+    """The page to fill: `given`, or one in `folder`, which unless it is the original itself begins as a copy of it.
+
+    So a command changes what is in docs/ only where it is told to.
+    """
+    page = given or folder / original.name
+    if page.resolve() != original.resolve():
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(original.read_text(encoding="utf-8"), encoding="utf-8")
+    return page
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table in Markdown."""
     return "".join(f"| {' | '.join(line)} |\n" for line in [head, ["---"] * len(head), *rows])

@@ -4,11 +4,13 @@ An energy network is trained by every objective of `score_matching` on the table
 judged by the exact score-matching loss of rows that were held out. Then time against dimension: seconds per step
 of one network whose input grows.
 
-The command prints its numbers, draws the picture and fills the blocks of docs/score_matching.md.
+The command prints its numbers, draws the picture and fills a copy of docs/score_matching.md in runs/, or with --page
+another page, such as docs/score_matching.md itself.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import time
 from collections.abc import Callable
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from benchmarks.timing import Clock, Spread, machine, ratio, spread
 from score_sde import Energy, denoising_at, finite_difference, implicit, projections, sliced
 from score_sde.networks import MLP
+from score_sde.progress import with_progress
 
 from . import pages
 
@@ -184,7 +187,7 @@ def experiment(seeds: int = 3, workers: int = 2) -> dict[Job, Fit]:
     jobs = [Job(*names, seed) for names in product(TABLES, OBJECTIVES) for seed in range(seeds)]
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
         found = {}
-        for job, result in zip(jobs, pool.map(work, jobs)):
+        for job, result in with_progress(zip(jobs, pool.map(work, jobs)), "fits", len(jobs), "fit"):
             found[job] = result
             if job.seed == seeds - 1:
                 gain = np.mean([f.loss - f.gaussian for j, f in found.items() if j[:2] == job[:2]])
@@ -281,14 +284,27 @@ def draw(found: dict[Job, Fit], taken: dict[int, dict[str, list[float]]]) -> Fig
     return figure
 
 
-def main(page: Path = pages.DOCS / "score_matching.md") -> None:
+PAGE, FOLDER = "docs/score_matching.md", Path("runs/sliced_score_matching")
+
+
+def parser() -> argparse.ArgumentParser:
+    shown = argparse.RawDescriptionHelpFormatter
+    p = argparse.ArgumentParser("python -m examples.sliced_score_matching", description=__doc__, formatter_class=shown)
+    p.add_argument("--page", type=Path, help=f"the page to fill, such as {PAGE}; default a copy of it in {FOLDER}")
+    return p
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Fit, time, draw, fill the page."""
+    options = parser().parse_args(arguments)
     torch.set_num_threads(1)
+    page = pages.page_for(options.page, pages.DOCS / "score_matching.md", FOLDER)
     began = time.perf_counter()
     found = experiment()
     middle = time.perf_counter()
     clock = Clock(torch.device("cpu"), threads=1, seconds=1.0)
-    taken = {d: seconds_per_step(d, clock) for d in DIMENSIONS}
+    sizes = with_progress(DIMENSIONS, "times", len(DIMENSIONS), "dimension")
+    taken = {d: seconds_per_step(d, clock) for d in sizes}
     losses, times = loss_table(found), time_table(taken)
     grown = {name: growth({d: spread(t[name]) for d, t in taken.items()}) for name in TIMED}
     exponents = ", ".join(f"{name.split(', σ')[0]} {a:.2f}" for name, a in grown.items())

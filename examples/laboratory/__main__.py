@@ -15,7 +15,6 @@ from .page import write_page
 from .subjects import DATA, OBJECTIVES, affordable
 from .workers import run_all, weight
 
-DOCS = Path(__file__).parents[2] / "docs"
 QUICK = 40  # a quick run takes the steps of a full one divided by this
 
 
@@ -34,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
         "--workers", type=_at_least_1, default=min(2, os.cpu_count() or 1), help="processes of one thread each (2)"
     )
     p.add_argument("--workdir", type=Path, default=Path("runs/laboratory"), help="where experiments are kept")
-    p.add_argument("--page", type=Path, help="default docs/laboratory.md for all in full, else WORKDIR/laboratory.md")
+    p.add_argument("--page", type=Path, help="where to write, as docs/laboratory.md; default WORKDIR/laboratory.md")
     return p
 
 
@@ -67,11 +66,7 @@ def main(arguments: list[str]) -> Path:
     began = time.perf_counter()
     waiting = [job for job in jobs if read(job, options.workdir) is None]
     spent = run_all(waiting, options.workdir, options.workers, sum(map(weight, jobs)))
-    whole = parser().parse_args([])
-    full = all(
-        getattr(options, name) == getattr(whole, name) for name in ("data", "objectives", "quick", "steps", "seeds")
-    )
-    page = options.page or (DOCS if full else options.workdir) / "laboratory.md"
+    page = options.page or options.workdir / "laboratory.md"
     results = [result for job in jobs if (result := read(job, options.workdir)) is not None]
     write_page(page, results, options.workdir, " ".join(["python -m examples.laboratory", *arguments]))
     minutes = (time.perf_counter() - began) / 60
