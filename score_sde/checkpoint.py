@@ -95,6 +95,7 @@ class DataCard:
         class_names: one for each class, or () where nothing names them.
         digest: `Split.digest` of the training split, captions included.
         empty_classes: those without an example to train on.
+        examples: how many it has; 0 where that is not known.
     """
 
     levels: int | None
@@ -103,13 +104,14 @@ class DataCard:
     class_names: tuple[str, ...]
     digest: str
     empty_classes: tuple[int, ...] = ()
+    examples: int = 0
 
     @classmethod
     def of(cls, data: Data, codec: Codec) -> DataCard:
         """Of data that `codec` encodes."""
         levels = None if codec.pixels is None else codec.pixels.levels
         digest = data.train.digest(data.captions)
-        return cls(levels, data.rate, data.num_classes, data.class_names, digest, data.empty_classes)
+        return cls(levels, data.rate, data.num_classes, data.class_names, digest, data.empty_classes, len(data.train))
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), sort_keys=True)
@@ -123,9 +125,9 @@ class DataCard:
             card = cls(**{**found, **lists})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{text[:60]!r} does not describe a model's data ({error!r})") from error
-        counts = (card.levels, card.rate, card.num_classes)
-        if not all(_is_count(value) for value in counts if value is not None) or card.num_classes is None:
-            raise ValueError(f"levels, rate and num_classes of a model's data are counts, got {counts}")
+        counts = (card.levels, card.rate, card.num_classes, card.examples)
+        if not all(_is_count(value) for value in counts if value is not None) or None in counts[2:]:
+            raise ValueError(f"levels, rate, num_classes and examples of a model's data are counts, got {counts}")
         if not all(_is_count(label) for label in card.empty_classes):
             raise ValueError(f"empty classes of a model's data are counts, got {card.empty_classes}")
         if not all(isinstance(name, str) for name in (*card.class_names, card.digest)):
@@ -145,11 +147,7 @@ def save(
 
     Raises FloatingPointError, and writes nothing, where a number is not finite.
     """
-    tensors = _tensors(model, ema, law)
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            known = optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in known.items()}
+    tensors = tensors_of(model, ema, optimizer, law)
     for name, value in tensors.items():
         if not is_finite(value):
             raise FloatingPointError(
@@ -194,16 +192,42 @@ def restore(
     if trained and card.step > 0 and not begun:
         raise ValueError(f"{path} holds no optimizer state for this model; it cannot be resumed")
     _compare(path, expected | (moments | counts if begun else {}), found)
-    for name, value in expected.items():
-        value.copy_(found[name])
-    if optimizer is not None:
-        optimizer.state.clear()
-        for name, p in trained if begun else []:
-            # Fused steps go through memory side by side, and Adam counts on the CPU unless it is fused on a GPU.
-            known = {key: torch.empty_like(p).copy_(found[f"optimizer/{key}/{name}"]) for key in _MOMENTS}
-            where = p.device if optimizer.param_groups[0].get("fused") else torch.device("cpu")
-            optimizer.state[p] = {"step": found[f"optimizer/step/{name}"].to(where, copy=True), **known}
+    put(found, model, ema, optimizer, law)
     return card
+
+
+def tensors_of(
+    model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None, law: nn.Module | None
+) -> dict[str, Tensor]:
+    """All that a checkpoint of these holds, by its name there."""
+    tensors = _tensors(model, ema, law)
+    if optimizer is not None:
+        for name, parameter in model.named_parameters():
+            known = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in known.items()}
+    return tensors
+
+
+def put(
+    found: Mapping[str, Tensor],
+    model: nn.Module,
+    ema: nn.Module | None,
+    optimizer: Optimizer | None,
+    law: nn.Module | None,
+) -> None:
+    """Copy what `tensors_of` gave into these; a moment lies in memory as its parameter does."""
+    for name, value in _tensors(model, ema, law).items():
+        value.copy_(found[name])
+    if optimizer is None:
+        return
+    optimizer.state.clear()
+    for name, p in model.named_parameters():
+        if f"optimizer/step/{name}" not in found:
+            continue
+        # Fused steps go through memory side by side, and Adam counts on the CPU unless it is fused on a GPU.
+        known = {key: torch.empty_like(p).copy_(found[f"optimizer/{key}/{name}"]) for key in _MOMENTS}
+        where = p.device if optimizer.param_groups[0].get("fused") else torch.device("cpu")
+        optimizer.state[p] = {"step": found[f"optimizer/step/{name}"].to(where, copy=True), **known}
 
 
 def _tensors(model: nn.Module, ema: nn.Module | None, law: nn.Module | None) -> dict[str, Tensor]:
@@ -344,7 +368,7 @@ def load(
     path = find(path)
     if path.suffix != SUFFIX:
         return load_score_sde_file(path, config, ema, map_location)
-    model = _load(path, ema, map_location)
+    model = open_trained(path, ema, map_location)
     if isinstance(model, NoisyClassifier):
         raise ValueError(f"{path} is a classifier: sample from a model, with --config.sampling.classifier={path}")
     if isinstance(model, ConvolutionalAutoencoder):
@@ -358,7 +382,7 @@ def load_classifier(path: str | Path, ema: bool = True, map_location: str | torc
     Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds a model.
     """
     path = find(path)
-    found = _load(path, ema, map_location)
+    found = open_trained(path, ema, map_location)
     if not isinstance(found, NoisyClassifier):
         raise ValueError(
             f"{path} is no classifier: train one with training.objective=cross_entropy, such as "
@@ -375,7 +399,7 @@ def load_autoencoder(
     Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds none.
     """
     path = find(path)
-    found = _load(path, ema, map_location)
+    found = open_trained(path, ema, map_location)
     if not isinstance(found, ConvolutionalAutoencoder):
         raise ValueError(
             f"{path} is no autoencoder: train one with training.objective=autoencoder, such as "
@@ -384,8 +408,11 @@ def load_autoencoder(
     return found
 
 
-def _load(path: Path, ema: bool, map_location: str | torch.device) -> Trained:
-    """What a checkpoint of ours holds, in eval mode."""
+def open_trained(path: Path, ema: bool = True, map_location: str | torch.device = "cpu") -> Trained:
+    """What a checkpoint of ours holds, a model, a classifier or an autoencoder, in eval mode.
+
+    Raises FileNotFoundError where nothing is, and ValueError for a file that is broken.
+    """
     card = read_card(path)
     config = configs.from_text(card.config, str(path))
     try:

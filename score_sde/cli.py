@@ -8,10 +8,12 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -25,23 +27,26 @@ from torch import Tensor
 from . import checkpoint, failures, parallel
 from . import config as configs
 from .build import resolve_classes, resolve_conditions
+from .carried import as_trained, carried_config, described, reads_data
 from .class_names import resolve_labels
-from .codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
+from .codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, codec_of
 from .codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
-from .conditions import RESTORING, Wanted, check_conditions, load_guides, sampled_labels, told, trained_at
+from .conditions import RESTORING, Wanted, load_guides, sampled_labels, told, trained_at
 from .data import Data, Split, leave_out, load_data
 from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
 from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
 from .inverse_modes import restoring_line, run_restoring
 from .latent_modes import read_examples, round_trip, run_decoding, run_encoding, run_interpolation
+from .lock import held
 from .model import ScoreModel
 from .options import MODES, check, scales_of
-from .parallel import Processes
+from .origin import check_fits, check_origin, foreign_config
+from .parallel import Elsewhere, Processes
 from .pictures import Pixels
 from .progress import Progress
 from .scan import scan
-from .show import Show, log_to, warn
+from .show import Show, keep_log, log_to_terminal, warn
 from .text import HuggingFaceEncoder, Text, embed
 from .train import train
 
@@ -49,10 +54,12 @@ USAGE = """\
 score_sde: score-based generative modelling with stochastic differential equations
 
   python main.py --config configs/NAME.py --mode MODE [--workdir DIR] [--config.section.key=value ...]
+  python main.py --mode MODE [--workdir DIR | --checkpoint FILE] [...]    (with the config that a checkpoint carries)
 
 modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
-  train        train, or go on from the workdir's newest checkpoint; a model, or a classifier to guide one
+  train        train, or go on from the workdir's newest checkpoint; a model, or a classifier to guide one; with
+               --checkpoint FILE a new run begins from its weights (averaged; --config.training.origin_weights=raw)
   sample       draw samples from the newest checkpoint (or --checkpoint FILE): a grid, samples.npz, a stamp; of classes
                by sampling.labels, of what --prompt TEXT says (--negative TEXT: what not), or enlarged from --input
                FILE_OR_FOLDER, or variants of its images with --config.sampling.start=0.4; guided by sampling.guidance,
@@ -71,7 +78,9 @@ modes
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, latents/,
-                  decoded/, interpolations/, restored/, codes/ (of data.autoencoder), tensorboard/, log.txt
+                  decoded/, interpolations/, restored/, codes/ (of data.autoencoder), tensorboard/, log.txt; without
+                  --config the workdir of the checkpoint, or runs/NAME of a lone file
+what is read      sample, decode, interpolate between seeds, and all with --input read no data: a checkpoint is enough
 what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
 several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
 """
@@ -119,6 +128,10 @@ def run(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         _tell("interrupted; what was finished is on disk, and the same command goes on")
         return 130
+    except Elsewhere as error:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once on each node
+            _tell(f"error: {error}")
+        return 2
     except Exception as error:
         sentence = failures.sentence(error, mode, workdir)
         if sentence is None:
@@ -156,7 +169,7 @@ class _Parser(argparse.ArgumentParser):
 
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", required=True)
+    parser.add_argument("--config", default=None)
     parser.add_argument("--mode", required=True, choices=MODES)
     parser.add_argument("--workdir", default=None)
     parser.add_argument("--checkpoint", default=None)
@@ -169,46 +182,124 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
-    config = configs.load(options.config, overrides)
+    workdir = _workdir(options)
+    config, options.config = _config(options, overrides)
     check(options, config)
-    workdir = Path(options.workdir or Path("runs") / Path(options.config).stem)
     processes = parallel.start(config.device)
     if processes.main:
-        workdir.mkdir(parents=True, exist_ok=True)
-        log_to(workdir)
+        log_to_terminal()
         log.info("workdir: %s", workdir)
-    data, codec = _data(config, processes)
+    with ExitStack() as stack:
+        if options.mode in ("train", "demo"):
+            processes.agreed(lambda: _reserve(stack, options, config, workdir))
+            return _train(options, config, workdir, processes)
+        if options.mode == "scan":
+            if processes.main:
+                keep_log(workdir)
+            data = _data(config, processes)
+            resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
+            resolve_labels(config, data)
+            if processes.main:
+                print(scan(data, codec_of(data.levels, config.data.centered, data.rate)))
+            return 0
+        return _use(options, config, workdir, processes)
+
+
+def _config(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[ConfigDict, str]:
+    """The config of a file, or else the one that the workdir or the checkpoint carries; and where it is from."""
+    if options.config:
+        return configs.load(options.config, overrides), options.config
+    own = options.mode in ("train", "demo", "scan")  # a workdir's own run goes on, whatever it began from
+    places = [options.workdir, options.checkpoint] if own else [options.checkpoint or options.workdir]
+    places = [place for place in places if place]
+    if not places:
+        raise ValueError("give --config FILE, or what carries one: --workdir DIR that is trained, or --checkpoint FILE")
+    for place in places:
+        try:
+            given, path = carried_config(place)
+        except FileNotFoundError:
+            if place == places[-1]:
+                raise
+        else:
+            break
+    return configs.overridden(given, overrides, f"{path}: "), str(path)
+
+
+def _workdir(options: argparse.Namespace) -> Path:
+    """Where results go: --workdir, runs/NAME of the config, or the checkpoint's workdir, runs/NAME of a lone one."""
+    if options.workdir or (not options.checkpoint and not options.config):
+        return Path(options.workdir or "runs")
+    if options.config:
+        return Path("runs") / Path(options.config).stem
+    path = Path(options.checkpoint)
+    if path.is_dir():
+        return path
+    return path.parent.parent if path.parent.name == "checkpoints" else Path("runs") / path.stem
+
+
+def _reserve(stack: ExitStack, options: argparse.Namespace, config: ConfigDict, workdir: Path) -> None:
+    """Make the workdir this run's, and look for what it is to begin from."""
+    stack.enter_context(held(workdir, "training"))
+    if options.checkpoint:
+        config.training.origin, config.training.origin_sha256 = options.checkpoint, ""
+        check_origin(config, workdir, checkpoint.newest(workdir)[0])
+
+
+def _train(options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes) -> int:
+    """The modes train and demo."""
+    data = _data(config, processes)
+    codec: Codec = codec_of(data.levels, config.data.centered, data.rate)
     resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
-    resolve_labels(config, data, options.mode in RESTORING)
+    resolve_labels(config, data)
     resolve_conditions(config, data.shape[0])
-    if options.mode == "scan":
-        if processes.main:
-            print(scan(data, codec))
-        return 0
-    source, images, config.data.autoencoder_sha256 = None, data, ""
-    if config.data.autoencoder:
-        source = open_autoencoder(config.data.autoencoder, data.levels, data.shape, processes.device)
-        config.data.autoencoder_sha256 = source.sha256
-        log.info("autoencoder: %s, codes of shape %s", source.where, source.shape)
-    if options.mode == "train":
-        if source is not None:
-            data, codec = _codes(source, data, config, workdir, processes)
-        return run_training(config, workdir, data, codec, processes, _captions(config, data, workdir, processes))
     if options.mode == "demo":
         return _demo(config, workdir, data, codec, processes)
-    shape = data.shape if source is None else source.shape
+    source = _source(config, data, processes)
+    if source is not None or config.model.text_encoder:  # before all is encoded
+        processes.agreed(lambda: check_fits(config, workdir, data.shape if source is None else source.shape))
+    if source is not None:
+        data, codec = _codes(source, data, config, workdir, processes)
+    return run_training(config, workdir, data, codec, processes, _captions(config, data, workdir, processes))
+
+
+def _source(config: ConfigDict, data: Data, processes: Processes) -> Source | None:
+    """The autoencoder of whose codes the model is, if it is of codes; its hash goes into the config."""
+    config.data.autoencoder_sha256 = ""
+    if not config.data.autoencoder:
+        return None
+    source = open_autoencoder(config.data.autoencoder, data.levels, data.shape, processes.device)
+    config.data.autoencoder_sha256 = source.sha256
+    log.info("autoencoder: %s, codes of shape %s", source.where, source.shape)
+    return source
+
+
+def _use(options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes) -> int:
+    """The modes that work on a checkpoint, which carries a description of its data where they need not be read."""
+    path = _checkpoint(options.checkpoint or workdir, processes)
     scales = scales_of(options)
-    model, path = _model(options.checkpoint or workdir, options.mode, config, shape, processes, scales)
+    known = described(path, config, processes.device)
+    reads = reads_data(options.mode, config, options.input is not None)
+    data = _data(config, processes) if known is None or reads else known
+    resolve_labels(config, data, options.mode in RESTORING)
+    as_trained(config, path, options.mode, scales)
+    codec: Codec = codec_of(data.levels, config.data.centered, data.rate)
+    resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
+    images, source = data, _source(config, data, processes)
+    model = _model(path, options.mode, config, data.shape if source is None else source.shape, processes)
     if source is not None:
         codec = codec_from(path, source)
         data = as_asked(data, codec, processes.device)
+    if processes.main:
+        keep_log(workdir)
     if options.mode == "sample":
         changed = _own(options, config, images, codec, processes) if config.sampling.start < 1 else None
         folder = _sample(options, model, config, data.shape, codec, path, workdir, processes, changed)
         log.info("%d samples: %s", config.sampling.num_samples * max(1, len(scales)), folder)
     elif options.mode == "dequantize":
         if processes.main:
-            log.info("dequantizer: %s", run_dequantizing(model, config, data.train, codec, path, workdir, processes))
+            with held(workdir / "dequantizers", "dequantizing"):
+                found = run_dequantizing(model, config, data.train, codec, path, workdir, processes)
+            log.info("dequantizer: %s", found)
     elif options.mode in ("encode", "decode", "interpolate"):
         _latents(options, model, config, data, codec, path, workdir, processes, images)
     elif options.mode in RESTORING:
@@ -234,22 +325,20 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, processes: Processes) -> tuple[Data, Codec]:
-    """The data as codes, from the workdir's file of them, which the main process makes if it is not there.
+    """The data as codes, from the workdir's file of them, which is made if it is not there.
 
     Raises ValueError where the workdir's model was trained on other codes.
     """
-    begun, _ = checkpoint.newest(workdir)
-    if begun is not None:
-        check_codes(begun, source.sha256, source.where)
-    if not processes.main:
-        processes.barrier()
-    if processes.main:
+
+    def check(statistics: Statistics | None = None) -> None:
         failures.writable(workdir / "codes")
-    coded, statistics = codes_of(source, data, workdir / "codes", config.data.random_flip, processes.main)
-    if processes.main:
-        processes.barrier()
-    if begun is not None:
-        check_codes(begun, source.sha256, source.where, statistics)
+        begun, _ = checkpoint.newest(workdir)
+        if begun is not None:
+            check_codes(begun, source.sha256, source.where, statistics)
+
+    processes.agreed(check)
+    coded, statistics = codes_of(source, data, workdir / "codes", config.data.random_flip, processes)
+    processes.agreed(lambda: check(statistics))
     return coded, AutoencoderCodec(source.autoencoder, statistics, source.pixels)
 
 
@@ -267,18 +356,16 @@ def _captions(config: ConfigDict, data: Data, workdir: Path, processes: Processe
 
 
 def _embedded(config: ConfigDict, captions: Sequence[str], workdir: Path, processes: Processes) -> Text:
-    """The captions' embeddings, on every process; the main one encodes those that the workdir's file lacks."""
+    """The captions' embeddings, which the main process reads from the workdir's file, or makes, for all."""
     m = config.model
     cache = workdir / "text" / f"{m.text_sha256[:16]}-{m.text_length}.safetensors"
-    encoder = HuggingFaceEncoder(m.text_encoder, length=m.text_length, device=processes.device)
-    if processes.main:
+
+    def work() -> dict[str, Tensor]:
         failures.writable(cache.parent)
-    else:
-        processes.barrier()
-    found = embed(encoder, captions, cache)
-    if processes.main:
-        processes.barrier()
-    return found
+        encoder = HuggingFaceEncoder(m.text_encoder, length=m.text_length, device=processes.device)
+        return embed(encoder, captions, cache)._asdict()
+
+    return Text(**processes.copies(work))
 
 
 def _sample(
@@ -410,7 +497,7 @@ def _latents(
     log.info("%d rows of %d, NFE %.0f%s: %s", result["pairs"], result["steps"], result["nfe"], off, folder)
 
 
-def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
+def _data(config: ConfigDict, processes: Processes) -> Data:
     d = config.data
 
     def read() -> Data:
@@ -419,12 +506,7 @@ def _data(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
         data = load_data(d.dataset, d.path or None, **form)
         return leave_out(data, [caption.strip() for caption in d.leave_out.split(",") if caption.strip()])
 
-    if not processes.main:
-        processes.barrier()  # the main process downloads, if it must, and the others then find the files
-    data = read()
-    if processes.main:
-        processes.barrier()
-    return data, codec_of(data.levels, d.centered, data.rate)
+    return processes.in_turn(read)  # one process downloads, if it must, and the others of its node find the files
 
 
 def run_training(
@@ -435,17 +517,23 @@ def run_training(
     processes: Processes,
     text: Text | None = None,
 ) -> int:
-    """--mode train: the loop of `train.train`, shown as a bar, lines of a log, TensorBoard scalars and grids."""
-    n, step = config.training.n_iters, 0
+    """--mode train: the loop of `train.train`, shown as a bar, lines of a log, TensorBoard scalars and grids.
+
+    The first that the loop yields comes when the command is accepted: before it nothing is written into the workdir
+    that another command reads.
+    """
+    n, step, show = config.training.n_iters, 0, None
     if processes.main:
-        for folder in ("checkpoints", "samples"):
-            failures.writable(workdir / folder)
-        _remember(config, workdir)
         warn(config, data, codec)
     with Stop() as stop, Progress("training", n, shown=processes.main) as bar:
-        show = Show(config, workdir, data, codec, processes.device, bar, text) if processes.main else None
         for m in train(config, workdir, data, codec, processes, stop, text):
             step = m.step
+            if show is None and processes.main:
+                for folder in ("checkpoints", "samples"):
+                    failures.writable(workdir / folder)
+                _remember(config, workdir)
+                keep_log(workdir)
+                show = Show(config, workdir, data, codec, processes.device, bar, text)
             if show is not None:
                 show(m)
     if show is not None:
@@ -497,40 +585,37 @@ def run_dequantizing(
 
 
 def _remember(config: ConfigDict, workdir: Path) -> None:
-    """Write the config into the workdir; a change against what was there is told."""
-    path = workdir / "config.json"
-    if path.is_file():
-        for line in configs.differences(configs.from_json(path), config):
-            log.warning("warning: the config differs from that of this workdir's earlier run: %s", line)
-    path.write_text(configs.to_json(config) + "\n")
+    """Write the config of an accepted run into the workdir, whole or not at all."""
+    partial = workdir / f".config.json.{os.getpid()}.partial"
+    partial.write_text(configs.to_json(config) + "\n")
+    partial.replace(workdir / "config.json")
 
 
-def _model(
-    where: str | Path,
-    mode: str,
-    config: ConfigDict,
-    example: tuple[int, ...],
-    processes: Processes,
-    scales: Sequence[float] = (),
-) -> tuple[ScoreModel, Path]:
-    """The model to sample from or to evaluate, on this process' device, and the checkpoint it is from."""
-    path = checkpoint.find(where)
+def _checkpoint(where: str | Path, processes: Processes) -> Path:
+    """The checkpoint that the main process finds at `where`, and that must be there for the others too."""
+    path = Path(processes.agreed(lambda: str(checkpoint.find(where))))
+    if processes.world > 1:
+        own = checkpoint.file_hash(path) if path.is_file() else "nothing"
+        found = [text.split(" ") for text in processes.texts(f"{own} {socket.gethostname()}")]
+        other = next((rank for rank, (sha256, _) in enumerate(found) if sha256 != found[0][0]), None)
+        if other is not None:
+            raise ValueError(
+                f"{path} is not the same file for process 0 on {found[0][1]} and process {other} on {found[other][1]}: "
+                "work in one shared folder"
+            )
+    return path
+
+
+def _model(path: Path, mode: str, config: ConfigDict, example: tuple[int, ...], processes: Processes) -> ScoreModel:
+    """The model to sample from or to evaluate, on this process' device."""
     weights = (config.sampling if mode == "sample" else config.eval).weights
     foreign = path.suffix != checkpoint.SUFFIX
     check_codes(path, config.data.autoencoder_sha256, config.data.autoencoder)
     shape = example if foreign else checkpoint.read_card(path).shape
     if shape != example:
         raise ValueError(f"{path} was trained on examples of shape {shape}, but {config.data.dataset} has {example}")
-    check_conditions(path, config, mode, scales)
     log.info("checkpoint: %s (%s weights)", path, weights)
-    return checkpoint.load(path, _theirs(config) if foreign else None, weights == "ema", processes.device), path
-
-
-def _theirs(config: ConfigDict) -> dict[str, Any]:
-    """The config as score_sde_pytorch has it, whose files carry none: there VE networks are divided by sigma."""
-    given: dict[str, Any] = config.to_dict()
-    given["model"]["scale_by_sigma"] = config.training.sde == "vesde"
-    return given
+    return checkpoint.load(path, foreign_config(config) if foreign else None, weights == "ema", processes.device)
 
 
 def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes) -> int:
@@ -539,7 +624,8 @@ def _demo(config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes
     code = run_training(config, workdir, data, codec, processes)
     if code:
         return code
-    model, path = _model(workdir, "sample", config, data.shape, processes)
+    path = _checkpoint(workdir, processes)
+    model = _model(path, "sample", config, data.shape, processes)
     guides = load_guides(config, model, data.shape, processes.device)
     folder, _ = run_sampling(model, config, data.shape, codec, path, workdir / "samples", processes, guides)
     _, result = run_likelihood(model, config, data.test, codec, path, workdir / "likelihood", processes)

@@ -25,6 +25,7 @@ from .autoencoder import Autoencoder
 from .codecs import AutoencoderCodec, PixelCodec, Statistics
 from .data import Data, Split, digest
 from .files import Stream
+from .parallel import ALONE, Processes
 from .progress import Progress
 from .tensor_file import read_header, read_tensors, write_tensors
 
@@ -74,6 +75,26 @@ def open_autoencoder(
     where = Path(where)
     if levels is None or len(shape) != 3:
         raise ValueError(f"data.autoencoder={where} is for images, and the data are floats of shape {shape}")
+    made, sha256 = _opened(where, device)
+    pixels = PixelCodec(levels, getattr(made, "centered", True))
+    return Source(made, pixels, _code_shape(made, pixels, shape, where, device), sha256, str(where))
+
+
+@torch.no_grad()
+def decoded_shape(where: str | Path, codes: tuple[int, ...], device: torch.device | str = "cpu") -> tuple[int, ...]:
+    """Shape of the images that the autoencoder at `where` makes of codes of shape `codes`; errors as above."""
+    made, _ = _opened(Path(where), device)
+    try:
+        return tuple(made.decode(torch.zeros(1, *codes, device=device)).shape[1:])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"data.autoencoder={where} cannot decode codes of shape {codes}: {error}; take the one that the model was "
+            "trained with"
+        ) from error
+
+
+def _opened(where: Path, device: torch.device | str) -> tuple[Any, str]:
+    """The autoencoder at `where`, and its hash."""
     if not where.exists():
         raise FileNotFoundError(
             f"data.autoencoder={where}: there is no such file or folder; train one there first, such as "
@@ -86,9 +107,7 @@ def open_autoencoder(
     else:
         path = checkpoint.find(where)
         made, sha256 = checkpoint.load_autoencoder(path), checkpoint.file_hash(path)
-    made = made.to(device).eval().requires_grad_(False)
-    pixels = PixelCodec(levels, getattr(made, "centered", True))
-    return Source(made, pixels, _code_shape(made, pixels, shape, where, device), sha256, str(where))
+    return made.to(device).eval().requires_grad_(False), sha256
 
 
 def _from_file(where: Path) -> tuple[Any, str]:
@@ -144,20 +163,27 @@ def _code_shape(
     return tuple(mean.shape[1:])
 
 
-def codes_of(source: Source, data: Data, folder: Path, mirror: bool, write: bool = True) -> tuple[Data, Statistics]:
+def codes_of(
+    source: Source, data: Data, folder: Path, mirror: bool, processes: Processes = ALONE
+) -> tuple[Data, Statistics]:
     """The data's images as normalised codes, and their statistics over the training images.
 
-    They are read from a file in `folder`, or written there. With `mirror` the training images are there twice, as they
-    are and mirrored. Raises ValueError for codes that do not vary.
+    They are read from a file in `folder`, or written there, by the main process, of which the others get them. With
+    `mirror` the training images are there twice, as they are and mirrored. Raises ValueError for codes that do not
+    vary.
     """
     about = {"autoencoder": source.sha256, "images": _fingerprint(data), "mirror": str(mirror)}
     key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
     path = folder / f"{source.sha256[:16]}-{key}.safetensors"
-    found = _read(path, about)
-    if found is None:
-        found = _encode_all(source, data, mirror)
-        if write:
+
+    def work() -> dict[str, Tensor]:
+        found = _read(path, about)
+        if found is None:
+            found = _encode_all(source, data, mirror)
             write_tensors(path, found, {"format": FORMAT, **about})
+        return found
+
+    found = processes.copies(work)
     statistics = Statistics(
         tuple(found["mean"].tolist()), tuple(found["std"].tolist()), float(found["deviation"].item())
     )
@@ -182,7 +208,7 @@ def as_asked(data: Data, codec: AutoencoderCodec, device: torch.device | str) ->
             k = split[torch.tensor(index, dtype=torch.int64)][0].to(device)
             return codec.posterior(k)[0].cpu()
 
-        one = read([0])
+        one = codec.posterior(torch.zeros(1, *split.shape, dtype=torch.uint8, device=device))[0]
         x = Stream((len(split), *one.shape[1:]), lambda index: read(list(index)), f"codes of {split.digest()}")
         return replace(split, x=x)
 

@@ -76,6 +76,10 @@ def default_config() -> ConfigDict:
                 "compile": False,  # torch.compile the network
                 "channels_last": False,  # memory format of images and weights
                 "checkpoint_activations": False,  # recompute activations in the backward pass, to save memory
+                # the workdir or checkpoint whose weights a new run begins from (--checkpoint of --mode train)
+                "origin": "",
+                "origin_weights": "ema",  # which: their moving average, or raw
+                "origin_sha256": "",  # of that checkpoint, found by itself
                 "log_freq": 50,  # steps between lines of the log
                 "eval_freq": 100,  # steps between losses on held-out data
                 "snapshot_freq": 10_000,  # steps between checkpoints
@@ -300,6 +304,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "training.projection": ("rademacher", "gaussian", "sphere"),
     "training.time": (*TIME_LAWS, "second_moment"),
     "training.precision": ("float32", "bfloat16"),
+    "training.origin_weights": ("ema", "raw"),
     "sampling.method": tuple(METHODS),
     "sampling.predictor": tuple(PREDICTORS),
     "sampling.corrector": tuple(CORRECTORS),
@@ -402,11 +407,19 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
         others = ", ".join(map(str, there.values()))
         hint = f"did you mean {there[near]}?" if near else f"there are {others}" if others else "give the path of one"
         raise FileNotFoundError(f"there is no config file {path}; {hint}")
-    config = default_config()
     given = from_json(path) if path.suffix == ".json" else _run(path)
+    return overridden(given, overrides or {}, f"{path}: ")
+
+
+def overridden(given: ConfigDict, overrides: dict[str, str], where: str = "") -> ConfigDict:
+    """The validated, locked config that has the values of another, and of `overrides` as `load` takes them.
+
+    Raises ValueError for whatever is wrong in them; `where` is said before what is wrong in `given`.
+    """
+    config = default_config()
     for key, value in _flat(given).items():
-        _set(config, key, value, f"{path}: ")
-    for key, text in (overrides or {}).items():
+        _set(config, key, value, where)
+    for key, text in overrides.items():
         _set(config, key, _parse(key, text))
     validate(config)
     return config
@@ -459,7 +472,13 @@ def from_json(path: str | Path) -> ConfigDict:
         text = Path(path).read_text()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no config {path}; training writes it into its workdir") from None
-    return from_text(text, str(path))
+    try:
+        return from_text(text, str(path))
+    except ValueError as error:
+        raise ValueError(
+            f"{error} (the checkpoints of a workdir carry its config: leave --config out and give --workdir "
+            f"{Path(path).parent})"
+        ) from None
 
 
 def from_text(text: str, where: str) -> ConfigDict:
@@ -472,6 +491,12 @@ def from_text(text: str, where: str) -> ConfigDict:
         raise ValueError(f"{where} holds no config: a JSON object with training, model, ... is expected")
     config = default_config()
     for key, value in _flat(given).items():
+        if key not in _defaults() and key not in MOVED:
+            near = _nearest(key, list(_defaults()))
+            raise ValueError(
+                f"{where}: unknown config key '{key}', perhaps of a newer version of score_sde, which reads this file"
+                + (f"; or did you mean '{near}'?" if near else "")
+            )
         _set(config, key, value, f"{where}: ")
     return config
 

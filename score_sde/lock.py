@@ -17,7 +17,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -47,6 +47,7 @@ def held(folder: Path, doing: str) -> Iterator[None]:
     A lock that a process left behind as it died is taken over, which is logged. Raises Busy, which names the process
     that holds it, its host and when it began.
     """
+    made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
     file = _taken(path)
@@ -63,6 +64,9 @@ def held(folder: Path, doing: str) -> Iterator[None]:
     finally:
         path.unlink(missing_ok=True)  # before it is closed, so that nobody can hold it yet
         file.close()
+        if made:
+            with suppress(OSError):
+                folder.rmdir()  # nothing came of it, if it is empty
 
 
 def _taken(path: Path) -> IO[str]:

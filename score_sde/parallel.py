@@ -1,27 +1,39 @@
-"""One process or several: what torchrun's environment says, and the two things that processes must agree on.
+"""One process or several: what torchrun's environment says, and how processes come to agree.
 
-Without torchrun everything here is the identity of a single process.
+What the main process reads or finds out the others get from it (`agreed`, `copies`), never from a disk, which on
+another node may be another one. Without torchrun everything here is the identity of a single process.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import socket
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+T = TypeVar("T")
+
+
+class Elsewhere(RuntimeError):
+    """Another process has refused to go on; it says why."""
+
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among `world` processes, and its device."""
+    """This process's place among `world` processes, and its device; `local` is its place on its own node."""
 
     rank: int
     world: int
     device: torch.device
     control: dist.ProcessGroup | None = None  # gloo, for words between hosts that must not wait for a GPU
+    local: int = 0
 
     @property
     def main(self) -> bool:
@@ -50,6 +62,78 @@ class Processes:
         dist.all_gather(parts, values, group=self.control)
         return torch.cat(parts)
 
+    def texts(self, own: str) -> list[str]:
+        """The texts of all processes, in order of rank."""
+        if self.world == 1:
+            return [own]
+        data = own.encode()
+        lengths = self.gather(torch.tensor([len(data)])).tolist()
+        padded = data.ljust(max(1, *lengths), b" ")
+        rows = self.gather(torch.frombuffer(bytearray(padded), dtype=torch.uint8)[None])
+        return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
+
+    def agreed(self, work: Callable[[], T]) -> T:
+        """What `work` returns in the main process, a plain value as JSON has them, in all; the others do no work.
+
+        An error in the main process is raised there, and as Elsewhere in the others.
+        """
+        if self.world == 1:
+            return work()
+        found: T = json.loads(self._turn(lambda: json.dumps(work()), self.main)[0])
+        return found
+
+    def in_turn(self, work: Callable[[], T]) -> T:
+        """work() in the main process, then in the first of each node, then in the others.
+
+        What one of them leaves on disk, such as a download, is there for the next. An error in any is raised in all, as
+        Elsewhere but where it happened.
+        """
+        if self.world == 1:
+            return work()
+        found: list[T] = []
+        turn = 0 if self.main else 1 if self.local == 0 else 2
+        for i in range(3):
+            self._turn(lambda: found.append(work()) or "", turn == i)  # type: ignore[func-returns-value]
+        return found[0]
+
+    def copies(self, work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The tensors that `work` returns in the main process, in all, bit for bit, on the CPU; errors as `agreed`."""
+        if self.world == 1:
+            return dict(work())
+        own: dict[str, Tensor] = {}
+
+        def about() -> list[Any]:
+            own.update(work())
+            return [[name, str(v.dtype).removeprefix("torch."), list(v.shape)] for name, v in own.items()]
+
+        found: dict[str, Tensor] = {}
+        for name, kind, shape in self.agreed(about):
+            empty = torch.empty(shape, dtype=getattr(torch, kind))
+            value = own[name].detach().cpu().contiguous() if self.main else empty
+            if value.numel():
+                dist.broadcast(value.reshape(-1).view(torch.uint8), 0, group=self.control)
+            found[name] = value
+        return found
+
+    def _turn(self, work: Callable[[], str], mine: bool) -> list[str]:
+        """What work() returned in each process where it was to do it (`mine`), else ""; an error is raised in all."""
+        answer, error = "", None
+        if mine:
+            try:
+                answer = f"+{work()}"
+            except Exception as caught:  # raised as soon as the others know of it
+                answer, error = f"-process {self.rank} on {socket.gethostname()}: {caught}", caught
+        answers = self.texts(answer)
+        if error is not None:
+            raise error
+        refused = next((text[1:] for text in answers if text.startswith("-")), None)
+        if refused is not None:
+            raise Elsewhere(refused)
+        return [text[1:] for text in answers]
+
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+
 
 def start(device: str = "auto") -> Processes:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
@@ -74,7 +158,7 @@ def start(device: str = "auto") -> Processes:
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
     # One may have much harder examples than another: at the end it is waited for longer than torch's half an hour.
     control = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-    return Processes(dist.get_rank(), world, where, control)
+    return Processes(dist.get_rank(), world, where, control, local)
 
 
 def finish() -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -34,18 +35,32 @@ from .train import Metrics, noise_floor
 
 _PICTURES = 64  # in the grids that training draws
 
+_FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+
 log = logging.getLogger("score_sde")
 
 
-def log_to(workdir: Path) -> None:
-    """Everything to the workdir's log.txt; to the terminal all but the lines of numbers, which the bar shows there."""
+def log_to_terminal() -> None:
+    """All but the lines of numbers, which the bar shows there, to the terminal; the rest waits for `keep_log`."""
     log.setLevel(logging.DEBUG)
     log.handlers.clear()
     terminal: logging.Handler = logging.StreamHandler(_BarSafe())
     terminal.setLevel(logging.INFO)
-    for handler in (terminal, _LogFile(workdir / "log.txt")):
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-        log.addHandler(handler)
+    terminal.setFormatter(_FORMAT)
+    log.addHandler(terminal)
+    log.addHandler(MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1))
+
+
+def keep_log(workdir: Path) -> None:
+    """Everything to the workdir's log.txt, from the beginning on: the command is accepted."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = _LogFile(workdir / "log.txt")
+    file.setFormatter(_FORMAT)
+    for waiting in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+        waiting.setTarget(file)
+        waiting.close()
+        log.removeHandler(waiting)
+        log.addHandler(file)
 
 
 class _LogFile(logging.FileHandler):

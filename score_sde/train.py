@@ -8,11 +8,13 @@ processes compute what one would.
 from __future__ import annotations
 
 import copy
+import json
 import math
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -34,8 +36,10 @@ from .data import Data, Split, batch, batch_indices
 from .data_conditions import left_out, low_resolution, of_data
 from .devices import sent
 from .ema import ema_decay, ema_update
+from .files import Stream
 from .model import ScoreModel
 from .objectives import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
+from .origin import check_origin, take_weights
 from .parallel import Processes
 from .sdes import SDE, like
 from .tensor_file import remove_leftovers
@@ -371,7 +375,9 @@ def train(
 ) -> Iterator[Metrics]:
     """Train, or go on from the workdir's newest checkpoint, to step training.n_iters; yield what there is to report.
 
-    `text` is of the data's captions, for a model that takes them.
+    `text` is of the data's captions, for a model that takes them. A new run begins from the weights of training.origin,
+    if that is set. The first that is yielded are notes of where it begins: what can be refused has been refused then,
+    and nothing was written yet. Of several processes the main one reads the checkpoint, and the others get all from it.
     Writes checkpoints every snapshot_freq steps, at the end and where `stop()` turns true. Raises FloatingPointError
     where the loss is not finite, and leaves the last checkpoint as it was.
     """
@@ -383,14 +389,10 @@ def train(
         )
     state = make_state(config, data.shape, processes.device)
     state.model.train()
-    if processes.main:
-        remove_leftovers(workdir / "checkpoints")
-    found, notes = checkpoint.newest(workdir)
-    if found is not None:
-        state.step = checkpoint.restore(found, state.model, state.ema, state.optimizer, state.law).step
-        notes.append(f"going on from step {state.step} of {found}")
-    if notes:
-        yield Metrics(state.step, notes=notes)
+    card = _card(config, data, codec)
+    _check_data(data, card, processes)
+    saved, notes = processes.agreed(lambda: _begin(config, workdir, state, card))
+    _receive(state, saved, processes)
     part = part_of(config, processes)
     if t.compile:
         getattr(state.model, "network", state.model).compile()
@@ -400,7 +402,7 @@ def train(
         objective = DistributedDataParallel(objective, device_ids=gpu)
     split, held_out = data.train.to(processes.device), data.test.to(processes.device)
     text = None if text is None else text.to(processes.device)
-    about = checkpoint.DataCard.of(data, codec).to_json() if processes.main else ""
+    yield Metrics(state.step, notes=notes)  # all that could be refused has been by now
     records: list[Record] = []
     since, clock = state.step, time.perf_counter()
 
@@ -430,9 +432,8 @@ def train(
         path = checkpoint.checkpoint_path(workdir, state.step)
         gone = made and not path.parent.is_dir()
         if processes.main:
-            codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
-            card = checkpoint.Card(configs.to_json(config), data.shape, state.step, codes, about)
-            checkpoint.save(path, card, state.model, state.ema, state.optimizer, state.law)
+            now = replace(card, config=configs.to_json(config), step=state.step)
+            checkpoint.save(path, now, state.model, state.ema, state.optimizer, state.law)
             checkpoint.prune(path, t.keep_last, t.keep_every * t.snapshot_freq)
         if processes.any(gone):
             raise FileNotFoundError(
@@ -441,7 +442,7 @@ def train(
             )
         return path
 
-    made, saved = (workdir / "checkpoints").is_dir(), state.step if found is not None else -1
+    made = (workdir / "checkpoints").is_dir()
     while state.step < t.n_iters:
         if processes.any(stop()):
             if saved != state.step:
@@ -466,3 +467,69 @@ def train(
             saved = state.step
             yield Metrics(state.step, checkpoint=snapshot())
             clock += time.perf_counter() - before
+
+
+def _card(config: ConfigDict, data: Data, codec: Codec) -> checkpoint.Card:
+    """What the run's checkpoints say of themselves, at step 0."""
+    codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
+    about = checkpoint.DataCard.of(data, codec).to_json()
+    return checkpoint.Card(configs.to_json(config), data.shape, 0, codes, about)
+
+
+def _check_data(data: Data, card: checkpoint.Card, processes: Processes) -> None:
+    """Raise ValueError where another process has read other data, such as those of another node's disk."""
+    about = {"shape": card.shape, **json.loads(card.data)}
+    if isinstance(data.train.x, Stream):
+        del about["digest"]  # of files' times, which may be others for each copy
+    own = json.dumps(about, sort_keys=True)
+    found = processes.texts(f"{socket.gethostname()} {own}")
+    hosts, texts = zip(*(text.split(" ", 1) for text in found))
+    other = next((rank for rank, text in enumerate(texts) if text != texts[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"process {other} on {hosts[other]} has read other data than process 0 on {hosts[0]} ({texts[other]}, not "
+            f"{texts[0]}): give every host the same files, or one shared folder"
+        )
+
+
+def _begin(config: ConfigDict, workdir: Path, state: State, card: checkpoint.Card) -> tuple[int, list[str]]:
+    """Bring a fresh state to the workdir's newest checkpoint, or else to the weights of training.origin if that is set.
+
+    Returns the checkpoint's step, -1 where there is none, and notes for the log.
+    """
+    remove_leftovers(workdir / "checkpoints")
+    found, notes = checkpoint.newest(workdir)
+    check_origin(config, workdir, found)
+    if found is not None:
+        theirs = checkpoint.restore(found, state.model, state.ema, state.optimizer, state.law)
+        state.step = theirs.step
+        return theirs.step, [*notes, f"going on from step {theirs.step} of {found}", *_changes(theirs, card)]
+    if not config.training.origin:
+        return -1, [*notes, "a new run"]
+    notes += take_weights(config, state.model, card.shape)
+    state.ema.load_state_dict(state.model.state_dict())
+    return -1, notes
+
+
+def _changes(was: checkpoint.Card, now: checkpoint.Card) -> list[str]:
+    """In what a run that goes on differs from its checkpoint, as warnings."""
+    try:
+        keys = configs.differences(*(configs.from_text(card.config, "its config") for card in (was, now)))
+    except ValueError as error:  # another version has written it
+        keys = [str(error)]
+    found = [f"warning: the config differs from that of this workdir's earlier run: {line}" for line in keys]
+    old, new = ({"shape": list(card.shape), **json.loads(card.data or "{}")} for card in (was, now))
+    others = [f"{name}: {old[name]!r} -> {new[name]!r}" for name in sorted(old.keys() & new.keys())]
+    lines = [line for line, name in zip(others, sorted(old.keys() & new.keys())) if old[name] != new[name]]
+    return found + [f"warning: the data differ from those of this workdir's earlier run: {line}" for line in lines]
+
+
+def _receive(state: State, saved: int, processes: Processes) -> None:
+    """Bring the state of every process to that of the main one, bit for bit."""
+    if processes.world == 1:
+        return
+    parts = (state.model, state.ema, state.optimizer, state.law)
+    found = processes.copies(lambda: checkpoint.tensors_of(*parts))
+    if not processes.main:
+        state.step = max(saved, 0)
+        checkpoint.put(found, *parts)

@@ -414,16 +414,17 @@ def test_a_workdir_without_checkpoints_says_what_to_do(tmp_path: Path) -> None:
 def test_the_card_describes_the_data_and_an_old_file_has_none(trained: Path) -> None:
     data = load_data("ring")
     about = DataCard.from_json(read_card(checkpoints(trained)[-1]).data)
-    assert about == DataCard(None, None, 0, (), data.train.digest(data.captions))
+    assert about == DataCard(None, None, 0, (), data.train.digest(data.captions), examples=20_000)
     assert read_card(OLD).data == ""
     digits = load_data("digits")
     assert DataCard.of(digits, PixelCodec(17)).class_names == tuple("0123456789")
-    assert DataCard.of(digits, PixelCodec(17)) == DataCard(17, None, 10, tuple("0123456789"), digits.train.digest())
+    names = tuple("0123456789")
+    assert DataCard.of(digits, PixelCodec(17)) == DataCard(17, None, 10, names, digits.train.digest(), examples=1497)
 
 
 @pytest.mark.parametrize(
     "change", [{"levels": -1}, {"levels": 2.5}, {"num_classes": None}, {"rate": "44100"}, {"class_names": [1]},
-               {"class_names": 3}, {"digest": 5}, {"size": 3}]
+               {"class_names": 3}, {"digest": 5}, {"examples": None}, {"size": 3}]
 )  # fmt: skip
 def test_a_description_of_data_that_is_none_is_refused(change: dict[str, object]) -> None:
     good = {"levels": 17, "rate": None, "num_classes": 2, "class_names": ["a", "b"], "digest": "0f"}

@@ -384,7 +384,7 @@ def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.guidance=2"]),
         ("trained with classes", ["--config.model.class_conditional=false"]),
         ("guidance_low", ["--config.sampling.guidance_low=2", "--config.sampling.guidance_high=1"]),
-        ("has no classes", ["--config.data.dataset=ring", "--config.model.name=mlp"]),
+        ("has no classes", ["--mode=train", "--config.data.dataset=ring", "--config.model.name=mlp"]),
         ("has 10: leave it 0", ["--config.model.num_classes=7"]),
         ("told the time", ["--config.model.name=ncsnv2"]),
     ],
