@@ -100,6 +100,9 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
     join(path, renamed, payload)
     with pytest.raises(ValueError, match="a/wait was not saved"):
         read_tensors(path)
+    join(path, {name: value for name, value in header.items() if name != "b/flag"}, payload[:-3])  # the last one
+    with pytest.raises(ValueError, match="b/flag was lost"):
+        read_tensors(path)
     begin, end = header["c/double"]["data_offsets"]  # type: ignore[index]
     join(path, {**header, "c/double": {"dtype": "I64", "shape": [1], "data_offsets": [begin, end]}}, payload)
     with pytest.raises(ValueError, match="c/double is not what was saved"):
