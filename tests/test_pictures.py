@@ -111,7 +111,8 @@ def test_a_png_of_16_bits_lies_over_the_background(tmp_path):
         assert found.transparent and found.bits == 16
         np.testing.assert_array_equal(found.array, want)
     a = random(5, 5, 3)
-    a[2, 2], a[3, 3] = (1, 2, 3), (1, 2, 259)  # the second differs in its high byte alone
+    # the second differs in its high byte alone, and the third in its low one
+    a[2, 2], a[3, 3], a[4, 4] = (1, 2, 3), (1, 2, 259), (1, 2, 4)
     found = decode(png16(a, struct.pack(">HHH", 1, 2, 3)), False)
     a[2, 2] = 65535
     np.testing.assert_array_equal(found.array, a)
