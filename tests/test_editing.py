@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import kstest
 from torch import Tensor
 
 from score_sde import (
@@ -28,8 +29,12 @@ from score_sde import (
 )
 from score_sde.cli import run
 from score_sde.closed_form import Gaussian
+from score_sde.codecs import PixelCodec
+from score_sde.conditions import Wanted
 from score_sde.config import load
+from score_sde.data import Split
 from score_sde.inverse import Mask, Observation
+from score_sde.samplers.base import noise_source
 from tests.oracles import name, numbers
 
 ROOT = Path(__file__).parents[1]
@@ -122,6 +127,24 @@ def test_every_method_begins_at_the_time_that_a_config_says(config: str, method:
     c.sampling.steps = 50
     if chain and not ends:  # of whose steps 21 are left
         assert len(build.build_times(c, sde)) == 21
+
+
+def test_what_is_changed_is_noised_by_numbers_of_its_own() -> None:
+    config = load(ROOT / "configs/vp_digits.py", {"sampling.start": "0.4", "sampling.seed": "3"})
+    sde, codec, t = build.build_sde(config), PixelCodec(17), torch.tensor(0.3, dtype=torch.float64)
+    k = torch.randint(17, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    wanted = Wanted([], changed=Split(k))
+    start = wanted.start(1, 3, config, codec, sde, t)
+    assert start is not None
+    middle = (2 * (k[[1, 0, 1]].double() + 0.5) / 17 - 1).float()  # of each level, as the model was trained
+    z = (start - sde.alpha(t).float() * middle) / sde.sigma(t).float()
+    assert kstest(z.flatten().numpy(), "norm").pvalue > 1e-3
+    noise = noise_source((3, 1, 8, 8), 3, 1, torch.float32, torch.device("cpu"))
+    for _ in range(4):  # the sampler's
+        assert float(torch.corrcoef(torch.stack([z.flatten(), noise(z).flatten()]))[0, 1].abs()) < 0.3
+    alone = wanted.start(2, 1, config, codec, sde, t)
+    assert alone is not None and torch.equal(alone, start[1:2])
+    assert Wanted([]).start(1, 3, config, codec, sde, t) is None
 
 
 # --- the command line

@@ -407,8 +407,10 @@ def test_two_models_with_one_schedule_or_with_copies_of_it_guide_each_other() ->
     assert torch.equal(one, other)
     assert twin.sde == sde and hash(twin.sde) == hash(sde) and twin.sde is not sde and sde != VPSDE()
     assert twin.sde != LearnedVPSDE(schedule=twin.sde.schedule)  # its t_min is 0
-    with torch.no_grad():
-        twin.schedule.units[1] += 0.1
-    assert twin.sde != sde
-    with pytest.raises(ValueError, match="both models must share one SDE"):
-        guide(model, twin, 1.5)
+    for part in ("slope", "units", "ends"):
+        other = copy.deepcopy(weak)
+        with torch.no_grad():
+            getattr(other.schedule, part).add_(0.1)
+        assert other.sde != sde
+        with pytest.raises(ValueError, match="both models must share one SDE"):
+            guide(model, other, 1.5)

@@ -715,7 +715,10 @@ def test_a_grid_may_begin_below_one(grid: Callable) -> None:
 
 def test_a_chain_begins_at_its_nearest_step() -> None:
     assert times.spaced(10, 4, start=0.4).tolist() == [0.4, 0.3, 0.2, 0.1]
-    assert times.spaced(10, 2, start=0.44).tolist() == [0.4, 0.1]
+    assert times.spaced(10, 2, start=0.44).tolist() == [0.4, 0.1] and times.spaced(10, 2, start=0.46).tolist() == [
+        0.5,
+        0.1,
+    ]
     assert times.spaced(10, 1, start=0.01).tolist() == [0.1]
     with pytest.raises(ValueError, match="got 5 from t = 0.4"):
         times.spaced(10, 5, start=0.4)
