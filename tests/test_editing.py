@@ -131,7 +131,7 @@ def test_every_method_begins_at_the_time_that_a_config_says(config: str, method:
 
 def test_what_is_changed_is_noised_by_numbers_of_its_own() -> None:
     config = load(ROOT / "configs/vp_digits.py", {"sampling.start": "0.4", "sampling.seed": "3"})
-    sde, codec, t = build.build_sde(config), PixelCodec(17), torch.tensor(0.3, dtype=torch.float64)
+    sde, codec, t = build.build_sde(config), PixelCodec(17), torch.tensor(0.001, dtype=torch.float64)
     k = torch.randint(17, (2, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     wanted = Wanted([], changed=Split(k))
     start = wanted.start(1, 3, config, codec, sde, t)
