@@ -32,6 +32,7 @@ from .class_names import resolve_labels
 from .codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, codec_of
 from .codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
 from .conditions import RESTORING, Wanted, load_guides, sampled_labels, told, trained_at
+from .config_rules import suspects
 from .data import Data, Split, leave_out, load_data
 from .demo import summary
 from .dequantisation import fit_dequantiser, save_dequantiser
@@ -526,16 +527,19 @@ def run_training(
     if processes.main:
         warn(config, data, codec)
     with Stop() as stop, Progress("training", n, shown=processes.main) as bar:
-        for m in train(config, workdir, data, codec, processes, stop, text):
-            step = m.step
-            if show is None and processes.main:
-                for folder in ("checkpoints", "samples"):
-                    failures.writable(workdir / folder)
-                _remember(config, workdir)
-                keep_log(workdir)
-                show = Show(config, workdir, data, codec, processes.device, bar, text)
-            if show is not None:
-                show(m)
+        try:
+            for m in train(config, workdir, data, codec, processes, stop, text):
+                step = m.step
+                if show is None and processes.main:
+                    for folder in ("checkpoints", "samples"):
+                        failures.writable(workdir / folder)
+                    _remember(config, workdir)
+                    keep_log(workdir)
+                    show = Show(config, workdir, data, codec, processes.device, bar, text)
+                if show is not None:
+                    show(m)
+        except FloatingPointError as error:
+            raise FloatingPointError(f"{error}{suspects(config)}") from None
     if show is not None:
         show.close()
         if step < n:

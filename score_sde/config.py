@@ -341,7 +341,7 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         lambda v: v >= 1,
         """training.n_iters training.batch_size training.projections training.accumulate training.log_freq
         training.eval_freq training.snapshot_freq training.keep_last sampling.n_steps_each sampling.steps
-        sampling.batch_size sampling.num_samples eval.batch_size eval.dequantizations eval.probes
+        sampling.batch_size sampling.num_samples eval.batch_size model.text_length eval.dequantizations eval.probes
         eval.importance_samples eval.draws interpolation.pairs dequantizer.n_iters dequantizer.batch_size
         dequantizer.layers dequantizer.hidden inverse.factor inverse.iterations inverse.resamplings
         inverse.particles model.num_scales model.nf model.num_res_blocks model.num_heads
@@ -353,17 +353,24 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """seed sampling.seed eval.seed training.keep_every sampling.temperature sampling.eta sampling.step_lr
         sampling.churn sampling.churn_low sampling.churn_high sampling.churn_inflate eval.num_images eval.terms
         sampling.guidance sampling.guidance_low sampling.guidance_high model.num_classes model.image_channels
-        model.text_width model.pooled_width model.head_channels model.text_length
+        model.text_width model.pooled_width model.head_channels
         eval.check_images eval.heat_map data.image_size data.num_channels data.length model.init_scale
         model.ema_halflife
         inverse.noise training.kl_weight optim.weight_decay optim.warmup training.soft_truncation""",
     ),
     "above 0": (
         lambda v: v > 0,
-        """sampling.snr sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol eval.rtol eval.atol
+        """sampling.snr sampling.atol sampling.sde_atol eval.atol
         model.sigma_data model.sigma_min model.sigma_max model.beta_min model.beta_max model.fourier_scale
-        optim.lr optim.eps training.difference_step dequantizer.lr inverse.blur inverse.variance inverse.rate""",
+        optim.lr training.difference_step dequantizer.lr inverse.variance inverse.rate""",
     ),
+    "above 0 and at most 1": (
+        lambda v: 0 < v <= 1,
+        "sampling.rtol sampling.sde_rtol eval.rtol optim.eps sampling.start",
+    ),
+    "above 0 and at most 1000": (lambda v: 0 < v <= 1000, "inverse.blur"),
+    "at least -1": (lambda v: v >= -1, "sampling.negative_label"),
+    "above 0, or negative for no clipping (at 0 nothing is trained)": (lambda v: v != 0, "optim.grad_clip"),
     "at least 0 and below 1": (
         lambda v: 0 <= v < 1,
         "sampling.t_min eval.t_min model.t_min model.dropout model.ema_rate optim.beta1 optim.beta2",
@@ -373,11 +380,16 @@ LIMITS: dict[str, tuple[Callable[[float], bool], str]] = {
         """optim.decay sampling.threshold sampling.augmentation sampling.guidance_rescale training.condition_dropout
         training.augmentation""",
     ),
-    "above 0 and at most 1": (lambda v: 0 < v <= 1, "sampling.start"),
     "between 0 and 16": (lambda v: 0 <= v <= 16, "data.file_bits data.bits"),
     "1, 2 or 3": (lambda v: v in (1, 2, 3), "sampling.order"),
     "0 or at least 2": (lambda v: v == 0 or v >= 2, "eval.steps model.super_resolution"),
 }
+
+# The largest numbers: float32's, and of integers more than any size can be, or for these keys int64's.
+LARGEST: dict[type, float] = {float: 3e38, int: 2**31 - 1}
+LARGEST_LONG = 2**63 - 1
+_LETTERS = 1000
+LONG = ("seed", "sampling.seed", "eval.seed", "training.n_iters", "model.ema_halflife")
 
 # score_sde's keys that are something else here.
 MOVED = {
@@ -469,14 +481,13 @@ def from_json(path: str | Path) -> ConfigDict:
     Raises FileNotFoundError, or ValueError for text that is no config of this package.
     """
     try:
-        text = Path(path).read_text()
+        return from_text(Path(path).read_text(), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no config {path}; training writes it into its workdir") from None
-    try:
-        return from_text(text, str(path))
     except ValueError as error:
+        said = f"{path} is not text ({error})" if isinstance(error, UnicodeDecodeError) else error
         raise ValueError(
-            f"{error} (the checkpoints of a workdir carry its config: leave --config out and give --workdir "
+            f"{said} (the checkpoints of a workdir carry its config: leave --config out and give --workdir "
             f"{Path(path).parent})"
         ) from None
 
@@ -487,6 +498,8 @@ def from_text(text: str, where: str) -> ConfigDict:
         given = json.loads(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be a config") from None
     if not isinstance(given, dict):
         raise ValueError(f"{where} holds no config: a JSON object with training, model, ... is expected")
     config = default_config()
@@ -556,24 +569,40 @@ def _check(key: str, value: Any, where: str = "") -> Any:
     if key not in _defaults():
         _unknown(key, where)
     kind = type(_defaults()[key])
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) <= LARGEST[float]:
         value = float(value)
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str) and (len(text) > _LETTERS or not text.isprintable()):
+            raise ValueError(f"{where}{key} must be at most {_LETTERS} printable characters, got {_brief(text)}")
     if key in NAMED and type(value) is str:
         return value
     kinds = (int, str) if key in NAMED else (int,)
     sound = type(value) is kind and (kind is not tuple or all(type(v) in kinds for v in value))
     if not sound or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{where}{key} must be {_KINDS[kind]}, got {value!r}")
+        raise ValueError(f"{where}{key} must be {_KINDS[kind]}, got {_brief(value)}")
+    most = LARGEST_LONG if key in LONG else LARGEST[float if kind is float else int]
+    for number in value if kind is tuple else (value,):
+        if not isinstance(number, str) and abs(number) > most:
+            raise ValueError(f"{where}{key} must be at most {most} in size, got {_brief(value)}")
     if key in CHOICES and value not in CHOICES[key]:
         near = _nearest(value.lower(), CHOICES[key])
         hint = f"; did you mean '{near}'?" if near else ""
-        raise ValueError(f"{where}{key} must be one of {', '.join(CHOICES[key])}, got '{value}'{hint}")
+        raise ValueError(f"{where}{key} must be one of {', '.join(CHOICES[key])}, got {_brief(value)}{hint}")
     for words, (holds, keys) in LIMITS.items():
         if key in keys.split() and not holds(value):
             raise ValueError(f"{where}{key} must be {words}, got {value!r}")
     return value
+
+
+def _brief(value: Any) -> str:
+    """A value as it is written, cut where nobody would read on."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of more digits than Python writes
+        text = "an integer of thousands of digits"
+    return text if len(text) <= 100 else f"{text[:80]}..."
 
 
 def _set(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
@@ -591,7 +620,7 @@ def _parse(key: str, text: str) -> Any:
         return _names(text)
     try:
         return _PARSERS[kind](text) if kind in _PARSERS else text
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two of thousands of brackets
         return text
 
 
@@ -636,7 +665,13 @@ def _run(path: Path) -> ConfigDict:
             raise ValueError(f"{path} defines no get_config(); a config file is Python with get_config() -> ConfigDict")
         config = module["get_config"]()
     except SyntaxError as error:
-        raise ValueError(f"{error.filename}, line {error.lineno}: {error.msg}") from None
+        where = f"{error.filename}, line {error.lineno}" if error.filename else str(path)
+        raise ValueError(f"{where}: {error.msg}") from None
+    except (NameError, ImportError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        if not lines:
+            raise
+        raise ValueError(f"{path}, line {lines[-1]}: {error}") from None
     except (AttributeError, KeyError, TypeError) as error:
         _explain(error.__traceback__, path)
         raise

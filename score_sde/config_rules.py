@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from ml_collections import ConfigDict
 
@@ -21,6 +23,40 @@ def check(config: ConfigDict) -> None:
             raise ValueError(f"device must be auto, cpu, cuda, cuda:N or mps, got {config.device!r}") from None
     for rules in (_data, _autoencoder, _conditions, _training, _noise, _network, _sampling, _likelihood):
         rules(config)
+
+
+# What numbers usually are whose extremes end in a loss that is not finite.
+_USUAL: dict[str, tuple[float, float]] = {
+    "optim.lr": (1e-8, 0.1),
+    "optim.eps": (1e-16, 1e-2),
+    "optim.weight_decay": (0, 1),
+    "optim.grad_clip": (-math.inf, 1e4),
+    "training.kl_weight": (0, 1e4),
+    "training.difference_step": (1e-4, 1),
+    "training.soft_truncation": (0, 10),
+    "model.sigma_data": (1e-2, 1e3),
+    "model.sigma_min": (1e-6, 10),
+    "model.sigma_max": (0.1, 1e5),
+    "model.beta_min": (1e-6, 10),
+    "model.beta_max": (0.1, 200),
+    "model.gamma_min": (-40, 5),
+    "model.gamma_max": (-5, 40),
+    "model.init_scale": (0, 10),
+    "model.fourier_scale": (1e-3, 1e3),
+    "model.fourier_features": (0, 16),
+}
+
+
+def suspects(config: ConfigDict) -> str:
+    """What in a config may be why numbers were not finite: "; the likely reason is optim.lr=1e+06 ...", or ""."""
+    found = []
+    for path, (least, most) in _USUAL.items():
+        section, name = path.split(".")
+        value = config[section][name]
+        if any(not least <= number <= most for number in (value if isinstance(value, tuple) else (value,))):
+            usual = f"at most {most:g}" if least == -math.inf else f"between {least:g} and {most:g}"
+            found.append(f"{path}={value if isinstance(value, tuple) else f'{value:g}'}, which usually is {usual}")
+    return f"; the likely reason is {', and '.join(found)}" if found else ""
 
 
 def refuse(wrong: bool, sentence: str) -> None:
@@ -114,6 +150,10 @@ def _conditions(config: ConfigDict) -> None:
         not m.class_conditional and not s.classifier and len(s.labels) > 0,
         "sampling.labels are of class-conditional models, or for a classifier: set model.class_conditional=True, or "
         "sampling.classifier to the workdir of one",
+    )
+    refuse(
+        t.condition_dropout == 1 and (m.class_conditional or bool(m.text_encoder)) and not classifies,
+        "training.condition_dropout=1 never tells the model its label or caption: set it to 0.1",
     )
     refuse(
         s.negative_label != -1 and (not m.class_conditional or bool(s.classifier) or bool(s.guidance_checkpoint)),
@@ -294,6 +334,18 @@ def _network(config: ConfigDict) -> None:
     refuse(
         not fourier and m.label == "sigma" and m.name != "ncsnv2",
         "model.embedding_type=positional expects labels of the size of 999 t: set model.label=log_sigma, not 'sigma'",
+    )
+    refuse(
+        min(m.attn_resolutions, default=1) < 1,
+        f"model.attn_resolutions must be sizes of images, got {m.attn_resolutions}; () is for no attention",
+    )
+    refuse(
+        not all(0 <= n <= 30 for n in m.fourier_features),
+        f"model.fourier_features must lie between 0 and 30, got {m.fourier_features}: float32 has no finer waves",
+    )
+    refuse(
+        m.fir and (sum(m.fir_kernel, 0) <= 0 or len(m.fir_kernel) > 32),
+        f"model.fir_kernel must have a sum above 0 and at most 32 numbers, got {m.fir_kernel}",
     )
     refuse(
         len(m.ch_mult) == 0 or min(m.ch_mult) < 1,

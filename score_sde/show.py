@@ -178,7 +178,14 @@ def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
         log.info("data: %s", sentence)
     if data.empty_classes:
         log.warning("warning: %s", about_empty_classes(data))
-    d, m = config.data, config.model
+    d, m, o = config.data, config.model, config.optim
+    if o.warmup > config.training.n_iters:
+        highest = o.lr * config.training.n_iters / o.warmup
+        log.warning(
+            "warning: optim.warmup=%d is longer than training.n_iters=%d: the learning rate rises to %.3g alone, and "
+            "not to optim.lr=%g",
+            *(o.warmup, config.training.n_iters, highest, o.lr),
+        )
     unscaled = config.training.sde in ("vesde", "edm")
     for sentence in disagreements(
         as_drawn(data),
