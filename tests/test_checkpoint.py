@@ -253,12 +253,17 @@ def test_training_goes_on_from_the_last_whole_checkpoint_and_says_what_it_skippe
     shutil.copytree(tmp_path / "a", tmp_path / "b")
     a, b = (checkpoints(tmp_path / name) for name in "ab")
     damage(b[-1])
-    (b[0].parent / ".000000009.safetensors.1.partial").touch()
-    os.utime(b[0].parent / ".000000009.safetensors.1.partial", (0, 0))
+    left = b[0].parent / ".000000009.safetensors.1.partial"
+    left.touch()
+    os.utime(left, (0, 0))
     notes = [note for m in train(config, tmp_path / "b", ring, VectorCodec(), ALONE) for note in m.notes]
     assert len(notes) == 2 and str(b[-1]) in notes[0] and "was changed" in notes[0]
     assert notes[1] == f"going on from step 4 of {b[1]}"
-    assert a[-1].read_bytes() == b[-1].read_bytes() and not list(b[0].parent.glob(".*"))
+    assert a[-1].read_bytes() == b[-1].read_bytes() and not left.exists()
+    left.touch()
+    os.utime(left, (0, 0))
+    list(train(config, tmp_path / "b", ring, VectorCodec(), ALONE))  # it is complete, and writes nothing
+    assert not left.exists()
 
 
 def test_the_last_and_every_nth_are_kept(tmp_path: Path) -> None:
