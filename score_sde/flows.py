@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,13 +27,12 @@ from torch import Tensor, nn
 from .circle import Circle, Slopes, carry
 from .model import ScoreModel, in_precision_of
 from .ode import EACH, Solver, integrate
-from .samplers.base import default_state, example_generators, noise_source
+from .samplers.base import default_state, noise_source
 from .sdes import SDE, Noise, WrongShape, like
+from .traces import Probe, differentiable, draw_probes, of_rows, products
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
-Probe = Literal["rademacher", "gaussian", "sphere", "exact"]
 DEFAULT = Solver()
-EXACT_BATCH = 1024  # products at a time for the exact trace: bounds its memory in many dimensions
 
 
 class Evaluation(NamedTuple):
@@ -336,69 +335,21 @@ def check_start(sde: SDE, t_min: float) -> None:
         raise ValueError(f"t_min must lie between 0 and 1, where {sde} has noise, got {t_min:g}; 1e-5 is usual")
 
 
-def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.Generator, first: int) -> Tensor:
-    """(K, B, *shape); for "exact" (D, B, *shape), the unit vectors."""
-    if isinstance(probe, Tensor):
-        if probe.shape[1:] != x.shape or not len(probe):
-            raise ValueError(f"a probe for x of shape {tuple(x.shape)} must be (K, *x.shape), got {tuple(probe.shape)}")
-        return probe.to(x)
-    if probe == "exact":
-        d = math.prod(x.shape[1:])
-        return torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:]).expand(d, *x.shape)
-    if probe not in ("rademacher", "gaussian", "sphere"):
-        names = '"rademacher", "gaussian", "sphere", "exact"'
-        raise ValueError(f"unknown probe {probe!r}; use {names} or a tensor (K, B, *shape)")
-    if count < 1:
-        raise ValueError(f"probes must be at least 1, got {count}")
-    if isinstance(seed, torch.Generator):
-        z = torch.randn(count, *x.shape, generator=seed, device=seed.device).to(x)
-    else:
-        generators = example_generators(seed, first, len(x), torch.device("cpu"))
-        rows = [torch.randn(count, *x.shape[1:], generator=g) for g in generators]
-        z = torch.stack(rows, dim=1).to(x) if rows else x.new_zeros(count, *x.shape)
-    if probe == "sphere":
-        return z * (
-            math.prod(x.shape[1:]) ** 0.5 / z.flatten(2).norm(dim=2).reshape(*z.shape[:2], *(1,) * (x.ndim - 1))
-        )
-    return z if probe == "gaussian" else torch.where(z < 0, -1.0, 1.0).to(x)
-
-
-def of_rows(e: Tensor, rows: Tensor, exact: bool) -> Tensor:
-    """The probes (K, n, *shape) of the examples `rows`. Unit vectors are everybody's: a view, not D² numbers each."""
-    return e[:, :1].expand(-1, len(rows), *e.shape[2:]) if exact else e[:, rows.to(e.device)]
-
-
 def _velocity_and_traces(
-    velocity: Callable[[Tensor], Tensor], y: Tensor, e: Tensor, exact: bool, norm: bool
+    velocity: Callable[[Tensor], Tensor], x: Tensor, e: Tensor, exact: bool, norm: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The velocity at y, e^T J e (B, K) for the probes e (K, *y.shape), and if `norm` their mean |e^T J|² (B, 1).
+    """The velocity at x, e^T J e (B, K) for the probes e (K, *x.shape), and if `norm` their mean |e^T J|² (B, 1).
 
     If `exact` the probes are the unit vectors: their sums take the places of both, (B, 1).
     """
-    create = torch.is_grad_enabled()
-    with torch.enable_grad():
-        if not (create and y.requires_grad):
-            y = y.detach().requires_grad_(True)
-        found = velocity(y)
-        if not found.requires_grad:
-            raise ValueError("the velocity has no gradient in x, and a density needs its Jacobian")
-        traces, norms = [], []
-        # sums of each part apart: all products of an exact trace together are D² numbers an example
-        for part in e.split(max(EXACT_BATCH // max(len(y), 1), 1)) if exact else (e,):
-            product = _products(found, y, part, create)
-            traces.append((product * part).flatten(2).sum(2))
-            if norm:
-                norms.append(product.square().flatten(2).sum(2))
-        trace = torch.cat(traces).T
-        squares = torch.cat(norms).T if norm else None
-        if exact:
-            return found, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
-        return found, trace, None if squares is None else squares.mean(1, keepdim=True)
-
-
-def _products(h: Tensor, y: Tensor, e: Tensor, create: bool) -> Tensor:
-    """e^T J for each of the K probes e, (K, B, *shape), differentiable if `create`; zero where h does not hang on y."""
-    keep = {"retain_graph": True, "create_graph": create, "materialize_grads": True}
-    if len(e) == 1:
-        return torch.autograd.grad(h, y, e[0], **keep)[0][None]
-    return torch.autograd.grad(h, y, e, is_grads_batched=True, **keep)[0]
+    found, y, graph = differentiable(velocity, x, "the velocity has no gradient in x, and a density needs its Jacobian")
+    traces, norms = [], []
+    for part, product in products(found, y, e, graph):
+        traces.append((product * part).flatten(2).sum(2))
+        if norm:
+            norms.append(product.square().flatten(2).sum(2))
+    trace = torch.cat(traces).T
+    squares = torch.cat(norms).T if norm else None
+    if exact:
+        return found, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
+    return found, trace, None if squares is None else squares.mean(1, keepdim=True)

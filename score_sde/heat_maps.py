@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from .circle import Circle, carry
-from .flows import ProbabilityFlow, as_state, check_start, of_rows
+from .flows import ProbabilityFlow, as_state, check_start
 from .model import ScoreModel
 from .ode import EACH, Solver, integrate
-from .samplers.base import example_generators
+from .traces import differentiable, draw_probes, of_rows, products
 
 
 class HeatMap(NamedTuple):
@@ -63,27 +63,21 @@ def heat_map(
     """
     x = as_state(x)
     check_start(model.sde, t_min)
-    batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
+    batch, d = len(x), math.prod(x.shape[1:])
     wide = torch.float32 if x.device.type == "mps" else torch.float64
-    if probes is None:
-        e = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *shape).expand(d, *x.shape)
-    elif probes < 1:
+    if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact terms, got {probes}")
-    else:
-        generators = example_generators(seed, first, batch, torch.device("cpu"))
-        signs = [torch.randint(2, (probes, *shape), generator=g) * 2 - 1 for g in generators]
-        e = (torch.stack(signs, 1) if signs else torch.empty(probes, *x.shape)).to(x)
-    share = 1.0 if probes is None else 1 / probes
+    e = draw_probes("exact" if probes is None else "rademacher", probes or 1, x, seed, first)
+    share = 1 / (probes or 1)
     flow, sde, solver = ProbabilityFlow(model), model.sde, solver or Solver(EACH)
 
     def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            y = y.detach().requires_grad_(True)
-            found, terms = velocity(y), torch.zeros_like(y)
-            for direction in of_rows(e, rows, probes is None):
-                (product,) = torch.autograd.grad(found, y, direction, retain_graph=True, materialize_grads=True)
-                terms = terms + share * direction * product
-        return found.detach(), terms.flatten(1)
+        needed = "the score has no gradient in x, and a density needs its Jacobian"
+        found, y, graph = differentiable(velocity, y, needed)
+        terms = torch.zeros_like(y)
+        for part, product in products(found, y, of_rows(e, rows, probes is None), graph):
+            terms = terms + share * (part * product).sum(0)
+        return found, terms.flatten(1)
 
     def field(t: Tensor, state: Tensor) -> Tensor:
         y = state[:, 0].to(x.dtype).reshape(x.shape)

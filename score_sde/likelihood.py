@@ -13,9 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .flows import Probe, refuse_gradient, score_flow
+from .flows import refuse_gradient, score_flow
 from .model import ScoreModel
 from .ode import Solver
+from .traces import Probe
 
 
 class Likelihood(NamedTuple):

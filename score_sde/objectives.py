@@ -23,6 +23,7 @@ from .model import ScoreModel
 from .noisy_classifier import NoisyClassifier
 from .sdes import like
 from .time_laws import TimeLaw
+from .traces import Law, projections
 
 # (model, x0, t, z, v) -> (B,): the unweighted loss, a mean over dimensions, of x_t = alpha x0 + sigma z with the
 # projections v, (B, M, *shape). All but the chains' have the expectation of the error of the noise.
@@ -33,14 +34,14 @@ def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -
     return losses.denoising(model, x0, t, z, losses.simple)
 
 
-def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: score_matching.Law) -> Loss:
+def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: Law) -> Loss:
     """The loss of an estimate (model, x_t, t, v) -> (B,) of |s|²/2 + tr(ds/dx), blind to how x_t was made.
 
     By Stein's identity E |noise + sigma s|²/D = 1 + 2 sigma²/D E [|s|²/2 + tr(ds/dx)].
     """
 
     def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
-        directions = score_matching.projections(v.transpose(0, 1), law)
+        directions = projections(v.transpose(0, 1), law)
         value = estimate(model, model.sde.perturb(x0, t, z), t, directions)
         return 1 + like(2 * model.sde.sigma(t) ** 2 / math.prod(x0.shape[1:]), value) * value
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,10 @@ from torch.autograd.function import once_differentiable
 
 from .model import ScoreModel, twice_differentiable
 from .sdes import like
+from .traces import PART, differentiable, quadratic_forms
+from .traces import projections as projections
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> score, of x's shape
-Law = Literal["rademacher", "gaussian", "sphere"]
 
 
 class Energy(nn.Module):
@@ -54,10 +55,12 @@ class Energy(nn.Module):
         graph = torch.is_grad_enabled()
         with torch.enable_grad():
             x = x if graph and x.requires_grad else x.detach().requires_grad_(True)
-            return torch.autograd.grad(-self.energy(x, t).sum(), x, create_graph=graph)[0]
+            with twice_differentiable(graph):
+                energy = self.energy(x, t)
+            return torch.autograd.grad(-energy.sum(), x, create_graph=graph)[0]
 
 
-def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 1024, products: int = 2048) -> Tensor:
+def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 1024, products: int = PART) -> Tensor:
     """|s|²/2 + tr(ds/dx) with the exact trace, (B,) (Hyvärinen 2005, eq. 4; its sample average is eq. 8).
 
     Takes D vector-Jacobian products per example, D being the dimension.
@@ -83,12 +86,11 @@ def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 10
         for e in parts:
             value = value + _Recomputed.apply(partial(_part_of_trace, model, t=t, e=e), x, *trainable)
         return value
-    with twice_differentiable():
-        s, y, graph = _score_and_input(model, x, t)
-        value = _flat(s).square().sum(1) / 2
-        for e in parts:
-            value = value + _quadratic_forms(s, y, e.expand(-1, *x.shape), graph).sum(0)
-    return value if graph else value.detach()
+    s, y, graph = _score_and_input(model, x, t)
+    value = _flat(s).square().sum(1) / 2
+    for e in parts:
+        value = value + quadratic_forms(s, y, e.expand(-1, *x.shape), graph).sum(0)
+    return value
 
 
 def sliced(model: ScoreModel | Score, x: Tensor, t: Tensor, v: Tensor, variance_reduced: bool = True) -> Tensor:
@@ -104,12 +106,10 @@ def sliced(model: ScoreModel | Score, x: Tensor, t: Tensor, v: Tensor, variance_
     Raises ValueError for another shape of v, or where the score has no gradient in x.
     """
     _check_projections(x, v)
-    with twice_differentiable():
-        s, y, graph = _score_and_input(model, x, t)
-        traces = _quadratic_forms(s, y, v, graph)
-        squares = _flat(s).square().sum(1) if variance_reduced else (s * v).flatten(2).sum(2).square()
-        value = (squares / 2 + traces).mean(0)
-    return value if graph else value.detach()
+    s, y, graph = _score_and_input(model, x, t)
+    traces = quadratic_forms(s, y, v, graph)
+    squares = _flat(s).square().sum(1) if variance_reduced else (s * v).flatten(2).sum(2).square()
+    return (squares / 2 + traces).mean(0)
 
 
 def finite_difference(
@@ -189,23 +189,6 @@ def fisher_divergence(p: ScoreModel | Score, q: ScoreModel | Score, x: Tensor, t
     return Divergence(values.mean(), error)
 
 
-def projections(z: Tensor, law: Law = "rademacher") -> Tensor:
-    """Standard normal numbers z, (M, B, *shape), made into projections of E v v^T = I.
-
-    "rademacher": signs; "gaussian": z itself; "sphere": uniform on the sphere of radius sqrt(D).
-    Raises ValueError for another law.
-    """
-    if law == "rademacher":
-        return torch.where(z < 0, -1.0, 1.0).to(z)
-    if law == "gaussian":
-        return z
-    if law == "sphere":
-        d = math.prod(z.shape[2:])
-        lengths = z.flatten(2).norm(dim=2).reshape(*z.shape[:2], *(1,) * (z.ndim - 2))
-        return z * (math.sqrt(d) / lengths)
-    raise ValueError(f'unknown law of projections {law!r}; use "rademacher", "gaussian" or "sphere"')
-
-
 def _score_of(model: ScoreModel | Score) -> Score:
     return model.score if isinstance(model, ScoreModel) else model
 
@@ -220,38 +203,15 @@ def _check_projections(x: Tensor, v: Tensor) -> None:
 
 
 def _score_and_input(model: ScoreModel | Score, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, bool]:
-    """The score, the tensor that it may be differentiated by, and whether a graph of that derivative is wanted."""
-    graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        y = x if graph and x.requires_grad else x.detach().requires_grad_(True)
-        s = _score_of(model)(y, t)
-    if not s.requires_grad:
-        raise ValueError("the score has no gradient in x, and score matching needs its Jacobian")
-    return s, y, graph
+    """`differentiable` of the score at t."""
+    needed = "the score has no gradient in x, and score matching needs its Jacobian"
+    return differentiable(lambda y: _score_of(model)(y, t), x, needed)
 
 
 def _part_of_trace(model: ScoreModel | Score, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
     """The part of tr(ds/dx) that unit vectors e, (K, 1, *shape), give, with a score computed anew; (B,)."""
-    with twice_differentiable():
-        s, y, graph = _score_and_input(model, x, t)
-        return _quadratic_forms(s, y, e.expand(-1, *x.shape), graph).sum(0)
-
-
-def _quadratic_forms(s: Tensor, x: Tensor, v: Tensor, graph: bool) -> Tensor:
-    """v^T (ds/dx) v for each of the K directions v, (K, B, *shape); (K, B)."""
-    return (_products(s, x, v, graph) * v).flatten(2).sum(2)
-
-
-def _products(s: Tensor, x: Tensor, v: Tensor, graph: bool) -> Tensor:
-    """v^T ds/dx for each of K directions, (K, B, *shape): in one batched backward pass where vmap can."""
-    if len(v) > 1:
-        try:
-            return torch.autograd.grad(s, x, v, is_grads_batched=True, create_graph=graph, retain_graph=True)[0]
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError:  # a step of the backward pass that vmap refuses, such as drawing random numbers
-            pass
-    return torch.stack([torch.autograd.grad(s, x, e, create_graph=graph, retain_graph=True)[0] for e in v])
+    s, y, graph = _score_and_input(model, x, t)
+    return quadratic_forms(s, y, e.expand(-1, *x.shape), graph).sum(0)
 
 
 class _Recomputed(torch.autograd.Function):

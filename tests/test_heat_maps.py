@@ -36,9 +36,11 @@ def test_with_the_same_steps_the_sum_is_the_same_to_rounding() -> None:
     model = Mixture(VPSDE(), [0.3, 0.7], torch.stack([MEAN, -2 * MEAN]), torch.stack([COV, 0.2 * COV]))
     x, _ = model.sample(3, torch.Generator().manual_seed(0))
     steps = Solver("rk4", steps=20)
-    found = heat_map(model, x, probes=None, t_min=0.01, solver=steps)
-    truth = score_flow(model, t_min=0.01, solver=steps).evaluate(x, probe="exact")
-    torch.testing.assert_close(found.log_prob.flatten(1).sum(1), truth.log_prob.detach(), rtol=1e-12, atol=1e-12)
+    flow = score_flow(model, t_min=0.01, solver=steps)
+    for probes, same in ((None, {"probe": "exact"}), (3, {"probe": "rademacher", "probes": 3, "seed": 5, "first": 2})):
+        found = heat_map(model, x, probes=probes, t_min=0.01, solver=steps, seed=5, first=2)
+        truth = flow.log_prob(x, **same).detach()
+        torch.testing.assert_close(found.log_prob.flatten(1).sum(1), truth, rtol=1e-12, atol=1e-12)
 
 
 def test_independent_dimensions_have_their_own_densities() -> None:

@@ -19,17 +19,18 @@ from score_sde import (
     Preconditioned,
     ScoreModel,
     SubVPSDE,
-    flows,
     from_score,
     log_likelihood,
+    traces,
 )
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
-from score_sde.flows import draw_probes, score_flow
+from score_sde.flows import score_flow
 from score_sde.likelihood import Likelihood
 from score_sde.networks import UNet
 from score_sde.ode import Solver
+from score_sde.traces import draw_probes
 from score_sde.scan import gaussian_fit
 from score_sde.sdes import like
 from tests.oracles import SDES, name, numbers
@@ -242,16 +243,16 @@ def test_exact_traces_in_many_dimensions_come_in_parts(method: str, monkeypatch:
     """A few products at a time, and the D unit vectors once, not for every example."""
     model = Gaussian(VPSDE(), MEAN, COV)
     x, _ = model.sample(4, torch.Generator().manual_seed(0))
-    whole, parts, products = exactly(model, x, method=method), list[Tensor](), flows._products
+    whole, parts, products = exactly(model, x, method=method), list[Tensor](), traces._products
 
-    def watched(h: Tensor, y: Tensor, e: Tensor, create: bool) -> Tensor:
+    def watched(h: Tensor, y: Tensor, e: Tensor, *how: bool) -> Tensor:
         parts.append(e)
-        return products(h, y, e, create)
+        return products(h, y, e, *how)
 
-    monkeypatch.setattr(flows, "_products", watched)
+    monkeypatch.setattr(traces, "_products", watched)
     for size in (1, 8):
         parts.clear()
-        monkeypatch.setattr(flows, "EXACT_BATCH", size)
+        monkeypatch.setattr(traces, "PART", size)
         torch.testing.assert_close(exactly(model, x, method=method).log_prob, whole.log_prob, rtol=1e-9, atol=1e-9)
         assert all(len(e) == 1 or len(e) * e.shape[1] <= size for e in parts)
         assert max(e.untyped_storage().nbytes() for e in parts) == 3 * 3 * x.element_size()
@@ -261,12 +262,12 @@ def test_unit_vectors_are_shared_by_the_examples_they_are_chosen_for() -> None:
     x, rows = numbers(4, 2, 2), torch.tensor([3, 0])
     for kind, exact in (("exact", True), ("gaussian", False)):
         e = draw_probes(kind, 5, x, 0, 0)  # type: ignore[arg-type]
-        found = flows.of_rows(e, rows, exact)
+        found = traces.of_rows(e, rows, exact)
         assert torch.equal(found, e[:, rows]) and (found.data_ptr() == e.data_ptr()) == exact
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["stored", "recomputed"])
-def test_several_probes_through_a_network_with_attention_in_one_product(recompute: bool) -> None:
+def test_several_probes_through_a_network_with_attention_are_the_single_ones(recompute: bool) -> None:
     torch.manual_seed(0)  # of the network's initial weights
     network = UNet(
         1, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, dropout=0.0, init_scale=1.0,

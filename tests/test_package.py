@@ -31,6 +31,7 @@ ROWS = [
         "time_laws",
         "samplers",
         "flows",
+        "traces",
         "likelihood",
         "guidance",
         "noisy_classifier",

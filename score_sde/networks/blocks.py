@@ -10,9 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .layers import Convolution, Dropout, conv, group_norm, linear
+from .layers import Convolution, Dropout, conv, group_norm, linear, recomputed
 from .resample import Repeat, Taps
 
 BlockKind = Literal["ddpm", "biggan"]
@@ -169,9 +168,7 @@ class ResidualBlock(nn.Module):
         self.style = style
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
-        if self.style.recompute and torch.is_grad_enabled():
-            return checkpoint(self.block, x, label, use_reentrant=False)
-        return self.block(x, label)
+        return recomputed(self.block, x, label) if self.style.recompute else self.block(x, label)
 
     def block(self, x: Tensor, label: Tensor | None) -> Tensor:
         activation = self.style.activation

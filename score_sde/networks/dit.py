@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .blocks import LabelEmbedding, Sinusoidal, Text, attend
 from .conditions import Conditional
-from .layers import Dropout, conv, cropped, linear, padded
+from .layers import Dropout, conv, cropped, layer_norm, linear, padded, recomputed
 
 
 class DiT(Conditional):
@@ -64,7 +64,6 @@ class DiT(Conditional):
         self.first = conv(channels + image_channels, width, patch, stride=patch, padding=0)
         self.blocks = nn.ModuleList(DiTBlock(width, heads, dropout, text_width) for _ in range(depth))
         self.modulation = linear(width, 2 * width, scale=0.0)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.last = linear(width, patch**2 * (out_channels or channels), scale=0.0)
 
     def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
@@ -75,12 +74,10 @@ class DiT(Conditional):
         h = h.flatten(2).transpose(1, 2) + positions(rows, columns, h)
         *labels, label = self.labels(time, told.embedding, condition.get("label"))
         for block, each in zip(self.blocks, labels, strict=True):
-            if self.recompute and torch.is_grad_enabled():
-                h = checkpoint(block, h, each, told.text, use_reentrant=False)
-            else:
-                h = block(h, each, told.text)
+            run = partial(recomputed, block) if self.recompute else block
+            h = run(h, each, told.text)
         shift, scale = self.modulation(label)[:, None].chunk(2, dim=2)
-        h = self.last(self.norm(h) * (1 + scale) + shift)
+        h = self.last(_norm(h) * (1 + scale) + shift)
         pixels = h.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))  # (B, R, C, p, p, channels)
         return cropped(pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), size)
 
@@ -99,7 +96,6 @@ class DiTBlock(nn.Module):
         super().__init__()
         self.heads = heads
         self.modulation = linear(width, 6 * width, scale=0.0)
-        self.norm = nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
         self.qkv = linear(width, 3 * width)
         self.text = linear(text_width, 2 * width) if text_width else None
         self.out = linear(width, width)
@@ -109,14 +105,18 @@ class DiTBlock(nn.Module):
 
     def forward(self, x: Tensor, label: Tensor, text: Text | None) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(label)[:, None].chunk(6, dim=2)
-        qkv = self.qkv(self.norm(x) * (1 + scale) + shift)
+        qkv = self.qkv(_norm(x) * (1 + scale) + shift)
         if self.text is None or text is None:
             h = attend(qkv, self.heads)
         else:
             h = attend(qkv, self.heads, self.text(text.tokens), text.mask)
         x = x + gate * self.dropout(self.out(h))
-        h = F.gelu(self.hidden(self.norm(x) * (1 + scale2) + shift2), approximate="tanh")
+        h = F.gelu(self.hidden(_norm(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + gate2 * self.dropout(self.last(h))
+
+
+def _norm(x: Tensor) -> Tensor:
+    return layer_norm(x, x.shape[-1:], eps=1e-6)
 
 
 def positions(rows: int, columns: int, like: Tensor) -> Tensor:

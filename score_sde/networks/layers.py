@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 Activation = Literal["elu", "relu", "lrelu", "swish"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -74,6 +77,50 @@ def group_norm(channels: int, groups: int | None, eps: float = 1e-6) -> nn.Group
     elif channels % groups:
         raise ValueError(f"{channels} channels do not divide into groups={groups}; change width or use groups=None")
     return nn.GroupNorm(groups, channels, eps=eps)
+
+
+def plain() -> bool:
+    """Whether the caller asks for plain operations, which may be differentiated twice and more.
+
+    It does so by torch's own switch of attention, ``sdpa_kernel(SDPBackend.MATH)``.
+    """
+    cuda = torch.backends.cuda
+    return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
+
+
+def layer_norm(x: Tensor, sizes: Sequence[int], eps: float = 1e-5) -> Tensor:
+    """x with mean 0 and variance 1 over its last axes, whose `sizes` are given.
+
+    In plain operations where they are asked for: the third derivative of torch 2.13's kernel is wrong, which maximum
+    likelihood of a guided model takes.
+    """
+    if not plain():
+        return F.layer_norm(x, sizes, eps=eps)
+    axes = tuple(range(-len(sizes), 0))
+    return (x - x.mean(axes, keepdim=True)) * torch.rsqrt(x.var(axes, correction=0, keepdim=True) + eps)
+
+
+def recomputed(part: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """part(*arguments), which the backward pass computes again instead of keeping what is in between.
+
+    Plain operations, if asked for, are so in the second computation too, which comes when that request has ended.
+    """
+    if not torch.is_grad_enabled():
+        return part(*arguments)
+    if not plain():
+        return checkpoint(part, *arguments, use_reentrant=False)
+    return checkpoint(part, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _Plain()))
+
+
+class _Plain(AbstractContextManager[None]):
+    """``sdpa_kernel(SDPBackend.MATH)`` that may be entered again: each backward pass computes a part anew."""
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        self.stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+
+    def __exit__(self, *error: object) -> None:
+        self.stack.close()
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

@@ -16,9 +16,8 @@ from itertools import pairwise
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .layers import ACTIVATIONS, Activation
+from .layers import ACTIVATIONS, Activation, layer_norm, recomputed
 
 Norm = Callable[[int], nn.Module]  # channels -> a module (x, level) -> a tensor of x's shape
 
@@ -105,9 +104,7 @@ class RefineNet(nn.Module):
         return None
 
     def _run(self, part: nn.Module, *arguments: Tensor | None) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            return checkpoint(part, *arguments, use_reentrant=False)
-        return part(*arguments)
+        return recomputed(part, *arguments) if self.recompute else part(*arguments)
 
 
 class NCSN(RefineNet):
@@ -332,7 +329,7 @@ def normalised(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     means = x.mean((2, 3))
     m = (means - means.mean(1, keepdim=True)) * torch.rsqrt(means.var(1, keepdim=True) + 1e-5)
     shift = gamma * alpha * m + beta
-    return torch.addcmul(shift[:, :, None, None], F.layer_norm(x, x.shape[2:]), gamma[..., None, None])
+    return torch.addcmul(shift[:, :, None, None], layer_norm(x, x.shape[2:]), gamma[..., None, None])
 
 
 def dilated(inputs: int, outputs: int, dilation: int) -> nn.Conv2d:

@@ -12,7 +12,7 @@ from torchdiffeq import odeint
 
 from ..model import ScoreModel
 from ..ode import FIXED, Solver, integrate
-from ..sdes import SDE, Noise, add_, like, scaled
+from ..sdes import SDE, Noise, add, add_, like, scaled
 from .base import Planned, Sampler
 
 
@@ -48,7 +48,7 @@ class Heun(Planned):
         if not (sigma_s.any() if isinstance(sigma_s, Tensor) else sigma_s):
             return y
         other = model(y, s)
-        return add_(add_(y, half, other.noise), -half, e.noise)
+        return add_(add(y, half, other.noise), -half, e.noise)  # not in place: the model's gradient may need y
 
 
 @dataclass(frozen=True)
