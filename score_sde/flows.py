@@ -7,8 +7,8 @@ change of variables; Chen et al. 2018, arXiv:1806.07366, theorem 1), so
 
 with the state and the integral solved as one ODE. The divergence is exact, or Hutchinson's estimate
 e^T J e with random e of unit covariance, drawn once per example and held through the solve (Grathwohl et al. 2019,
-arXiv:1810.01367). Each evaluation is one forward pass and one batched vector-Jacobian product, whose squared length is
-an estimate of |J|² and regularises the flow at no further product (Finlay et al. 2020, arXiv:2002.02798).
+arXiv:1810.01367). Each evaluation is one forward pass and a vector-Jacobian product for each probe, whose squared
+length is an estimate of |J|² and regularises the flow at no further product (Finlay et al. 2020, arXiv:2002.02798).
 
 The probability flow of a score model is such a flow (Song et al. 2021, eq. 39): `score_flow` makes it one, with the
 model's parameters, and `likelihood.log_likelihood` is its `evaluate`. Where no gradient is wanted, Solver("embedded")
@@ -162,7 +162,7 @@ class Flow(nn.Module):
             x: (B, *shape); in half precision it is taken in float32.
             probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", "sphere" (a Gaussian's direction, of
                 length sqrt(D)), or a tensor (K, B, *shape).
-            probes: number K of random probes per example; all go through one batched product.
+            probes: number K of random probes per example, at the cost of a product each.
             seed: of the probes; example i's depend on (seed, first + i) alone. In training give a torch.Generator,
                 which serves the whole batch and goes on from step to step.
             first: index of the batch's first example.
@@ -170,8 +170,9 @@ class Flow(nn.Module):
             jacobian: also integrate |J|², the squared Frobenius norm of the velocity's Jacobian: exact for "exact",
                 else its unbiased estimate |e^T J|² with the same probe.
 
-        Both integrals enter the solver's error norm. Raises ValueError for an unknown probe, a wrong shape or a
-        velocity without gradient, RuntimeError where the solver gives up.
+        Both integrals enter the solver's error norm. Raises ValueError for an unknown probe, a wrong shape, a velocity
+        without gradient, or a gradient that torch has wrong (see `traces.differentiable`); RuntimeError where the
+        solver gives up.
         """
         x = as_state(x)
         batch, d = x.shape[0], math.prod(x.shape[1:])
@@ -288,8 +289,6 @@ class Flow(nn.Module):
                 "the adjoint must know the velocity's parameters: make it an nn.Module instead of a function, "
                 'or use Solver(gradient="backprop")'
             )
-        if torch.is_grad_enabled() and self.solver.method == "RK45" and (parameters or y.requires_grad):
-            raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or evaluate under torch.no_grad()")
         return integrate(field, y, t0, t1, solver=self.solver, sde=self.sde, parameters=parameters)
 
 

@@ -65,7 +65,7 @@ def log_likelihood(
         model: any score model.
         x: (B, *shape).
         probe: "rademacher", "gaussian", "sphere", "exact" (D probes, the unit vectors), or a tensor (K, B, *shape).
-        probes: number K of random probes per example; all go through one batched product.
+        probes: number K of random probes per example, at the cost of a product each.
         rtol, atol: tolerances of the solver. "embedded" holds each example's root mean square of the state's error and
             the error of its log density per dimension to them; the others that of the batch's states and log densities.
         t_min: where the integral begins.

@@ -155,7 +155,7 @@ def integrate(
         )
 
     if solver.method == "RK45":
-        if torch.is_grad_enabled() and y.requires_grad:
+        if torch.is_grad_enabled() and any(part.requires_grad for part in (y, *parameters)):
             raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or solve under torch.no_grad()")
 
         @torch.no_grad()
@@ -272,7 +272,7 @@ def integrate_each(
         new, error, last = trial(counted, y[here], u[left], sign[left] * size, slope[here], left)
         nfe[left] += len(_NODES) - 1
         # in the state's dtype an error may vanish; a step grows to four times its size at most
-        e = norm(error, y[here], new, rtol, atol)
+        e = norm(error, y[here], new, rtol, atol).detach()  # a gradient holds the steps constant
         sound = e.isfinite() & _finite(new) & _finite(last)
         e, sound = e.masked_fill(~sound, math.inf).cpu().double(), sound.cpu()
         good = e <= 1

@@ -32,11 +32,13 @@ PART = 2048  # products of all examples together that are held at a time: of an 
 # The steps of a backward pass that vmap takes right, also where their own gradient is wanted: as autograd names them,
 # "Add0" for AddBackward0. A test compares every one with single products.
 _STEPS = """
-    Abs0 Add0 Add1 Addcmul0 Addmm0 Bmm0 Cat0 Clamp0 Clamp1 Clone0 ConstantPadNd0 Cos0 Div0 Div1 Elu0 Exp0 Expand0 Expm10
-    Gelu0 Index0 LeakyRelu0 Lerp0 Log0 LogSoftmax0 LogSoftmaxBackwardData0 Logsumexp0 MaskedFill0 Maximum0 Mean0 Mean1
-    Minimum0 Mm0 Mul0 Mul1 Neg0 Permute0 Pow0 Reciprocal0 Relu0 ReshapeAlias0 Rsqrt0 Select0 Sigmoid0 SigmoidBackward0
-    Silu0 Sin0 Slice0 Softmax0 SoftmaxBackwardData0 Softplus0 SoftplusBackward0 Split0 Sqrt0 Squeeze1 Stack0 Sub0 Sub1
-    Sum0 Sum1 T0 Tanh0 TanhBackward0 ToCopy0 Transpose0 UnsafeView0 Unsqueeze0 View0 Where0
+    Abs0 Add0 Add1 Addcmul0 Addmm0 Bmm0 Cat0 Clamp0 Clamp1 ClampMin0 ClampMin1 Clone0 ConstantPadNd0 Cos0 Div0 Div1 Elu0
+    EluBackward0 Exp0 Expand0 Expm10 Flip0 Gelu0 GeluBackward0 Index0 IndexPutImpl0 LeakyRelu0 LeakyReluBackward0 Lerp0
+    Lerp1 Log0 Log1P0 LogSoftmax0 LogSoftmaxBackwardData0 Logsumexp0 MaskedFill0 Maximum0 Mean0 Mean1 Minimum0 Mm0 Mul0
+    Mul1 Neg0 Permute0 Pow0 Reciprocal0 Relu0 ReshapeAlias0 Rsqrt0 Rsub1 Select0 SelectBackward0 Sgn0 Sigmoid0
+    SigmoidBackward0 Silu0 Sin0 Slice0 SliceBackward0 Softmax0 SoftmaxBackwardData0 Softplus0 SoftplusBackward0 Split0
+    Sqrt0 Squeeze1 Stack0 Sub0 Sum0 Sum1 T0 Tanh0 TanhBackward0 ThresholdBackward0 ToCopy0 Transpose0 Unbind0
+    UnsafeView0 Unsqueeze0 View0 Where0
 """
 # Besides the ends of a graph; the last is of torchdiffeq's times, where no product passes.
 _ENDS = {"torch::autograd::AccumulateGrad", "_StitchGradientBackward"}

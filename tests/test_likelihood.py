@@ -30,9 +30,9 @@ from score_sde.flows import score_flow
 from score_sde.likelihood import Likelihood
 from score_sde.networks import UNet
 from score_sde.ode import Solver
-from score_sde.traces import draw_probes
 from score_sde.scan import gaussian_fit
 from score_sde.sdes import like
+from score_sde.traces import draw_probes
 from tests.oracles import SDES, name, numbers
 
 CHAINS = [DDPM.linear(1000).as_sde(), SMLD.from_sde(VESDE(), 50).as_sde()]

@@ -34,9 +34,10 @@ class AdaptiveSDE(Sampler):
         first: size of the first step, in t.
         safety, exponent: its theta and r.
 
-    The grid's points are where the state is reported. Raises ValueError for impossible settings, and where the grid
-    ends at clean data (sigma = 0); RuntimeError, with the examples at which it does, where it gives up: where no step
-    that still moves t has a finite error that is small enough, or after 100 000 steps.
+    The grid's points are where the state is reported. A gradient holds the steps, and so the Brownian path, constant.
+    Raises ValueError for impossible settings, and where the grid ends at clean data (sigma = 0); RuntimeError, with the
+    examples at which it does, where it gives up: where no step that still moves t has a finite error that is small
+    enough, or after 100 000 steps.
     """
 
     rtol: float = 0.02
@@ -71,7 +72,7 @@ class AdaptiveSDE(Sampler):
             with of_examples(model, left, len(x)):
                 euler, improved = improved_euler(model, x[here], t[left], s, dw)
             size = (self.rtol * torch.maximum(euler.abs(), past[here].abs())).clamp_min(self.atol)
-            e = ((improved - euler) / size).flatten(1).square().mean(1).sqrt().cpu().double()
+            e = ((improved - euler) / size).detach().flatten(1).square().mean(1).sqrt().cpu().double()
             sound = e.isfinite()
             e = e.masked_fill(~sound, 10)  # rejected; a tenth of the step is tried
             good = e <= 1

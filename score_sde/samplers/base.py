@@ -74,9 +74,19 @@ class Planned(Sampler, ABC):
             yield lambda x, noise, t=t, s=s, row=numbers: self.take(model, x, t, s, row, noise)  # type: ignore[misc]
 
 
-def rows(columns: Sequence[Any]) -> list[tuple[float, ...]]:
-    """Tensors or arrays of shape (n,) as n tuples of numbers."""
-    return list(zip(*(column.tolist() for column in columns), strict=True))
+def rows(columns: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Tensors or arrays of shape (n,) as n tuples of numbers; of tensors where a learned schedule has a gradient."""
+    learned = any(isinstance(column, Tensor) and column.requires_grad for column in columns)
+    return list(zip(*(column.unbind() if learned else column.tolist() for column in columns), strict=True))
+
+
+def refuse_learned(curve: Tensor, name: str) -> None:
+    """Raise ValueError where a curve of the SDE asks for a gradient, which the sampler `name` would lose in silence."""
+    if curve.requires_grad:
+        raise ValueError(
+            f"{name} gives no gradient to a learned schedule: hold it constant by "
+            "model.schedule.requires_grad_(False), or take a sampler that does, such as DDIM() or Heun()"
+        )
 
 
 def add_noise_(y: Tensor, std: Tensor | float, noise: Noise) -> Tensor:

@@ -97,6 +97,7 @@ class AdaptiveODE(Sampler):
         def field(t: Tensor, y: Tensor) -> Tensor:
             return velocity(model, y, t)
 
+        solver = Solver(self.method, self.rtol, self.atol)
         for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-            x, _ = integrate(field, x, t, s, solver=Solver(self.method, self.rtol, self.atol), sde=model.sde)
+            x, _ = integrate(field, x, t, s, solver=solver, sde=model.sde, parameters=model.parameters())
             yield x

@@ -12,7 +12,7 @@ from ..circle import FIRST_STEP, Circle
 from ..model import ScoreModel, of_examples
 from ..ode import GaveUp, check_tolerances, integrate_each
 from ..sdes import Noise
-from .base import Sampler
+from .base import Sampler, refuse_learned
 from .deterministic import check_noisy
 
 
@@ -43,6 +43,7 @@ class EmbeddedODE(Sampler):
                 return circle.velocity(u, y)
 
         places, radii = circle.place(times), circle.radius(times).tolist()
+        refuse_learned(places, "EmbeddedODE")
         h = FIRST_STEP * (places[0] - places[-1]).expand(batch)
         for i, (start, end) in enumerate(pairwise(places)):
             x, h, _, failure = integrate_each(

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from ..model import Estimate, ScoreModel
 from ..sdes import SDE, Noise, add, add_, scaled
-from .base import Sampler, add_noise_, rows
+from .base import Sampler, add_noise_, refuse_learned, rows
 
 # Coefficients are NumPy's: on a few numbers its arithmetic costs a third of torch's, and a walk's plan counts.
 Array = NDArray[np.float64]
@@ -64,7 +64,9 @@ Row = Sequence[Any]
 
 
 def point(sde: SDE, t: Tensor) -> Point:
-    alpha, sigma = (curve.detach().double().cpu().numpy() for curve in (sde.alpha(t), sde.sigma(t)))
+    curves = sde.alpha(t), sde.sigma(t)
+    refuse_learned(curves[0], "a solver in log SNR")
+    alpha, sigma = (curve.double().cpu().numpy() for curve in curves)
     with np.errstate(divide="ignore"):  # infinite at clean data
         return Point(alpha, sigma, np.log(alpha / sigma))
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..model import ScoreModel
 from ..sdes import Noise, add_
-from .base import Sampler, rows
+from .base import Sampler, refuse_learned, rows
 from .deterministic import Heun
 
 
@@ -45,6 +45,8 @@ class Churn(Sampler):
         gamma = min(self.churn / len(t), math.sqrt(2) - 1)
         most = sde.log_snr(torch.ones((), dtype=torch.float64))
         r = sde.sigma(t) / sde.alpha(t)
+        if gamma > 0:  # the times of the raised noise are the schedule's too
+            refuse_learned(r, "Churn")
         raised = sde.time(torch.maximum(sde.log_snr(t) - 2 * math.log1p(gamma), most))
         u = torch.where((gamma > 0) & (self.low <= r) & (r <= self.high) & (raised > t), raised, t)
         scale, std = sde.transition(t, u)

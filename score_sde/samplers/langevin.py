@@ -53,7 +53,7 @@ def langevin_dynamics(
     seed: int | torch.Generator = 0,
     first: int = 0,
 ) -> Draws:
-    """n steps of Langevin dynamics from x.
+    """n steps of Langevin dynamics from x, without a gradient.
 
     Args:
         target: a score model, at its time t; or a function of x, which is a log density up to a constant where it
@@ -98,7 +98,7 @@ def langevin_walk(
     """`langevin_dynamics` without an end: the states after each step, and who moved, (B,); errors are the same."""
     if x.ndim < 2:
         raise ValueError(f"x must be (B, *shape), a batch of states, got shape {tuple(x.shape)}")
-    read = _reader(target, t)
+    x, read = x.detach(), _reader(target, t)  # half of its gradient would be wrong
     size: StepSize = step if callable(step) else lambda i: step
     if not metropolis:
         return _unadjusted(read, x, size, noise)
