@@ -22,7 +22,7 @@ SETUP.read(ROOT / "setup.cfg")
 
 # Knowledge flows downward: a part imports from its own row and the rows above. Parts not named are in the row of train.
 ROWS = [
-    {"sdes", "chains", "learned", "noise_levels", "ode", "diffusions", "progress", "levels"},
+    {"sdes", "chains", "learned", "noise_levels", "ode", "diffusions", "progress", "levels", "devices"},
     {"model"},
     {"closed_form", "networks", "circle"},
     {
