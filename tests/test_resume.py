@@ -38,7 +38,9 @@ OF_POINTS = {
     "soft truncation": {"training__soft_truncation": 1.0, "training__likelihood_weighting": True},
     "chain": CHAIN,
     "hybrid": {**VARIANCE, "training__objective": "hybrid"},
-    "second moments": {**VARIANCE, "training__objective": "vlb", "training__time": "second_moment"},
+    "second moments": {  # a batch in which each step comes ten times and more, so that the next is drawn by them
+        **VARIANCE, "training__objective": "vlb", "training__time": "second_moment", "training__batch_size": 128,
+    },
     "sliced": {"training__objective": "sliced", "training__projections": 2},
     "finite difference": {"training__objective": "finite_difference"},
     "edm": {"training__sde": "edm", "training__time": "edm", "model__rule": "edm", "model__label": "edm"},
