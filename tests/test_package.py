@@ -88,7 +88,7 @@ def test_knowledge_flows_downward_only() -> None:
 
 def test_networks_know_nothing_of_the_package_and_mathematics_nothing_of_configs_or_files() -> None:
     found = parts()
-    assert found["networks"][0] == set()
+    assert found["networks"][0] <= {"devices"}  # of torch alone: where tensors are
     worldly = {"absl", "argparse", "json", "ml_collections", "os", "pathlib", "score_sde"}
     assert {part: found[part][1] & worldly for part in set().union(*MATHEMATICS) if found[part][1] & worldly} == {}
 
