@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import logging
 import math
 import os
@@ -35,7 +36,7 @@ from .conditions import RESTORING, Wanted, load_guides, sampled_labels, told, tr
 from .config_rules import suspects
 from .data import Data, Split, leave_out, load_data
 from .demo import summary
-from .dequantisation import fit_dequantiser, save_dequantiser
+from .dequantisation import fit_dequantiser, save_dequantiser, was_made_from
 from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
 from .inverse_modes import restoring_line, run_restoring
 from .latent_modes import read_examples, round_trip, run_decoding, run_encoding, run_interpolation
@@ -48,6 +49,7 @@ from .pictures import Pixels
 from .progress import Progress
 from .scan import scan
 from .show import Show, keep_log, log_to_terminal, warn
+from .stamps import KEYS, asked, stamp
 from .text import HuggingFaceEncoder, Text, embed
 from .train import train
 
@@ -481,17 +483,16 @@ def _latents(
         folder, result = run_decoding(model, config, *given)
         log.info("%d latents decoded, NFE %.0f: %s", result["number"], result["nfe"], folder)
         return
-    split, source = {"test": data.test, "train": data.train}[config.eval.split], None
-    if options.input is not None:
+    split, own = {"test": data.test, "train": data.train}[config.eval.split], options.input is not None
+    if own:
         split = _own(options, config, images, codec, processes)
-        source = f"sha256 {split.digest()}"
     if options.mode == "encode":
-        folder, result = run_encoding(model, config, split, codec, path, workdir / "latents", processes, source)
+        folder, result = run_encoding(model, config, split, codec, path, workdir / "latents", processes, own)
         log.info("%s: %s", round_trip(result), folder)
         return
     between = None if config.interpolation.between == "seeds" else split
     folder, result = run_interpolation(
-        model, config, between, data.shape, codec, path, workdir / "interpolations", processes, source
+        model, config, between, data.shape, codec, path, workdir / "interpolations", processes, own
     )
     unit = " levels of a pixel" if codec.levels else ""
     off = f"; the ends are off by {result['ends_rms_error']:.3g}{unit} (RMS)" if between is not None else ""
@@ -558,11 +559,19 @@ def run_dequantizing(
     workdir: Path,
     processes: Processes,
 ) -> Path:
-    """--mode dequantize: fit the flow that the section dequantizer describes to a checkpoint; return its file."""
+    """--mode dequantize: fit the flow that the section dequantizer describes to a checkpoint; return its file.
+
+    Where that file is there, and says that it was made from the same, nothing is fitted again.
+    """
     if not isinstance(codec, PixelCodec):
         raise ValueError(f"--mode dequantize is for pixels; data.dataset={config.data.dataset} holds floats")
+    about = {"sde": repr(model.sde), "examples_sha256": split.digest()}
+    made_from = json.dumps(stamp(path, config.eval.weights, codec, config, KEYS["dequantize"], about))
+    target = dequantiser_path(workdir, path, config.eval.weights)
+    if was_made_from(target, made_from):
+        return target
+    config = asked(config, KEYS["dequantize"])
     d, e = config.dequantizer, config.eval
-    target = dequantiser_path(workdir, path, e.weights)
     failures.writable(target.parent)
     with Progress("dequantizer", d.n_iters) as bar:
 
@@ -584,7 +593,7 @@ def run_dequantizing(
             seed=config.seed,
             progress=progress,
         )
-    save_dequantiser(target, dequantiser, checkpoint_sha256=checkpoint.file_hash(path))
+    save_dequantiser(target, dequantiser, checkpoint_sha256=checkpoint.file_hash(path), made_from=made_from)
     return target
 
 

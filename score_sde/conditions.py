@@ -164,6 +164,16 @@ def sampled_labels(config: ConfigDict, guides: Guides | None = None) -> list[int
     return list(config.sampling.labels) or list(range(classes))
 
 
+def check_number(labels: Sequence[int], prompts: Sequence[str], number: int, key: str) -> None:
+    """Raise ValueError where more classes or prompts are asked for than examples, of which `key` says the `number`."""
+    for what, asked in (("sampling.labels", labels), ("--prompt", prompts)):
+        if len(asked) > number:
+            raise ValueError(
+                f"{what} asks for {len(asked)}, and {key}={number} is fewer: set it to {len(asked)} or more, or ask "
+                "for fewer"
+            )
+
+
 def in_turn(labels: list[int], first: int, count: int) -> Tensor:
     """The labels of the examples first to first + count - 1, (count,)."""
     return torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
@@ -244,20 +254,16 @@ def conditional(
     return guide(told, reference, scale, **interval, rescale=s.guidance_rescale)
 
 
-def about(config: ConfigDict, wanted: Wanted, scales: list[float], guides: Guides) -> dict[str, Any]:
-    """What a stamp says of all this."""
-    s = config.sampling
+def about(wanted: Wanted, scales: list[float], guides: Guides) -> dict[str, Any]:
+    """What a stamp says of all this, beside the keys of the section sampling."""
     guided = bool(wanted.labels or wanted.prompts or guides.reference)
-    settings = [*scales, s.guidance_low, s.guidance_high, s.guidance_rescale]
-    found = {"labels": wanted.labels, "guidance": settings if guided else None, **(guides.about or {})}
-    if s.negative_label >= 0:
-        found["negative_label"] = s.negative_label
+    found: dict[str, Any] = {"labels": wanted.labels, "guidance": scales if guided else None, **(guides.about or {})}
     if wanted.text is not None:
         found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
     if wanted.images is not None:
-        found |= {"images_sha256": digest(wanted.images), "augmentation": s.augmentation}
+        found["images_sha256"] = digest(wanted.images)
     if wanted.changed is not None:
-        found |= {"start": s.start, "input_sha256": wanted.changed.digest()}
+        found["input_sha256"] = wanted.changed.digest()
     return found
 
 

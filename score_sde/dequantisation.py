@@ -354,6 +354,14 @@ def save_dequantiser(path: Path, dequantiser: VariationalDequantiser, **about: s
     write_tensors(path, d.state_dict(), {"format": FORMAT, "built": json.dumps(built), **about})
 
 
+def was_made_from(path: Path, made_from: str) -> bool:
+    """Whether there is a dequantiser's file, whole, whose header says this of what it was made from."""
+    try:
+        return load_dequantiser(path)[1].get("made_from") == made_from
+    except (FileNotFoundError, ValueError):
+        return False
+
+
 def load_dequantiser(path: Path) -> tuple[VariationalDequantiser, dict[str, str]]:
     """(dequantiser, its file's header). Raises FileNotFoundError, or ValueError for a file that is none."""
     if not path.is_file():

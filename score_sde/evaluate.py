@@ -21,9 +21,9 @@ from .build import build_bound_times, build_sampler, build_times, grid_name
 from .checkpoint import file_hash
 from .class_names import class_name, class_names_of
 from .codecs import AutoencoderCodec, Codec, PixelCodec
-from .conditions import Guides, Wanted, about, conditional, given, in_turn, sampled_labels, told
+from .conditions import Guides, Wanted, about, check_number, conditional, given, in_turn, sampled_labels, told
 from .continuous_bound import variational_bound
-from .data import Split
+from .data import Split, digest
 from .dequantisation import (
     Dequantiser,
     LogProbability,
@@ -36,7 +36,7 @@ from .dequantisation import (
 )
 from .guidance import clip, threshold
 from .heat_maps import heat_map
-from .images import heat, write_grid, write_png
+from .images import heat, write_grid
 from .latent_bounds import LatentBound, in_bits, latent_bound
 from .likelihood import Likelihood, log_likelihood
 from .model import Estimate, ScoreModel
@@ -47,13 +47,16 @@ from .results import (
     Arrays,
     channels_last,
     in_batches,
+    kept,
     mean_and_error,
     once,
-    stamp,
+    read_arrays,
     write_arrays,
     write_pictures,
+    write_single_pictures,
 )
 from .samplers import sample
+from .stamps import KEYS, asked, stamp
 from .text import Text
 
 LATENT = ("reconstruction", "latent", "entropy")  # parts of the bound of a model of codes
@@ -75,6 +78,17 @@ def about_grid(config: ConfigDict, times: Tensor) -> dict[str, Any]:
     """What a stamp says of the times that were sampled on."""
     ends = {"first": times[0].item(), "last": times[-1].item()}
     return {"name": grid_name(config), "steps": len(times) - 1, **ends}
+
+
+def about_bound(times: Tensor) -> dict[str, Any]:
+    """What a stamp says of the steps of a chain's bound."""
+    return {"steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()}
+
+
+def about_examples(split: Split, name: str, number: int, text: Text | None = None) -> dict[str, Any]:
+    """What a stamp says of the examples, the first `number` of a split, and of their captions' embeddings."""
+    found = {"split": name, "images": number, "examples_sha256": split.digest()}
+    return found if text is None else {**found, "text_sha256": digest(*text)}
 
 
 def run_sampling(
@@ -102,24 +116,13 @@ def run_sampling(
     labels, strengths = wanted.labels, list(scales) or [s.guidance]
     counted = Counted(model)
     sampler, times = build_sampler(config), build_times(config, model.sde, counted, shape)
-    made_from = stamp(
-        checkpoint,
-        s.weights,
-        {
-            "sde": repr(model.sde),
-            "sampler": repr(sampler),
-            "grid": about_grid(config, times),
-            "denoise": bool(s.noise_removal),
-            "clip_denoised": s.clip_denoised,
-            "threshold": s.threshold,
-            "temperature": s.temperature,
-            "seed": s.seed,
-            "num_samples": s.num_samples,
-            **about(config, wanted, strengths, guides),
-            "rounding": "floor(levels * v), v in [0, 1]" if codec.pixels is not None else "none",
-            **({"decoded_by": config.data.autoencoder_sha256} if config.data.autoencoder else {}),
-        },
-    )
+    check_number(s.labels, wanted.prompts, s.num_samples, "sampling.num_samples")
+    built = {"sampler": repr(sampler), "grid": about_grid(config, times), "shape": list(shape)}
+    told_of = {"sde": repr(model.sde), **built, **about(wanted, strengths, guides)}
+    made_from = stamp(checkpoint, s.weights, codec, config, KEYS["sample"], told_of)
+    label, single_png = f"{checkpoint.stem}-{s.weights}-{s.method}", s.single_png
+    config = asked(config, KEYS["sample"])
+    s = config.sampling
 
     def compute(first: int, count: int, scale: float) -> Arrays:
         counted.nfe = 0
@@ -152,8 +155,8 @@ def run_sampling(
             parts.append(in_batches(where, s.num_samples, s.batch_size, processes, of_scale, "batches"))
         joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if processes.main:
-            kept = ("arr_0", "arr_1", "given")
-            write_arrays(folder / "samples.npz", {name: joined[name] for name in kept if name in joined})
+            stored = ("arr_0", "arr_1", "given")
+            write_arrays(folder / "samples.npz", {name: joined[name] for name in stored if name in joined})
             groups, names = _groups(wanted, strengths, s.num_samples, class_names_of(checkpoint))
             shown, columns = joined["arr_0"], None
             if "given" in joined and codec.pixels is not None:
@@ -161,12 +164,12 @@ def run_sampling(
                 groups = None if groups is None else [group for group in groups for _ in range(2)]
                 columns = None if groups else 2 * max(1, min(4, s.num_samples // 2))
             write_pictures(shown, codec, folder, columns, groups, names)
-            if s.single_png and codec.pixels is not None:
-                for i, image in enumerate(codec.pixels.display(torch.from_numpy(joined["arr_0"]).permute(0, 3, 1, 2))):
-                    write_png(image, folder / f"{i:06d}.png")
         return {"nfe": float(joined["nfe"].mean())}
 
-    return once(base, f"{checkpoint.stem}-{s.weights}-{s.method}", made_from, "samples.npz", processes, work)
+    folder, result = once(base, label, made_from, "samples.npz", processes, work)
+    if single_png and codec.pixels is not None and processes.main:
+        write_single_pictures(read_arrays(folder / "samples.npz"), codec.pixels, folder)
+    return folder, result
 
 
 def _groups(
@@ -222,45 +225,49 @@ def run_likelihood(
     repeats = e.dequantizations if law or latent else 1
     levels = None if codec.pixels is None else codec.pixels.levels
     ode = e.estimate != "sde_bound" and not chain
-    of_ode = ("ode_method", "rtol", "atol", "probe", "probes", "check_images")
-    keys: tuple[str, ...] = of_ode if ode else ("steps", "terms") if chain else ("draws",)
+    keys = KEYS["ode" if ode else "bound" if chain else "sde_bound"]
     road = "probability-flow ODE" if ode else "variational bound of the " + ("chain" if chain else "SDE")
+    times = build_bound_times(config, model.sde) if chain else None
     made_from = stamp(
         checkpoint,
         e.weights,
+        codec,
+        config,
+        keys,
         {
             "sde": repr(model.sde),
             "estimate": road + dequantised.pop("sentence"),
-            **{key: e[key] for key in ("split", "seed", *keys)},
             **dequantised,
+            **about_examples(split, e.split, n, text if told(config) else None),
             "t_min": law.t_min if law else e.t_min,
-            "images": n,
+            **({} if times is None else {"grid": about_bound(times)}),
             "dequantizations": repeats,
-            "importance_samples": e.importance_samples,
-            "heat_map": e.heat_map,
             "given_labels": told(config),
             "levels": levels,
             "unit": "bits/dim" if levels else "nats",
         },
     )
-    split, whole = split.to(processes.device), model
+    label, heat_map = f"{checkpoint.stem}-{e.weights}-{e.split}", min(e.heat_map, n)
+    config = asked(config, keys)
+    e, split, whole = config.eval, split.to(processes.device), model
     text = None if text is None else text.to(processes.device)
     # Bits per dimension of -1 nat; vectors stay in nats.
     unit = 1 / (math.prod(split.shape) * math.log(2)) if levels else 1.0
 
-    def compute(first: int, count: int, tighter: float = 1.0, probes: int = e.probes) -> Arrays:
+    def compute(first: int, count: int, tighter: float = 1.0, probes: int = 0) -> Arrays:
         index = torch.arange(first, first + count) % n
         k, model = split[index][0], given(config, whole, split, index, text, codec)
-        where = {"seed": e.seed, "first": first}
-        solver = {"rtol": e.rtol / tighter, "atol": e.atol / tighter, "method": e.ode_method}
-        options = {**where, **solver, "probe": e.probe, "probes": probes}
+        where, options = {"seed": e.seed, "first": first}, dict[str, Any]()
+        if ode:
+            solver = {"rtol": e.rtol / tighter, "atol": e.atol / tighter, "method": e.ode_method}
+            options = {**where, **solver, "probe": e.probe, "probes": probes or e.probes}
 
         def log_density(y: Tensor) -> Likelihood:
             """The model's, or a lower bound on it, of floats."""
             if ode:
                 return log_likelihood(model, y, t_min=e.t_min, **options)
-            if chain:
-                times, variance = build_bound_times(config, model.sde), config.sampling.variance
+            if times is not None:
+                variance = config.sampling.variance
                 of_chain = chain_bound(model, y, times, variance=variance, terms=e.terms or None, **where)
                 return Likelihood(-of_chain.total, of_chain.std_error, y, of_chain.times.shape[-1] + 1)
             bound = variational_bound(model, y, t_min=e.t_min, draws=e.draws, **where)
@@ -315,8 +322,6 @@ def run_likelihood(
             again = partial(compute, tighter=10.0)
             finer = batches(folder / "solver", checks, compute=again, description="solver")["value"]
             errors["solver"] = float(np.abs(finer - joined["value"][:checks])[~failed[:checks]].mean())
-        if e.heat_map:
-            write_heat_map(model, config, split, codec, law, folder, min(e.heat_map, n), processes, text)
         if processes.main:
             kept = {"bits_per_dim" if levels else "nats": values, "std_error": std_error}
             more = {name: joined[name].reshape(repeats, n).T for name in ("log_prob", *LATENT) if name in joined}
@@ -333,8 +338,10 @@ def run_likelihood(
             "failed": np.flatnonzero(failed).tolist(),
         }
 
-    label = f"{checkpoint.stem}-{e.weights}-{e.split}"
-    return once(base, label, made_from, "likelihood.npz", processes, work)
+    folder, result = once(base, label, made_from, "likelihood.npz", processes, work)
+    if heat_map:
+        write_heat_map(model, config, split, codec, law, folder, heat_map, processes, text)
+    return folder, result
 
 
 def _error_of_mean(each: np.ndarray) -> float:
@@ -426,9 +433,14 @@ def write_heat_map(
         found = heat_map(told_model, x, probes=probes, t_min=law.t_min, solver=solver, **where)
         return {"bits": ((log_q - found.log_prob) / math.log(2)).cpu().numpy(), "k": k.cpu().numpy()}
 
-    joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, "heat map")
-    if processes.main:
-        write_arrays(folder / "heat_map.npz", {"bits": joined["bits"]})
+    def work(folder: Path) -> dict[str, Any]:
+        joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, "heat map")
+        if processes.main:
+            write_arrays(folder / "heat_map.npz", {"bits": joined["bits"]})
+            draw(joined)
+        return {}
+
+    def draw(joined: Arrays) -> None:
         shown = codec.display(torch.from_numpy(joined["k"]))
         bits = torch.from_numpy(joined["bits"]).mean(1, keepdim=True)
         bits = bits.nan_to_num(bits.nanmean().item())  # where "embedded" gave up
@@ -436,6 +448,10 @@ def write_heat_map(
         both = torch.stack([shown[:, :3].expand(-1, 3, -1, -1), maps], 1).flatten(0, 1)
         columns = 2 * math.ceil(math.sqrt(count))
         write_grid(both, folder / "heat_map.png", columns, zoom=max(1, 32 // both.shape[-1]))
+
+    kept(
+        folder, {"images": count}, "heat_map.npz", processes, work, "heat_map.json"
+    )  # and what the folder's stamp says
 
 
 def run_bound(
@@ -462,23 +478,23 @@ def run_bound(
     made_from = stamp(
         checkpoint,
         e.weights,
+        codec,
+        config,
+        KEYS["bound"],
         {
             "sde": repr(model.sde),
             "estimate": f"variational bound of {len(times) - 1} steps, "
             + ("pixels without dequantisation" if codec.levels else "Gaussian decoder"),
-            "variance": config.sampling.variance,
+            **about_examples(split, e.split, n, text if told(config) else None),
             "given_labels": told(config),
-            "clip_denoised": e.clip_denoised,
-            "grid": {"steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()},
-            "terms": e.terms,
-            "split": e.split,
-            "seed": e.seed,
-            "images": n,
+            "grid": about_bound(times),
             "levels": codec.levels,
             "unit": "bits/dim" if codec.levels else "nats",
         },
     )
-    split = split.to(processes.device)
+    label = f"{checkpoint.stem}-{e.weights}-{e.split}-bound"
+    config = asked(config, KEYS["bound"])
+    e, split = config.eval, split.to(processes.device)
     text = None if text is None else text.to(processes.device)
     counted = Counted(clip(model, *codec.range) if e.clip_denoised and isinstance(codec, PixelCodec) else model)
 
@@ -541,5 +557,4 @@ def run_bound(
             errors["draws"] = None if math.isnan(draws) else draws
         return {"mean": mean, "standard_error": error, "errors": errors, **means}
 
-    label = f"{checkpoint.stem}-{e.weights}-{e.split}-bound"
     return once(base, label, made_from, "likelihood.npz", processes, work)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,11 +99,13 @@ def _written(text: str, height: int) -> Tensor:
 
 
 def write_png(image: Tensor, path: str | Path) -> None:
-    """One uint8 picture (C, H, W), C being 1 or 3, as a PNG."""
+    """One uint8 picture (C, H, W), C being 1 or 3, as a PNG that is whole or absent."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"a PNG needs uint8 (1 or 3, H, W), got {image.dtype} {tuple(image.shape)}")
     pixels = image.cpu().permute(1, 2, 0).numpy()
-    Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(path, format="PNG")
+    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
+    Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(partial, format="PNG")
+    partial.replace(path)
 
 
 def write_grid(

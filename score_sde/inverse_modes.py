@@ -18,9 +18,9 @@ from torch import Tensor
 
 from .build import build_sampler, build_times, grid_name
 from .codecs import Codec, PixelCodec
-from .conditions import Guides, Wanted, about, conditional, in_turn
-from .data import Data, Split
-from .evaluate import Counted, about_grid, held
+from .conditions import Guides, Wanted, about, check_number, conditional, in_turn
+from .data import Data, Split, digest
+from .evaluate import Counted, about_examples, about_grid, held
 from .images import write_grid, write_png
 from .inverse import (
     Average,
@@ -36,14 +36,15 @@ from .inverse import (
     pigdm,
     twisted,
 )
-from .latent_modes import as_trained, fingerprint, read_examples
+from .latent_modes import as_trained, read_examples
 from .metrics import psnr
 from .model import ScoreModel
 from .parallel import Processes
 from .pictures import grey_and_alpha
-from .results import Arrays, channels_last, in_batches, mean_and_error, once, stamp, write_arrays
+from .results import Arrays, channels_last, in_batches, mean_and_error, once, write_arrays
 from .samplers import Sampler, sample
 from .samplers.base import example_generators, noise_source
+from .stamps import KEYS, asked, stamp
 
 _SHOWN = 32  # images in the grid
 _APART = 2**40  # added to a seed for numbers that are not to be the samples'
@@ -56,6 +57,17 @@ GUIDED: dict[str, Guidance] = {
     "moment_matching": lambda model, o, i: moment_matching(model, o, i.iterations),
 }
 METHODS = (*GUIDED, "projection", "repaint", "twisted")
+# The keys of the section inverse that a method or a task has to itself.
+OWN = {
+    "dps": ("rate",),
+    "pigdm": ("variance",),
+    "ddnm": ("variance",),
+    "moment_matching": ("iterations",),
+    "repaint": ("resamplings",),
+    "twisted": ("variance", "particles"),
+    "superresolve": ("factor",),
+    "deblur": ("blur",),
+}
 
 
 def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
@@ -129,9 +141,18 @@ def read_observed(
 
 
 def restore(
-    model: ScoreModel, config: ConfigDict, observation: Observation, shape: tuple[int, ...], times: Tensor, first: int
+    model: ScoreModel,
+    config: ConfigDict,
+    observation: Observation,
+    shape: tuple[int, ...],
+    times: Tensor,
+    first: int,
+    sampler: Sampler | None = None,
 ) -> Tensor:
-    """One draw of x given y for each of the observations, (B, *shape), by the method of the section inverse."""
+    """One draw of x given y for each of the observations, (B, *shape), by the method of the section inverse.
+
+    It walks along `times` by `sampler`, that of the section sampling if none is given; twisted by steps of its own.
+    """
     i, s = config.inverse, config.sampling
     whole, device = (len(observation.y), *shape), observation.y.device
     if i.method == "twisted":
@@ -150,7 +171,7 @@ def restore(
         weights = found.log_weights.exp().cpu()
         chosen = [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
         return found.x[torch.arange(len(found.x)), torch.cat(chosen)]
-    sampler: Sampler = build_sampler(config)
+    sampler = sampler or build_sampler(config)
     if i.method in GUIDED:
         model = GUIDED[i.method](model, observation, i)
     else:
@@ -219,40 +240,39 @@ def run_restoring(
             "set sampling.method=pc"
         )
     shape, operator = data.shape, operator_for(task, config, data.shape, mask)
-    split, source = {"test": data.test, "train": data.train}[e.split], None
+    split, own = {"test": data.test, "train": data.train}[e.split], given is not None
     if given is not None:
         split = read_observed(given, task, operator, shape, codec, config.data.background)
-        source = f"sha256 {fingerprint(split)}"
     n = min(e.num_images, len(split)) if e.num_images else len(split)
-    own = source is not None
+    check_number(s.labels, wanted.prompts, n, "the number of images")
     # Two methods ask for some noise; then y has that of its rounding to levels at least.
     rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
     noise = codec.width * max(i.noise, rounding)
     counted = Counted(model)
-    times = build_times(config, model.sde, counted, shape)
+    times, sampler = build_times(config, model.sde, counted, shape), build_sampler(config)
+    keys = (*KEYS["restore"], *(f"inverse.{name}" for of in (task, i.method) for name in OWN.get(of, ())))
     made_from = stamp(
         checkpoint,
         e.weights,
+        codec,
+        config,
+        keys,
         {
             "mode": task,
             "sde": repr(model.sde),
-            "examples": source or e.split,
+            **about_examples(split, "input" if own else e.split, n),
             "number": n,
-            "mask_sha256": _hash(operator.known) if isinstance(operator, Mask) else None,
-            "inverse": i.to_dict(),
+            "mask_sha256": digest(operator.known) if isinstance(operator, Mask) else None,
+            "method": i.method,
             "noise": noise,
-            "sampler": "ancestral steps" if i.method == "twisted" else repr(build_sampler(config)),
+            "sampler": "ancestral steps" if i.method == "twisted" else repr(sampler),
             "grid": about_grid(config, times),
-            "denoise": bool(s.noise_removal),
-            "clip_denoised": s.clip_denoised,
-            "threshold": s.threshold,
-            "temperature": s.temperature,
-            "seed": s.seed,
-            **about(config, wanted, [s.guidance], guides),
-            "eval_seed": e.seed,
+            **about(wanted, [s.guidance], guides),
         },
     )
-    split = split.to(processes.device)
+    label, scale = f"{checkpoint.stem}-{e.weights}-{task}-{i.method}", s.guidance
+    config = asked(config, keys)
+    e, i, s, split = config.eval, config.inverse, config.sampling, split.to(processes.device)
 
     def observed(k: Tensor, first: int) -> Observation:
         if own and task in ("superresolve", "deblur"):
@@ -268,8 +288,8 @@ def run_restoring(
         k, _ = split[torch.arange(first, first + count)]
         observation = observed(k, first)
         labels, conditions = in_turn(wanted.labels, first, count), wanted.of(first, count, config, codec, model.sde)
-        asked = held(conditional(counted, conditions, labels, config, guides, s.guidance), config, codec)
-        x = restore(asked, config, observation, shape, times, first)
+        guided = held(conditional(counted, conditions, labels, config, guides, scale), config, codec)
+        x = restore(guided, config, observation, shape, times, first, sampler)
         restored, before = codec.decode(x), codec.decode(shown(observation, x))
         found = {"restored": channels_last(restored), "observed": channels_last(before)}
         if wanted.labels:
@@ -302,19 +322,14 @@ def run_restoring(
                 found |= {name: mean, f"{name}_error": None if math.isnan(error) else error}
         return found
 
-    label = f"{checkpoint.stem}-{e.weights}-{task}-{i.method}"
     return once(base, label, made_from, "restored.npz", processes, work)
 
 
 def restoring_line(result: dict[str, Any]) -> str:
     """What a result's stamp says, in a line."""
-    line = f"{result['number']} images, {result['mode']} by {result['inverse']['method']}, NFE {result['nfe']:.0f}"
+    line = f"{result['number']} images, {result['mode']} by {result['method']}, NFE {result['nfe']:.0f}"
     if "psnr" in result:
         error = result["psnr_error"]
         spread = f" ± {error:.2f}" if error is not None else ""
         line += f"; PSNR {result['psnr']:.2f}{spread} dB, of what was seen {result['psnr_observed']:.2f} dB"
     return line
-
-
-def _hash(mask: Tensor) -> str:
-    return fingerprint(Split(mask))

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .checkpoint import file_hash
 from .codecs import Codec, PixelCodec, requantised
-from .conditions import in_turn, labelled, sampled_labels, told
-from .data import Split, digest
+from .conditions import check_number, in_turn, labelled, sampled_labels, told
+from .data import Split
 from .dequantisation import uniform_numbers
-from .evaluate import Counted
+from .evaluate import Counted, about_examples
 from .files import read
 from .guidance import guide
 from .latents import decode, encode, slerp
@@ -27,8 +27,9 @@ from .model import ScoreModel
 from .ode import Solver
 from .parallel import Processes
 from .pictures import Pixels
-from .results import Arrays, channels_last, in_batches, once, read_arrays, stamp, write_arrays, write_pictures
+from .results import Arrays, channels_last, in_batches, once, read_arrays, write_arrays, write_pictures
 from .samplers.base import noise_source
+from .stamps import KEYS, asked, stamp
 
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
 
@@ -94,22 +95,22 @@ def run_encoding(
     checkpoint: Path,
     base: Path,
     processes: Processes,
-    source: str | None = None,
+    own: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """Latents of a split's first eval.num_images examples, into a folder below `base`.
 
     `latents.npz` has `latents` (N, *shape) and, each example's, `largest_error` and `rms_error` of decode(encode(x)),
     in levels of pixels, and of class-conditional models the `labels` that were given; the stamp has the errors of all,
     and the fraction of pixels that come back to their level. A grid shows the first images, each beside what its latent
-    decodes to. `source` says where the split is from.
+    decodes to. `own` says that the split is the user's, of --input, and not that of eval.split.
     """
     e = config.eval
     n = min(e.num_images, len(split)) if e.num_images else len(split)
-    source = source or e.split
-    label = e.split if source == e.split else "input"
-    about = {"mode": "encode", "examples": source, "number": n, "seed": e.seed}
-    made_from = stamp(checkpoint, e.weights, {**about, **_road(model, config)})
-    counted, split = Counted(model), split.to(processes.device)
+    source = "input" if own else e.split
+    about = {"mode": "encode", **about_examples(split, source, n), "number": n, **_road(model, config)}
+    made_from = stamp(checkpoint, e.weights, codec, config, KEYS["encode"], about)
+    label, config = f"{checkpoint.stem}-{e.weights}-{source}", asked(config, KEYS["encode"])
+    e, counted, split = config.eval, Counted(model), split.to(processes.device)
 
     def compute(first: int, count: int) -> Arrays:
         k, y = split[torch.arange(first, first + count)]
@@ -153,7 +154,7 @@ def run_encoding(
             "nfe": joined["nfe"].mean(0).tolist(),
         }
 
-    return once(base, f"{checkpoint.stem}-{e.weights}-{label}", made_from, "latents.npz", processes, work)
+    return once(base, label, made_from, "latents.npz", processes, work)
 
 
 def round_trip(result: dict[str, Any]) -> str:
@@ -188,9 +189,10 @@ def run_decoding(
             f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
             "eval.conditional=False"
         )
-    about = {"latents_sha256": file_hash(path), "temperature": config.sampling.temperature, "number": len(latents)}
-    made_from = stamp(checkpoint, e.weights, {"mode": "decode", **about, **_road(model, config)})
-    counted = Counted(model)
+    about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_road(model, config)}
+    made_from = stamp(checkpoint, e.weights, codec, config, KEYS["decode"], about)
+    label, config = f"{checkpoint.stem}-{e.weights}", asked(config, KEYS["decode"])
+    e, counted = config.eval, Counted(model)
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
@@ -206,7 +208,7 @@ def run_decoding(
             write_pictures(joined["arr_0"], codec, folder)
         return {"nfe": float(joined["nfe"].mean())}
 
-    return once(base, f"{checkpoint.stem}-{e.weights}", made_from, "samples.npz", processes, work)
+    return once(base, label, made_from, "samples.npz", processes, work)
 
 
 def run_interpolation(
@@ -218,7 +220,7 @@ def run_interpolation(
     checkpoint: Path,
     base: Path,
     processes: Processes,
-    source: str | None = None,
+    own: bool = False,
 ) -> tuple[Path, dict[str, Any]]:
     """From one latent to another on the sphere, decoded: `interpolations.npz` (`arr_0`, a row for each pair), a grid.
 
@@ -229,25 +231,31 @@ def run_interpolation(
     A class-conditional model is given the labels of a split's examples, or for draws sampling.labels in turn; between
     two labels its score goes along the line from one to the other.
     """
-    e, i, temperature = config.eval, config.interpolation, config.sampling.temperature
+    e, i = config.eval, config.interpolation
     pairs = i.pairs if split is None else min(i.pairs, len(split) // 2)
     if pairs < 1:
         raise ValueError("an interpolation is between two images, and there is one: add another to --input")
-    ends = (
-        {"seed": config.sampling.seed, "labels": sampled_labels(config)}
-        if split is None
-        else {"examples": source or e.split, "dequantization_seed": e.seed}
-    )
-    about = {"mode": "interpolate", **ends, "pairs": pairs, "steps": i.steps, "temperature": temperature}
-    made_from = stamp(checkpoint, e.weights, {**about, **_road(model, config)})
-    counted, weights = Counted(model), torch.linspace(0, 1, i.steps, dtype=torch.float64, device=processes.device)
+    labels = sampled_labels(config) if split is None and told(config) else []
+    if split is None:
+        check_number(
+            config.sampling.labels if labels else (), (), 2 * pairs, "the number of ends, twice interpolation.pairs"
+        )
+        ends = {"shape": list(shape), "labels": labels}
+    else:
+        ends = about_examples(split, "input" if own else e.split, 2 * pairs)
+    about = {"mode": "interpolate", **ends, "pairs": pairs, "steps": i.steps, **_road(model, config)}
+    keys = KEYS["interpolate" if split is not None else "interpolate seeds"]
+    made_from = stamp(checkpoint, e.weights, codec, config, keys, about)
+    label, config = f"{checkpoint.stem}-{e.weights}-{i.between}", asked(config, keys)
+    e, i, temperature = config.eval, config.interpolation, config.sampling.temperature
     split = None if split is None else split.to(processes.device)
+    counted, weights = Counted(model), torch.linspace(0, 1, i.steps, dtype=torch.float64, device=processes.device)
 
     def compute(first: int, count: int) -> Arrays:
         counted.nfe = 0
         model: ScoreModel = counted
         if split is None:
-            y: Tensor | None = in_turn(sampled_labels(config), 2 * first, 2 * count) if told(config) else None
+            y: Tensor | None = in_turn(labels, 2 * first, 2 * count) if labels else None
             noise = noise_source((2 * count, *shape), config.sampling.seed, 2 * first, torch.float32, processes.device)
             z = model.sde.prior((2 * count, *shape), noise)
         else:
@@ -277,20 +285,12 @@ def run_interpolation(
             found |= {"unit": "levels" if codec.levels else "data", "ends_rms_error": math.sqrt(joined["error"].mean())}
         return found
 
-    label = f"{checkpoint.stem}-{e.weights}-{i.between}"
     return once(base, label, made_from, "interpolations.npz", processes, work)
 
 
-def fingerprint(split: Split) -> str:
-    """sha256 of a split's examples, so that the same command on other files is another result."""
-    assert isinstance(split.x, Tensor)
-    return digest(split.x)
-
-
 def _road(model: ScoreModel, config: ConfigDict) -> dict[str, Any]:
-    """What the stamp says of the ODE."""
-    settings = {key: config.eval[key] for key in ("ode_method", "rtol", "atol", "t_min")}
-    return {"sde": repr(model.sde), **settings, "given_labels": told(config)}
+    """What the stamp says of the ODE, beside its keys of the section eval."""
+    return {"sde": repr(model.sde), "given_labels": told(config)}
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:

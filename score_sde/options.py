@@ -8,7 +8,7 @@ import math
 from ml_collections import ConfigDict
 
 from .build import is_autoencoder, is_classifier
-from .conditions import RESTORING
+from .conditions import RESTORING, check_number
 
 MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *RESTORING, "dequantize", "demo")
 # --config, its keys and --workdir are for every mode.
@@ -40,7 +40,7 @@ def check(options: argparse.Namespace, config: ConfigDict) -> None:
     _prompt(options, config)
     if options.mode in READ_BY["--prompt"]:
         _guidance(options, config)
-        _labels(options, config)
+        _number(options, config)
 
 
 def scales_of(options: argparse.Namespace) -> list[float]:
@@ -140,13 +140,10 @@ def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
         )
 
 
-def _labels(options: argparse.Namespace, config: ConfigDict) -> None:
-    """More classes or prompts than samples of them."""
+def _number(options: argparse.Namespace, config: ConfigDict) -> None:
+    """More classes or prompts than examples; those of data sets are counted when they have been read."""
     s, e = config.sampling, config.eval
-    key, n = ("sampling.num_samples", s.num_samples) if options.mode == "sample" else ("eval.num_images", e.num_images)
-    for what, asked in (("sampling.labels", s.labels), ("--prompt", options.prompt)):
-        if 0 < n < len(asked):
-            raise ValueError(
-                f"{what} asks for {len(asked)}, and {key}={n} is fewer: set {key} to {len(asked)} or more, or ask for "
-                "fewer"
-            )
+    if options.mode == "sample":
+        check_number(s.labels, options.prompt, s.num_samples, "sampling.num_samples")
+    elif e.num_images:
+        check_number(s.labels, options.prompt, e.num_images, "eval.num_images")

@@ -1,17 +1,19 @@
 """Results on disk: folders that a stamp names, and batches that are there as soon as they are computed.
 
 Every finished batch is a file in the result's folder; a run that was stopped goes on where it was, processes share the
-batches, and the last step joins them.
+batches, and the last step joins them. What is joined is whole, and what is found finished is what its stamp says.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import os
-import platform
+import socket
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +21,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import score_sde
-
 from . import signals
 from .checkpoint import file_hash
-from .codecs import Codec
+from .codecs import Codec, PixelCodec
 from .images import first_of_each, histogram, write_grid, write_png
+from .lock import held
 from .parallel import Processes
 from .progress import Progress
 
 Arrays = dict[str, np.ndarray]
 _SHOWN = 256  # images of a grid
-_VERSIONS = {"score_sde": score_sde.__version__, "torch": torch.__version__, "python": platform.python_version()}
-
-
-def stamp(checkpoint: Path, weights: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """What a result was made from: checkpoint, weights, settings and versions; the same stamp means the same result."""
-    return {
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": file_hash(checkpoint),
-        "weights": weights,
-        **settings,
-        "versions": {name: str(version) for name, version in _VERSIONS.items()},
-    }
+log = logging.getLogger("score_sde")
 
 
 def once(
@@ -52,28 +42,73 @@ def once(
     processes: Processes,
     work: Callable[[Path], dict[str, Any]],
 ) -> tuple[Path, dict[str, Any]]:
-    """A result's folder below `base`, and its stamp: `made_from` and what `work` found.
+    """A result's folder below `base`, and its stamp: `made_from`, what `work` found, and the sha256 of `file`.
 
-    work(folder) keeps batches by `in_batches`, and its main process writes `file`. Where file and stamp are there
-    nothing is computed again; the stamp comes last, and then the batches go.
+    See `kept`, whose errors it has.
     """
     folder = folder_for(base, label, made_from)
-    if (folder / "stamp.json").is_file() and (folder / file).is_file():
-        return folder, json.loads((folder / "stamp.json").read_text())
-    result = {**made_from, **work(folder)}
-    if processes.main:
-        write_stamp(folder, result)
-        for parts in [*folder.rglob("parts")]:
-            remove_parts(parts.parent)
-        for left in folder.glob(".*.partial"):  # of a process that was killed as it wrote
-            left.unlink()
-    processes.barrier()
-    return folder, result
+    return folder, kept(folder, made_from, file, processes, work)
+
+
+def kept(
+    folder: Path,
+    made_from: dict[str, Any],
+    file: str,
+    processes: Processes,
+    work: Callable[[Path], dict[str, Any]],
+    stamp: str = "stamp.json",
+) -> dict[str, Any]:
+    """The result that is in a folder, or is put there: `made_from` and what `work` found, as the file `stamp` says.
+
+    work(folder) keeps batches by `in_batches`, and its main process writes `file`. Where stamp and file are there, and
+    the file is the one that was stamped, nothing is computed again. The stamp comes last, and then the batches go.
+
+    Raises Busy where another process makes this result, and ValueError where the processes of this run were asked for
+    different results, or do not see one folder.
+    """
+    _check_same(folder, processes)
+    found = processes.agreed(lambda: finished(folder, made_from, file, stamp))
+    if found is not None:
+        return found
+    with ExitStack() as stack:
+        processes.agreed(lambda: stack.enter_context(held(folder, f"making {file}")))
+        found = processes.agreed(lambda: finished(folder, made_from, file, stamp))  # by whom we waited for
+        if found is not None:
+            return found
+        _check_shared(folder, processes)
+        result = {**made_from, **work(folder)}
+        if processes.main:
+            _write_stamp(folder / stamp, {**result, "sha256": {file: file_hash(folder / file)}})
+            for parts in [*folder.rglob("parts")]:
+                remove_parts(parts.parent)
+            for left in folder.glob(".*.partial"):  # of a process that was killed as it wrote
+                left.unlink()
+        processes.barrier()
+    return result
+
+
+def finished(folder: Path, made_from: dict[str, Any], file: str, stamp: str = "stamp.json") -> dict[str, Any] | None:
+    """What the stamp of a finished result says, or None where there is none, or the file is not the stamped one."""
+    path = folder / stamp
+    if not path.is_file():
+        return None
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        wrong = "" if _plain(made_from).items() <= found.items() else f"{path} is of another result"
+    except (ValueError, TypeError, AttributeError):
+        found, wrong = {}, f"{path} cannot be read"
+    if not wrong and not (folder / file).is_file():
+        wrong = f"{folder / file} is gone"
+    if not wrong and file_hash(folder / file) != found.get("sha256", {}).get(file):
+        wrong = f"{folder / file} is not the file that {path} is of: it was cut short, or replaced"
+    if wrong:
+        log.warning("warning: %s; it is computed again", wrong)
+    return None if wrong else found
 
 
 def folder_for(base: Path, label: str, made_from: dict[str, Any]) -> Path:
     """A folder of its own for each stamp, so that a stopped run finds its batches and another's are never mixed in."""
-    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
     return base / f"{label}-{digest}"
 
 
@@ -86,7 +121,10 @@ def in_batches(
     description: str,
     progress: Callable[[Progress, list[Arrays]], None] = lambda bar, done: None,
 ) -> Arrays:
-    """compute(first, count) for all of 0..total-1, each batch kept in a file; return them joined, on every process."""
+    """compute(first, count) for all of 0..total-1, each batch kept in a file; return them joined, on every process.
+
+    Raises ValueError, on every process, where one of them misses a batch in the end.
+    """
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
     starts = list(range(0, total, batch_size))
@@ -104,7 +142,7 @@ def in_batches(
             bar.update()
     processes.barrier()
     whole = [read_arrays(parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz") for first in starts]
-    processes.barrier()
+    _check_whole(parts, whole, processes)
     return {key: np.concatenate([part[key] for part in whole if part is not None]) for key in (whole[0] or {})}
 
 
@@ -127,13 +165,6 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
     with partial.open("wb") as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
     partial.replace(path)
-
-
-def write_stamp(folder: Path, content: dict[str, Any]) -> None:
-    """The last file of a result, whole or absent."""
-    partial = folder / f".stamp.json.{os.getpid()}.partial"
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(folder / "stamp.json")
 
 
 def write_pictures(
@@ -162,6 +193,15 @@ def write_pictures(
             signals.write(signal, folder / f"{i:06d}.wav", codec.rate)
 
 
+def write_single_pictures(arrays: Arrays | None, pixels: PixelCodec, folder: Path) -> None:
+    """000000.png and so on, of a result's images, `arr_0` (N, H, W, C); those that are there already stay."""
+    images = (arrays or {})["arr_0"]
+    for i, image in enumerate(images):
+        path = folder / f"{i:06d}.png"
+        if not path.is_file():
+            write_png(pixels.display(torch.from_numpy(image).permute(2, 0, 1)), path)
+
+
 def channels_last(y: Tensor) -> np.ndarray:
     """Images (N, C, H, W) as (N, H, W, C), those of more than 256 levels as uint16, as files have them; or vectors."""
     array = y.cpu().numpy()
@@ -182,3 +222,62 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Mean of independent values and its standard error, NaN for a single one."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
+
+
+def _check_same(folder: Path, processes: Processes) -> None:
+    """Raise ValueError where the processes of a run were asked for different results: data or files differ."""
+    names = processes.texts(f"{folder.name} on {socket.gethostname()}")
+    other = next((name for name in names if name.split()[0] != names[0].split()[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"the processes of this run would make different results, {names[0]} and {other}: give them the same data, "
+            "files, checkpoint and versions"
+        )
+
+
+def _check_shared(folder: Path, processes: Processes) -> None:
+    """Raise ValueError where a process does not see the main one's folder."""
+    if processes.world == 1:
+        return
+    mark = folder / processes.agreed(lambda: _marked(folder))
+    seen = processes.texts(f"{mark.exists()} {socket.gethostname()}")
+    if processes.main:
+        mark.unlink()
+    blind = next((text.split()[1] for text in seen if text.startswith("False")), None)
+    if blind is not None:
+        raise ValueError(
+            f"{folder} of {seen[0].split()[1]} is not the folder of that name on {blind}: all processes write their "
+            "batches into one, so give --workdir a folder that all hosts share"
+        )
+
+
+def _marked(folder: Path) -> str:
+    """The name of a new file in the folder."""
+    name = f".{os.urandom(8).hex()}.partial"
+    (folder / name).touch()
+    return name
+
+
+def _check_whole(parts: Path, whole: Sequence[Arrays | None], processes: Processes) -> None:
+    """Raise ValueError, on every process, where one of them misses a batch that was computed."""
+    missing = [i for i, part in enumerate(whole) if part is None]
+    told = f"batch {missing[0] + 1} of {len(whole)} of process {missing[0] % processes.world}" if missing else ""
+    for text in processes.texts(told and f"{told} (looked for on {socket.gethostname()})"):
+        if text:
+            raise ValueError(
+                f"{parts} lacks {text}, so the result is not whole; see that all processes work in one folder and that "
+                "nobody deletes from it, and run the same command again: it computes what is missing"
+            )
+
+
+def _write_stamp(path: Path, content: dict[str, Any]) -> None:
+    """The last file of a result, whole or absent."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
+def _plain(made_from: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    found: dict[str, Any] = json.loads(json.dumps(made_from))
+    return found

@@ -176,7 +176,8 @@ def test_the_stamp_says_what_was_done(trained: Path, images: Path) -> None:
     import hashlib
 
     assert stamp["checkpoint_sha256"] == hashlib.sha256(find(trained).read_bytes()).hexdigest()
-    assert stamp["weights"] == "ema" and stamp["seed"] == 0 and stamp["num_samples"] == 5
+    assert stamp["weights"] == "ema"
+    assert stamp["config"]["sampling.seed"] == 0 and stamp["config"]["sampling.num_samples"] == 5
     assert "Ancestral" in stamp["sampler"] and stamp["grid"]["steps"] == 3 and stamp["nfe"] == 4  # 3 and the denoising
     assert {"torch", "score_sde", "python"} <= stamp["versions"].keys()
     singles = sorted(folder.glob("[0-9]*.png"))
@@ -195,7 +196,7 @@ def test_samples_by_a_fast_solver_on_a_fitted_grid_with_thresholding(trained: Pa
         stamp = json.loads((folder / "stamp.json").read_text())
         assert stamp["sampler"].startswith("UniPC(order=2") and stamp["grid"]["name"] == "fitted"
         assert stamp["grid"]["steps"] == 4 and stamp["nfe"] == 5  # the last is the estimate of the clean data
-        assert stamp["threshold"] == more.get("sampling__threshold", 0.0)
+        assert stamp["config"]["sampling.threshold"] == more.get("sampling__threshold", 0.0)
         found.append(np.load(folder / "samples.npz")["arr_0"])
     assert not np.array_equal(*found)
 
@@ -245,7 +246,7 @@ def test_a_discrete_model_is_evaluated_by_its_bound_and_either_by_both(
     assert "(images), NFE 10 (3 test examples; variational bound of 10 steps, pixels without dequan" in said
     assert "of it prior" in said
     stamp, arrays = result_of(tmp_path)
-    assert stamp["variance"] == "small" and stamp["unit"] == "bits/dim"
+    assert stamp["config"]["sampling.variance"] == "small" and stamp["unit"] == "bits/dim"
     assert arrays["bits_per_dim"].shape == (3, 1)
     np.testing.assert_allclose(arrays["times"], np.arange(10, 1, -1) / 10, rtol=1e-12)
     parts = [arrays[name] for name in ("prior", "diffusion", "reconstruction")]

@@ -530,6 +530,9 @@ def test_processes_do_not_wait_for_one_another_until_all_is_done(tmp_path: Path)
                 others_done.set()
             meeting.wait(timeout=60)
 
+        def texts(self, own: str) -> list[str]:
+            return [own]
+
     def work(rank: int) -> dict[str, np.ndarray]:
         def compute(first: int, count: int) -> dict[str, np.ndarray]:
             if rank == 0:

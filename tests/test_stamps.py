@@ -1,0 +1,271 @@
+"""Stamps: every key of the config changes a result and its stamp, or neither; and a result is of what was asked."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from ml_collections import ConfigDict
+from PIL import Image
+from torch import Tensor
+
+from score_sde import DDPM, VPSDE, cli, evaluate, inverse_modes, latent_modes
+from score_sde.codecs import PixelCodec, VectorCodec
+from score_sde.conditions import Guides, Wanted, sampled_labels
+from score_sde.config import CHOICES, _check, _flat, _set, default_config
+from score_sde.data import Data, Split
+from score_sde.model import Estimate, ScoreModel
+from score_sde.parallel import Processes
+from score_sde.sdes import SDE
+from score_sde.stamps import KEYS, asked
+
+ALONE = Processes(0, 1, torch.device("cpu"))
+IMAGE = (1, 4, 4)
+
+# What a kind of result is made with: all its branches, so that every key that it reads is read.
+SAMPLERS: tuple[dict[str, Any], ...] = (
+    {"sampling.predictor": "reverse_diffusion", "sampling.corrector": "langevin"},
+    {"sampling.predictor": "ancestral_sampling"},
+    {"sampling.method": "ode"},
+    {"sampling.method": "ddim", "sampling.grid": "log_snr"},
+    {"sampling.method": "edm"},
+    {"sampling.method": "unipc"},
+    {"sampling.method": "dpm_solver++"},
+    {"sampling.method": "adaptive_sde"},
+    {"training.sde": "vesde", "sampling.method": "ald", "sampling.step_lr": 1e-5, "model.sigma_min": 0.01},
+    {"training.continuous": False, "sampling.predictor": "ancestral_sampling"},
+    {"sampling.guidance": 2.0, "sampling.negative_label": 1, "sampling.labels": (0, 2)},
+    {"sampling.threshold": 0.9},
+    {"model.super_resolution": 2, "sampling.augmentation": 0.1},
+)
+UNIFORM = {"data.uniform_dequantization": True}
+BASES: dict[str, tuple[dict[str, Any], ...]] = {
+    "sample": SAMPLERS,
+    "ode": (
+        {},
+        {"eval.importance_samples": 2},
+        {"eval.dequantization": "truncated_normal"},
+        {"data.dataset": "ring", "data.random_flip": False, "model.name": "mlp"},
+    ),
+    "sde_bound": ({"eval.estimate": "sde_bound"},),
+    "bound": ({"eval.estimate": "bound"}, {"training.continuous": False}, {"eval.estimate": "bound", "eval.steps": 5}),
+    "encode": ({}, UNIFORM),
+    "decode": ({},),
+    "interpolate": ({}, UNIFORM),
+    "interpolate seeds": ({"interpolation.between": "seeds"},),
+    "restore inpaint": (
+        *({"inverse.method": method, **UNIFORM} for method in inverse_modes.METHODS),
+        {"sampling.guidance": 2.0, "sampling.negative_label": 1, "sampling.labels": (0, 2), "inverse.noise": 0.1},
+    ),
+    "restore superresolve": ({},),
+    "restore deblur": ({},),
+    "dequantize": ({},),
+}
+SAMPLER = """training.continuous model.num_scales model.sigma_min sampling.method sampling.predictor
+    sampling.corrector sampling.variance sampling.snr sampling.step_lr sampling.n_steps_each sampling.probability_flow
+    sampling.eta sampling.order sampling.predict sampling.unipc_variant sampling.churn sampling.churn_low
+    sampling.churn_high sampling.churn_inflate sampling.steps sampling.grid sampling.t_min sampling.ode_method
+    sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol"""
+DRAWN = """sampling.seed sampling.noise_removal sampling.temperature sampling.clip_denoised sampling.threshold
+    sampling.labels sampling.negative_label sampling.guidance sampling.guidance_low sampling.guidance_high
+    sampling.guidance_rescale model.class_conditional"""
+EVALUATED = "eval.weights eval.conditional data.centered model.class_conditional"
+OF_SPLIT = f"eval.num_images eval.split {EVALUATED}"
+FLOW = "eval.ode_method eval.rtol eval.atol eval.t_min"
+TRAINED = "eval.seed data.uniform_dequantization"
+ROWS = "interpolation.between interpolation.pairs interpolation.steps sampling.temperature"
+# The keys that change a kind of result, beside those of paths, whose contents do.
+CHANGES = {
+    "sample": f"""{SAMPLER} {DRAWN} sampling.num_samples sampling.weights sampling.augmentation model.num_classes
+        model.super_resolution data.centered""",
+    "ode": f"""{OF_SPLIT} {FLOW} model.super_resolution eval.estimate eval.seed eval.probe eval.probes
+        eval.check_images eval.dequantization eval.dequantizations eval.importance_samples
+        training.continuous""",
+    "sde_bound": f"""{OF_SPLIT} model.super_resolution eval.estimate eval.seed eval.draws eval.t_min
+        eval.dequantization eval.dequantizations eval.importance_samples""",
+    "bound": f"""{OF_SPLIT} model.super_resolution eval.estimate eval.seed eval.terms eval.clip_denoised eval.steps
+        eval.t_min sampling.variance training.continuous model.num_scales""",
+    "encode": f"{OF_SPLIT} {FLOW} {TRAINED}",
+    "decode": f"{EVALUATED} {FLOW} sampling.temperature",
+    "interpolate": f"{EVALUATED} {FLOW} {TRAINED} {ROWS} eval.split",
+    "interpolate seeds": f"{EVALUATED} {FLOW} {ROWS} sampling.seed sampling.labels model.num_classes",
+    "restore inpaint": f"""{SAMPLER} {DRAWN} {TRAINED} eval.num_images eval.split eval.weights data.centered
+        inverse.method inverse.noise inverse.variance inverse.rate inverse.iterations inverse.resamplings
+        inverse.particles""",
+    "restore superresolve": "inverse.method inverse.noise inverse.variance inverse.factor",
+    "restore deblur": "inverse.method inverse.noise inverse.variance inverse.blur",
+    "dequantize": """seed eval.t_min eval.weights data.centered dequantizer.n_iters dequantizer.batch_size
+        dequantizer.lr dequantizer.layers dequantizer.hidden""",
+}
+
+
+class Normal(ScoreModel):
+    """The exact model of N(0, I), whatever it is told."""
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        alpha, sigma = (v.to(x).reshape(-1, *[1] * (x.ndim - 1)) for v in (self.sde.alpha(t), self.sde.sigma(t)))
+        variance = alpha**2 + sigma**2
+        return Estimate(alpha * x / variance, sigma * x / variance, sigma)
+
+
+def config_of(base: dict[str, Any]) -> ConfigDict:
+    config = default_config()
+    small = {
+        "sampling.steps": 3, "sampling.num_samples": 3, "sampling.batch_size": 2, "eval.batch_size": 2,
+        "eval.num_images": 2, "eval.rtol": 1e-2, "eval.atol": 1e-2, "model.class_conditional": True,
+        "model.num_classes": 3, "model.num_scales": 10, "interpolation.pairs": 1, "interpolation.steps": 2,
+        "dequantizer.n_iters": 1, "dequantizer.batch_size": 2, "eval.check_images": 1, "inverse.factor": 2,
+    }  # fmt: skip
+    for key, value in {**small, **base}.items():
+        _set(config, key, value)
+    return config
+
+
+def examples(shape: tuple[int, ...]) -> Split:
+    random = np.random.default_rng(0)
+    floats = torch.from_numpy(random.normal(size=(4, *shape)).astype(np.float32))
+    return Split((floats * 64 + 128).clamp(0, 255).to(torch.uint8) if len(shape) == 3 else floats, torch.arange(4) % 3)
+
+
+def make(kind: str, config: Any, base: dict[str, Any], folder: Path) -> None:
+    """The result of a kind, by the function that makes it, with the model and the data of a base."""
+    sde: SDE = VPSDE() if base.get("training.continuous", True) else DDPM.linear(10).as_sde()
+    shape = (2,) if base.get("data.dataset") == "ring" else IMAGE
+    model, split, path = Normal(sde), examples(shape), folder / "000000001.safetensors"
+    codec = PixelCodec(256, config.data.centered) if len(shape) == 3 else VectorCodec()
+    path.write_bytes(b"a model")
+    common = (codec, path, folder / "results", ALONE)
+    if kind == "sample":
+        small = torch.zeros(3, 1, 2, 2, dtype=torch.uint8) if config.model.super_resolution else None
+        evaluate.run_sampling(model, config, shape, *common, Guides(), Wanted(sampled_labels(config), images=small))
+    elif kind in ("ode", "sde_bound", "bound"):
+        evaluate.run_likelihood(model, config, split, *common)
+    elif kind == "encode":
+        latent_modes.run_encoding(model, config, split, *common)
+    elif kind == "decode":
+        np.savez(folder / "latents.npz", latents=np.ones((2, *shape), np.float32), labels=np.arange(2))
+        latent_modes.run_decoding(model, config, folder / "latents.npz", shape, *common)
+    elif kind.startswith("interpolate"):
+        between = None if config.interpolation.between == "seeds" else split
+        latent_modes.run_interpolation(model, config, between, shape, *common)
+    elif kind == "dequantize":
+        cli.run_dequantizing(model, config, split, codec, path, folder, ALONE)
+    else:
+        task, mask, wanted = kind.split()[1], folder / "mask.png", Wanted(list(config.sampling.labels))
+        Image.fromarray(np.tile(np.uint8([0, 255]), (4, 2))).save(mask)
+        given = (None, mask if task == "inpaint" else None, Guides(), wanted)
+        inverse_modes.run_restoring(task, model, config, Data(split, split), *common, *given)
+
+
+class Watched:
+    """A config that notes which keys are read, and once it is `closed` lets none be."""
+
+    def __init__(self, config: ConfigDict, prefix: str = "", notes: set[str] | None = None) -> None:
+        self.config, self.prefix, self.read = config, prefix, set[str]() if notes is None else notes
+
+    def __getattr__(self, name: str) -> Any:
+        return self[name]
+
+    def __getitem__(self, name: str) -> Any:
+        value, key = self.config[name], self.prefix + name
+        if isinstance(value, ConfigDict):
+            return Watched(value, f"{key}.", self.read)
+        assert "closed" not in self.read, f"{key} is read, and may not be in the stamp"
+        self.read.add(key)
+        return value
+
+    def keys(self) -> Iterator[str]:
+        return iter(self.config.keys())
+
+
+class Stamped(Exception):
+    """In a result's place: what its stamp holds."""
+
+
+@pytest.fixture
+def unmade(monkeypatch: pytest.MonkeyPatch) -> None:
+    def told(base: Path, label: str, made_from: dict[str, Any], *args: object) -> None:
+        raise Stamped(repr(made_from))
+
+    def of_file(path: Path, made_from: str) -> bool:
+        raise Stamped(made_from)
+
+    for module in (evaluate, latent_modes, inverse_modes):
+        monkeypatch.setattr(module, "once", told)
+    monkeypatch.setattr(cli, "was_made_from", of_file)
+
+
+def stamp_of(kind: str, config: Any, base: dict[str, Any], folder: Path) -> str | None:
+    """The stamp, without making the result; None for values that are refused."""
+    try:
+        make(kind, config, base, folder)
+    except Stamped as found:
+        return str(found)
+    except (ValueError, KeyError, FileNotFoundError):
+        return None
+    raise AssertionError("no stamp was asked for")
+
+
+def others(key: str, value: Any) -> Iterator[Any]:
+    """Other values that a key may have."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    tries: list[Any] = [v for v in CHOICES.get(key, ()) if v != value]
+    tries += [not value] if isinstance(value, bool) else []
+    tries += [value + 1, value + 2, 0.5 * value, value / 4 + 0.01, 0.3, 0, 1, 2, 3] if number else []
+    tries += [value + "x"] if isinstance(value, str) and key not in CHOICES else []
+    tries += [(1, 0), (1, 2, 0)] if isinstance(value, tuple) else []
+    for other in tries:
+        try:
+            other = _check(key, type(value)(other) if number and type(value)(other) == other else other)
+        except ValueError:
+            continue
+        if other != value:
+            yield other
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_key_changes_the_stamp_if_and_only_if_it_changes_the_result(kind: str, unmade: None, tmp_path: Path) -> None:
+    changed = set[str]()
+    for base in BASES[kind]:
+        config = config_of(base)
+        watched, before = Watched(config), stamp_of(kind, config, base, tmp_path)
+        assert before is not None and stamp_of(kind, watched, base, tmp_path) == before
+        for key in watched.read - changed:  # none that is not read can change it
+            value = _flat(config)[key]
+            for other in others(key, value):
+                _set(config, key, other)
+                if stamp_of(kind, config, base, tmp_path) not in (None, before):
+                    changed.add(key)
+                    break
+            _set(config, key, value)
+    if kind in ("restore superresolve", "restore deblur"):
+        changed = {key for key in changed if key.startswith("inverse.")}
+    if kind == "restore inpaint":
+        changed |= set(SAMPLER.split())  # which is made as for samples
+    assert sorted(changed) == sorted({*CHANGES[kind].split()})
+
+
+@pytest.mark.parametrize("kind", BASES)
+def test_a_computation_reads_what_its_stamp_holds_and_nothing_else(
+    kind: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The config is closed as soon as the computation has its own, and of that every key is read."""
+    read = set[str]()
+
+    def limited(config: Watched, keys: Sequence[str]) -> Watched:
+        found = asked(config, keys)  # type: ignore[arg-type]
+        config.read.add("closed")
+        return Watched(found, "", read)
+
+    for module in (evaluate, latent_modes, inverse_modes, cli):
+        monkeypatch.setattr(module, "asked", limited)
+    for i, base in enumerate(BASES[kind]):
+        (tmp_path / str(i)).mkdir()
+        make(kind, Watched(config_of(base)), base, tmp_path / str(i))
+    own = {name for of in inverse_modes.METHODS for name in inverse_modes.OWN.get(of, ())}
+    holds = (
+        {*KEYS["restore"], *(f"inverse.{name}" for name in own)} if kind == "restore inpaint" else KEYS.get(kind, ())
+    )
+    assert {*holds} <= read
