@@ -1,6 +1,10 @@
 """Stamps: every key of the config changes a result and its stamp, or neither; and a result is of what was asked."""
 
-from collections.abc import Iterator, Sequence
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +15,12 @@ from ml_collections import ConfigDict
 from PIL import Image
 from torch import Tensor
 
-from score_sde import DDPM, VPSDE, cli, evaluate, inverse_modes, latent_modes
+from score_sde import DDPM, VPSDE, cli, evaluate, inverse_modes, latent_modes, results
 from score_sde.codecs import PixelCodec, VectorCodec
 from score_sde.conditions import Guides, Wanted, sampled_labels
 from score_sde.config import CHOICES, _check, _flat, _set, default_config
 from score_sde.data import Data, Split
+from score_sde.lock import Busy
 from score_sde.model import Estimate, ScoreModel
 from score_sde.parallel import Processes
 from score_sde.sdes import SDE
@@ -123,17 +128,20 @@ def config_of(base: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def examples(shape: tuple[int, ...]) -> Split:
-    random = np.random.default_rng(0)
+def examples(shape: tuple[int, ...], seed: int = 0) -> Split:
+    random = np.random.default_rng(seed)
     floats = torch.from_numpy(random.normal(size=(4, *shape)).astype(np.float32))
     return Split((floats * 64 + 128).clamp(0, 255).to(torch.uint8) if len(shape) == 3 else floats, torch.arange(4) % 3)
 
 
-def make(kind: str, config: Any, base: dict[str, Any], folder: Path) -> None:
-    """The result of a kind, by the function that makes it, with the model and the data of a base."""
+def make(kind: str, config: Any, base: dict[str, Any], folder: Path, given: int = 0) -> None:
+    """The result of a kind, by the function that makes it, with the model and the data of a base.
+
+    `given` is a seed of all examples, latents and masks.
+    """
     sde: SDE = VPSDE() if base.get("training.continuous", True) else DDPM.linear(10).as_sde()
     shape = (2,) if base.get("data.dataset") == "ring" else IMAGE
-    model, split, path = Normal(sde), examples(shape), folder / "000000001.safetensors"
+    model, split, path = Normal(sde), examples(shape, given), folder / "000000001.safetensors"
     codec = PixelCodec(256, config.data.centered) if len(shape) == 3 else VectorCodec()
     path.write_bytes(b"a model")
     common = (codec, path, folder / "results", ALONE)
@@ -145,7 +153,7 @@ def make(kind: str, config: Any, base: dict[str, Any], folder: Path) -> None:
     elif kind == "encode":
         latent_modes.run_encoding(model, config, split, *common)
     elif kind == "decode":
-        np.savez(folder / "latents.npz", latents=np.ones((2, *shape), np.float32), labels=np.arange(2))
+        np.savez(folder / "latents.npz", latents=np.full((2, *shape), 1 + given, np.float32), labels=np.arange(2))
         latent_modes.run_decoding(model, config, folder / "latents.npz", shape, *common)
     elif kind.startswith("interpolate"):
         between = None if config.interpolation.between == "seeds" else split
@@ -154,9 +162,9 @@ def make(kind: str, config: Any, base: dict[str, Any], folder: Path) -> None:
         cli.run_dequantizing(model, config, split, codec, path, folder, ALONE)
     else:
         task, mask, wanted = kind.split()[1], folder / "mask.png", Wanted(list(config.sampling.labels))
-        Image.fromarray(np.tile(np.uint8([0, 255]), (4, 2))).save(mask)
-        given = (None, mask if task == "inpaint" else None, Guides(), wanted)
-        inverse_modes.run_restoring(task, model, config, Data(split, split), *common, *given)
+        Image.fromarray(np.roll(np.tile(np.uint8([0, 255]), (4, 2)), given)).save(mask)
+        others = (None, mask if task == "inpaint" else None, Guides(), wanted)
+        inverse_modes.run_restoring(task, model, config, Data(split, split), *common, *others)
 
 
 class Watched:
@@ -197,10 +205,10 @@ def unmade(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli, "was_made_from", of_file)
 
 
-def stamp_of(kind: str, config: Any, base: dict[str, Any], folder: Path) -> str | None:
+def stamp_of(kind: str, config: Any, base: dict[str, Any], folder: Path, given: int = 0) -> str | None:
     """The stamp, without making the result; None for values that are refused."""
     try:
-        make(kind, config, base, folder)
+        make(kind, config, base, folder, given)
     except Stamped as found:
         return str(found)
     except (ValueError, KeyError, FileNotFoundError):
@@ -269,3 +277,203 @@ def test_a_computation_reads_what_its_stamp_holds_and_nothing_else(
         {*KEYS["restore"], *(f"inverse.{name}" for name in own)} if kind == "restore inpaint" else KEYS.get(kind, ())
     )
     assert {*holds} <= read
+
+
+@pytest.mark.parametrize("kind", sorted(BASES.keys() - {"sample", "interpolate seeds"}))
+def test_other_examples_latents_and_masks_are_another_result(kind: str, unmade: None, tmp_path: Path) -> None:
+    config, base = config_of(BASES[kind][0]), BASES[kind][0]
+    first, again, other = (stamp_of(kind, config, base, tmp_path, given) for given in (0, 0, 1))
+    assert first == again != other
+
+
+def test_a_mask_alone_is_another_result(unmade: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of({})
+    first = stamp_of("restore inpaint", config, {}, tmp_path)
+    same = examples(IMAGE)
+    monkeypatch.setitem(globals(), "examples", lambda shape, seed=0: same)
+    assert stamp_of("restore inpaint", config, {}, tmp_path) == first
+    assert stamp_of("restore inpaint", config, {}, tmp_path, given=1) != first
+
+
+def test_the_same_command_on_other_data_is_another_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Other data by their name, and a file that was overwritten between two runs."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+    def run(mode: str, dataset: str) -> str:
+        settings = {
+            "data.dataset": dataset, "data.path": tmp_path / "points.npy", "model.hidden": 8, "model.depth": 1,
+            "training.n_iters": 1, "training.batch_size": 4, "training.snapshot_sampling": "false",
+            "eval.num_images": 4, "eval.rtol": 1e-2, "eval.atol": 1e-2, "interpolation.pairs": 1,
+        }  # fmt: skip
+        words = ["--config", "configs/vp_toy.py", "--mode", mode, "--workdir", str(tmp_path / "run")]
+        assert cli.run([*words, *(f"--config.{key}={value}" for key, value in settings.items())]) == 0
+        return capsys.readouterr().err.splitlines()[-1].split(" ", 1)[1]  # without the time
+
+    run("train", "ring")
+    told = []
+    for i in (0, 1, 1):
+        np.save(tmp_path / "points.npy", np.random.default_rng(i).normal(size=(20, 2)).astype(np.float32))
+        told.append(run("likelihood", "files"))
+    told += [run("likelihood", dataset) for dataset in ("ring", "moons", "ring")]
+    assert told[1] == told[2] and told[3] == told[5] and len(set(told)) == 4
+    for mode in ("encode", "interpolate"):
+        assert run(mode, "ring") != run(mode, "moons")
+
+
+# -- finished results
+
+
+def sampled(folder: Path, **changes: Any) -> Path:
+    """Samples of images, and the folder that they are in."""
+    make("sample", config_of({key.replace("__", "."): value for key, value in changes.items()}), {}, folder)
+    (found,) = (folder / "results").iterdir()
+    return found
+
+
+def test_a_finished_result_gets_the_pictures_that_are_asked_for_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sampled(tmp_path)
+    assert not list(folder.glob("0*.png"))
+    monkeypatch.setattr(Normal, "forward", lambda *args, **kwargs: pytest.fail("it is computed again"))
+    sampled(tmp_path, sampling__single_png=True)
+    written, samples = sorted(folder.glob("0*.png")), np.load(folder / "samples.npz")["arr_0"]
+    assert [path.name for path in written] == ["000000.png", "000001.png", "000002.png"]
+    for path, image in zip(written, samples, strict=True):
+        assert np.array_equal(np.array(Image.open(path)), image[..., 0])
+    monkeypatch.setattr(evaluate, "write_arrays", lambda *args: pytest.fail("it is written again"))
+    sampled(tmp_path, sampling__single_png=True, sampling__batch_size=1)
+
+
+def test_a_finished_likelihood_gets_its_heat_map_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make("ode", config_of({}), {}, tmp_path)
+    monkeypatch.setattr(evaluate, "log_probability", lambda *args, **kwargs: pytest.fail("it is computed again"))
+    (folder,), maps = (tmp_path / "results").iterdir(), []
+    for count in (1, 2, 2):
+        make("ode", config_of({"eval.heat_map": count}), {}, tmp_path)
+        maps.append(np.load(folder / "heat_map.npz")["bits"])
+    assert [len(bits) for bits in maps] == [1, 2, 2] and (folder / "heat_map.png").is_file()
+    np.testing.assert_allclose(maps[1][:1], maps[0], rtol=0.05)
+    assert not list(folder.rglob("parts"))
+
+
+@pytest.mark.parametrize("harm", ["cut", "other", "gone", "stamp"])
+def test_a_result_that_is_not_what_its_stamp_says_is_made_again(
+    harm: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = sampled(tmp_path)
+    file, stamp = folder / "samples.npz", folder / "stamp.json"
+    whole, told = file.read_bytes(), stamp.read_text()
+    caplog.clear()
+    if harm == "cut":
+        file.write_bytes(whole[:-100])
+    elif harm == "other":
+        results.write_arrays(file, {"arr_0": np.zeros((3, 4, 4, 1), np.uint8), "arr_1": np.arange(3)})
+    elif harm == "gone":
+        file.unlink()
+    else:
+        stamp.write_text(told[:-30])
+    assert sampled(tmp_path) == folder
+    assert file.read_bytes() == whole and stamp.read_text() == told
+    assert "computed again" in caplog.text and str(stamp if harm == "stamp" else file) in caplog.text
+    caplog.clear()
+    sampled(tmp_path)
+    assert "again" not in caplog.text
+
+
+def test_a_result_is_made_by_one_at_a_time(tmp_path: Path) -> None:
+    def work(folder: Path) -> dict[str, Any]:
+        with pytest.raises(Busy, match=rf"process {os.getpid()} on .*making samples.npz since"):
+            results.once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, work)
+        results.write_arrays(folder / "samples.npz", {"x": np.ones(2)})
+        return {"found": 3}
+
+    folder, stamp = results.once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, work)
+    again = results.once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, lambda folder: pytest.fail("made again"))
+    assert again[0] == folder and again[1]["found"] == stamp["found"] == 3
+
+
+# -- several processes
+
+
+@dataclass(frozen=True)
+class Threads(Processes):
+    """A process of two that are threads here."""
+
+    meeting: threading.Barrier = field(default_factory=lambda: threading.Barrier(2))
+    said: dict[int, str] = field(default_factory=dict)
+
+    def barrier(self) -> None:
+        self.meeting.wait(timeout=30)
+
+    def texts(self, own: str) -> list[str]:
+        self.said[self.rank] = own
+        self.barrier()
+        heard = [self.said[rank] for rank in range(self.world)]
+        self.barrier()
+        return heard
+
+
+def both(work: Callable[[Threads], Any]) -> list[Any]:
+    """What work() returns, or the error that it raises, in each of two processes."""
+    meeting, said = threading.Barrier(2), dict[int, str]()
+
+    def one(rank: int) -> Any:
+        try:
+            return work(Threads(rank, 2, torch.device("cpu"), meeting=meeting, said=said))
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(one, range(2)))
+
+
+def numbers(first: int, count: int) -> dict[str, np.ndarray]:
+    return {"x": np.arange(first, first + count)}
+
+
+def test_processes_that_do_not_share_a_folder_are_refused_before_work(tmp_path: Path) -> None:
+    def work(p: Threads) -> Any:
+        base = tmp_path / str(p.rank)
+        return results.once(base, "it", {"a": 1}, "x.npz", p, lambda folder: pytest.fail("work is done"))
+
+    (tmp_path / "1").mkdir()
+    for error in both(work):
+        assert isinstance(error, ValueError) and "give --workdir a folder that all hosts share" in str(error)
+
+
+def test_processes_that_are_asked_for_different_results_are_refused(tmp_path: Path) -> None:
+    def work(p: Threads) -> Any:
+        return results.once(tmp_path, "it", {"data": p.rank}, "x.npz", p, lambda folder: pytest.fail("work is done"))
+
+    for error in both(work):
+        assert isinstance(error, ValueError) and "would make different results" in str(error)
+
+
+def test_a_part_that_is_missing_in_the_end_is_an_error_in_all(tmp_path: Path) -> None:
+    """11 examples in batches of 2: those of the second process lie elsewhere, and are made by the next command."""
+
+    def apart(p: Threads) -> Any:
+        return results.in_batches(tmp_path / str(p.rank), 11, 2, p, numbers, "")
+
+    for error in both(apart):
+        assert isinstance(error, ValueError) and "parts lacks batch 2 of 6 of process 1" in str(error)
+    there = results.in_batches(tmp_path / "0", 11, 2, ALONE, numbers, "")
+    assert np.array_equal(there["x"], np.arange(11))
+
+
+def test_two_processes_that_share_a_folder_make_one_result(tmp_path: Path) -> None:
+    def work(p: Threads) -> Any:
+        def made(folder: Path) -> dict[str, Any]:
+            joined = results.in_batches(folder, 11, 2, p, numbers, "")
+            if p.main:
+                results.write_arrays(folder / "x.npz", joined)
+            return {"sum": int(joined["x"].sum())}
+
+        return [results.once(tmp_path, "it", {"a": 1}, "x.npz", p, made) for _ in range(2)]
+
+    first, second = both(work)
+    assert [stamp["sum"] for _, stamp in (*first, *second)] == [55] * 4
+    assert sorted(path.name for path in first[0][0].iterdir()) == ["stamp.json", "x.npz"]
