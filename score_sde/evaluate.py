@@ -119,9 +119,10 @@ def run_sampling(
     check_number(s.labels, wanted.prompts, s.num_samples, "sampling.num_samples")
     built = {"sampler": repr(sampler), "grid": about_grid(config, times), "shape": list(shape)}
     told_of = {"sde": repr(model.sde), **built, **about(wanted, strengths, guides)}
-    made_from = stamp(checkpoint, s.weights, codec, config, KEYS["sample"], told_of)
+    keys = KEYS["sample" if wanted.changed is None else "sample from examples"]
+    made_from = stamp(checkpoint, s.weights, codec, config, keys, told_of)
     label, single_png = f"{checkpoint.stem}-{s.weights}-{s.method}", s.single_png
-    config = asked(config, KEYS["sample"])
+    config = asked(config, keys)
     s = config.sampling
 
     def compute(first: int, count: int, scale: float) -> Arrays:

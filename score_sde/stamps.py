@@ -38,6 +38,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     name: tuple(keys.split())
     for name, keys in {
         "sample": f"sampling.num_samples sampling.augmentation {_DRAWN}",
+        "sample from examples": f"sampling.num_samples data.uniform_dequantization {_DRAWN}",
         "ode": f"eval.seed eval.probe eval.probes eval.check_images eval.importance_samples {_FLOW} "
         "model.super_resolution",
         "sde_bound": f"eval.seed eval.draws eval.t_min model.super_resolution {_TOLD}",

@@ -48,6 +48,7 @@ SAMPLERS: tuple[dict[str, Any], ...] = (
 UNIFORM = {"data.uniform_dequantization": True}
 BASES: dict[str, tuple[dict[str, Any], ...]] = {
     "sample": SAMPLERS,
+    "sample from examples": ({"sampling.start": 0.4},),
     "ode": (
         {},
         {"eval.importance_samples": 2},
@@ -72,7 +73,7 @@ SAMPLER = """training.continuous model.num_scales model.sigma_min sampling.metho
     sampling.corrector sampling.variance sampling.snr sampling.step_lr sampling.n_steps_each sampling.probability_flow
     sampling.eta sampling.order sampling.predict sampling.unipc_variant sampling.churn sampling.churn_low
     sampling.churn_high sampling.churn_inflate sampling.steps sampling.grid sampling.t_min sampling.ode_method
-    sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol"""
+    sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol sampling.start"""
 DRAWN = """sampling.seed sampling.noise_removal sampling.temperature sampling.clip_denoised sampling.threshold
     sampling.labels sampling.negative_label sampling.guidance sampling.guidance_low sampling.guidance_high
     sampling.guidance_rescale model.class_conditional"""
@@ -85,6 +86,7 @@ ROWS = "interpolation.between interpolation.pairs interpolation.steps sampling.t
 CHANGES = {
     "sample": f"""{SAMPLER} {DRAWN} sampling.num_samples sampling.weights sampling.augmentation model.num_classes
         model.super_resolution data.centered""",
+    "sample from examples": """sampling.start data.uniform_dequantization""",
     "ode": f"""{OF_SPLIT} {FLOW} model.super_resolution eval.estimate eval.seed eval.probe eval.probes
         eval.check_images eval.dequantization eval.dequantizations eval.importance_samples
         training.continuous""",
@@ -148,6 +150,9 @@ def make(kind: str, config: Any, base: dict[str, Any], folder: Path, given: int 
     if kind == "sample":
         small = torch.zeros(3, 1, 2, 2, dtype=torch.uint8) if config.model.super_resolution else None
         evaluate.run_sampling(model, config, shape, *common, Guides(), Wanted(sampled_labels(config), images=small))
+    elif kind == "sample from examples":
+        wanted = Wanted(sampled_labels(config), changed=split)
+        evaluate.run_sampling(model, config, shape, *common, Guides(), wanted)
     elif kind in ("ode", "sde_bound", "bound"):
         evaluate.run_likelihood(model, config, split, *common)
     elif kind == "encode":
@@ -161,10 +166,16 @@ def make(kind: str, config: Any, base: dict[str, Any], folder: Path, given: int 
     elif kind == "dequantize":
         cli.run_dequantizing(model, config, split, codec, path, folder, ALONE)
     else:
-        task, mask, wanted = kind.split()[1], folder / "mask.png", Wanted(list(config.sampling.labels))
+        task, mask, wanted = kind.split()[1], folder / "mask.png", Wanted([*config.sampling.labels])
         Image.fromarray(np.roll(np.tile(np.uint8([0, 255]), (4, 2)), given)).save(mask)
         others = (None, mask if task == "inpaint" else None, Guides(), wanted)
         inverse_modes.run_restoring(task, model, config, Data(split, split), *common, *others)
+
+
+@pytest.fixture(autouse=True)
+def nameless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint here has no card."""
+    monkeypatch.setattr(evaluate, "class_names_of", lambda path: ())
 
 
 class Watched:
@@ -252,6 +263,8 @@ def test_a_key_changes_the_stamp_if_and_only_if_it_changes_the_result(kind: str,
         changed = {key for key in changed if key.startswith("inverse.")}
     if kind == "restore inpaint":
         changed |= set(SAMPLER.split())  # which is made as for samples
+    if kind == "sample from examples":  # all else is as for samples from the prior
+        changed -= set(CHANGES["sample"].split()) - {"sampling.start"}
     assert sorted(changed) == sorted({*CHANGES[kind].split()})
 
 
@@ -273,10 +286,11 @@ def test_a_computation_reads_what_its_stamp_holds_and_nothing_else(
         (tmp_path / str(i)).mkdir()
         make(kind, Watched(config_of(base)), base, tmp_path / str(i))
     own = {name for of in inverse_modes.METHODS for name in inverse_modes.OWN.get(of, ())}
-    holds = (
-        {*KEYS["restore"], *(f"inverse.{name}" for name in own)} if kind == "restore inpaint" else KEYS.get(kind, ())
-    )
-    assert {*holds} <= read
+    holds = {
+        "restore inpaint": {*KEYS["restore"], *(f"inverse.{name}" for name in own)},
+        "sample from examples": {"data.uniform_dequantization"},  # and what samples from the prior read
+    }
+    assert {*holds.get(kind, KEYS.get(kind, ()))} <= read
 
 
 @pytest.mark.parametrize("kind", sorted(BASES.keys() - {"sample", "interpolate seeds"}))
