@@ -77,6 +77,15 @@ def test_labels_that_cannot_be_meant_are_refused(tmp_path, y, words):
             load(tmp_path / "b.npz")
 
 
+def test_up_to_10000_classes_may_be_more_than_examples(tmp_path):
+    x = np.zeros((4, 2), np.float32)
+    np.savez(tmp_path / "a.npz", x=x, y=np.array([0, 1, 9_999, 1]))
+    assert load(tmp_path / "a.npz").num_classes == 10_000
+    np.savez(tmp_path / "a.npz", x=x, y=np.array([0, 1, 10_000, 1]))
+    with pytest.raises(ValueError, match="has the label 10000 in row 2"):
+        load(tmp_path / "a.npz")
+
+
 def test_both_parts_are_labelled_alike(tmp_path):
     x, y = np.zeros((4, 2), np.float32), np.arange(4)
     for more, words in (({}, "no labels"), ({"y_test": y + 0.5}, "1 floats each")):
