@@ -276,7 +276,7 @@ def test_draws_depend_on_seed_and_index_alone_and_share_their_probes() -> None:
 
 
 def test_draws_of_uneven_weight_enter_value_and_error_by_their_shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Uniform noise on four levels of width 1/2 has log q = log 2 a dimension; weights are 1, 2 and 5 of 8."""
+    """Of the first image's draws 1, 2 and 5 of 8; uniform noise has the same log q in each, log 2 a dimension or so."""
     values = iter(([1.0, 1.0, 1.0], [2.0, 1.0, 0.0], [5.0, 1.0, 0.0]))  # densities of three images, in three draws
     errors = iter(([0.1, 0.1, 0.3], [0.2, 0.4, 0.9], [0.4, 0.1, 0.9]))
 
@@ -287,8 +287,10 @@ def test_draws_of_uneven_weight_enter_value_and_error_by_their_shares(monkeypatc
     monkeypatch.setattr("score_sde.dequantisation.log_likelihood", given)
     k = torch.ones(3, 1, dtype=torch.uint8)
     found = log_probability(MIXTURE, k, Uniform(CODEC), samples=3, dtype=torch.float64)
-    means = torch.tensor([8 / 3, 1.0, 1 / 3], dtype=torch.float64) / 2
-    torch.testing.assert_close(found.log_prob, means.log(), rtol=1e-12, atol=0)
+    log_q = Uniform(CODEC)(k, torch.zeros(3, 1, dtype=torch.float64))[1].expand(3, 1)[:, 0]
+    means = torch.tensor([8 / 3, 1.0, 1 / 3], dtype=torch.float64)
+    torch.testing.assert_close(found.log_prob, means.log() - log_q, rtol=1e-12, atol=0)
+    assert bool(((log_q - math.log(2)).abs() < 1e-3).all())
     wanted = [(1 * 0.1 + 2 * 0.2 + 5 * 0.4) / 8, (0.1 + 0.4 + 0.1) / 3, 0.3]
     assert found.std_error.tolist() == pytest.approx(wanted, rel=1e-12) and found.nfe == 21
 
