@@ -38,12 +38,13 @@ def test_dequantised_levels_lie_at_k_plus_u_over_levels(levels, centered):
     torch.testing.assert_close(x, 2 * v - 1 if centered else v, atol=1e-15, rtol=0)
 
 
-@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize("levels", [*LEVELS, *FINE])
 def test_no_mass_piles_up_at_the_upper_end_of_a_bin(levels):
     codec = PixelCodec(levels)
     u = 1 - torch.arange(1, 1000, dtype=torch.float64) * 2.0**-24
     x = codec.encode(torch.full(u.shape, levels - 2), u)
-    torch.testing.assert_close(-x.diff(), torch.full((998,), codec.filled * 2.0**-23 / levels).double())
+    wanted = torch.full((998,), codec.filled * 2.0**-23 / levels, dtype=torch.float64)
+    torch.testing.assert_close(-x.diff(), wanted, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("centered", [True, False])
