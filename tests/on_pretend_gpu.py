@@ -388,7 +388,7 @@ def _mode_sample(name: str, **changes: object) -> None:
             text = text_of()
         if config.model.super_resolution:
             images = torch.randint(LEVELS, (3, CHANNELS, 4, 4), dtype=torch.uint8)
-        wanted = Wanted([0, 2] if config.model.class_conditional else [], tuple("abcd") if text else (), text, images)
+        wanted = Wanted([0, 2] if config.model.class_conditional else [], tuple("abc") if text else (), text, images)
         run_sampling(model, config, SHAPE, codec, bench.checkpoint, bench.folder, bench.processes, None, wanted)
         return []
 
