@@ -44,7 +44,7 @@ from .lock import held
 from .model import ScoreModel
 from .options import MODES, check, scales_of
 from .origin import check_fits, check_origin, foreign_config
-from .parallel import Elsewhere, Processes
+from .parallel import Elsewhere, NoDevice, Processes
 from .pictures import Pixels
 from .progress import Progress
 from .scan import scan
@@ -129,7 +129,9 @@ def run(arguments: list[str] | None = None) -> int:
         sys.stdout.flush()  # now, where it can be told that nobody reads it
         return code
     except KeyboardInterrupt:
-        _tell("interrupted; what was finished is on disk, and the same command goes on")
+        line = "interrupted; what was finished is on disk, and the same command goes on"
+        if parallel.first_to_say(line):
+            _tell(line)
         return 130
     except Elsewhere as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once on each node
@@ -142,7 +144,8 @@ def run(arguments: list[str] | None = None) -> int:
         if isinstance(error, BrokenPipeError):  # what Python has left for standard output would fail again as it ends
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        _tell(f"error: {sentence}")
+        if isinstance(error, NoDevice) or parallel.first_to_say(sentence):
+            _tell(f"error: {sentence}")
         return 2
     finally:
         threading.excepthook = threading.__excepthook__

@@ -44,8 +44,9 @@ def sentence(error: BaseException, mode: str = "", workdir: str = "") -> str | N
     lost = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
     if isinstance(error, lost) or _says(error, RuntimeError, _PEERS):
         return (
-            f"another process of this run has ended or cannot be reached ({_first_line(error)}): its own message says "
-            "why, and the same command goes on from what was finished"
+            "another process of this run has ended or cannot be reached "
+            f"({_first_line(error).split('. ')[0]}): its own message says why, and the same command goes on from what "
+            "was finished"
         )
     missing = isinstance(error, ImportError) and "pip install" in str(error)  # an extra of the package, said by itself
     if missing or isinstance(error, ValueError | OSError | FloatingPointError | GaveUp):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from .tensor_file import whole
 
 _PADDING = 2
 _LETTERS = 24  # of a name beside a row
@@ -99,13 +100,12 @@ def _written(text: str, height: int) -> Tensor:
 
 
 def write_png(image: Tensor, path: str | Path) -> None:
-    """One uint8 picture (C, H, W), C being 1 or 3, as a PNG that is whole or absent."""
+    """One uint8 picture (C, H, W), C being 1 or 3, as a PNG, which is whole or absent."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"a PNG needs uint8 (1 or 3, H, W), got {image.dtype} {tuple(image.shape)}")
     pixels = image.cpu().permute(1, 2, 0).numpy()
-    partial = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.partial")
-    Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(partial, format="PNG")
-    partial.replace(path)
+    with whole(Path(path)) as file:
+        Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(file, format="PNG")
 
 
 def write_grid(

@@ -6,6 +6,7 @@ another node may be another one. Without torchrun everything here is the identit
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import socket
@@ -23,6 +24,10 @@ T = TypeVar("T")
 
 class Elsewhere(RuntimeError):
     """Another process has refused to go on; it says why."""
+
+
+class NoDevice(ValueError):
+    """A process's device is not there."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,7 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 def start(device: str = "auto") -> Processes:
     """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
 
-    `device` is "auto" (a GPU where there is one) or any name that torch knows. Raises ValueError for one that is
+    `device` is "auto" (a GPU where there is one) or any name that torch knows. Raises NoDevice for one that is
     not there.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
@@ -149,7 +154,7 @@ def start(device: str = "auto") -> Processes:
         torch.ones(1, device=where).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")  # PyTorch goes on for pages
-        raise ValueError(f"device {device!r} cannot be used here ({reason}): set --config.device=cpu or auto") from None
+        raise NoDevice(f"device {device!r} cannot be used here ({reason}): set --config.device=cpu or auto") from None
     if where.type == "cuda":
         torch.cuda.set_device(where)
     if world == 1:
@@ -159,6 +164,20 @@ def start(device: str = "auto") -> Processes:
     # One may have much harder examples than another: at the end it is waited for longer than torch's half an hour.
     control = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return Processes(dist.get_rank(), world, where, control, local)
+
+
+def first_to_say(line: str) -> bool:
+    """Whether no other process of the run has said the same: mostly all of them meet the same error.
+
+    Before they are joined it is the main one that speaks, as all of them read the same command.
+    """
+    if not dist.is_initialized():
+        return int(os.environ.get("RANK", "0")) == 0
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        return int(store.add(f"said {hashlib.sha256(line.encode()).hexdigest()}", 1)) == 1
+    except (RuntimeError, ValueError):  # the store is gone with its process
+        return True
 
 
 def finish() -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .files import IMAGES, Found, Part, unread
 from .folders import Listing, about_classes, classes_of, lay_out, listing, once_each
 from .labels import named_labels
+from .tensor_file import whole
 
 
 def recordings(path: Path) -> Listing | None:
@@ -68,7 +69,7 @@ def write(signal: Tensor, path: str | Path, rate: int) -> None:
     if signal.ndim != 2 or signal.shape[0] != 1:
         raise ValueError(f"a recording must have shape (1, length), got {tuple(signal.shape)}")
     pcm = (signal[0].detach().cpu().to(torch.float64).clamp(-1, 1) * 32767).round().numpy().astype("<i2")
-    with wave.open(str(path), "wb") as file:
+    with whole(Path(path)) as sink, wave.open(sink, "wb") as file:
         file.setnchannels(1)
         file.setsampwidth(2)
         file.setframerate(rate)

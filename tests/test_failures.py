@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from score_sde import cli, evaluate, failures, progress, show, train
+from score_sde import cli, evaluate, failures, parallel, progress, show, train
 from score_sde.cli import run
 from score_sde.options import MODES
 
@@ -390,3 +390,41 @@ def test_help_beside_anything(words: list[str], capsys: pytest.CaptureFixture[st
     assert run(words) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("score_sde: ") and "configs/vp_toy.py" in shown.out and shown.err == ""
+
+
+# --- several processes
+
+GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:553] "
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError(GLOO + "Connection closed by peer [127.0.0.1]:35750. This is typically caused by a crash. Check"),
+        RuntimeError(GLOO + "Read error [127.0.0.1]:719: Connection reset by peer. This is typically caused by a bug"),
+        torch.distributed.DistNetworkError("The client socket has timed out after 1000ms"),
+    ],
+)
+def test_a_process_whose_neighbour_died_says_so(error: Exception) -> None:
+    said = str(failures.sentence(error, "train"))
+    assert said.startswith("another process of this run has ended or cannot be reached (")
+    assert "its own message says why" in said and "typically" not in said
+
+
+def test_a_mistake_between_processes_keeps_its_traceback() -> None:
+    assert failures.sentence(RuntimeError(GLOO + "op.preamble.length <= op.nbytes. 8 vs 4"), "train") is None
+
+
+def test_what_all_processes_meet_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before they are joined by the main one, and then by the first; a device that one of them lacks by that one."""
+    monkeypatch.setenv("RANK", "1")
+    assert run(command("scan", tmp_path, "--config.optim.lr=0")) == 2 and capsys.readouterr().err == ""
+    assert run(command("scan", tmp_path, "--config.device=meta")) == 2 and "meta" in only_sentence(capsys)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        said = [parallel.first_to_say(line) for line in ("one", "another", "one", "another", "third")]
+    finally:
+        parallel.finish()
+    assert said == [True, True, False, False, True]

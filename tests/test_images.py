@@ -88,6 +88,17 @@ def test_points_become_a_picture_with_y_upwards():
     assert grid(picture[None]).shape == (1, 14, 14)
 
 
+def test_a_picture_is_whole_or_absent(tmp_path, monkeypatch):
+    def breaks(self, file, format):
+        file.write(b"begun")
+        raise OSError("full")
+
+    monkeypatch.setattr(Image.Image, "save", breaks)
+    with pytest.raises(OSError, match="full"):
+        write_png(random(1, 4, 4), tmp_path / "a.png")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_is_no_picture_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"uint8 \(1 or 3, H, W\), got torch.float32 \(3, 4, 4\)"):
         write_png(torch.zeros(3, 4, 4), tmp_path / "a.png")
