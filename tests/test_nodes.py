@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,14 @@ def two_nodes(folder: Path, work: Node) -> list[Any]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    multiprocessing.start_processes(_enter, (port, folder, work), nprocs=2, start_method="fork")
+    both = multiprocessing.start_processes(_enter, (port, folder, work), nprocs=2, join=False, start_method="fork")
+    deadline = time.monotonic() + 150
+    try:
+        while not both.join(timeout=1):
+            assert time.monotonic() < deadline, "the two wait for each other"
+    finally:
+        for process in both.processes:
+            process.kill()
     return [torch.load(folder / f"answer-{rank}") for rank in range(2)]
 
 

@@ -403,14 +403,15 @@ def test_a_config_beside_a_checkpoint_does_not_change_its_model(
     """What the config says of the network, the noise and the data's scale is the checkpoint's, and is told."""
     workdir = tmp_path / "run"
     shutil.copytree(classes, workdir)
-    assert run(line("cond_digits", "sample", workdir)) == 0
+    assert run(line("cond_digits", "sample", workdir, sampling__grid="uniform")) == 0
     expected = results(workdir, "samples")["arr_0"]
     shutil.rmtree(workdir / "samples")
-    change = {"training__sde": "subvpsde", "model__beta_max": 9, "data__centered": "false", "model__num_heads": 2}
+    change = {"training__continuous": "false", "model__beta_max": 9, "data__centered": "false", "model__num_heads": 2}
+    change |= {"sampling__grid": "uniform", "training__time": "uniform"}
     capsys.readouterr()
     assert run(line("cond_digits", "sample", workdir, **change)) == 0
     said = [text for text in capsys.readouterr().err.splitlines() if "is used as it is" in text]
     assert [text.rpartition("is: ")[2].split(":")[0] for text in said] == [
-        "data.centered", "model.beta_max", "model.num_heads", "training.sde",
+        "data.centered", "model.beta_max", "model.num_heads", "training.continuous",
     ]  # fmt: skip
     assert np.array_equal(results(workdir, "samples")["arr_0"], expected)
