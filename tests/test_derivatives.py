@@ -41,6 +41,7 @@ from score_sde.config import default_config
 from score_sde.flows import ProbabilityFlow
 from score_sde.inverse import Dense, Observation, Projected
 from score_sde.model import label_edm, of_examples
+from score_sde.networks import DiT
 from score_sde.ode import FIXED
 from score_sde.samplers import (
     DDIM,
@@ -448,3 +449,11 @@ def test_an_energy_with_attention_trains() -> None:
     ways, truth = along(trained, value)
     found = torch.autograd.grad(value(), trained, allow_unused=True)
     assert slope_along(found, ways) == pytest.approx(truth, rel=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+def test_looking_for_plain_operations_does_not_break_a_compiled_graph(recompute: bool) -> None:
+    network = awake(DiT(1, width=8, depth=1, heads=2, checkpoint_activations=recompute))
+    x, label = states("dit"), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    compiled = torch.compile(network, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x, label), network(x, label), rtol=0, atol=1e-12)

@@ -82,8 +82,11 @@ def group_norm(channels: int, groups: int | None, eps: float = 1e-6) -> nn.Group
 def plain() -> bool:
     """Whether the caller asks for plain operations, which may be differentiated twice and more.
 
-    It does so by torch's own switch of attention, ``sdpa_kernel(SDPBackend.MATH)``.
+    It does so by torch's own switch of attention, ``sdpa_kernel(SDPBackend.MATH)``. A compiled network has one
+    derivative alone, and may not look at the switch.
     """
+    if torch.compiler.is_compiling():
+        return False
     cuda = torch.backends.cuda
     return not (cuda.flash_sdp_enabled() or cuda.mem_efficient_sdp_enabled())
 
