@@ -163,7 +163,7 @@ def cell(*values: object, slow: bool) -> ParameterSet:
 
 FEW = ("ncsnpp", "dit", "mlp")
 DIVERGENCES = [
-    cell(name, guidance, slow=name not in FEW and guidance not in ("plain", "dps"))
+    cell(name, guidance, slow=name not in FEW and guidance != "dps")
     for name, guidance in itertools.product(NETWORKS, GUIDANCE)
 ]
 
@@ -237,10 +237,10 @@ class Bare(nn.Module):
 
     def __init__(self, outputs: int = 3) -> None:
         super().__init__()
-        self.first, self.last = nn.Linear(4, 8), nn.Linear(8, outputs)
+        self.first, self.time, self.last = nn.Linear(3, 8), nn.Linear(1, 8), nn.Linear(8, outputs)
 
     def forward(self, x: Tensor, label: Tensor) -> Tensor:
-        return self.last(torch.tanh(self.first(torch.cat([x, label[:, None]], dim=1))))
+        return self.last(torch.tanh(self.first(x) + self.time(label[:, None])))
 
 
 def bare(sde: SDE, learned_variance: bool = False) -> ScoreModel:
@@ -256,7 +256,7 @@ SAMPLERS: list[Sampler] = [
     *(DPMSolver(order, predict) for order in (1, 2, 3) for predict in ("noise", "data")),
     Multistep(2), Multistep(3, "both"), Multistep(3, "noise"), Multistep(2, eta=1.0),
     UniPC(3), UniPC(2, "b1", "both", "lower"), *(FixedODE(method) for method in FIXED),
-    AdaptiveODE(1e-5, 1e-5), EmbeddedODE(1e-6, 1e-6),
+    AdaptiveODE(1e-3, 1e-3), EmbeddedODE(1e-6, 1e-6),
     AdaptiveSDE(rtol=1e3, atol=1e3, first=1.0),  # which takes the grid's steps
     Projected(DDIM(1.0), OBSERVED, jump=2, resamplings=2), Projected(PredictorCorrector(), OBSERVED),
 ]  # fmt: skip
