@@ -256,7 +256,7 @@ SAMPLERS: list[Sampler] = [
     *(DPMSolver(order, predict) for order in (1, 2, 3) for predict in ("noise", "data")),
     Multistep(2), Multistep(3, "both"), Multistep(3, "noise"), Multistep(2, eta=1.0),
     UniPC(3), UniPC(2, "b1", "both", "lower"), *(FixedODE(method) for method in FIXED),
-    AdaptiveODE(1e-5, 1e-5), EmbeddedODE(1e-6, 1e-6),
+    AdaptiveODE(1e-7, 1e-7), EmbeddedODE(1e-6, 1e-6),
     AdaptiveSDE(rtol=1e3, atol=1e3, first=1.0),  # which takes the grid's steps
     Projected(DDIM(1.0), OBSERVED, jump=2, resamplings=2), Projected(PredictorCorrector(), OBSERVED),
 ]  # fmt: skip
