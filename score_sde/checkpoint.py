@@ -326,6 +326,8 @@ def newest(workdir: Path) -> tuple[Path | None, list[str]]:
 def find(path: str | Path) -> Path:
     """The checkpoint that `path` means: itself, or the newest whole one of a workdir; a later one, broken, is told."""
     path = Path(path)
+    if not path.exists() and not path.suffix:  # no name of a file
+        raise FileNotFoundError(f"there is no checkpoint or workdir {path}: train it first with --mode train")
     if not path.is_dir():
         return path
     found, skipped = newest(path)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import checkpoint, failures, parallel
 from . import config as configs
-from .build import resolve_classes, resolve_conditions
+from .build import is_classifier, resolve_classes, resolve_conditions
 from .carried import as_trained, carried_config, described, reads_data
 from .class_names import resolve_labels
 from .codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, codec_of
@@ -535,8 +535,9 @@ def run_training(
             for m in train(config, workdir, data, codec, processes, stop, text):
                 step = m.step
                 if show is None and processes.main:
-                    for folder in ("checkpoints", "samples"):
-                        failures.writable(workdir / folder)
+                    failures.writable(workdir / "checkpoints")
+                    if config.training.snapshot_sampling and not is_classifier(config):
+                        failures.writable(workdir / "samples")
                     _remember(config, workdir)
                     keep_log(workdir)
                     show = Show(config, workdir, data, codec, processes.device, bar, text)

@@ -283,7 +283,7 @@ def test_data_between_their_levels_are_refused(width: float) -> None:
     for off, k in [*itertools.product((-0.2, -0.02, 0.02, 0.2, 0.5), (0, 8, 16)), *beyond]:
         moved = x0.clone()
         moved[0, k] += off * width / 16
-        with pytest.raises(ValueError, match="x0 must hold the values k/16"):
+        with pytest.raises(ValueError, match="x0 must hold 17 evenly spaced values from"):
             chain_bound(Line(sde, 0.5, 0.2), moved, levels=17, width=width)
 
 

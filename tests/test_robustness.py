@@ -426,7 +426,6 @@ def test_fixed_steps_report_the_evaluation_and_time_at_which_the_model_breaks() 
 
 def test_bounds_report_the_term_and_time_at_which_the_model_breaks() -> None:
     x, grid = numbers(2, 3), times.log_snr(SDE_, 10)
-    t = next(t for t in grid.flip(0) if t > 0.4)
     for terms in (None, 4):
         with pytest.raises(
             FloatingPointError, match=r"term \d+ of \d+ of the bound is not finite for . of 2 .*at t = "
@@ -435,7 +434,7 @@ def test_bounds_report_the_term_and_time_at_which_the_model_breaks() -> None:
     last = torch.tensor([1.0, 0.3], dtype=torch.float64)
     with pytest.raises(FloatingPointError, match="term 2 of 2 of the bound is not finite for 1 of 1 .*at t = 0.3"):
         chain_bound(Breaks(math.nan, 0.31, which=0), x[:1], last)
-    assert chain_bound(ThenBreaks(0.4), x, grid[grid <= t - 0.1]).total.isfinite().all()
+    assert chain_bound(ThenBreaks(1.0), x, grid).total.isfinite().all()
     with pytest.raises(FloatingPointError, match=r"of 64 of the bound is not finite for . of 2 .*at t = (0\.[4-9]|1)"):
         variational_bound(ThenBreaks(0.4), x, t_min=0.01)
 

@@ -197,7 +197,7 @@ def test_some_images_without_captions_are_named(tmp_path: Path) -> None:
         load_data("files", tmp_path)
     (tmp_path / "0.txt").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"text": "b"}')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl in .*, line 2 should be like"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl in .*, line 2, should be like"):
         load_data("files", tmp_path)
 
 

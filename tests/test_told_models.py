@@ -212,7 +212,7 @@ def test_the_network_uses_the_image_and_its_noise_level(stages: tuple[Path, Path
         ("give it some, --input FILE_OR_FOLDER, or the stage before", LARGE),
         ("sampling.base are of models that enlarge images", ("--config.sampling.base=runs/nothing",)),
         (
-            "nothing; train the stage before (a model of images of 4 x 4) there first",
+            ": train it first with --mode train; train the stage before (a model of images of 4 x 4) there first",
             (*LARGE, "--config.sampling.base=BASE/nothing"),
         ),
         (
@@ -388,8 +388,10 @@ def test_another_encoder_or_data_without_captions_are_refused(
     assert "has no prompt to guide by: give one, --prompt TEXT" in capsys.readouterr().err
     assert modes("encode", workdir, *settings) == 2
     assert "keeps no captions" in capsys.readouterr().err
-    assert modes("sample", tmp_path / "new", "--config.model.text_encoder=nothing", "--prompt=a dog") == 2
+    assert modes("sample", workdir, "--config.model.text_encoder=nothing", "--prompt=a dog") == 2
     assert "there is no text encoder in nothing" in capsys.readouterr().err
+    assert modes("sample", tmp_path / "untrained", *settings, "--prompt=a dog") == 2
+    assert f"there is no checkpoint or workdir {tmp_path / 'untrained'}: train it first" in capsys.readouterr().err
 
 
 def test_the_config_of_text_runs(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def sample(
         raise ValueError(f"temperature must be a number of at least 0, got {temperature}")
     times = as_grid(times)
     if start is None:
-        check_first(times)
+        check_first(times, ", or give sample() the state at that time, start=x")
     else:
         _check_start(start, shape, temperature)
     dtype, device = default_state(model if start is None else start, dtype, device)

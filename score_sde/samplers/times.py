@@ -82,12 +82,11 @@ def as_grid(times: Tensor | np.ndarray | Sequence[float], least: int = 2) -> Ten
     return grid
 
 
-def check_first(grid: Tensor) -> None:
-    """Raise ValueError for a grid below t = 1, whose law the prior is."""
+def check_first(grid: Tensor, otherwise: str = "") -> None:
+    """Raise ValueError for a grid below t = 1, whose law the prior is; `otherwise` is a remedy besides."""
     if grid[0] < 1 - 1e-6:  # in float32, say, 1 may have been rounded
         raise ValueError(
-            f"the grid begins at t = {grid[0].item():.6g}, and the prior is the law at t = 1: begin it there, or "
-            "give sample() the state at that time, start=x"
+            f"the grid begins at t = {grid[0].item():.6g}, and the prior is the law at t = 1: begin it there{otherwise}"
         )
 
 
