@@ -158,7 +158,7 @@ def chain_term(
     i = (t * n).round() - 1
     s, t, after = i / n, (i + 1) / n, (i + 2) / n
     first = i == 0
-    # The posterior at s = 0 is a point: where the divergence is not wanted take it elsewhere, lest it be NaN.
+    # The posterior at s = 0 is a point: where the divergence is not wanted take it elsewhere, or it would be NaN.
     kl = divergence(sde, estimate, x0, torch.where(first, t / 2, s), t, variance)
     nll = -decode(x0, estimate.data, _decoder_log_variance(sde, estimate, s, t, after, variance), levels, width)
     return torch.where(sent(first, kl.device), nll, kl)

@@ -262,7 +262,7 @@ def _table(values: Sequence[float] | Tensor, name: str) -> tuple[float, ...]:
 
 
 def _index(i: Tensor | int, n: int) -> Tensor:
-    """i as integers on the CPU, where the chain's tables are; -1 is x_0, which is nobody's step."""
+    """i as integers on the CPU, where the chain's tables are; -1 is x_0, which is no step."""
     i = torch.as_tensor(i).cpu()
     if i.is_floating_point() or not bool(((i >= 0) & (i < n)).all()):
         raise ValueError(f"i must be integers in 0..{n - 1}, the chain's steps, got {i}")

@@ -227,7 +227,7 @@ def as_drawn(data: Data) -> Data:
 def codec_from(path: str | Path, source: Source) -> AutoencoderCodec:
     """What is between the pixels and the model in a workdir or checkpoint, whose autoencoder must be `source`.
 
-    Raises ValueError where it is another, or the model is none of codes.
+    Raises ValueError where it is another, or the model has no codes.
     """
     path = checkpoint.find(path)
     check_codes(path, source.sha256, source.where)

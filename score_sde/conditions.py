@@ -25,7 +25,7 @@ from .text import Text
 
 RESTORING = ("inpaint", "colorize", "superresolve", "deblur")  # modes
 CPU = torch.device("cpu")
-# added to the seed, lest an image's noise be that of the state to which it is told, or of the steps from there
+# added to the seed, so that an image's noise is not that of the state to which it is told, or of the steps from there
 _AUGMENTATION, _START = 1_000_003, 1_000_033
 
 

@@ -170,7 +170,7 @@ def classes_of(layout: Layout, where: str) -> tuple[dict[str, int], tuple[str, .
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is nobody's data: hidden, or what macOS leaves in zips."""
+    """Whether a file or folder is no data: hidden, or what macOS leaves in zips."""
     return name.startswith((".", "__MACOSX"))
 
 

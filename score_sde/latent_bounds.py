@@ -24,7 +24,7 @@ from .codecs import AutoencoderCodec
 from .likelihood import Likelihood
 from .samplers.base import noise_source
 
-_APART = 2_000_003  # added to the seed, lest the posterior's noise be that of a bound's state
+_APART = 2_000_003  # added to the seed: the posterior's noise is not that of a bound's state
 
 
 class LatentBound(NamedTuple):

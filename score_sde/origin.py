@@ -1,7 +1,7 @@
 """Fine-tuning: a run that begins from the weights of a checkpoint, of this package or of another project.
 
 The network must be the checkpoint's own, shown by its tensors' names and shapes and, where the configs differ, by its
-answers. Two things may be otherwise, the number of classes and of the images' channels: the layers that hang on them,
+answers. Two things may be otherwise, the number of classes and of the images' channels: the layers that depend on them,
 and these alone, are made anew.
 """
 

@@ -91,7 +91,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 def read_header(path: Path) -> dict[str, str]:
     """The header's text without its hashes.
 
-    Raises FileNotFoundError, or ValueError, one sentence, for a file that is none of tensors or whose header changed.
+    Raises FileNotFoundError, or ValueError, one sentence, for a file without tensors or with a changed header.
     """
     with _opened(path) as file:
         return {name: text for name, text in _checked_header(path, file).items() if name not in (_TENSORS, _HEADER)}

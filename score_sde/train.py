@@ -452,7 +452,7 @@ def train(
         flip = config.data.random_flip and split.std is None  # codes are there of both
         b = draw(config, split, codec, sde, state.step, part, flip=flip, law=state.law, text=text)
         records.append(train_step(state, objective, b, config))
-        if state.law is not None:  # the next step's times hang on these losses: this law alone waits for the device
+        if state.law is not None:  # the next step's times depend on these losses: this law alone waits for the device
             state.law.update(processes.gather(b.t), processes.gather(records[-1].measure))
         yield Metrics(state.step)
         last = state.step == t.n_iters

@@ -186,7 +186,7 @@ def twisted(
     y, problems = observation.y.to(device, dtype).repeat_interleave(k, 0), torch.arange(b).repeat_interleave(k)
 
     def look(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(data, log p~ up to what hangs on t alone, its gradient) for all B K states."""
+        """(data, log p~ up to what depends on t alone, its gradient) for all B K states."""
         r2 = spread(sde, t, variance).item()
         with torch.enable_grad():
             z = x.detach().requires_grad_()

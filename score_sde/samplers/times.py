@@ -60,7 +60,7 @@ def spaced(n: int, count: int, *, start: float = 1.0) -> Tensor:
     if not 1 <= count <= within:
         raise ValueError(f"a chain of {n} steps can be walked in 1 to {n} of them, got {count} from t = {start:g}")
     stride = (within - 1) / max(count - 1, 1)
-    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: where a half is rounded to hangs on it
+    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: it decides where a half is rounded to
     return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
 
 
