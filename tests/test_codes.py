@@ -492,7 +492,7 @@ def test_a_model_resumed_on_other_images_is_refused(trained: tuple[Path, Path], 
         ("autoencoder_digits32", "likelihood", [], "its own bound is eval_loss in its log"),
         ("latent_digits32", "inpaint", ["--mask", "x.png"], "--mode inpaint works on pixels"),
         ("latent_digits32", "dequantize", [], "--mode dequantize works on pixels"),
-        ("latent_digits32", "sample", [], "there is no such file or folder; train one there first"),
+        ("latent_digits32", "train", [], "there is no such file or folder; train one there first"),
         (
             "latent_digits32",
             "train",
