@@ -50,6 +50,7 @@ from .progress import Progress
 from .scan import scan
 from .show import Show, keep_log, log_to_terminal, warn
 from .stamps import KEYS, asked, stamp
+from .tensor_file import whole
 from .text import HuggingFaceEncoder, Text, embed
 from .train import train
 
@@ -603,9 +604,8 @@ def run_dequantizing(
 
 def _remember(config: ConfigDict, workdir: Path) -> None:
     """Write the config of an accepted run into the workdir, whole or not at all."""
-    partial = workdir / f".config.json.{os.getpid()}.partial"
-    partial.write_text(configs.to_json(config) + "\n")
-    partial.replace(workdir / "config.json")
+    with whole(workdir / "config.json") as file:
+        file.write((configs.to_json(config) + "\n").encode())
 
 
 def _checkpoint(where: str | Path, processes: Processes) -> Path:

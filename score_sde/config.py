@@ -576,12 +576,13 @@ def _check(key: str, value: Any, where: str = "") -> Any:
     for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and (len(text) > _LETTERS or not text.isprintable()):
             raise ValueError(f"{where}{key} must be at most {_LETTERS} printable characters, got {_brief(text)}")
-    if key in NAMED and type(value) is str:
+    if key in NAMED and kind is int and type(value) is str:
         return value
     kinds = (int, str) if key in NAMED else (int,)
     sound = type(value) is kind and (kind is not tuple or all(type(v) in kinds for v in value))
     if not sound or (kind is float and not math.isfinite(value)):
-        raise ValueError(f"{where}{key} must be {_KINDS[kind]}, got {_brief(value)}")
+        wanted = "numbers or names of classes, such as (1, 2) or ('cat', 'dog')" if str in kinds else _KINDS[kind]
+        raise ValueError(f"{where}{key} must be {wanted}, got {_brief(value)}")
     most = LARGEST_LONG if key in LONG else LARGEST[float if kind is float else int]
     for number in value if kind is tuple else (value,):
         if not isinstance(number, str) and abs(number) > most:

@@ -92,6 +92,11 @@ def _input(options: argparse.Namespace, config: ConfigDict) -> None:
         )
     if start < 1 and mode in (*RESTORING, "demo"):
         raise ValueError(f"sampling.start={start:g} is of --mode sample, and this is --mode {mode}: set it to 1")
+    if mode == "sample" and options.input is not None and config.sampling.base:
+        raise ValueError(
+            f"--input {options.input} and sampling.base={config.sampling.base} both give the images that are enlarged: "
+            "leave one of them out"
+        )
     unread = {
         "interpolation.between=seeds": mode == "interpolate" and config.interpolation.between == "seeds",
         "--mode sample": mode == "sample" and start == 1 and not config.model.super_resolution,

@@ -28,6 +28,7 @@ from .images import first_of_each, histogram, write_grid, write_png
 from .lock import held
 from .parallel import Processes
 from .progress import Progress
+from .tensor_file import remove_leftovers, temporary, whole
 
 Arrays = dict[str, np.ndarray]
 _SHOWN = 256  # images of a grid
@@ -81,8 +82,7 @@ def kept(
             _write_stamp(folder / stamp, {**result, "sha256": {file: file_hash(folder / file)}})
             for parts in [*folder.rglob("parts")]:
                 remove_parts(parts.parent)
-            for left in folder.glob(".*.partial"):  # of a process that was killed as it wrote
-                left.unlink()
+            remove_leftovers(folder)
         processes.barrier()
     return result
 
@@ -161,10 +161,8 @@ def read_arrays(path: Path) -> Arrays | None:
 
 def write_arrays(path: Path, arrays: Arrays) -> None:
     """An .npz that is whole or absent."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    with partial.open("wb") as file:
+    with whole(path) as file:
         np.savez(file, **arrays)  # type: ignore[arg-type]
-    partial.replace(path)
 
 
 def write_pictures(
@@ -253,9 +251,9 @@ def _check_shared(folder: Path, processes: Processes) -> None:
 
 def _marked(folder: Path) -> str:
     """The name of a new file in the folder."""
-    name = f".{os.urandom(8).hex()}.partial"
-    (folder / name).touch()
-    return name
+    mark = temporary(folder / os.urandom(8).hex())
+    mark.touch()
+    return mark.name
 
 
 def _check_whole(parts: Path, whole: Sequence[Arrays | None], processes: Processes) -> None:
@@ -272,9 +270,8 @@ def _check_whole(parts: Path, whole: Sequence[Arrays | None], processes: Process
 
 def _write_stamp(path: Path, content: dict[str, Any]) -> None:
     """The last file of a result, whole or absent."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    partial.replace(path)
+    with whole(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _plain(made_from: dict[str, Any]) -> dict[str, Any]:

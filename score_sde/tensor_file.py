@@ -35,11 +35,8 @@ _DAY = 24 * 60 * 60
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is put in the place of `path` where the block ends well, and else leaves no trace.
-
-    Until then it has a temporary name in the same folder, which says what writes it: `.NAME.HOST.PID.partial`.
-    """
-    partial = path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
+    """A file to write, which is put in the place of `path` where the block ends well, and else leaves no trace."""
+    partial = temporary(path)
     try:
         with partial.open("wb") as file:
             yield file
@@ -51,8 +48,13 @@ def whole(path: Path) -> Iterator[BinaryIO]:
         raise
 
 
+def temporary(path: Path) -> Path:
+    """A name beside `path` for what is not finished, which says who is at work on it: `.NAME.HOST.PID.partial`."""
+    return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Delete the temporary files of `whole` in a folder whose process was killed as it wrote.
+    """Delete the `temporary` files in a folder whose process was killed as it wrote.
 
     A process of another host cannot be asked whether it lives: its file goes when nothing was written to it for a day.
     """

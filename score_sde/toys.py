@@ -3,7 +3,8 @@
 `ring` is a Gaussian mixture and `checkerboard` uniform on squares. `moons` and `swiss_roll` are curves, uniform in an
 angle and blurred by a Gaussian: the density is an integral over the angle, which Gauss and Legendre's nodes turn into
 a mixture of as many Gaussians, exact to rounding once the nodes lie closer than the blur. `EXACT[name](sde)` is the
-model. Every sampler takes (n, seed) and returns float32 (n, 2) of unit order of magnitude.
+model. Every sampler takes (n, seed), the seed an integer of at least 0, and returns float32 (n, 2) of unit order of
+magnitude.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .closed_form import Boxes, Mixture
+from .samplers.base import natural
 from .sdes import SDE
 
 
@@ -32,7 +34,7 @@ def ring_mixture(components: int = 8, radius: float = 1.0, std: float = 0.1) -> 
 
 def ring(n: int, seed: int = 0) -> Tensor:
     """n points of `ring_mixture()`."""
-    random = np.random.default_rng(seed)
+    random = _random(seed)
     weights, means, variances = (a.numpy() for a in ring_mixture())
     k = random.choice(len(weights), n, p=weights)
     return _float32(means[k] + np.sqrt(variances[k])[:, None] * random.standard_normal((n, 2)))
@@ -40,7 +42,7 @@ def ring(n: int, seed: int = 0) -> Tensor:
 
 def moons(n: int, seed: int = 0) -> Tensor:
     """Two interleaved half circles of radius 0.8, blurred by 0.05 in each direction."""
-    random = np.random.default_rng(seed)
+    random = _random(seed)
     angle, upper = math.pi * random.random(n), random.integers(0, 2, n)
     return _float32(_moons(angle, 2 * upper - 1) + 0.05 * random.standard_normal((n, 2)))
 
@@ -59,7 +61,7 @@ def _moons(angle: np.ndarray, side: np.ndarray | int) -> np.ndarray:
 
 def checkerboard(n: int, seed: int = 0) -> Tensor:
     """Uniform on the 8 black squares, of side 1/2, of a 4 x 4 board that covers [-1, 1]²."""
-    random = np.random.default_rng(seed)
+    random = _random(seed)
     row = random.integers(0, 4, n)
     column = 2 * random.integers(0, 2, n) + row % 2
     corner = np.stack([column, row], axis=1)
@@ -81,7 +83,7 @@ def checkerboard_log_prob(x: Tensor) -> Tensor:
 
 def swiss_roll(n: int, seed: int = 0) -> Tensor:
     """A spiral of one and a half turns, uniform in angle, blurred by 0.03."""
-    random = np.random.default_rng(seed)
+    random = _random(seed)
     return _float32(_spiral(random.random(n)) + 0.03 * random.standard_normal((n, 2)))
 
 
@@ -116,6 +118,10 @@ def _gauss_legendre(nodes: int) -> tuple[np.ndarray, np.ndarray]:
     """Nodes in [0, 1] and weights of sum 1, each (nodes,)."""
     x, weights = np.polynomial.legendre.leggauss(nodes)
     return (x + 1) / 2, weights / 2
+
+
+def _random(seed: int) -> np.random.Generator:
+    return np.random.default_rng(natural(seed, "seed"))
 
 
 def _float32(x: np.ndarray) -> Tensor:

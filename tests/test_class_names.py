@@ -1,5 +1,6 @@
 """Classes are called by their names: in sampling.labels, in the checkpoint, in logs and on grids."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +58,25 @@ def test_a_class_is_its_name_or_its_number() -> None:
 def test_the_command_line_takes_names(text: str, labels: tuple[int | str, ...]) -> None:
     config = load_config("configs/cond_digits.py", {"sampling.labels": text, "sampling.negative_label": "cat"})
     assert config.sampling.labels == labels and config.sampling.negative_label == "cat"
+
+
+@pytest.mark.parametrize(
+    ("value", "answer"),
+    [("('cat', 3)", ""), ("'cat'", "names.py, line 22: sampling.labels must be numbers or names of classes, such as")],
+)
+def test_a_config_file_takes_names(value: str, answer: str, tmp_path: Path) -> None:
+    text = (
+        Path("configs/cond_digits.py")
+        .read_text()
+        .replace('Path(__file__).with_name("vp_digits.py")', '"configs/vp_digits.py"')
+    )
+    path = tmp_path / "names.py"
+    path.write_text(text.replace("    return config", f"    config.sampling.labels = {value}\n    return config"))
+    if answer:
+        with pytest.raises(ValueError, match=re.escape(answer)):
+            load_config(str(path), {})
+    else:
+        assert load_config(str(path), {}).sampling.labels == ("cat", 3)
 
 
 def animals(root: Path) -> Path:

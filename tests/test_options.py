@@ -68,6 +68,7 @@ def test_each_mode_reads_an_option_or_refuses_it(mode: str, workdir: Path, capsy
         ("sample", (), {"sampling__labels": "1,2,3", "sampling__num_samples": 2}, "sampling.labels asks for 3, and"),
         ("inpaint", (), {"sampling__labels": "1,2,3", "eval__num_images": 2}, "eval.num_images=2 is fewer"),
         ("interpolate", ("--input=x",), {"interpolation__between": "seeds"}, "seeds reads no --input, got x"),
+        ("sample", ("--input=x",), {"model__super_resolution": 2, "sampling__base": "y"}, "sampling.base=y both give"),
     ],
 )
 def test_what_would_be_left_out_is_refused(
