@@ -330,6 +330,11 @@ def find(path: str | Path) -> Path:
         raise FileNotFoundError(f"there is no checkpoint or workdir {path}: train it first with --mode train")
     if not path.is_dir():
         return path
+    if interop_diffusers.is_folder(path):
+        raise ValueError(
+            f"{path} is a folder of diffusers': --mode train --checkpoint {path} trains it further, and the workdir of "
+            "that run is one of ours; score_sde.load reads it in Python"
+        )
     found, skipped = newest(path)
     if found is None:
         others = sorted(p.name for p in (path / "checkpoints").glob(f"*{SUFFIX}") if not p.name.startswith("."))

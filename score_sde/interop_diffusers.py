@@ -116,6 +116,12 @@ def is_folder(path: str | Path) -> bool:
         return False
 
 
+def network_folder(folder: Path) -> Path:
+    """Where the network of a folder of diffusers' lies: a pipeline's `unet` or `transformer`, or the folder itself."""
+    places = [folder / name for name in ("unet", "transformer")]
+    return next((place for place in places if (place / "config.json").is_file()), folder)
+
+
 def load_folder(folder: str | Path, map_location: str | torch.device = "cpu") -> ScoreModel:
     """The score model in a folder of diffusers', in eval mode: a pipeline's `unet` or `transformer` with its scheduler.
 
@@ -126,8 +132,7 @@ def load_folder(folder: str | Path, map_location: str | torch.device = "cpu") ->
     counterpart.
     """
     folder = Path(folder)
-    networks = [folder / name for name in ("unet", "transformer") if (folder / name / "config.json").is_file()]
-    where = networks[0] if networks else folder
+    where = network_folder(folder)
     places = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER, folder.parent / "scheduler" / SCHEDULER]
     found = next((place for place in places if place.is_file()), None)
     if found is None:
@@ -204,6 +209,38 @@ def load_network(folder: str | Path) -> UNet | DiT:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"there is no {folder / name}: give the folder of one model of diffusers'")
     return network_from(read_tensors(folder / WEIGHTS), read_config(folder / "config.json"))
+
+
+def settings(config: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The section model of a config of ours for a network of diffusers' for images of `size`; `config` is theirs.
+
+    What cannot be said there, such as a ddpm's with another embedding of time, is left out.
+    """
+    config = _whole(config)
+    if config["_class_name"] == "DiTTransformer2DModel":
+        heads = config["num_attention_heads"]
+        width = heads * config["attention_head_dim"]
+        return {
+            "name": "dit",
+            "patch_size": config["patch_size"],
+            "hidden": width,
+            "depth": config["num_layers"],
+            "num_heads": heads,
+            "head_channels": 0,
+        }
+    widths = config["block_out_channels"]
+    attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
+    return {
+        "name": "adm" if config["downsample_type"] == "resnet" else "ddpm",
+        "nf": widths[0],
+        "ch_mult": tuple(width // widths[0] for width in widths),
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": tuple(size // 2**i for i, attend in enumerate(attends) if attend),
+        "attend_each": True,
+        "num_heads": 1,
+        "head_channels": config["attention_head_dim"] or 0,
+        "scale_shift": config["resnet_time_scale_shift"] == "scale_shift",
+    }
 
 
 def network_from(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> UNet | DiT:

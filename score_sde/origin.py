@@ -8,7 +8,6 @@ and these alone, are made anew.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,12 +33,14 @@ _FREE = (
     *("num_classes", "class_conditional", "image_channels", "dropout", "ema_rate", "ema_halflife"),
     *("text_encoder", "text_length"),
 )
+_AS_IT_WAS = "take the config that it was trained with (only the numbers of classes and of channels may differ)"
 
 
 def origin_hash(path: Path) -> str:
-    """sha256 of a checkpoint, or of all that is in a folder of diffusers'."""
+    """sha256 of a checkpoint, or of the network in a folder of diffusers'."""
     if not path.is_dir():
         return checkpoint.file_hash(path)
+    path = interop_diffusers.network_folder(path)
     whole = hashlib.sha256()
     for part in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json")):
         whole.update(f"{part.name} {checkpoint.file_hash(part)} ".encode())
@@ -57,7 +58,7 @@ def find_origin(where: str) -> Path:
             f"there is no checkpoint {path} to begin from: name a checkpoint or a workdir (--checkpoint), or leave it "
             "out to begin anew, or to go on with the workdir's own run"
         )
-    return path if (path / interop_diffusers.WEIGHTS).is_file() else checkpoint.find(path)
+    return path if interop_diffusers.is_folder(path) else checkpoint.find(path)
 
 
 def check_origin(config: ConfigDict, workdir: Path, begun: Path | None) -> None:
@@ -163,9 +164,15 @@ def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Tr
     if is_classifier(config) or is_autoencoder(config):
         raise ValueError(f"{path} is of a score model, and the config trains {_kind(config)}: begin anew")
     bridge = ConfigDict(config.to_dict())
+    remedy = _AS_IT_WAS
     if path.is_dir():
-        theirs: nn.Module = interop_diffusers.load_network(path).float()
-        channels = int(json.loads((path / "config.json").read_text()).get("in_channels", shape[0]))
+        where = interop_diffusers.network_folder(path)
+        theirs: nn.Module = interop_diffusers.load_network(where).float()
+        about = interop.read_config(where / "config.json")
+        channels = int(about.get("in_channels", shape[0]))
+        wanted = interop_diffusers.settings(about, shape[-1]).items()
+        own = [f"model.{key}={value}" for key, value in wanted if config.model[key] != value]
+        remedy = f"set {', '.join(own)}" if own else "nothing in the section model makes that network"
     else:
         theirs, channels = _score_sde(path, config, shape[0])
     network = theirs
@@ -175,7 +182,7 @@ def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Tr
     bridge.model.num_classes = len(weights.get("network.classes.table", ()))
     bridge.model.class_conditional = bridge.model.num_classes > 0
     example = _with_channels(shape, channels)
-    made = _filled(path, build_trained(bridge, example), weights)
+    made = _filled(path, build_trained(bridge, example), weights, remedy)
     if not _alike(made, theirs, example) and not path.is_dir():
         _negate(made, channels)  # a network whose output over sigma is the score has the noise's other sign
     if not _alike(made, theirs, example):
@@ -183,7 +190,21 @@ def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Tr
             f"{path} answers otherwise than what the config makes of its weights: set the sections model and training "
             "as they were there, or begin anew"
         )
-    return made, []
+    return made, _read_by_scheduler(path, made, example) if path.is_dir() else []
+
+
+def _read_by_scheduler(folder: Path, made: Trained, shape: tuple[int, ...]) -> list[str]:
+    """What is to be told where the scheduler beside a network of diffusers' reads it otherwise than the config."""
+    try:
+        theirs = interop_diffusers.load_folder(folder)
+    except (FileNotFoundError, ValueError):  # a network alone, or a scheduler without counterpart
+        return []
+    if _alike(made, theirs, shape):
+        return []
+    return [
+        "warning: the weights were trained to be read otherwise: by the scheduler of that folder the score is another "
+        "than by model.rule, model.label and the section's noise levels"
+    ]
 
 
 def _score_sde(path: Path, config: ConfigDict, channels: int) -> tuple[ScoreModel, int]:
@@ -199,15 +220,14 @@ def _score_sde(path: Path, config: ConfigDict, channels: int) -> tuple[ScoreMode
     raise AssertionError
 
 
-def _filled(path: Path, model: Trained, weights: Mapping[str, Tensor]) -> Trained:
-    """The model with these weights. Raises ValueError unless names and shapes are its own."""
+def _filled(path: Path, model: Trained, weights: Mapping[str, Tensor], remedy: str = _AS_IT_WAS) -> Trained:
+    """The model with these weights. Raises ValueError, with the remedy, unless names and shapes are its own."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here, there = (str(tuple(v[name].shape)) if name in v else "none" for v in (own, weights))
         if here != there:
             raise ValueError(
-                f"{path} is of another network than the config's: {name} is {there} there and {here} here; take the "
-                "config that it was trained with (only the numbers of classes and of channels may differ)"
+                f"{path} is of another network than the config's: {name} is {there} there and {here} here; {remedy}"
             )
     model.load_state_dict(weights)
     return model.eval()

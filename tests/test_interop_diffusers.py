@@ -5,14 +5,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from score_sde import interop_diffusers, load
+from score_sde.cli import run
 from score_sde.interop_diffusers import load_network, network_from
 from score_sde.networks import DiT, UNet
 from score_sde.networks.dit import positions
 from tests.oracles import numbers
+from tests.test_runs import ROOT, line
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -243,3 +246,37 @@ def test_a_folder_is_read_without_diffusers(tmp_path: Path, monkeypatch: pytest.
 def test_what_has_no_counterpart_is_refused(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         read(unet(), **changes)
+
+
+def test_a_folder_is_trained_further_and_the_keys_that_make_its_network_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network's and a pipeline's; read by its scheduler's chain it is the model that training begins with."""
+    monkeypatch.chdir(ROOT)
+    wide = {"block_out_channels": (32, 64), "norm_num_groups": 32, "sample_size": 8}
+    theirs = diffusers.UNet2DModel(**{**UNETS["ddpm"], **wide})
+    theirs.save_pretrained(tmp_path / "network")
+    diffusers.DDPMPipeline(theirs, diffusers.DDPMScheduler()).save_pretrained(tmp_path / "pipeline")
+    np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3)).astype(np.uint8))
+    change: dict[str, Any] = {"data__dataset": "files", "data__path": tmp_path / "images.npy", "data__image_size": 8}
+    change |= {"optim__lr": 1e-38, "training__n_iters": 1, "model__nf": 32, "training__channels_last": "false"}
+
+    def command(origin: str, **more: Any) -> list[str]:
+        words = ("--checkpoint", str(tmp_path / origin))
+        return line("ddpm_cifar", "train", tmp_path / f"of-{origin}", *words, **{**change, **more})
+
+    assert run(command("pipeline", model__num_res_blocks=2)) == 2
+    said = capsys.readouterr().err
+    assert "set model.num_res_blocks=1, model.attend_each=True\n" in said
+    for origin in ("network", "pipeline"):
+        assert run(command(origin, model__attend_each="true")) == 0
+        assert "read otherwise" not in capsys.readouterr().err
+    model, before = load(tmp_path / "of-pipeline"), load(tmp_path / "pipeline")
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor(0.4, dtype=torch.float64)
+    torch.testing.assert_close(model.score(x, t), before.score(x, t), rtol=1e-4, atol=1e-5)
+    assert run(command("pipeline", model__attend_each="true", training__n_iters=2)) == 0, "it does not go on"
+    turned = command("pipeline", model__attend_each="true", model__rule="v")
+    assert run([*turned, "--workdir", str(tmp_path / "turned")]) == 0
+    assert "the weights were trained to be read otherwise" in capsys.readouterr().err
+    assert run(["--mode", "sample", "--checkpoint", str(tmp_path / "pipeline"), *turned[:2]]) == 2
+    assert "is a folder of diffusers': --mode train --checkpoint" in capsys.readouterr().err
