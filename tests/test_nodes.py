@@ -8,8 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pytest
 import torch
 import torch.multiprocessing as multiprocessing
+from PIL import Image
 from safetensors.torch import load_file
 
 from score_sde import checkpoint, parallel
@@ -18,7 +21,7 @@ from score_sde.codes import codes_of
 from score_sde.data import load_data
 from score_sde.parallel import Elsewhere
 from tests.test_codes import halves
-from tests.test_runs import ROOT, line
+from tests.test_runs import ROOT, line, results
 
 Node = Callable[[int, Path], Any]
 
@@ -117,3 +120,47 @@ def test_a_node_with_another_workdir_goes_on_from_the_main_one_s_state(tmp_path:
         for name, value in a.items():
             assert torch.equal(value, b[name]), (two, name)
     assert not (tmp_path / "lone-1" / "checkpoints").exists(), "the other node wrote a checkpoint"
+
+
+def test_classifiers_and_models_of_captions_are_of_two_processes_as_of_one(tmp_path: Path) -> None:
+    """Trained and sampled, with captions that the main process alone encodes, guided by the classifier's workdir."""
+    pytest.importorskip("transformers")
+    from tests.test_text import bert
+
+    images = tmp_path / "images"
+    images.mkdir()
+    for i, image in enumerate(np.random.default_rng(0).integers(0, 256, (20, 8, 8)).astype(np.uint8)):
+        Image.fromarray(image).save(images / f"{i:02d}.png")
+        (images / f"{i:02d}.txt").write_text(("a red cat", "a dog")[i % 2])
+    steps = {"optim__warmup": 0, "optim__lr": 1e-3}
+    told: dict[str, Any] = {**steps, "data__dataset": "files", "data__path": images, "training__condition_dropout": 0.5}
+    told |= {"model__text_encoder": bert(tmp_path / "bert"), "sampling__num_samples": 3, "sampling__batch_size": 2}
+    words = ("--prompt=a red cat", "--prompt=a dog", "--scales=1,2")
+
+    def work(rank: int, folder: Path) -> Any:
+        place = folder / "two"
+        codes = [run(line("classifier_digits", "train", place / "classifier", **steps))]
+        codes.append(run(line("vp_digits", "train", place / "text", **told)))
+        codes.append(run(line("vp_digits", "sample", place / "text", *words, **told)))
+        guided = {"sampling__classifier": place / "classifier", "sampling__num_samples": 3, "sampling__labels": "1,2"}
+        words_of = ("--checkpoint", str(folder / "one" / "plain"))
+        codes.append(run(line("vp_digits", "sample", place / "plain", *words_of, sampling__batch_size=2, **guided)))
+        return codes
+
+    one = tmp_path / "one"
+    assert run(line("vp_digits", "train", one / "plain", training__n_iters=1)) == 0
+    assert two_nodes(tmp_path, work) == [[0] * 4] * 2
+    assert run(line("classifier_digits", "train", one / "classifier", **steps)) == 0
+    assert run(line("vp_digits", "train", one / "text", **told)) == 0
+    for name in ("classifier", "text"):
+        a, b = (load_file(checkpoint.checkpoint_path(tmp_path / place / name, 4)) for place in ("one", "two"))
+        for key, value in a.items():
+            if key.startswith("model/"):  # four steps of Adam at 1e-3
+                torch.testing.assert_close(b[key], value, rtol=0, atol=2e-5, msg=lambda m, key=key: f"{key}: {m}")
+    assert (
+        run(line("vp_digits", "sample", one / "text", "--checkpoint", str(tmp_path / "two" / "text"), *words, **told))
+        == 0
+    )
+    a, b = (results(tmp_path / place / "text", "samples")["arr_0"] for place in ("one", "two"))
+    assert a.shape == (6, 8, 8, 1) and (a == b).mean() > 0.99
+    assert results(tmp_path / "two" / "plain", "samples")["arr_0"].shape == (3, 8, 8, 1)
