@@ -19,6 +19,7 @@ from score_sde import classify, load, load_classifier
 from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
 from score_sde.dequantisation import uniform_numbers
+from score_sde.progress import with_progress
 
 
 def score(log_prob: Tensor, label: Tensor) -> tuple[float, float, float]:
@@ -53,7 +54,11 @@ def main() -> None:
         "the same, 8 draws": {"estimate": "bound", "draws": 8, "t_min": 1e-3},
     }
     for name, way in ways.items():
-        parts = [classify(models, part, first=100 * i, **way) for i, part in enumerate(x.split(100))]
+        split = x.split(100)
+        parts = [
+            classify(models, part, first=100 * i, **way)
+            for i, part in enumerate(with_progress(split, name, len(split), "batch"))
+        ]
         found[name] = torch.cat([part.log_posterior for part in parts])
         print(f"{name}: {score(found[name], y)[0]:.1f} %, {parts[0].nfe:.0f} evaluations an image", flush=True)
     with torch.no_grad():

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ from score_sde.inverse import (
     posterior,
     twisted,
 )
+from score_sde.progress import with_progress
 
 SHAPE = (1, 8)
 SDE = VPSDE()
@@ -134,19 +136,18 @@ def main() -> None:
     options = parser.parse_args()
     listed, operator, columns = methods(options.steps), SEEN[options.operator], []
     found: dict[tuple[str, str], list[tuple[float, float, float]]] = {}
-    for law, model in laws().items():
-        for noise in NOISES:
-            column = f"{law}, noise {noise:g}"
+    problems = list(product(laws().items(), NOISES, range(options.seeds)))
+    for (law, model), noise, seed in with_progress(problems, "observations", len(problems), "observation"):
+        column = f"{law}, noise {noise:g}"
+        if column not in columns:
             columns.append(column)
-            for seed in range(options.seeds):
-                g = torch.Generator().manual_seed(seed)
-                o = observe(operator, model.sample(1, g)[0], noise, g)
-                many = Observation(operator, o.y.expand(options.samples, *o.y.shape[1:]), noise)
-                truth = posterior(model, o).sample(20_000, g)[0]
-                for name, method in listed.items():
-                    if not refused(name, noise):
-                        result = distances(method(model, many, seed + 100), truth)
-                        found.setdefault((name, column), []).append(result)
+        g = torch.Generator().manual_seed(seed)
+        o = observe(operator, model.sample(1, g)[0], noise, g)
+        many = Observation(operator, o.y.expand(options.samples, *o.y.shape[1:]), noise)
+        truth = posterior(model, o).sample(20_000, g)[0]
+        for name, method in listed.items():
+            if not refused(name, noise):
+                found.setdefault((name, column), []).append(distances(method(model, many, seed + 100), truth))
     titles = ("mean, in deviations", "covariance, relative", "sliced Wasserstein")
     print(
         f"{options.samples} samples of {options.steps} ancestral steps, {options.operator} seen; "

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from score_sde import SMLD, AnnealedLangevin, langevin_dynamics, sample
 from score_sde.closed_form import Mixture
+from score_sde.progress import with_progress
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -96,13 +97,14 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error(f"--walks must be at least 1, got {options.walks}")
 
     n, seed = options.walks, options.seed
-    states = {
-        "exact draws": exact(n, seed),
-        "Langevin dynamics": plain(n, seed),
-        "with Metropolis' test": plain(n, seed, metropolis=True),
-        "annealed Langevin dynamics": annealed(n, seed),
-        "on 40 levels instead of 10": annealed(n, seed, levels=40),
+    ways = {
+        "exact draws": lambda: exact(n, seed),
+        "Langevin dynamics": lambda: plain(n, seed),
+        "with Metropolis' test": lambda: plain(n, seed, metropolis=True),
+        "annealed Langevin dynamics": lambda: annealed(n, seed),
+        "on 40 levels instead of 10": lambda: annealed(n, seed, levels=40),
     }
+    states = {name: draws() for name, draws in with_progress(ways.items(), "walks", len(ways), "kind")}
     print(f"share of {n:,} states at the lighter mode, whose weight is {WEIGHTS[0]}")
     for name, x in states.items():
         share, error = lighter(x)

@@ -19,6 +19,7 @@ from score_sde.data import load_data
 from score_sde.dequantisation import Uniform, log_probability
 from score_sde.model import ScoreModel
 from score_sde.outliers import auroc, png_bits_per_dim, typicality
+from score_sde.progress import with_progress
 
 
 def changes(codec: PixelCodec) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -66,7 +67,8 @@ def main() -> None:
     found, inside = scores(k, reference)
     print(f"AUROC, {n} held-out digits ({found.mean():.3f} bits/dim) against as many changed ones")
     print(f"{'':24}{'bits/dim':>10}" + "".join(f"{name:>12}" for name in inside))
-    for name, change in changes(codec).items():
+    changed = changes(codec)
+    for name, change in with_progress(changed.items(), "changed digits", len(changed), "kind"):
         found, outside = scores(change(k), reference)
         row = "".join(f"{auroc(inside[score], outside[score]):12.3f}" for score in inside)
         print(f"{name:24}{found.mean():10.3f}{row}", flush=True)

@@ -34,6 +34,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from score_sde import signals
 from score_sde.data import load_data
+from score_sde.progress import with_progress
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("en-us+m1", "en-us+m3", "en-us+m7", "en-gb+f2", "en-gb+f4")
@@ -98,7 +99,7 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if shutil.which("espeak-ng") is None:
         parser.error("there is no espeak-ng: install it, as by apt install espeak-ng")
-    for word in WORDS:
+    for word in with_progress(WORDS, "words", len(WORDS), "word"):
         (folder / word).mkdir(parents=True, exist_ok=True)
         for voice, pitch, speed in itertools.product(VOICES, PITCHES, SPEEDS):
             path = folder / word / f"{voice}-{pitch}-{speed}.wav"

@@ -74,3 +74,9 @@ def test_a_copy_is_made_of_every_page_but_the_original_itself(tmp_path: Path) ->
     assert "old" in original.read_text() and "new" in copy.read_text()
     pages.fill(pages.page_for(original, original, tmp_path / "runs"), {"one": "newer"})
     assert "newer" in original.read_text()
+
+
+@pytest.mark.parametrize("path", sorted(Path(pages.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+def test_what_takes_long_shows_how_far_it_has_come(path: Path) -> None:
+    text = path.read_text()
+    assert ("def main" not in text) or "rogress(" in text
