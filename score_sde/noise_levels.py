@@ -26,13 +26,13 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.optimize import brentq, minimize_scalar
-from scipy.special import ndtr
 from torch import Tensor
 
 
 def overlap(ratio: float, d: int) -> float:
     """Share of a level's states that lie in the shell of the next larger level, `ratio` times it (technique 2)."""
+    from scipy.special import ndtr
+
     gap = math.sqrt(2 * d) * (ratio - 1)
     return float(ndtr(gap + 3 * ratio) - ndtr(gap - 3 * ratio))
 
@@ -43,6 +43,8 @@ def ratio_of_overlap(share: float, d: int) -> float:
     Raises ValueError for a share that is not between 0 and 0.997, and for d <= 4, where every ratio's overlap is above
     1/2 and the rule says nothing.
     """
+    from scipy.optimize import brentq  # half a second to import, and needed in this file alone
+
     if d < 5:
         raise ValueError(f"the rule for the ratio of levels is for shells in many dimensions, 5 at least, got d={d}")
     if not 0 < share < (most := overlap(1.0, d)):
@@ -64,6 +66,8 @@ def relative_step(ratio: float, steps: int) -> float:
 
     Raises ValueError for a ratio that is not above 1, or without steps.
     """
+    from scipy.optimize import minimize_scalar
+
     if ratio <= 1 or steps < 1:
         raise ValueError(f"the Langevin step needs a ratio above 1 and at least 1 step, got {ratio} and {steps}")
     arguments, options = (ratio, steps), {"xatol": 1e-10}

@@ -14,9 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from scipy.integrate import RK45, solve_ivp
 from torch import Tensor
-from torchdiffeq import odeint, odeint_adjoint
 
 from .sdes import SDE, WrongShape, add_
 
@@ -34,9 +32,17 @@ MAX_STEPS = 10_000
 LEAST_STEP = 1e-12  # in units of u
 
 # Dormand and Prince's 5(4): rows of the stages and of the solution, its nodes, and the weights of its error.
-_ROWS = [*(row[:i] for i, row in enumerate(RK45.A.tolist())), RK45.B.tolist()]
-_NODES = [*RK45.C.tolist(), 1.0]
-_ERROR = RK45.E.tolist()
+_ROWS: list[list[float]] = [
+    [],
+    [1 / 5],
+    [3 / 40, 9 / 40],
+    [44 / 45, -56 / 15, 32 / 9],
+    [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
+    [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
+    [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
+]
+_NODES = [0, 1 / 5, 3 / 10, 4 / 5, 8 / 9, 1.0, 1.0]
+_ERROR = [-71 / 57600, 0, 71 / 16695, -71 / 1920, 17253 / 339200, -22 / 525, 1 / 40]
 _WHOLE = [*(bool(b or e) for b, e in zip(_ROWS[-1], _ERROR)), True]  # the last slope is the next step's first
 
 
@@ -155,6 +161,8 @@ def integrate(
         )
 
     if solver.method == "RK45":
+        from scipy.integrate import solve_ivp  # half a second to import, and needed here alone
+
         if torch.is_grad_enabled() and any(part.requires_grad for part in (y, *parameters)):
             raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or solve under torch.no_grad()")
 
@@ -167,6 +175,8 @@ def integrate(
         if not solution.success:
             raise GaveUp(gave_up(f"{solution.message} t = {reached:.3g} was reached"))
         return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), count
+
+    from torchdiffeq import odeint, odeint_adjoint  # which import scipy's, too
 
     times = torch.tensor([u0, u1], dtype=y.dtype, device=y.device)
     settings: dict[str, Any] = {"rtol": solver.rtol, "atol": solver.atol, "method": solver.method}

@@ -14,7 +14,6 @@ from pathlib import Path
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from . import checkpoint, failures, progress
 from .autoencoder import ConvolutionalAutoencoder
@@ -106,6 +105,8 @@ class Show:
             held_out, text = data.test.to(device), None if text is None else text.to(device)
             index = torch.arange(_PICTURES) % len(held_out)
             self.shown = partial(given, config, split=held_out, index=index, text=text, codec=codec)
+        from torch.utils.tensorboard import SummaryWriter  # half a second to import, and needed in training alone
+
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
         self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}
         if self.floor:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.integrate import RK45
 from torch import Tensor, nn
 
 from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, ode, sample, samplers, score_flow, times
@@ -487,6 +488,11 @@ def test_impossible_settings_are_refused_in_a_sentence(attempt: Callable[[], obj
 
 
 # --- stiff problems
+
+
+def test_the_embedded_pair_is_scipy_s() -> None:
+    assert [*map(list, ode._ROWS)] == [*(row[:i] for i, row in enumerate(RK45.A.tolist())), RK45.B.tolist()]
+    assert [*RK45.C.tolist(), 1] == ode._NODES and RK45.E.tolist() == ode._ERROR
 
 
 @pytest.mark.parametrize("method", ["dopri5", "RK45"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchdiffeq import odeint
 
 from ..model import ScoreModel
 from ..ode import FIXED, Solver, integrate
@@ -66,6 +65,8 @@ class FixedODE(Sampler):
             raise ValueError(f"unknown fixed-step ODE method {self.method!r}; use one of {', '.join(FIXED)}")
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
+        from torchdiffeq import odeint  # half a second to import: it imports scipy's, too
+
         check_noisy(model, s)
 
         def field(u: Tensor, y: Tensor) -> Tensor:

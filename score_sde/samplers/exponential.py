@@ -28,7 +28,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.special import gammainc
 from torch import Tensor
 
 from ..model import Estimate, ScoreModel
@@ -77,6 +76,8 @@ def moments(z: Any, n: int, predict: Prediction) -> list[Array]:
     For noise it is z exp(-z) k! phi_{k+1}(z), and with the incomplete gamma function k! P(k + 1, z)/z^k, which keeps
     its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k.
     """
+    from scipy.special import gammainc  # a third of a second to import
+
     z = np.asarray(z)
     falling = [math.factorial(k) * gammainc(k + 1, z) / (z**k if k else 1) for k in range(n)]
     if predict == "noise":
