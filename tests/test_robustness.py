@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -128,6 +129,12 @@ def test_samples_of_any_rank_alone_and_in_a_batch_and_of_none(
     assert draw(shape=(0, *shape)).shape == (0, *shape)
 
 
+@cache
+def draws() -> Tensor:
+    """More noise than any sampler asks for."""
+    return numbers(2_000, 2, *SHAPES["images"])
+
+
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_samples_in_float32_and_of_a_network_in_bfloat16(sampler: Sampler, models: dict[str, Preconditioned]) -> None:
     model, z = models["images"], numbers(2, *SHAPES["images"])
@@ -136,7 +143,7 @@ def test_samples_in_float32_and_of_a_network_in_bfloat16(sampler: Sampler, model
         own = copy.deepcopy(model).to(dtype)
         state = torch.float64 if dtype == torch.float64 else torch.float32
         assert sample(own, sampler, (1, 2, 4, 3), GRID).dtype == state, "bfloat16 is no type for a state"
-        source = iter(numbers(50_000, 2, *SHAPES["images"]).to(state))
+        source = iter(draws().to(state))
         with torch.no_grad():
             *_, results[name] = sampler.walk(own, z.to(state), GRID, lambda like: next(source))  # noqa: B023
     accepts = isinstance(sampler, AdaptiveSDE)  # another decision to accept is another path
@@ -221,21 +228,22 @@ def test_a_network_may_compute_under_autocast() -> None:
 # --- likelihoods
 
 CHAIN = DDPM.linear(50).as_sde()
+TIGHT = Solver("dopri5", 3e-5, 3e-5)
 
 
 def densities(model: ScoreModel, x: Tensor, first: int = 0) -> dict[str, Tensor]:
     """(B,) each, of every road to a likelihood."""
     chain = model_of(model.network, CHAIN) if isinstance(model, Preconditioned) else model
-    tight = Solver("dopri5", 1e-6, 1e-6)
-    options = {"t_min": 0.01, "first": first}
+    options: dict[str, Any] = {"t_min": 0.01, "first": first}
+    tight = {"rtol": TIGHT.rtol, "atol": TIGHT.atol, **options}
     return {
-        "exact": log_likelihood(model, x, probe="exact", **options).log_prob,
-        "probes": log_likelihood(model, x, probes=2, **options).log_prob,
-        "RK45": log_likelihood(model, x, method="RK45", **options).log_prob,
-        "heat map": heat_map(model, x, probes=None, solver=tight, **options).log_prob.flatten(1).sum(1),
+        "exact": log_likelihood(model, x, probe="exact", **tight).log_prob,
+        "probes": log_likelihood(model, x, probes=2, **tight).log_prob,
+        "RK45": log_likelihood(model, x, method="RK45", **tight).log_prob,
+        "heat map": heat_map(model, x, probes=None, solver=TIGHT, **options).log_prob.flatten(1).sum(1),
         "sde bound": variational_bound(model, x, draws=4, **options).total,
         "chain bound": chain_bound(chain, x, terms=3, first=first).total,
-        "classifier": classify([model, model], x, **options).log_posterior[:, 0],
+        "classifier": classify([model, model], x, **tight).log_posterior[:, 0],
     }
 
 
@@ -499,12 +507,12 @@ def test_the_embedded_pair_is_scipy_s() -> None:
 def test_a_stiff_problem_stops_at_a_limit_with_what_was_reached_and_advice(
     method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A score of slope 1e7, for which an explicit solver needs steps of 1e-7: none ends in 2,000 evaluations."""
-    monkeypatch.setattr(ode, "MAX_EVALUATIONS", 2000)
+    """A score of slope 1e7, for which an explicit solver needs steps of 1e-7: none ends in 500 evaluations."""
+    monkeypatch.setattr(ode, "MAX_EVALUATIONS", 500)
     stiff = from_score(SDE_, lambda x, t: -1e7 * x)
     with pytest.raises(GaveUp) as caught:
         log_likelihood(stiff, numbers(2, 3), t_min=0.01, method=method)
-    answer = r"gave up after 2001 evaluations between t = 0\.01 and 1 \(too many; t = (0\.\d+) was reached\); check the"
+    answer = r"gave up after 501 evaluations between t = 0\.01 and 1 \(too many; t = (0\.\d+) was reached\); check the"
     found = re.search(answer, str(caught.value))
     assert found is not None and 0.01 <= float(found[1]) < 0.02
     assert "raise rtol and atol (now 1e-05 and 1e-05) or t_min" in str(caught.value)
@@ -513,9 +521,9 @@ def test_a_stiff_problem_stops_at_a_limit_with_what_was_reached_and_advice(
 @pytest.mark.parametrize("sampler", [EmbeddedODE(), AdaptiveSDE()], ids=str)
 def test_a_stiff_walk_stops_at_a_limit_too(sampler: Sampler, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (ode, adaptive):
-        monkeypatch.setattr(module, "MAX_STEPS", 300)
+        monkeypatch.setattr(module, "MAX_STEPS", 60)
     stiff = from_score(SDE_, lambda x, t: -1e4 * x)
-    answer = r"gave up on 2 of 2 examples, at t = \S+ \(300 steps\).*raise rtol and atol"
+    answer = r"gave up on 2 of 2 examples, at t = \S+ \(60 steps\).*raise rtol and atol"
     with pytest.raises(RuntimeError, match=answer):
         sample(stiff, sampler, (2, 3), GRID)
 
