@@ -591,10 +591,15 @@ def _check(key: str, value: Any, where: str = "") -> Any:
         near = _nearest(value.lower(), CHOICES[key])
         hint = f"; did you mean '{near}'?" if near else ""
         raise ValueError(f"{where}{key} must be one of {', '.join(CHOICES[key])}, got {_brief(value)}{hint}")
-    for words, (holds, keys) in LIMITS.items():
-        if key in keys.split() and not holds(value):
+    for words, holds in _limits(key):
+        if not holds(value):
             raise ValueError(f"{where}{key} must be {words}, got {value!r}")
     return value
+
+
+@cache
+def _limits(key: str) -> list[tuple[str, Callable[[Any], bool]]]:
+    return [(words, holds) for words, (holds, keys) in LIMITS.items() if key in keys.split()]
 
 
 def _brief(value: Any) -> str:
