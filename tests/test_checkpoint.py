@@ -10,13 +10,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from score_sde import checkpoint, interop_diffusers
+from score_sde import checkpoint, cli, interop_diffusers
+from score_sde import train as training
 from score_sde.checkpoint import (
     Card,
     DataCard,
@@ -455,11 +457,18 @@ def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
         time.sleep(0.01)
 
 
-def test_resume_after_kill_9_is_bitwise_exact(tmp_path: Path) -> None:
+def here(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> int:
+    """The exit code of a training command in this process, which spares what a process takes to begin."""
+    monkeypatch.chdir(ROOT)
+    return cli.run(command[command.index("main.py") + 1 :])
+
+
+def test_resume_after_kill_9_is_bitwise_exact(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Parameters, averages and moments after a kill and a resume are those of a run that was left alone."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     long = ("--config.training.n_iters=60", "--config.training.keep_last=60")
-    assert finish(run(straight, *long)).returncode == 0
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(run(broken, *long), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
     wait_for(checkpoint.checkpoint_path(broken, 10), process)
@@ -467,38 +476,59 @@ def test_resume_after_kill_9_is_bitwise_exact(tmp_path: Path) -> None:
     process.wait()
     left = int(checkpoints(broken)[-1].stem)
     assert 10 <= left < 60, "the run was over before it could be killed"
-    done = finish(run(broken, *long))
-    assert done.returncode == 0, done.stderr
-    assert f"going on from step {left}" in done.stderr or "going on from step" in done.stderr
+    assert here(monkeypatch, run(broken, *long)) == 0
+    assert "going on from step" in capsys.readouterr().err
+    assert here(monkeypatch, run(straight, *long)) == 0
     for step in (left + 2, 60):
         same(checkpoint.checkpoint_path(straight, step), checkpoint.checkpoint_path(broken, step))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path, number: signal.Signals) -> None:
-    words = ("--config.training.n_iters=1000000", "--config.training.snapshot_freq=1000000")
+ENDLESS = ("--config.training.n_iters=1000000", "--config.training.snapshot_freq=1000000")
+
+
+def check_stopped(workdir: Path, code: int, errors: str) -> None:
+    assert code == 130, errors
+    path, skipped = newest(workdir)
+    assert path is not None and skipped == [] and read_card(path).step >= 3
+    assert f"stopped at step {read_card(path).step} of 1000000; the same command goes on" in errors
+
+
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run(tmp_path, *words), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(run(tmp_path, *ENDLESS), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
     wait_for(tmp_path / "log.txt", process)
     deadline = time.monotonic() + 120
     while "step 3/" not in (tmp_path / "log.txt").read_text():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    path, skipped = newest(tmp_path)
-    assert path is not None and skipped == [] and read_card(path).step >= 3
-    assert f"stopped at step {read_card(path).step} of 1000000; the same command goes on" in errors
+    check_stopped(tmp_path, process.returncode, errors)
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_an_interrupt_from_the_keyboard_saves_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real, before = training.train_step, signal.getsignal(signal.SIGINT)
+
+    def interrupted(state: Any, *rest: Any) -> Any:
+        if state.step == 3:
+            signal.raise_signal(signal.SIGINT)
+        return real(state, *rest)
+
+    monkeypatch.setattr(training, "train_step", interrupted)
+    code = here(monkeypatch, run(tmp_path, *ENDLESS))
+    check_stopped(tmp_path, code, capsys.readouterr().err)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun with 2 processes (DDP over gloo) gives one process' parameters, to the rounding of sums."""
     one, two = tmp_path / "one", tmp_path / "two"
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    for folder, start in ((one, ()), (two, launcher)):
-        done = finish(run(folder, launcher=start))
-        assert done.returncode == 0, done.stderr[-3000:]
+    done = finish(run(two, launcher=launcher))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert here(monkeypatch, run(one)) == 0
     a, b = (load_file(checkpoint.checkpoint_path(folder, 12)) for folder in (one, two))
     assert a.keys() == b.keys()
     for name, value in a.items():

@@ -28,10 +28,12 @@ pytest.importorskip("transformers")
 SDE = VPSDE()
 TINY = [
     "--config.model.nf=8",
-    "--config.model.ch_mult=1,2",
+    "--config.model.ch_mult=1",
+    "--config.model.attn_resolutions=8",
     "--config.training.n_iters=2",
     "--config.training.batch_size=8",
     "--config.training.eval_freq=1",
+    "--config.training.snapshot_sampling=false",
     "--config.sampling.method=heun",
     "--config.sampling.steps=3",
     "--config.sampling.num_samples=6",
@@ -252,13 +254,14 @@ def test_the_configs_of_a_cascade_run_as_one(names: tuple[str, ...], tmp_path: P
     for i, image in enumerate(pixels(12, 16, 16, 3)):
         save(tmp_path / "images" / str(i % 3) / f"{i}.png", image)
     for i, name in enumerate(names):
-        more = [f"--config.data.image_size={SMALLER[name]}", f"--config.sampling.base={tmp_path / names[i - 1]}"][
-            : i + 1
-        ]
+        more = [f"--config.data.image_size={SMALLER[name]}", f"--config.sampling.base={tmp_path / names[i - 1]}"]
+        more = [*more[: i + 1], "--config.model.attn_resolutions=4", "--config.model.num_res_blocks=1"]
+        if name == names[-1]:
+            more.append("--config.training.snapshot_sampling=true")
         if "cifar" in name:
             more += ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images'}"]
         where = dict(workdir=tmp_path / name, config=f"configs/{name}.py")
-        assert modes("train", where["workdir"], *more, "--config.model.attn_resolutions=4", config=where["config"]) == 0
+        assert modes("train", where["workdir"], *more, config=where["config"]) == 0
     assert modes("sample", where["workdir"], *more, config=where["config"]) == 0
     for name in names:
         with np.load(latest(tmp_path / name) / "samples.npz") as found:
@@ -401,6 +404,7 @@ def test_the_config_of_text_runs(tmp_path: Path) -> None:
         (tmp_path / "images" / f"{i:02d}.txt").write_text([*left_out, "a cat"][i % 21])
     more = ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images'}", "--config.data.image_size=8"]
     more += [f"--config.model.text_encoder={bert(tmp_path / 'bert')}", "--config.model.attn_resolutions=4"]
+    more += ["--config.training.snapshot_sampling=true", "--config.model.ch_mult=1,2", "--config.model.num_res_blocks=1"]
     config = "configs/text_cifar_16.py"
     assert modes("train", tmp_path / "run", *more, config=config) == 0
     assert modes("sample", tmp_path / "run", *more, "--prompt=a moving van", config=config) == 0
