@@ -404,7 +404,8 @@ def test_the_config_of_text_runs(tmp_path: Path) -> None:
         (tmp_path / "images" / f"{i:02d}.txt").write_text([*left_out, "a cat"][i % 21])
     more = ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images'}", "--config.data.image_size=8"]
     more += [f"--config.model.text_encoder={bert(tmp_path / 'bert')}", "--config.model.attn_resolutions=4"]
-    more += ["--config.training.snapshot_sampling=true", "--config.model.ch_mult=1,2", "--config.model.num_res_blocks=1"]
+    more += ["--config.training.snapshot_sampling=true", "--config.model.ch_mult=1,2"]
+    more.append("--config.model.num_res_blocks=1")
     config = "configs/text_cifar_16.py"
     assert modes("train", tmp_path / "run", *more, config=config) == 0
     assert modes("sample", tmp_path / "run", *more, "--prompt=a moving van", config=config) == 0
