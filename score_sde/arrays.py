@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +19,13 @@ _CHUNK = 1 << 26  # bytes that are looked at together
 
 @dataclass(frozen=True)
 class Named:
-    """Examples and labels, to train on and held out, under the names that the file gives them."""
+    """Examples and labels, to train on and held out, and the names of arrays that are neither."""
 
     x: np.ndarray
-    y: np.ndarray | None
-    x_test: np.ndarray | None
-    y_test: np.ndarray | None
+    y: np.ndarray | None = None
+    x_test: np.ndarray | None = None
+    y_test: np.ndarray | None = None
+    unread: tuple[str, ...] = ()
 
 
 def load_npy(path: Path, memory: int) -> np.ndarray:
@@ -46,14 +47,9 @@ def load_npz(path: Path) -> Named:
             raise ValueError(f"{path} holds one array: name it .npy")
     with _reading(path), np.load(path, allow_pickle=False) as found:
         keys = list(found.keys())
-        arrays = {key: found[key] for key in keys if key in (*_EXAMPLES, *_LABELS, *_PARTS) or len(keys) == 1}
-    if "x_train" in arrays:
-        return Named(*(arrays.get(key) for key in _PARTS))  # type: ignore[arg-type]
-    x_key = keys[0] if len(keys) == 1 else next((key for key in _EXAMPLES if key in arrays), None)
-    if x_key is None:
-        raise ValueError(f"{path} holds {', '.join(keys) or 'nothing'}: name the examples {' or '.join(_EXAMPLES)}")
-    y_key = next((key for key in _LABELS if key in arrays and key != x_key), None)
-    return Named(arrays[x_key], arrays[y_key] if y_key else None, None, None)
+        chosen = _PARTS if "x_train" in keys else _examples_and_labels(keys, path)
+        arrays = [found[key] if key in keys else None for key in chosen]
+    return Named(*arrays, unread=tuple(key for key in keys if key not in chosen))  # type: ignore[arg-type, misc]
 
 
 def examples(array: np.ndarray, num_channels: int | None, where: str) -> tuple[np.ndarray, list[str]]:
@@ -70,11 +66,11 @@ def examples(array: np.ndarray, num_channels: int | None, where: str) -> tuple[n
     _check_floats(array, where)
     if array.ndim == 4 and _channels_are_last(array.shape, num_channels):
         return np.moveaxis(array, -1, 1), [f"floats of shape {array.shape} are read as images with their channels last"]
-    if array.ndim == 3 and array.shape[1] == array.shape[2]:
-        size = array.shape[1]
+    if array.ndim == 3 and (array.shape[1] == array.shape[2] or array.shape[1] > 4):
+        height, width = array.shape[1:]
         return array, [
-            f"floats of shape {array.shape} are read as signals of {size} channels: save grey images as "
-            f"(N, 1, {size}, {size})"
+            f"floats of shape {array.shape} are read as signals of {height} channels: save grey images as "
+            f"(N, 1, {height}, {width})"
         ]
     return array, []
 
@@ -82,6 +78,14 @@ def examples(array: np.ndarray, num_channels: int | None, where: str) -> tuple[n
 def bits_used(array: np.ndarray, pixels: Pixels, where: str) -> int:
     """How many bits the numbers of pixels use. Raises ValueError as `Pixels.bits_used` does."""
     return max(pixels.bits_used(part, 8 * array.dtype.itemsize, where) for part in _parts(array))
+
+
+def _examples_and_labels(keys: Sequence[str], path: Path) -> tuple[str, ...]:
+    alone = keys[0] if len(keys) == 1 and keys[0] not in (*_LABELS, *_PARTS) else None
+    x = alone or next((key for key in _EXAMPLES if key in keys), None)
+    if x is None:
+        raise ValueError(f"{path} holds {', '.join(keys) or 'nothing'}: name the examples {' or '.join(_EXAMPLES)}")
+    return (x, *[key for key in _LABELS if key in keys][:1])
 
 
 def _check_floats(array: np.ndarray, where: str) -> None:
@@ -106,7 +110,8 @@ def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
 
 def _channels_are_last(shape: tuple[int, ...], num_channels: int | None) -> bool:
     """Whether floats (N, a, b, c) are images (N, H, W, C) rather than (N, C, H, W), which stay as they are."""
-    return shape[-1] in (1, 3, 4) and shape[1] not in (1, 3, 4, num_channels)
+    known = (1, 3, 4, num_channels)
+    return shape[-1] in known and shape[1] not in known
 
 
 def _channels_second(array: np.ndarray, num_channels: int | None, where: str) -> np.ndarray:

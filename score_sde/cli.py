@@ -418,7 +418,7 @@ def _smaller(
     s, factor = config.sampling, config.model.super_resolution
     small = (shape[0], *(size // factor for size in shape[1:]))
     if options.input is not None:
-        images = read_examples(options.input, small, codec, config.data.background).x
+        images = read_examples(options.input, small, codec, Pixels.of(config.data)).x
         assert isinstance(images, Tensor)
         s.num_samples = min(s.num_samples, len(images))
         return images
@@ -455,7 +455,7 @@ def _smaller(
 
 def _own(options: argparse.Namespace, config: ConfigDict, images: Data, codec: Codec, processes: Processes) -> Split:
     """The examples of --input, of a model of codes as codes, as the data set has them."""
-    split = read_examples(options.input, images.shape, codec.pixels or codec, config.data.background)
+    split = read_examples(options.input, images.shape, codec.pixels or codec, Pixels.of(config.data))
     if options.mode == "sample" and len(split) > config.sampling.num_samples:
         raise ValueError(
             f"--input {options.input} holds {len(split)} examples, and sampling.num_samples="
@@ -507,8 +507,8 @@ def _data(config: ConfigDict, processes: Processes) -> Data:
     d = config.data
 
     def read() -> Data:
-        size, channels, pixels = d.image_size or None, d.num_channels or None, Pixels(d.file_bits, d.bits, d.background)
-        form = {"image_size": size, "num_channels": channels, "length": d.length, "pixels": pixels}
+        size, channels = d.image_size or None, d.num_channels or None
+        form = {"image_size": size, "num_channels": channels, "length": d.length, "pixels": Pixels.of(d)}
         data = load_data(d.dataset, d.path or None, **form)
         return leave_out(data, [caption.strip() for caption in d.leave_out.split(",") if caption.strip()])
 

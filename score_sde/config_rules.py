@@ -67,7 +67,7 @@ def refuse(wrong: bool, sentence: str) -> None:
 def _data(config: ConfigDict) -> None:
     """How files are read."""
     d = config.data
-    Pixels(d.file_bits, d.bits, d.background)
+    Pixels.of(d)
     refuse(
         d.dataset != "files" and max(d.file_bits, d.bits) > 0,
         f"data.file_bits and data.bits are of image files: leave them 0 for data.dataset={d.dataset}",

@@ -116,7 +116,7 @@ def read(
         zipped = _Images(path, archive.read, lambda n: path, image_size, num_channels, pixels)
         return _images(zipped, archive.names, memory)
     if path.is_file() and ending == ".npy":
-        return _arrays(arrays.Named(arrays.load_npy(path, memory), None, None, None), num_channels, pixels, path)
+        return _arrays(arrays.Named(arrays.load_npy(path, memory)), num_channels, pixels, path)
     if path.is_file() and ending == ".npz":
         return _arrays(arrays.load_npz(path), num_channels, pixels, path)
     raise ValueError(f"{path} is neither a folder nor an image, nor a .zip, .npy or .npz file")
@@ -264,10 +264,11 @@ def _images(
     train, test = layout.train, layout.test
     if source.channels is None:
         source = replace(source, channels=1 if source.is_grey(train[0]) else 3)
-    label, classes = _listed(source, names, layout)
-    unused = [] if label else about_classes(layout)
+    listed = _at_top("dataset.json", names, layout)
+    label, unused = _listed(source, listed) if listed else {}, list[str]()
+    classes: tuple[str, ...] = ()
     if not label:
-        label, classes = classes_of(layout, where)
+        unused, (label, classes) = about_classes(layout), classes_of(layout, where)
     captions = read_captions(source.contents, names, train + test, where)
     first = source.open(train[0])
     image, levels = source.finished(first, train[0])
@@ -286,20 +287,23 @@ def _images(
 
     parts = part(train), part(test) if test else None
     read_by_now = sum(len(p.x) if isinstance(p.x, Tensor) else min(_SAMPLE, len(p.x)) for p in parts if p is not None)
-    beside = {*images, *(beside_image(n) for n in train + test if captions), layout.top + "dataset.json"}
+    beside = {*images, *(beside_image(n) for n in train + test if captions), listed}
     rest = [n for n in names if n not in beside and not n.endswith("metadata.jsonl")]
     notes = (*layout.notes, *unused, *unread(rest, skipped), *source.notes(first.bits, read_by_now))
     return Found(*parts, levels, notes)
 
 
-def _listed(source: _Images, names: list[str], layout: Layout) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Labels by name of the dataset.json at the top, and no names of classes."""
-    for folder in dict.fromkeys((layout.top, "")):
-        if folder + "dataset.json" in names:
-            where = f"{folder}dataset.json in {source.path}"
-            found = read_dataset_json(source.contents(folder + "dataset.json"), where)
-            return {folder + name: label for name, label in found.items()}, ()
-    return {}, ()
+def _listed(source: _Images, name: str) -> dict[str, Any]:
+    """Labels by name of a dataset.json, whose names are from where it lies."""
+    found = read_dataset_json(source.contents(name), f"{name} in {source.path}")
+    return {name.removesuffix("dataset.json") + image: label for image, label in found.items()}
+
+
+def _at_top(name: str, names: Sequence[str], layout: Layout) -> str:
+    """The file of this name in the folder that holds all images or in the nearest one above it; "" for none."""
+    above = layout.top.split("/")[:-1]
+    ways = ("/".join([*above[:depth], name]) for depth in range(len(above), -1, -1))
+    return next((way for way in ways if way in names), "")
 
 
 def unread(names: Sequence[str], skipped: Mapping[str, int]) -> list[str]:
@@ -352,6 +356,8 @@ def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path:
         return Part(kept, _labels(y, len(x), where)), levels, notes + _about_bits(pixels, 8 * x.dtype.itemsize)
 
     train, levels, notes = part(named.x, named.y, "x_train")
+    if named.unread:
+        notes.append(f"not read: the arrays {', '.join(named.unread)}")
     if named.x_test is None:
         return Found(train, None, levels, tuple(notes))
     test, _, _ = part(named.x_test, named.y_test, "x_test")

@@ -3,14 +3,14 @@
 Where all files lie in one top folder, that is taken off. What lies under `train` or `training` then is for training,
 and under `test` or `testing` held out, or, where there is neither, under `val`, `valid` or `validation`, in upper or
 lower case; nothing else is read. Without any of these all files are one set. A folder with a name of the held-out kind
-anywhere else is refused, since its images would be trained on.
+anywhere else is refused, since its images would be trained on, and so is a `test_set` beside a `train_set`.
 """
 
 from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -18,6 +18,7 @@ from pathlib import Path
 TRAIN = ("train", "training")
 TEST = ("test", "testing")
 VALIDATION = ("val", "valid", "validation")
+_HELD_OUT = (*TEST, *VALIDATION)
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Layout:
 def root_of(path: Path) -> Path:
     """The folder that a data set's names are relative to: above a `train` with held-out files beside it."""
     beside = [p.name.lower() for p in path.parent.iterdir() if p.is_dir()] if path.name.lower() in TRAIN else []
-    return path.parent if set(beside) & {*TEST, *VALIDATION} else path
+    return path.parent if set(beside) & {*_HELD_OUT} else path
 
 
 def listing(root: Path) -> Listing:
@@ -108,13 +109,13 @@ def lay_out(names: Sequence[str], where: str) -> Layout:
             f"on into train, or rename that folder if it is a class"
         )
     rest = sorted(n for left in by_split.values() for n in left)
+    hidden_test = _hidden_test(train or rest, {part for n in test for part in n.removeprefix(top).split("/")[1:-1]})
+    if hidden_test is not None:
+        raise ValueError(
+            f"{hidden_test} in {where} lies in a folder of held-out data that would be trained on: let train and "
+            f"test be at the top, or rename that folder if it is a class"
+        )
     if not train:
-        hidden_test = next((n for n in rest if any(_is_held_out(p) for p in n.removeprefix(top).split("/")[:-1])), None)
-        if hidden_test is not None:
-            raise ValueError(
-                f"{hidden_test} in {where} lies in a folder of held-out data that would be trained on: let train and "
-                f"test be at the top, or rename that folder if it is a class"
-            )
         return Layout(rest, [], top, [])
     left = Counter(_first_folder(n.removeprefix(top)) for n in rest)
     notes = [f"not read: {count} images {place}, since train is read" for place, count in sorted(left.items())]
@@ -184,12 +185,20 @@ def _top(names: Sequence[str]) -> str:
     return "".join(f"{part}/" for part in whole)
 
 
+def _hidden_test(names: Sequence[str], classes: Container[str]) -> str | None:
+    """The first file that lies in a folder of held-out data: `test`, or `test_set` where there is a `train_set`."""
+    parts = {name: [p.lower() for p in name.split("/")[:-1] if p not in classes] for name in names}
+    here = {p for inside in parts.values() for p in inside}
+    twins = {p for p in here for a in _HELD_OUT for b in TRAIN if a in p and p.replace(a, b) in here}
+    return next((name for name, inside in parts.items() if twins.union(_HELD_OUT) & set(inside)), None)
+
+
 def _is(name: str, top: str, kind: Sequence[str]) -> bool:
     return name.removeprefix(top).split("/")[0].lower() in kind
 
 
 def _is_held_out(folder: str) -> bool:
-    return folder.lower() in (*TEST, *VALIDATION)
+    return folder.lower() in _HELD_OUT
 
 
 def _is_split(folder: str) -> bool:

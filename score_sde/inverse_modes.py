@@ -40,7 +40,7 @@ from .latent_modes import as_trained, read_examples
 from .metrics import psnr
 from .model import ScoreModel
 from .parallel import Processes
-from .pictures import grey_and_alpha
+from .pictures import Pixels, grey_and_alpha
 from .results import Arrays, channels_last, in_batches, mean_and_error, once, write_arrays
 from .samplers import Sampler, sample
 from .samplers.base import example_generators, noise_source
@@ -133,11 +133,11 @@ def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Pa
 
 
 def read_observed(
-    path: Path, task: str, operator: Spectral, shape: tuple[int, ...], codec: Codec, background: str
+    path: Path, task: str, operator: Spectral, shape: tuple[int, ...], codec: Codec, pixels: Pixels
 ) -> Split:
     """The user's images: what is left of them to restore, which for superresolve are the small ones."""
     seen = operator.apply(torch.zeros(1, *shape)).shape[1:] if task == "superresolve" else shape
-    return read_examples(path, tuple(seen), codec, background)
+    return read_examples(path, tuple(seen), codec, pixels)
 
 
 def restore(
@@ -242,7 +242,7 @@ def run_restoring(
     shape, operator = data.shape, operator_for(task, config, data.shape, mask)
     split, own = {"test": data.test, "train": data.train}[e.split], given is not None
     if given is not None:
-        split = read_observed(given, task, operator, shape, codec, config.data.background)
+        split = read_observed(given, task, operator, shape, codec, Pixels.of(config.data))
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     check_number(s.labels, wanted.prompts, n, "the number of images")
     # Two methods ask for some noise; then y has that of its rounding to levels at least.

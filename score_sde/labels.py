@@ -6,6 +6,7 @@ Everything that was written by somebody else is checked here, and an error names
 from __future__ import annotations
 
 import json
+import posixpath
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -74,7 +75,7 @@ def read_dataset_json(content: bytes, where: str) -> dict[str, Any]:
     for i, entry in enumerate(listed):
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
             raise ValueError(f"{where}, entry {i} of labels (from 0), should be [name, label], got {_short(entry)}")
-        name, label = entry[0].replace("\\", "/"), entry[1]
+        name, label = _normal(entry[0]), entry[1]
         if not (_is_number(label, int) or (isinstance(label, list) and label and all(_is_number(v) for v in label))):
             raise ValueError(
                 f"{where}, entry {i} of labels (from 0), should have an integer or a list of floats for {name}, "
@@ -96,7 +97,9 @@ def named_labels(label: Mapping[str, Any], names: Sequence[str], where: str) -> 
     missing = next((n for n in names if n not in label), None)
     if missing is not None:
         raise ValueError(f"{where} has no label for {missing}")
-    return labels_of(np.array([label[n] for n in names]), len(names), where)
+    chosen = [label[n] for n in names]
+    floats = isinstance(chosen[0], list)  # also those that are written without a point
+    return labels_of(np.array(chosen, dtype=np.float64 if floats else None), len(names), where)
 
 
 def read_captions(contents: Contents, names: Sequence[str], images: Sequence[str], where: str) -> dict[str, str]:
@@ -137,7 +140,7 @@ def _classes(y: np.ndarray, where: str) -> Tensor:
 def _metadata(content: bytes, folder: str, where: str) -> dict[str, str]:
     """{image: caption} of a metadata.jsonl; rows without a caption are none."""
     found: dict[str, str] = {}
-    for number, line in enumerate(_text(content, where).splitlines(), 1):
+    for number, line in enumerate(_text(content, where).split("\n"), 1):
         if not line.strip():
             continue
         row = _json(line.encode(), f"{where}, line {number}, should be like {_ROW}:")
@@ -149,11 +152,16 @@ def _metadata(content: bytes, folder: str, where: str) -> dict[str, str]:
         name, caption = row.get("file_name"), row[key]
         if not isinstance(name, str) or not isinstance(caption, str):
             raise ValueError(f"{where}, line {number}, should be like {_ROW}, got {_short(row)}")
-        name = folder + name.replace("\\", "/")
+        name = _normal(folder + name)
         if name in found:
             raise ValueError(f"{where}, line {number}, names {name} a second time")
         found[name] = caption
     return found
+
+
+def _normal(name: str) -> str:
+    """A name as somebody else wrote it, with slashes and without ./ in it."""
+    return posixpath.normpath(name.replace("\\", "/"))
 
 
 def _text(content: bytes, where: str) -> str:

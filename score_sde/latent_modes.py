@@ -6,6 +6,7 @@ Results are folders as those of `evaluate`: batches are on disk as they are done
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .latents import decode, encode, slerp
 from .model import ScoreModel
 from .ode import Solver
 from .parallel import Processes
-from .pictures import Pixels
+from .pictures import AS_THEY_ARE, Pixels
 from .results import Arrays, channels_last, in_batches, once, read_arrays, write_arrays, write_pictures
 from .samplers.base import noise_source
 from .stamps import KEYS, asked, stamp
@@ -34,11 +35,12 @@ from .stamps import KEYS, asked, stamp
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
 
 
-def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, background: str = "white") -> Split:
+def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, pixels: Pixels = AS_THEY_ARE) -> Split:
     """The user's examples for a model of examples of `shape`, as a data set stores them; of a folder its train/ if any.
 
     An image, or a folder or zip of them, is cropped, resized and made grey or RGB, laid over the background where it is
-    transparent, and its levels become those of the data. Arrays of a .npy or .npz hold levels, or for vectors floats,
+    transparent, and its levels become those of the data; files of more bits than `Pixels.file_bits` use so many of
+    them, as those of the data do. Arrays of a .npy or .npz hold levels, or for vectors floats,
     as they are.
 
     Raises FileNotFoundError, and ValueError for what cannot be read or is of another kind or shape.
@@ -47,7 +49,7 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, background: 
         raise FileNotFoundError(f"there is no file or folder {path}: name what is to be read, --input FILE_OR_FOLDER")
     square = len(shape) == 3 and shape[-1] == shape[-2]
     channels = shape[0] if len(shape) == 3 else None
-    found = read(path, shape[-1] if square else None, channels, 2**62, Pixels(background=background))
+    found = read(path, shape[-1] if square else None, channels, 2**62, replace(pixels, bits=0, mixed=True))
     x = found.train.x
     assert isinstance(x, Tensor)
     if tuple(x.shape[1:]) != shape or (found.levels is None) == isinstance(codec, PixelCodec):

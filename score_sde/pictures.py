@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image, ImageColor, ImageFile, ImageOps, UnidentifiedImageError
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
@@ -31,6 +32,7 @@ class Pixels:
         file_bits: how many bits the files use of each number, such as 12 where white is 4095 in files of 16; 0: all.
         bits: how many are kept, the highest; 0: all.
         background: colour that transparent images are laid over: a name or #rrggbb.
+        mixed: files of fewer bits than `file_bits` are read with all of theirs, and not refused.
 
     Raises ValueError for what is no colour, and for more bits than the files use.
     """
@@ -38,6 +40,7 @@ class Pixels:
     file_bits: int = 0
     bits: int = 0
     background: str = "white"
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         try:
@@ -48,6 +51,11 @@ class Pixels:
             ) from None
         if self.file_bits and self.bits > self.file_bits:
             raise ValueError(f"data.bits={self.bits} must not exceed data.file_bits={self.file_bits}")
+
+    @classmethod
+    def of(cls, section: ConfigDict) -> Pixels:
+        """As the section data of a config says."""
+        return cls(section.file_bits, section.bits, section.background)
 
     @property
     def colour(self) -> tuple[int, int, int]:
@@ -61,11 +69,11 @@ class Pixels:
         Raises ValueError where a number has more, and where more are asked for than there are.
         """
         for key in ("file_bits", "bits"):
-            if getattr(self, key) > held:
+            if getattr(self, key) > held and not self.mixed:
                 raise ValueError(
                     f"{where} has {held} bits per number: data.{key}={getattr(self, key)} is more than that"
                 )
-        used = self.file_bits or held
+        used = min(self.file_bits or held, held)
         if used < held and int(array.max()) >> used:
             raise ValueError(
                 f"{where} holds the value {int(array.max())}, which has more than data.file_bits={used} bits"
@@ -197,7 +205,10 @@ def _raw_mode(image: ImageFile.ImageFile) -> str:
 
 def _planes(image: ImageFile.ImageFile) -> tuple[np.ndarray, np.ndarray | None]:
     """uint8 (H, W, 1 or 3) and, of an image with transparency, alpha (H, W)."""
+    raw, seen = _raw_mode(image) if image.tile else "", image.info.get("transparency")
     image.load()
+    if raw in ("L;2", "L;4") and isinstance(seen, int):  # Pillow scales the shades up to 255, and not this one
+        image.info["transparency"] = seen * 255 // (15 if raw == "L;4" else 3)
     upright = ImageOps.exif_transpose(image)
     grey = upright.mode in _GREY
     if upright.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in upright.info:

@@ -14,14 +14,16 @@ import torch
 from torch import Tensor
 
 from .files import IMAGES, Found, Part, unread
-from .folders import Listing, about_classes, classes_of, lay_out, listing, once_each
+from .folders import Listing, about_classes, classes_of, lay_out, listing, once_each, root_of
 from .labels import named_labels
 from .tensor_file import whole
+
+_STREAMED = 0x7FFF0000  # bytes of sound from which on a header says that its writer did not know how many there are
 
 
 def recordings(path: Path) -> Listing | None:
     """The files in a folder of .wav files, or None where there are none, or images too."""
-    found = listing(path)
+    found = listing(root_of(path))
     has_images = any(name.lower().endswith(IMAGES) for name in found.names)
     return found if not has_images and any(_is_recording(name) for name in found.names) else None
 
@@ -34,6 +36,7 @@ def read(path: Path, found: Listing, length: int | None = None) -> tuple[Found, 
 
     Raises ValueError for files that are no 16-bit PCM, or that differ in sample rate or length.
     """
+    path = root_of(path)
     layout = once_each(path, lay_out([name for name in found.names if _is_recording(name)], str(path)))
     names = sorted(layout.train + layout.test)
     signals, rates = {}, {}
@@ -85,11 +88,15 @@ def _recording(path: Path) -> tuple[np.ndarray, int]:
     try:
         with wave.open(str(path), "rb") as file:
             width, channels, rate = file.getsampwidth(), file.getnchannels(), file.getframerate()
+            told = width * channels * file.getnframes()
             contents = file.readframes(file.getnframes())
     except Exception as error:  # among them wave.Error, EOFError and struct.error
-        raise ValueError(f"{path} cannot be read as a PCM recording ({error})") from error
+        reason = str(error) or type(error).__name__
+        raise ValueError(f"{path} cannot be read as a PCM recording ({reason})") from error
     if width != 2:
         raise ValueError(f"{path} has {8 * width} bits per sample: save it with 16")
+    if len(contents) < told < _STREAMED:
+        raise ValueError(f"{path} was cut short: it has {len(contents)} of its {told} bytes of sound")
     pcm = np.frombuffer(contents[: len(contents) // (2 * channels) * 2 * channels], dtype="<i2")
     if len(pcm) == 0:
         raise ValueError(f"{path} holds no sound")

@@ -233,6 +233,7 @@ def test_npz_by_its_keys(tmp_path, x_key, y_key):
     data = load(tmp_path / "a.npz")
     assert torch.equal(everything(data)[0], expected(images.transpose(0, 3, 1, 2)))
     assert data.num_classes == (10 if y_key else 0)
+    assert data.notes == ("not read: the arrays unrelated",)
     for x, y in zip(data.train.x, data.train.y if y_key else []):
         np.testing.assert_array_equal(x.numpy(), images[y].transpose(2, 0, 1))
 
@@ -259,6 +260,8 @@ def test_arrays_that_do_not_fit_say_why(tmp_path):
 
     images = pixels(4, 4, 4, 3)
     refused("holds mu, sigma: name the examples arr_0 or x or images or data", mu=images, sigma=images)
+    refused("holds x_test: name the examples arr_0", x_test=images)  # which would be trained on
+    refused("holds y: name the examples arr_0", y=images)
     refused("holds int64: save pixels as uint8", x=images.astype(np.int64))
     refused(r"examples \(N, \.\.\.\), got an array of shape \(4,\)", x=np.zeros(4))
     refused(r"holds uint8 of shape \(4, 9\), no images: save vectors as float32", x=pixels(4, 9))
@@ -341,6 +344,8 @@ def test_float_images_with_channels_last_are_recognised_and_that_is_said(tmp_pat
         data = load(values(tmp_path, x=kept))
         assert data.shape == kept.shape[1:] and data.notes == ()
     assert load(values(tmp_path, x=array), num_channels=8).shape == (8, 8, 3)
+    assert load(values(tmp_path, x=array[..., :2]), num_channels=2).shape == (2, 8, 8)
+    assert "save grey images as (N, 1, 8, 3)" in load(values(tmp_path, x=array[:, 0])).notes[0]
     assert "save grey images as (N, 1, 8, 8)" in load(values(tmp_path, x=array[..., 0])).notes[0]
 
 

@@ -84,12 +84,22 @@ def test_train_alone_holds_out_a_tenth_and_its_folders_are_classes(tmp_path):
         ("VAL/1.png test/2.png", "has the folder test and no train"),
         ("cat/train/1.png cat/test/2.png dog/train/3.png", "cat/test/2.png in .* lies in a folder of held-out data"),
         ("top/train/1.png top/test/2.png 3.png", "top/test/2.png in .* lies in a folder of held-out data"),
+        ("train/1.png train/a/Val/2.png test/3.png", "train/a/Val/2.png in .* lies in a folder of held-out data"),
+        ("train/1.png train/test/2.png", "train/test/2.png in .* lies in a folder of held-out data"),
+        ("train_set/1.png train_set/2.png test_set/3.png", "test_set/3.png in .* lies in a folder of held-out data"),
+        ("coco/Val2017/1.png coco/train2017/2.png", "coco/Val2017/1.png in .* lies in a folder of held-out data"),
     ],
 )
 def test_unclear_splits_are_refused(tmp_path, names, words):
     save(tmp_path, names)
     with pytest.raises(ValueError, match=words):
         load(tmp_path)
+
+
+def test_classes_of_both_splits_may_have_the_name_of_one(tmp_path):
+    save(tmp_path, "train/valid/1.png train/other/2.png test/valid/3.png")
+    data = load(tmp_path)
+    assert (greys(data), data.class_names) == (([10, 11], [12]), ("other", "valid"))
 
 
 def test_each_real_folder_is_read_once(tmp_path):

@@ -13,7 +13,7 @@ from score_sde.data import Data, load_data
 
 
 def folder(root: Path, n: int = 10) -> Path:
-    root.mkdir(exist_ok=True)
+    root.mkdir(parents=True, exist_ok=True)
     for i in range(n):
         Image.new("L", (2, 2), i).save(root / f"{i}.png")
     return root
@@ -102,6 +102,22 @@ def test_dataset_json_is_below_a_top_folder_too(tmp_path):
     assert load(tmp_path).num_classes == 0
 
 
+def test_dataset_json_is_above_the_only_folder_of_images_too(tmp_path):
+    folder(tmp_path / "mine" / "00000")
+    (tmp_path / "mine" / "dataset.json").write_text(
+        json.dumps({"labels": [[f"./00000/{i}.png", i % 3] for i in range(10)]})
+    )
+    for path in (tmp_path, tmp_path / "mine"):
+        assert by_name(load(path)) == {i: i % 3 for i in range(10)}
+        assert load(path).notes == ()
+
+
+def test_lists_of_whole_numbers_are_conditions(tmp_path):
+    folder(tmp_path)
+    (tmp_path / "dataset.json").write_text(json.dumps({"labels": [[f"{i}.png", [i, 1]] for i in range(10)]}))
+    assert load(tmp_path).train.y.dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -155,3 +171,11 @@ def test_captions_are_utf_8(tmp_path):
     (tmp_path / "3.txt").write_bytes("a\ncaf\xe9".encode("latin-1"))
     with pytest.raises(ValueError, match=r"3\.txt in .*, line 2, is not UTF-8 \(byte 0xe9\): save it as UTF-8"):
         load(tmp_path)
+
+
+def test_lines_of_metadata_jsonl_end_at_line_feeds_alone(tmp_path):
+    text = "one\u2028two\x85"
+    rows = [{"file_name": f"./{i}.png", "text": text} for i in range(10)]
+    lines = "\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
+    (folder(tmp_path) / "metadata.jsonl").write_bytes(lines.encode())
+    assert load(tmp_path).captions == (text,)

@@ -24,6 +24,22 @@ def random(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 65536, shape, dtype=np.uint16)
 
 
+def chunk(name: bytes, data: bytes) -> bytes:
+    """A part of a PNG."""
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+def png_of(head: bytes, transparent: bytes, rows: bytes) -> bytes:
+    """A PNG with this header, and these rows behind their filters."""
+    parts = [
+        chunk(b"IHDR", head),
+        chunk(b"tRNS", transparent),
+        chunk(b"IDAT", zlib.compress(rows)),
+        chunk(b"IEND", b""),
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
 def png16(a: np.ndarray, transparent: bytes = b"", orientation: int = 1) -> bytes:
     """uint16 (H, W, C) as a PNG whose rows have the five filters in turn (PNG specification, 9.2)."""
     (h, w, c), step = a.shape, 2 * a.shape[2]
@@ -37,9 +53,6 @@ def png16(a: np.ndarray, transparent: bytes = b"", orientation: int = 1) -> byte
             bytes([y % 5]) + ((row - [0, left, above, (left + above) // 2, paeth][y % 5]) % 256).astype("u1").tobytes()
         )
         above = row
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
     exif = b"MM\0*\0\0\0\x08\0\1\x01\x12\0\3\0\0\0\1" + struct.pack(">HHI", orientation, 0, 0)
     middle = chunk(b"tRNS", transparent) if transparent else b""
@@ -312,4 +325,30 @@ def test_the_user_s_images_become_the_model_s_levels(tmp_path):
         assert x.dtype == codec.dtype
         np.testing.assert_array_equal(x[0, 0].numpy(), want[..., 0])
     Image.new("RGBA", (8, 8), (9, 9, 9, 0)).save(tmp_path / "clear.png")
-    assert read_examples(tmp_path / "clear.png", (1, 8, 8), PixelCodec(), "#0a0a0a").x.unique().tolist() == [10]
+    assert read_examples(
+        tmp_path / "clear.png", (1, 8, 8), PixelCodec(), Pixels(background="#0a0a0a")
+    ).x.unique().tolist() == [10]
+
+
+def test_files_to_begin_with_use_the_bits_that_those_of_the_data_do(tmp_path):
+    (tmp_path / "a").mkdir()
+    k = random(8, 8, 1) >> 4
+    (tmp_path / "a" / "0.png").write_bytes(png16(k))
+    codec, pixels = PixelCodec(4096), Pixels(file_bits=12)
+    assert torch.equal(
+        read_examples(tmp_path / "a", (1, 8, 8), codec, pixels).x[0, 0], torch.tensor(k[..., 0].tolist())
+    )
+    assert read_examples(tmp_path / "a", (1, 8, 8), PixelCodec(), Pixels(12, 8)).x.max() == k.max() >> 4
+    Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "white.png")
+    assert (read_examples(tmp_path / "white.png", (1, 8, 8), codec, pixels).x == 4095).all()
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4])
+def test_a_shade_that_is_transparent_is_so_at_any_depth(depth):
+    top, shades = 2**depth - 1, 8 // depth
+    for shade in (top, 1):
+        row = bytes([0, sum((shade if i == 0 else 0) << 8 - depth * (i + 1) for i in range(shades))])
+        head = struct.pack(">IIBBBBB", shades, 1, depth, 0, 0, 0, 0)
+        found = decode(png_of(head, struct.pack(">H", shade), row), False, (255, 0, 0))
+        assert found.transparent
+        assert (found.array[0] == [76] * 3).all(1).tolist() == [True] + [False] * (shades - 1)

@@ -50,6 +50,7 @@ def test_recordings_are_cut_or_followed_by_silence_and_channels_averaged(tmp_pat
     for name, pcm, channels in [("a", long, 1), ("b", short, 1), ("c", both, 2)]:
         save(tmp_path / "train" / f"{name}.wav", pcm, channels=channels)
         save(tmp_path / "test" / f"{name}.wav", pcm, channels=channels)
+    assert len(load_data("files", tmp_path / "train", length=32).test) == 3  # with what is held out beside
     x = load_data("files", tmp_path, length=32).train.x[:, 0] * 32767  # type: ignore[index]
     expected = [long[:32], np.r_[short, np.zeros(12)], np.r_[both.reshape(-1, 2).mean(1), 0, 0]]
     np.testing.assert_allclose(x, np.stack(expected), atol=2e-3)  # float32
@@ -73,6 +74,7 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
         ({"pcm": random(64) % 256, "width": 1}, "b.wav has 8 bits per sample: save it with 16"),
         ({"pcm": random(0)}, "b.wav holds no sound"),
         (None, "b.wav cannot be read as a PCM recording"),
+        ({"pcm": random(64), "lost": 20}, "b.wav was cut short: it has 108 of its 128 bytes of sound"),
     ],
 )
 def test_recordings_that_do_not_fit_are_refused(tmp_path: Path, second: dict | None, words: str) -> None:
@@ -80,7 +82,9 @@ def test_recordings_that_do_not_fit_are_refused(tmp_path: Path, second: dict | N
     if second is None:
         (tmp_path / "b.wav").write_bytes(b"RIFF....")
     else:
+        lost = second.pop("lost", 0)
         save(tmp_path / "b.wav", **second)
+        (tmp_path / "b.wav").write_bytes((tmp_path / "b.wav").read_bytes()[: -lost or None])
     with pytest.raises(ValueError, match=words):
         load_data("files", tmp_path)
     with pytest.raises(ValueError, match=r"must have shape \(1, length\), got \(8,\)"):
