@@ -33,6 +33,7 @@ from .toys import EXACT, TOYS
 from .train import Metrics, noise_floor
 
 _PICTURES = 64  # in the grids that training draws
+_STEPS = 18  # of Heun's method, for samples in them
 
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
@@ -219,7 +220,7 @@ def _picture(
     the names of those that were trained on.
     """
     steps = getattr(model.sde, "steps", None)
-    walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), 18)
+    walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), _STEPS)
     pixels = codec.pixels
     count = _PICTURES if pixels is not None else 4096
     if pixels is None and shape != (2,):
