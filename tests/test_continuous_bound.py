@@ -222,16 +222,16 @@ def test_on_gaussian_data_the_mean_diffusion_term_has_a_closed_form() -> None:
 
 def test_the_estimate_is_unbiased_and_knows_its_error() -> None:
     sde = PURE[0]
-    model, n = Gaussian(sde, MEAN, VARIANCES), 2000
+    model, n = Gaussian(sde, MEAN, VARIANCES), 1000
     x = torch.tensor([2.0, 1.0], dtype=torch.float64).expand(n, 2)
     truth = diffusion(model, x[:1], START).item()
     for law in (None, uniform, importance(likelihood)):
         options = {} if law is None else {"law": law}
-        found = variational_bound(model, x, t_min=START, draws=32, decoder="state", **options)  # type: ignore[arg-type]
+        found = variational_bound(model, x, t_min=START, draws=16, decoder="state", **options)  # type: ignore[arg-type]
         spread = found.diffusion.std().item()
         assert abs(found.diffusion.mean().item() - truth) < 4 * spread / math.sqrt(n), law
         error = found.std_error.square().mean().sqrt().item()
-        assert 0.95 * spread < error < 1.3 * spread, law  # neighbours differ by their times too: too large, if anything
+        assert 0.92 * spread < error < 1.3 * spread, law  # neighbours differ by their times too: too large, if anything
     late = variational_bound(
         model, x, t_min=0.3, draws=16, decoder="state"
     ).diffusion  # where t's interval is far from 1
@@ -253,7 +253,7 @@ def test_times_spread_evenly_lower_the_variance() -> None:
     """Of 16 draws with noise that hardly counts: independent times would leave 1/16 of one draw's variance."""
     sde = SubVPSDE(t_min=0.1)
     model = from_score(sde, lambda x, t: torch.zeros_like(x))  # its error is |z|², of relative variance 2/D
-    x = torch.zeros(400, 2000, dtype=torch.float64)
+    x = torch.zeros(400, 500, dtype=torch.float64)
     one, many = (variational_bound(model, x, t_min=0.1, draws=k, law=uniform).diffusion for k in (1, 16))
     assert many.mean().item() == pytest.approx(one.mean().item(), rel=0.1)
     assert many.var() < one.var() / 16 / 8  # measured: 1/16 of it
@@ -308,9 +308,9 @@ def test_a_model_that_knows_its_discrete_data_pays_log_n() -> None:
     data = LEVELS[torch.randint(5, (8, 4), generator=torch.Generator().manual_seed(0))]
     assert len(data.unique(dim=0)) == 8
     sde = LearnedVPSDE(schedule=MonotoneSchedule(-7.0, 12.0, units=16))
-    found = variational_bound(Empirical(sde, data), data.repeat(250, 1), decoder=LEVELS, t_min=0.0, draws=64)
+    found = variational_bound(Empirical(sde, data), data.repeat(250, 1), decoder=LEVELS, t_min=0.0, draws=32)
     error = found.total.std().item() / math.sqrt(2000)
-    assert error < 0.03 and abs(found.total.mean().item() - math.log(8)) < 4 * error + 1e-3
+    assert error < 0.035 and abs(found.total.mean().item() - math.log(8)) < 4 * error + 1e-3
     by_image = found.total.reshape(250, 8)
     assert bool(((by_image.mean(0) - math.log(8)).abs() < 4.5 * by_image.std(0) / math.sqrt(250) + 1e-3).all())
     assert found.bits_per_dim(levels=1, width=1).mean().item() == pytest.approx(0.75, abs=0.03)

@@ -18,7 +18,7 @@ from score_sde.ode import integrate
 from tests.oracles import name, numbers
 
 A = torch.tensor([[0.6, -1.1, 0.2], [0.9, -0.4, 0.5], [-0.3, 0.1, 0.7]], dtype=torch.float64)
-TIGHT = Solver("dopri5", 1e-11, 1e-11)
+TIGHT = Solver("dopri8", 1e-9, 1e-9)
 KINDS = pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
 
 
@@ -66,29 +66,32 @@ def gradients(flow: Flow, loss: Callable[[Flow], Tensor]) -> Tensor:
 # --- truth
 
 
-@pytest.mark.parametrize("solver", [TIGHT, Solver("rk4", steps=120), Solver("RK45", 1e-11, 1e-11)], ids=str)
+@pytest.mark.parametrize(
+    "solver", [Solver("dopri5", 1e-8, 1e-8), Solver("rk4", steps=24), Solver("RK45", 1e-8, 1e-8)], ids=str
+)
 def test_a_linear_field_carries_a_gaussian_and_goes_both_ways(solver: Solver) -> None:
     """x at t1 is exp(A T) x, so x at t0 is N(0, (exp(A T)ᵀ exp(A T))⁻¹)."""
     flow, x = Flow(Linear(), t0=-0.2, t1=0.6, solver=solver), numbers(5, 3)
     m = torch.matrix_exp(0.8 * A)
     truth = torch.distributions.MultivariateNormal(torch.zeros(3).double(), precision_matrix=m.T @ m)
     with torch.no_grad():
-        for options in ({}, {"probe": "rademacher", "probes": 3}):  # the trace alone differs, by a constant
-            found = flow.evaluate(x, **options)
-            torch.testing.assert_close(found.latent, x @ m.T, rtol=0, atol=1e-8)
-        torch.testing.assert_close(flow.log_prob(x), truth.log_prob(x), rtol=0, atol=1e-8)
-        torch.testing.assert_close(flow.encode(x), x @ m.T, rtol=0, atol=1e-8)
-        torch.testing.assert_close(flow.decode(flow.encode(x)), x, rtol=0, atol=1e-8)
+        found = flow.evaluate(x, probe="rademacher", probes=3)  # the trace alone differs, by a constant
+        torch.testing.assert_close(found.latent, x @ m.T, rtol=0, atol=1e-6)
+        log_prob = flow.log_prob(x)
+        torch.testing.assert_close(log_prob, truth.log_prob(x), rtol=0, atol=2e-6)
+        z = flow.encode(x)
+        torch.testing.assert_close(z, x @ m.T, rtol=0, atol=1e-6)
+        torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-6)
         half = flow.path(x, [-0.2, 0.2, 0.6])
-        torch.testing.assert_close(half[1], x @ torch.matrix_exp(0.4 * A).T, rtol=0, atol=1e-8)
+        torch.testing.assert_close(half[1], x @ torch.matrix_exp(0.4 * A).T, rtol=0, atol=1e-6)
         # from the middle on it is a flow too, whose data are the states there
         later = flow.replace(t0=0.2).log_prob(half[1])
-        torch.testing.assert_close(later, flow.log_prob(x) - 0.4 * A.trace(), rtol=0, atol=1e-8)
+        torch.testing.assert_close(later, log_prob - 0.4 * A.trace(), rtol=0, atol=2e-6)
 
 
 def test_samples_are_decoded_draws_of_the_base_and_belong_to_their_seed() -> None:
     flow = Flow(Linear(), t0=0.0, t1=0.8, solver=TIGHT)
-    x = flow.sample((20_000, 3), seed=torch.Generator().manual_seed(1))
+    x = flow.replace(solver=Solver("rk4", steps=8)).sample((20_000, 3), seed=torch.Generator().manual_seed(1))
     assert x.dtype == torch.float64 and not x.requires_grad
     m = torch.matrix_exp(0.8 * A)
     cov = torch.linalg.inv(m.T @ m)
@@ -146,15 +149,18 @@ def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
     model = Gaussian(sde, [0.3, -0.7], [[0.5, 0.3], [0.3, 1.2]])
     x, _ = model.sample(6, torch.Generator().manual_seed(0))
     end, start = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1e-3, dtype=torch.float64)
-    flow = score_flow(model, base=lambda z: model.log_prob(z, end), t_min=1e-3, solver=Solver(rtol=1e-8, atol=1e-8))
-    torch.testing.assert_close(flow.log_prob(x), model.log_prob(x, start), rtol=0, atol=1e-5)
-    torch.testing.assert_close(flow.encode(x), model.flow(x, start, end), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(flow.decode(flow.encode(x)), x, rtol=0, atol=1e-5)
+    flow = score_flow(model, base=lambda z: model.log_prob(z, end), t_min=1e-3, solver=Solver(rtol=1e-6, atol=1e-6))
+    torch.testing.assert_close(flow.log_prob(x), model.log_prob(x, start), rtol=0, atol=1e-4)
+    z = flow.encode(x)
+    torch.testing.assert_close(z, model.flow(x, start, end), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-4)
+    flow = flow.replace(solver=Solver(rtol=1e-4, atol=1e-4))
     drawn = flow.sample((4000, 2), seed=torch.Generator().manual_seed(0))
     assert float((drawn.mean(0) - torch.tensor([0.3, -0.7])).abs().max()) < 0.1
     assert relative(torch.cov(drawn.T), torch.tensor([[0.5, 0.3], [0.3, 1.2]]).double()) < 0.1
-    same = log_likelihood(model, x, probe="gaussian", probes=2, seed=4, method="dopri5")
-    found = score_flow(model).evaluate(x, probe="gaussian", probes=2, seed=4)
+    coarse = Solver(rtol=1e-2, atol=1e-2)
+    same = log_likelihood(model, x, probe="gaussian", probes=2, seed=4, method="dopri5", rtol=1e-2, atol=1e-2)
+    found = score_flow(model, solver=coarse).evaluate(x, probe="gaussian", probes=2, seed=4)
     for key in ("log_prob", "std_error", "latent", "nfe"):
         torch.testing.assert_close(getattr(found, key), getattr(same, key), rtol=0, atol=0)
 
@@ -162,7 +168,7 @@ def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
 @KINDS
 def test_a_score_models_likelihood_has_its_parameters_gradient(gradient: str) -> None:
     network = small_network(torch.float64)
-    solver = Solver("dopri5", 1e-7, 1e-7, gradient=gradient)  # type: ignore[arg-type]
+    solver = Solver("dopri5", 1e-5, 1e-5, gradient=gradient)  # type: ignore[arg-type]
     model = Preconditioned(network, VPSDE(), label=lambda alpha, sigma, t: t)  # smooth in t: few evaluations
     flow = score_flow(model, t_min=0.1, solver=solver)
     x = 0.5 * numbers(3, 2)
@@ -176,7 +182,7 @@ def test_a_score_models_likelihood_has_its_parameters_gradient(gradient: str) ->
                 p.add_(d, alpha=sign * step)
             values.append(flow.log_prob(x).mean())
     slope = (values[0] - values[1]) / (2 * step)
-    assert float(found @ torch.cat([d.flatten() for d in direction])) == pytest.approx(float(slope), rel=1e-4)
+    assert float(found @ torch.cat([d.flatten() for d in direction])) == pytest.approx(float(slope), rel=1e-3)
 
 
 # --- gradients
@@ -199,28 +205,32 @@ LOSSES: dict[str, Callable[[Flow], Tensor]] = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_backprop_and_the_adjoint_agree(loss: str) -> None:
     flow = Flow(Bent())
-    fine = gradients(flow.replace(solver=Solver("dopri5", 1e-10, 1e-10)), LOSSES[loss])
-    for method, steps in (("rk4", 20), ("midpoint", 200), ("dopri5", None)):
+    fine = gradients(flow.replace(solver=Solver("rk4", steps=20)), LOSSES[loss])
+    for method, steps, error in (("rk4", 8, 1e-3), ("midpoint", 16, 5e-3), ("dopri5", None, 1e-3)):
         for gradient in ("backprop", "adjoint"):
-            solver = Solver(method, 1e-7, 1e-7, steps, gradient)  # type: ignore[arg-type]
+            solver = Solver(method, 1e-5, 1e-5, steps, gradient)  # type: ignore[arg-type]
             found = gradients(flow.replace(solver=solver), LOSSES[loss])
-            assert relative(found, fine) < 1e-4, (method, gradient)
+            assert relative(found, fine) < error, (method, gradient)
 
 
 @KINDS
 def test_gradients_are_the_derivatives(gradient: str) -> None:
-    """By finite differences, in x and parameters; of fixed steps by backprop exactly, else to the solver's error."""
+    """By finite differences, in x and parameters; of fixed steps by backprop exactly, else to the solver's error.
+
+    Of a sum of all results, each entry with a weight of its own.
+    """
     velocity, e = Bent(), numbers(2, 2, 3, seed=5)
-    solver = Solver("rk4", steps=4) if gradient == "backprop" else Solver("rk4", steps=40, gradient="adjoint")
+    solver = Solver("rk4", steps=4) if gradient == "backprop" else Solver("rk4", steps=10, gradient="adjoint")
     flow = Flow(velocity, solver=solver)
 
-    def values(x: Tensor, w: Tensor, u: Tensor) -> tuple[Tensor, ...]:
+    def weighted(x: Tensor, w: Tensor, u: Tensor) -> Tensor:
         found = flow.evaluate(x, probe=e, kinetic=True, jacobian=True)
         assert found.kinetic is not None and found.jacobian is not None
-        return found.log_prob, found.kinetic, found.jacobian, found.latent
+        parts = found.log_prob, found.kinetic, found.jacobian, found.latent.flatten()
+        return torch.cat(parts) @ numbers(12, seed=7)
 
-    x = numbers(2, 3).requires_grad_()
-    assert torch.autograd.gradcheck(values, (x, velocity.w, velocity.u), atol=1e-6, rtol=1e-5, fast_mode=True)
+    x, error = numbers(2, 3).requires_grad_(), 1e-6 if gradient == "backprop" else 1e-4
+    assert torch.autograd.gradcheck(weighted, (x, velocity.w, velocity.u), atol=error, rtol=error, fast_mode=True)
 
 
 @KINDS
@@ -250,12 +260,12 @@ def test_evaluations_of_the_adjoint_cost_no_memory() -> None:
     velocity, x = NetworkVelocity(small_network()), numbers(32, 2).float()
     peaks = {}
     for gradient in ("backprop", "adjoint"):
-        for steps in (4, 8, 16):
+        for steps in (2, 4, 8):
             flow = Flow(velocity, solver=Solver("rk4", steps=steps, gradient=gradient))  # type: ignore[arg-type]
             peaks[gradient, steps] = peak_saved_bytes(lambda flow=flow: flow.log_prob(x).mean().backward())
-    grown = [peaks["backprop", n] / peaks["backprop", m] for m, n in pairwise((4, 8, 16))]
-    assert grown == pytest.approx([2, 2], rel=0.06)
-    assert len({peaks["adjoint", steps] for steps in (4, 8, 16)}) == 1
+    grown = [peaks["backprop", n] / peaks["backprop", m] for m, n in pairwise((2, 4, 8))]
+    assert grown == pytest.approx([2, 2], rel=0.1)
+    assert len({peaks["adjoint", steps] for steps in (2, 4, 8)}) == 1
     assert peaks["adjoint", 4] < peaks["backprop", 4] / 8
 
 
@@ -266,7 +276,7 @@ def test_evaluations_of_the_adjoint_cost_no_memory() -> None:
 def test_hutchinsons_estimates_are_unbiased(probe: str) -> None:
     """Of the trace and of |J|², by 4 standard errors over 20,000 probes of one example each."""
     x, n = numbers(1, 3), 20_000
-    flow = Flow(Bent(), solver=Solver("rk4", steps=20))
+    flow = Flow(Bent(), solver=Solver("rk4", steps=5))
     with torch.no_grad():
         exact = flow.evaluate(x, jacobian=True, kinetic=True)
         found = flow.evaluate(x.expand(n, 3), probe=probe, seed=torch.Generator().manual_seed(1), jacobian=True)  # type: ignore[arg-type]
@@ -294,11 +304,12 @@ def test_regularisers_of_a_linear_field_have_their_closed_forms(probes: int) -> 
         found = flow.evaluate(x, probe=e, kinetic=True, jacobian=True)
         alone = flow.evaluate(x, jacobian=True)
     for values, norm in ((exact, A.square().sum().expand(4)), (found, (e @ A).square().sum(2).mean(0))):
-        torch.testing.assert_close(values.kinetic, energy, rtol=0, atol=1e-8)
-        torch.testing.assert_close(values.jacobian, span * norm, rtol=0, atol=1e-8)
-    assert alone.kinetic is None and torch.equal(alone.jacobian, exact.jacobian)  # type: ignore[arg-type]
+        torch.testing.assert_close(values.kinetic, energy, rtol=0, atol=1e-6)
+        torch.testing.assert_close(values.jacobian, span * norm, rtol=0, atol=1e-6)
+    assert alone.kinetic is None
+    torch.testing.assert_close(alone.jacobian, exact.jacobian, rtol=0, atol=1e-6)
     truth = flow.evaluate(x).log_prob
-    torch.testing.assert_close(exact.log_prob, truth, rtol=0, atol=1e-8)
+    torch.testing.assert_close(exact.log_prob, truth, rtol=0, atol=1e-6)
 
 
 class Changing(nn.Module):
@@ -325,8 +336,9 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
 
     def fitted(weight: float) -> Evaluation:
         velocity = Changing(torch.tensor([[0.0, 3.0], [-3.0, 0.0]], dtype=torch.float64))
-        flow = Flow(velocity, solver=Solver("rk4", steps=8))
-        optimizer = torch.optim.LBFGS(velocity.parameters(), max_iter=30, line_search_fn="strong_wolfe")
+        flow = Flow(velocity, solver=Solver("rk4", steps=6))
+        steps = 30 if weight else 15
+        optimizer = torch.optim.LBFGS(velocity.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
         def loss() -> Tensor:
             optimizer.zero_grad()
@@ -338,7 +350,7 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
 
         optimizer.step(loss)  # type: ignore[arg-type]
         with torch.no_grad():
-            return flow.replace(solver=Solver(rtol=1e-6, atol=1e-6)).evaluate(x, kinetic=True)
+            return flow.replace(solver=Solver(rtol=1e-5, atol=1e-5)).evaluate(x, kinetic=True)
 
     free, short = fitted(0.0), fitted(0.02)
     entropy = math.log(2 * math.pi * math.e) + torch.logdet(cov) / 2
@@ -353,17 +365,28 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
 # --- densities in the plane
 
 
+@pytest.fixture
+def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the examples, so that the network costs little beside its calls."""
+    monkeypatch.setattr(example, "BATCH", 128)
+    monkeypatch.setattr(example, "HELD_OUT", 500)
+    monkeypatch.setattr(example, "TRAINING", Solver("heun2", steps=4))
+    monkeypatch.setattr(example, "EVALUATION", Solver("dopri5", 1e-3, 1e-3))
+
+
+@pytest.mark.usefixtures("few_points")
 def test_a_few_steps_of_likelihood_beat_the_fitted_gaussian() -> None:
     flow, _ = example.train_flow("ring", steps=30)
     assert example.held_out(flow, "ring").log_prob > example.gaussian_log_prob("ring") + 0.3
 
 
+@pytest.mark.usefixtures("few_points")
 def test_a_score_model_improves_by_its_flows_likelihood() -> None:
     model = example.new_score_model()
     flow = score_flow(model, t_min=example.SDE.t_min)
-    example.train_score(model, "moons", steps=150)
+    example.train_score(model, "moons", steps=100)
     before = example.held_out(flow, "moons")
-    example.fine_tune(model, "moons", steps=8)
+    example.fine_tune(model, "moons", steps=3)
     after = example.held_out(flow, "moons")
     assert before.gap > after.gap + 0.05 > 0
 

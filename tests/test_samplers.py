@@ -104,7 +104,7 @@ def test_deterministic_samplers_converge_to_the_exact_flow_at_their_order(sde: S
     model = Gaussian(sde, MEAN, COV)
     x = sde.prior_std * numbers(8, 2)
     errors = []
-    for n in (60, 120):
+    for n in (40, 80) if DETERMINISTIC[sampler] == 4 else (60, 120):
         grid = torch.linspace(0.95, 0.05, n + 1, dtype=torch.float64)  # at t = 1 CosineSDE is nearly singular
         errors.append((last(sampler.walk(model, x, grid, refuse)) - model.flow(x, grid[0], grid[-1])).abs().mean())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(DETERMINISTIC[sampler], abs=0.15)
@@ -156,7 +156,7 @@ def test_adaptive_ode_reaches_the_exact_flow_to_its_tolerance(sde: SDE, method: 
 
 def test_adaptive_ode_reports_the_state_at_every_time_of_the_grid() -> None:
     model, x, grid = Gaussian(VPSDE(), MEAN, COV), numbers(8, 2), times.uniform(VPSDE(), 3)
-    for t, y in zip(grid[1:], AdaptiveODE(1e-7, 1e-7).walk(model, x, grid, refuse), strict=True):
+    for t, y in zip(grid[1:], AdaptiveODE(1e-6, 1e-6).walk(model, x, grid, refuse), strict=True):
         torch.testing.assert_close(y, model.flow(x, grid[0], t), rtol=1e-5, atol=1e-5)
 
 
@@ -372,18 +372,20 @@ def truth(sde: SDE, sampler: Sampler) -> tuple[float, float, float]:
 
 
 # on every SDE and chain; a cosine schedule is none for the flow's reverse diffusion (tests/test_spread.py)
-PAIRS = [
-    pytest.param(sde, sampler, id=f"{name(sde)}-{sampler}")
+# The wrappers with every sampler on one SDE and one chain: they know nothing of the schedule.
+CASES = [
+    pytest.param(sde, sampler, wrapper, id=f"{name(sde)}-{sampler}-{wrapper}")
     for sde in [*SDES, *(c.as_sde() for c in CHAINS)]
     for sampler in SAMPLERS
+    for wrapper in ("plain", "given", "guided")
     if not (isinstance(sde, CosineSDE) and sampler == ReverseDiffusion(flow=True))
+    and (wrapper == "plain" or sde in (SDES[0], CHAINS[1].as_sde()))
 ]
 
 
-@pytest.mark.parametrize("wrapper", ["plain", "given", "guided"])
-@pytest.mark.parametrize(("sde", "sampler"), PAIRS)
+@pytest.mark.parametrize(("sde", "sampler", "wrapper"), CASES)
 def test_every_sde_sampler_wrapper_and_rank(sde: SDE, sampler: Sampler, wrapper: str) -> None:
-    shapes = [(400, 10), (100, 3, 4, 4)]
+    shapes = [(400, 10), (100, 3, 4, 4)] if wrapper == "plain" else [(100, 3, 4, 4)]
     if isinstance(sampler, (DDIM, EulerMaruyama)) and wrapper == "plain":
         shapes += [(400, 2, 6), (100, 2, 2, 3, 4)]  # sequences, volumes
     mean, std, tolerance = truth(sde, sampler)
@@ -416,13 +418,10 @@ def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize(
     ("sde", "sampler", "steps"),
     [
-        (VPSDE(), Heun(), 60),
         (SubVPSDE(), AdaptiveODE(), 1),
-        (VPSDE(), DDIM(), 300),
-        (VESDE(), EulerMaruyama(), 400),
-        (VPSDE(), Ancestral(), 300),
-        (VPSDE(), ReverseDiffusion(), 300),
-        (VESDE(), PredictorCorrector(ReverseDiffusion(), AnnealedLangevin(snr=0.05)), 200),
+        (VPSDE(), DDIM(), 100),
+        (VPSDE(), Ancestral(), 150),
+        (VESDE(), PredictorCorrector(ReverseDiffusion(), AnnealedLangevin(snr=0.05)), 120),
     ],
     ids=str,
 )

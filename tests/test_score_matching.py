@@ -566,7 +566,7 @@ def test_switches_of_memory_leave_the_step_of_a_unet(objective: str) -> None:
 def test_training_without_denoising_lowers_the_noise_error(objective: str, settings: dict, tmp_path: Path) -> None:
     """As `test_training_lowers_the_loss_towards_the_floor`, judged by denoising on held-out data."""
     config = toy_config(
-        training__n_iters=300, training__batch_size=192, model__hidden=64, optim__lr=4e-3, training__time="log_snr",
+        training__n_iters=150, training__batch_size=192, model__hidden=64, optim__lr=4e-3, training__time="log_snr",
         training__low_discrepancy=True, model__label="log_sigma", model__ema_halflife=5000,
         training__objective=objective, **{f"training__{key}": value for key, value in settings.items()},
     )  # fmt: skip
