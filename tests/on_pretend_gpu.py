@@ -263,7 +263,8 @@ def smooth_model(config: ConfigDict, shape: tuple[int, ...]) -> ScoreModel:
 
 
 def model_on_gpu(**changes: object) -> tuple[ScoreModel, ConfigDict]:
-    config = config_of(**changes)
+    """A smooth model, and its config; of the network that it has not, little is built."""
+    config = config_of(**{"model__ch_mult": (1,), "model__attn_resolutions": (), **changes})
     return smooth_model(config, data_of(config).shape), config
 
 
@@ -441,7 +442,10 @@ def _guidance(name: str, made: Callable[[ScoreModel, NoisyClassifier], ScoreMode
     @case(f"guidance: {name}")
     def work(bench: Bench) -> list[str]:
         model, config = vp(**LABELLED)
-        judge = build_classifier(config_of(**LABELLED, model__t_min=1e-3), SHAPE).to(GPU).eval().requires_grad_(False)
+        small = dict(model__t_min=1e-3, model__ch_mult=(1,), model__attn_resolutions=())
+        judge: Any = None
+        if "classifier" in name and name != "classifier-free":
+            judge = build_classifier(config_of(**LABELLED, **small), SHAPE).to(GPU).eval().requires_grad_(False)
         guided = made(model, judge)
         waits = []
         for n in (2, 4):
@@ -478,7 +482,7 @@ def _(bench: Bench) -> list[str]:
         dict(method="RK45"),
         dict(seed=torch.Generator().manual_seed(0)),
     ):
-        found = log_likelihood(model, x, rtol=0.5, atol=0.5, t_min=0.8, **options)  # type: ignore[arg-type]
+        found = log_likelihood(model, x, rtol=0.9, atol=0.9, t_min=0.8, **options)  # type: ignore[arg-type]
         assert found.log_prob.device == GPU and bool(found.log_prob.isfinite().all())
     points, _ = model_on_gpu(model__name="mlp")
     log_likelihood(points, torch.randn(2, 3, device=GPU), probe="exact", rtol=0.9, atol=0.9, t_min=0.8)
@@ -635,7 +639,7 @@ def _restoring(name: str, operator: Operator) -> None:
             extra += [f"{kind}: {wait}" for wait in waits[1][len(waits[0]) :]]
         if name != "linear":
             o = Observation(operator, operator.apply(torch.randn(2, *SHAPE, device=GPU)), 0.05)
-            for sampler in (Ancestral(), PredictorCorrector(), DDIM()):
+            for sampler in (Ancestral(), PredictorCorrector(), DDIM()) if name == "mask" else (Ancestral(),):
                 sample(model, Projected(sampler, o, 2), (2, *SHAPE), times.log_snr(model.sde, 2))
             found = twisted(model, o, (2, *SHAPE), times.log_snr(model.sde, 2), particles=3)
             assert found.mean.device == GPU

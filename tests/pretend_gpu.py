@@ -161,15 +161,16 @@ def _handle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._local_scalar_dense.default:
         _note("a number is read")
         return func(_host(args[0]))
+    tensors = _tensors((args, kwargs))
     if func in _SIZED_BY_VALUES:
         _note("a result's size or truth is read")
     if func in _INDEXING:
         _check_index(func, args)
     else:
-        _check_operands(func, args, kwargs)
+        _check_operands(func, args, tensors)
     if "_fused_adam" in str(func):
         _check_fused_adam(args)
-    ghosts = [t for t in _tensors((args, kwargs)) if isinstance(t, Ghost)]
+    ghosts = [t for t in tensors if isinstance(t, Ghost)]
     there = bool(ghosts)
     if kwargs.get("device") is not None:
         there = _is_gpu(kwargs["device"])
@@ -219,9 +220,8 @@ def _check_index(func: Any, args: Any) -> None:
         raise Refused(f"{func}: values on another device, {_where()}")
 
 
-def _check_operands(func: Any, args: Any, kwargs: dict[str, Any]) -> None:
+def _check_operands(func: Any, args: Any, tensors: list[Tensor]) -> None:
     """Operands on two devices: only scalars from the CPU, only in pointwise operations, and not in every place."""
-    tensors = _tensors((args, kwargs))
     ghosts, others = [t for t in tensors if isinstance(t, Ghost)], [t for t in tensors if not isinstance(t, Ghost)]
     if not ghosts or not others:
         return
@@ -284,17 +284,30 @@ def _is_gpu(device: Any) -> bool:
 
 def _tensors(value: Any) -> list[Tensor]:
     """The tensors in arguments, which are nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return []
-    return [t for part in value for t in _tensors(part)]
+    found: list[Tensor] = []
+    _collect((value,), found)
+    return found
+
+
+_PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
+
+
+def _collect(values: Any, found: list[Tensor]) -> None:
+    for value in values:
+        if type(value) in _PLAIN:  # most are, and to ask whether they are tensors is slow
+            continue
+        if isinstance(value, (list, tuple)):
+            _collect(value, found)
+        elif isinstance(value, dict):
+            _collect(value.values(), found)
+        elif isinstance(value, Tensor):
+            found.append(value)
 
 
 def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
     """Arguments, or results, with their tensors changed."""
+    if type(value) in _PLAIN:
+        return value
     if isinstance(value, Tensor):
         return change(value)
     if isinstance(value, dict):
