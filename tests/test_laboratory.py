@@ -26,9 +26,12 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Measures of few points and levels, and a judge that need not be fitted (test_demo.py has the real one)."""
     for name, value in {"POINTS": 200, "DRAWN": 1000, "IMAGES": 4, "DIGITS_DRAWN": 4, "TERMS": 2}.items():
         monkeypatch.setattr(experiment, name, value)
+    monkeypatch.setattr(pictures, "STEPS", 40)
     for module in (experiment, pictures):
         monkeypatch.setattr(module, "LEVELS", LEVELS[::6])
     monkeypatch.setattr(experiment, "confidence", lambda data, samples: (0.5, 0.9, 10))
+    for key, value in {"model.nf": "8", "model.ch_mult": "1", "model.attn_resolutions": ""}.items():
+        monkeypatch.setitem(DATA["digits"].settings, key, value)
     truth.cache_clear()
     yield
     truth.cache_clear()

@@ -97,7 +97,7 @@ def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> 
         density = _marginals(name)
         for axis, sampler, model in zip(row, SAMPLERS, (EXACT[name](VP), learned) * 2):
             axis.imshow(density, extent=(1, 0, -_TALL, _TALL), aspect="auto", cmap=_steps("Greys"), vmin=0, vmax=1.2)
-            t, walked = _paths(model, sampler, 500, _WALKERS)
+            t, walked = _paths(model, sampler, STEPS, _WALKERS)
             for j, colour in enumerate(plt.colormaps["turbo"](np.linspace(0.05, 0.95, _WALKERS))):
                 axis.plot(t.sqrt(), walked[:, j, 0], color=colour, linewidth=0.7)
             axis.set(xlim=(1, 0), ylim=(-_TALL, _TALL), xticks=[], yticks=[-1, 0, 1])
@@ -112,6 +112,7 @@ def paths(results: Sequence[Result], base: Path, path: Path, objective: str) -> 
 
 
 SAMPLERS: tuple[Sampler, ...] = (Ancestral(), Ancestral(), Heun(), Heun())
+STEPS = 500  # of a path
 _WALKERS = 7  # paths in each panel
 _TALL = 2.4  # the paths' first coordinate is shown in [-_TALL, _TALL]
 
