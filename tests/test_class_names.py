@@ -1,6 +1,7 @@
 """Classes are called by their names: in sampling.labels, in the checkpoint, in logs and on grids."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -97,6 +98,13 @@ SETTINGS = {
     "sampling.num_samples": 4,
 }  # fmt: skip
 SMALL = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def grids_in_few_steps() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("score_sde.show._STEPS", 2)
+        yield
 
 
 @pytest.fixture(scope="module")

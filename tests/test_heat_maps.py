@@ -18,7 +18,7 @@ MEAN = 0.3 * numbers(1, 2, 2)
 COV = torch.tensor(
     [[0.5, 0.3, 0.1, 0.0], [0.3, 1.2, 0.0, 0.1], [0.1, 0.0, 0.2, 0.0], [0.0, 0.1, 0.0, 0.4]], dtype=torch.float64
 )
-TIGHT = Solver(rtol=1e-8, atol=1e-8)
+TIGHT = Solver(rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE(), DDPM.linear(50).as_sde()], ids=name)
@@ -27,8 +27,8 @@ def test_it_sums_to_the_log_density(sde: SDE) -> None:
     x, _ = model.sample(3, torch.Generator().manual_seed(0))
     found = heat_map(model, x, probes=None, solver=TIGHT)
     assert found.log_prob.shape == x.shape and found.nfe > 20
-    truth = log_likelihood(model, x, probe="exact", rtol=1e-8, atol=1e-8)
-    torch.testing.assert_close(found.log_prob.flatten(1).sum(1), truth.log_prob, rtol=0, atol=1e-5)
+    truth = log_likelihood(model, x, probe="exact", rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.log_prob.flatten(1).sum(1), truth.log_prob, rtol=0, atol=1e-4)
     torch.testing.assert_close(found.bits(17).flatten(1).mean(1), truth.bits_per_dim(17), rtol=0, atol=1e-5)
 
 
