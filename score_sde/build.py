@@ -438,10 +438,15 @@ def build_sampler(config: ConfigDict) -> Sampler:
     return METHODS[s.method](s)
 
 
+def steps_together(config: ConfigDict) -> bool:
+    """Whether the sampler has one step size for all examples of a batch, so that a sample depends on its neighbours."""
+    return config.sampling.method == "ode" and config.sampling.ode_method in ADAPTIVE
+
+
 def grid_name(config: ConfigDict) -> str:
     """Which grid `build_times` makes: "ends" for adaptive solvers, whose steps are their own."""
     s = config.sampling
-    if s.method in ("embedded", "adaptive_sde") or (s.method == "ode" and s.ode_method in ADAPTIVE):
+    if s.method in ("embedded", "adaptive_sde") or steps_together(config):
         return "ends"
     return "arcsinh" if s.method == "fast" and config.training.continuous else s.grid
 

@@ -128,7 +128,8 @@ def default_config() -> ConfigDict:
                 "atol": 1e-5,  # absolute tolerance of adaptive solvers
                 "sde_rtol": 0.02,  # adaptive_sde: its relative tolerance
                 "sde_atol": 2 / 256,  # adaptive_sde: its absolute tolerance, a pixel level
-                "batch_size": 64,  # examples sampled together; does not change the samples
+                # examples sampled together; changes no sample, but where method "ode" has one adaptive step for all
+                "batch_size": 64,
                 "num_samples": 64,
                 "seed": 0,  # sample i depends on (seed, i) alone
                 "single_png": False,  # also a PNG of every sample

@@ -56,7 +56,7 @@ from .results import (
     write_single_pictures,
 )
 from .samplers import sample
-from .stamps import KEYS, asked, stamp
+from .stamps import asked, keys_of, stamp
 from .text import Text
 
 LATENT = ("reconstruction", "latent", "entropy")  # parts of the bound of a model of codes
@@ -119,7 +119,7 @@ def run_sampling(
     check_number(s.labels, wanted.prompts, s.num_samples, "sampling.num_samples")
     built = {"sampler": repr(sampler), "grid": about_grid(config, times), "shape": list(shape)}
     told_of = {"sde": repr(model.sde), **built, **about(wanted, strengths, guides)}
-    keys = KEYS["sample" if wanted.changed is None else "sample from examples"]
+    keys = keys_of("sample" if wanted.changed is None else "sample from examples", config)
     made_from = stamp(checkpoint, s.weights, codec, config, keys, told_of)
     label, single_png = f"{checkpoint.stem}-{s.weights}-{s.method}", s.single_png
     config = asked(config, keys)
@@ -226,7 +226,7 @@ def run_likelihood(
     repeats = e.dequantizations if law or latent else 1
     levels = None if codec.pixels is None else codec.pixels.levels
     ode = e.estimate != "sde_bound" and not chain
-    keys = KEYS["ode" if ode else "bound" if chain else "sde_bound"]
+    keys = keys_of("ode" if ode else "bound" if chain else "sde_bound", config)
     road = "probability-flow ODE" if ode else "variational bound of the " + ("chain" if chain else "SDE")
     times = build_bound_times(config, model.sde) if chain else None
     made_from = stamp(
@@ -481,7 +481,7 @@ def run_bound(
         e.weights,
         codec,
         config,
-        KEYS["bound"],
+        keys_of("bound", config),
         {
             "sde": repr(model.sde),
             "estimate": f"variational bound of {len(times) - 1} steps, "
@@ -494,7 +494,7 @@ def run_bound(
         },
     )
     label = f"{checkpoint.stem}-{e.weights}-{e.split}-bound"
-    config = asked(config, KEYS["bound"])
+    config = asked(config, keys_of("bound", config))
     e, split = config.eval, split.to(processes.device)
     text = None if text is None else text.to(processes.device)
     counted = Counted(clip(model, *codec.range) if e.clip_denoised and isinstance(codec, PixelCodec) else model)

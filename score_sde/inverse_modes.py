@@ -44,7 +44,7 @@ from .pictures import Pixels, grey_and_alpha
 from .results import Arrays, channels_last, in_batches, mean_and_error, once, write_arrays
 from .samplers import Sampler, sample
 from .samplers.base import example_generators, noise_source
-from .stamps import KEYS, asked, stamp
+from .stamps import asked, keys_of, stamp
 
 _SHOWN = 32  # images in the grid
 _APART = 2**40  # added to a seed for numbers that are not to be the samples'
@@ -250,7 +250,7 @@ def run_restoring(
     noise = codec.width * max(i.noise, rounding)
     counted = Counted(model)
     times, sampler = build_times(config, model.sde, counted, shape), build_sampler(config)
-    keys = (*KEYS["restore"], *(f"inverse.{name}" for of in (task, i.method) for name in OWN.get(of, ())))
+    keys = (*keys_of("restore", config), *(f"inverse.{name}" for of in (task, i.method) for name in OWN.get(of, ())))
     made_from = stamp(
         checkpoint,
         e.weights,

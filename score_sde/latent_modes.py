@@ -30,7 +30,7 @@ from .parallel import Processes
 from .pictures import AS_THEY_ARE, Pixels
 from .results import Arrays, channels_last, in_batches, once, read_arrays, write_arrays, write_pictures
 from .samplers.base import noise_source
-from .stamps import KEYS, asked, stamp
+from .stamps import asked, keys_of, stamp
 
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
 
@@ -110,8 +110,8 @@ def run_encoding(
     n = min(e.num_images, len(split)) if e.num_images else len(split)
     source = "input" if own else e.split
     about = {"mode": "encode", **about_examples(split, source, n), "number": n, **_road(model, config)}
-    made_from = stamp(checkpoint, e.weights, codec, config, KEYS["encode"], about)
-    label, config = f"{checkpoint.stem}-{e.weights}-{source}", asked(config, KEYS["encode"])
+    made_from = stamp(checkpoint, e.weights, codec, config, keys_of("encode", config), about)
+    label, config = f"{checkpoint.stem}-{e.weights}-{source}", asked(config, keys_of("encode", config))
     e, counted, split = config.eval, Counted(model), split.to(processes.device)
 
     def compute(first: int, count: int) -> Arrays:
@@ -192,8 +192,8 @@ def run_decoding(
             "eval.conditional=False"
         )
     about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_road(model, config)}
-    made_from = stamp(checkpoint, e.weights, codec, config, KEYS["decode"], about)
-    label, config = f"{checkpoint.stem}-{e.weights}", asked(config, KEYS["decode"])
+    made_from = stamp(checkpoint, e.weights, codec, config, keys_of("decode", config), about)
+    label, config = f"{checkpoint.stem}-{e.weights}", asked(config, keys_of("decode", config))
     e, counted = config.eval, Counted(model)
 
     def compute(first: int, count: int) -> Arrays:
@@ -246,7 +246,7 @@ def run_interpolation(
     else:
         ends = about_examples(split, "input" if own else e.split, 2 * pairs)
     about = {"mode": "interpolate", **ends, "pairs": pairs, "steps": i.steps, **_road(model, config)}
-    keys = KEYS["interpolate" if split is not None else "interpolate seeds"]
+    keys = keys_of("interpolate" if split is not None else "interpolate seeds", config)
     made_from = stamp(checkpoint, e.weights, codec, config, keys, about)
     label, config = f"{checkpoint.stem}-{e.weights}-{i.between}", asked(config, keys)
     e, i, temperature = config.eval, config.interpolation, config.sampling.temperature

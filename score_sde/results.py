@@ -224,12 +224,12 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
 
 def _check_same(folder: Path, processes: Processes) -> None:
     """Raise ValueError where the processes of a run were asked for different results: data or files differ."""
-    names = processes.texts(f"{folder.name} on {socket.gethostname()}")
-    other = next((name for name in names if name.split()[0] != names[0].split()[0]), None)
+    hosts, names = zip(*(text.split(" ", 1) for text in processes.texts(f"{socket.gethostname()} {folder.name}")))
+    other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
     if other is not None:
         raise ValueError(
-            f"the processes of this run would make different results, {names[0]} and {other}: give them the same data, "
-            "files, checkpoint and versions"
+            f"the processes of this run would make different results, {names[0]} on {hosts[0]} and {names[other]} on "
+            f"{hosts[other]}: give them the same data, files, checkpoint and versions"
         )
 
 

@@ -3,7 +3,8 @@
 The same stamp means the same numbers. So it holds all that changes them: the checkpoint, the weights, what was built of
 the config (the SDE, the sampler, the grid, the codec), digests of what was read (examples, masks, texts, models that
 guide), and the keys of the config that the computation itself reads. No key can be forgotten: `asked` gives the
-computation those that are in the stamp, and `HARMLESS` ones, which change no number; others are not there to be read.
+computation those that are in the stamp, and `HARMLESS` ones, which change no number (a batch's size, which sometimes
+does, is in the stamp then: `keys_of`); others are not there to be read.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from ml_collections import ConfigDict
 
 import score_sde
 
+from .build import steps_together
 from .checkpoint import SUFFIX, file_hash
 from .codecs import AutoencoderCodec, Codec
+from .ode import ADAPTIVE
 
 _VERSIONS = {"score_sde": score_sde.__version__, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -54,6 +57,19 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 # What a checkpoint of another project is built from, which carries no config.
 FOREIGN = ("model", "training.sde", "training.continuous", "data.centered", "data.image_size", "data.num_channels")
+
+
+def keys_of(kind: str, config: ConfigDict) -> tuple[str, ...]:
+    """The keys of a kind of result: its own, and the batch's size where one step size serves the examples of a batch.
+
+    Those depend on their neighbours then, to within the solver's tolerance.
+    """
+    keys = KEYS[kind]
+    if kind.startswith("sample"):
+        return (*keys, "sampling.batch_size") if steps_together(config) else keys
+    together = steps_together(config) if kind == "restore" else config.eval.ode_method in ADAPTIVE
+    by_steps = kind == "restore" or "eval.ode_method" in keys
+    return (*keys, "eval.batch_size") if by_steps and together else keys
 
 
 def stamp(

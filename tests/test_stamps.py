@@ -84,8 +84,8 @@ TRAINED = "eval.seed data.uniform_dequantization"
 ROWS = "interpolation.between interpolation.pairs interpolation.steps sampling.temperature"
 # The keys that change a kind of result, beside those of paths, whose contents do.
 CHANGES = {
-    "sample": f"""{SAMPLER} {DRAWN} sampling.num_samples sampling.weights sampling.augmentation model.num_classes
-        model.super_resolution data.centered""",
+    "sample": f"""{SAMPLER} {DRAWN} sampling.num_samples sampling.batch_size sampling.weights sampling.augmentation
+        model.num_classes model.super_resolution data.centered""",
     "sample from examples": """sampling.start data.uniform_dequantization""",
     "ode": f"""{OF_SPLIT} {FLOW} model.super_resolution eval.estimate eval.seed eval.probe eval.probes
         eval.check_images eval.dequantization eval.dequantizations eval.importance_samples
@@ -300,6 +300,29 @@ def test_other_examples_latents_and_masks_are_another_result(kind: str, unmade: 
     assert first == again != other
 
 
+@pytest.mark.parametrize(
+    ("kind", "base", "together"),
+    [
+        ("sample", {"sampling.method": "ode"}, True),
+        ("sample", {"sampling.method": "ode", "sampling.ode_method": "rk4"}, False),
+        ("sample", {"sampling.method": "embedded", "eval.ode_method": "RK45"}, False),
+        ("sample from examples", {"sampling.start": 0.4, "sampling.method": "ode"}, True),
+        ("restore inpaint", {"sampling.method": "ode"}, True),
+        ("restore inpaint", {"eval.ode_method": "RK45"}, False),
+        *((kind, {"eval.ode_method": "RK45"}, True) for kind in ("ode", "encode", "decode", "interpolate")),
+        *((kind, {"sampling.method": "ode"}, False) for kind in ("ode", "encode", "decode", "interpolate")),
+        ("sde_bound", {"eval.estimate": "sde_bound", "eval.ode_method": "RK45"}, False),
+    ],
+)
+def test_where_a_batch_shares_its_steps_its_size_is_in_the_stamp(
+    kind: str, base: dict[str, Any], together: bool, unmade: None, tmp_path: Path
+) -> None:
+    """Then an example depends on its neighbours, to within the tolerance."""
+    key = "sampling.batch_size" if kind.startswith("sample") else "eval.batch_size"
+    two, three = (stamp_of(kind, config_of({**base, key: size}), base, tmp_path) for size in (2, 3))
+    assert two is not None and three is not None and (two != three) == together
+
+
 def test_a_mask_alone_is_another_result(unmade: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = config_of({})
     first = stamp_of("restore inpaint", config, {}, tmp_path)
@@ -460,7 +483,8 @@ def test_processes_that_do_not_share_a_folder_are_refused_before_work(tmp_path: 
 
 def test_processes_that_are_asked_for_different_results_are_refused(tmp_path: Path) -> None:
     def work(p: Threads) -> Any:
-        return results.once(tmp_path, "it", {"data": p.rank}, "x.npz", p, lambda folder: pytest.fail("work is done"))
+        made_from = {"data": p.rank}
+        return results.once(tmp_path, "my best", made_from, "x.npz", p, lambda folder: pytest.fail("work is done"))
 
     for error in both(work):
         assert isinstance(error, ValueError) and "would make different results" in str(error)
