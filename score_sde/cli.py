@@ -224,11 +224,18 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[Con
     for place in places:
         try:
             given, path = carried_config(place)
-        except FileNotFoundError:
-            if place == places[-1]:
-                raise
-        else:
-            break
+        except FileNotFoundError as error:
+            if place != places[-1]:
+                continue
+            if own and place == options.workdir:
+                raise FileNotFoundError(
+                    f"{place} holds no run whose config could be taken: give one, --config FILE"
+                    + "".join(f" ({said})" for said in checkpoint.newest(Path(place))[1])
+                ) from error
+            raise
+        if own and place == options.checkpoint:  # what its own run began from is not asked for of this one
+            given.training.origin_weights = configs.default_config().training.origin_weights
+        break
     return configs.overridden(given, overrides, f"{path}: "), str(path)
 
 
@@ -537,10 +544,11 @@ def run_training(
                 step = m.step
                 if show is None and processes.main:
                     failures.writable(workdir / "checkpoints")
+                    failures.writable(workdir / "tensorboard")
                     if config.training.snapshot_sampling and not is_classifier(config):
                         failures.writable(workdir / "samples")
-                    _remember(config, workdir)
                     keep_log(workdir)
+                    _remember(config, workdir)
                     show = Show(config, workdir, data, codec, processes.device, bar, text)
                 if show is not None:
                     show(m)
@@ -551,7 +559,7 @@ def run_training(
         if step < n:
             log.info("stopped at step %d of %d; the same command goes on from there", step, n)
         else:
-            log.info("training is complete: %d steps in %s", n, workdir)
+            log.info("training is complete: %d steps in %s", step, workdir)
     return 0 if step >= n else 130
 
 

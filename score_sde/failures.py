@@ -84,7 +84,7 @@ def _of_system(error: BaseException) -> int | None:
 
 
 def _system(error: BaseException, code: int, mode: str, workdir: str) -> str:
-    path = getattr(error, "filename", None)
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a file that is put in its place
     path = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
     where = _short(path) or (f"a file in {_short(workdir)}" if workdir else "a file")
     reason = os.strerror(code)

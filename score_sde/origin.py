@@ -70,6 +70,13 @@ def check_origin(config: ConfigDict, workdir: Path, begun: Path | None) -> None:
     theirs = configs.from_text(checkpoint.read_card(begun).config, str(begun)).training if begun else None
     if not t.origin:
         t.origin, t.origin_sha256 = (theirs.origin, theirs.origin_sha256) if theirs else ("", "")
+        t.origin_weights = theirs.origin_weights if theirs else t.origin_weights
+    if theirs is not None and theirs.origin and theirs.origin_weights != t.origin_weights:
+        raise ValueError(
+            f"{workdir} holds a run already, which began from other weights of {theirs.origin}: set "
+            f"training.origin_weights={theirs.origin_weights} to go on with it, or begin the new run in another "
+            "--workdir"
+        )
     if theirs is not None and (theirs.origin, theirs.origin_sha256) == (t.origin, t.origin_sha256):
         return  # the run's own config says so, and the file may be gone by now
     if not t.origin:

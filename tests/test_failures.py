@@ -26,6 +26,7 @@ from safetensors import SafetensorError
 from score_sde import cli, evaluate, failures, parallel, progress, show, train
 from score_sde.cli import run
 from score_sde.options import MODES
+from score_sde.tensor_file import whole
 
 ROOT = Path(__file__).parents[1]
 TOY = {
@@ -247,6 +248,15 @@ def test_what_the_system_refuses_has_a_remedy(code: int, words: str) -> None:
     rust = SafetensorError(f"Error while serializing: I/O error: {os.strerror(code)} (os error {code})")
     anonymous = str(failures.sentence(rust, "train", "runs/x"))
     assert anonymous.startswith(words.replace("/a/b", "a file in runs/x"))
+
+
+def test_a_folder_in_the_place_of_a_file_is_named(tmp_path: Path) -> None:
+    """And not the temporary file that was to be put there."""
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(OSError) as caught, whole(tmp_path / "config.json"):
+        pass
+    said = str(failures.sentence(caught.value, "train"))
+    assert said.startswith(f"{tmp_path / 'config.json'} is a folder where a file is needed")
 
 
 def test_a_zip_that_cannot_be_closed_after_an_error_tells_that_one() -> None:

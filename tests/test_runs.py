@@ -111,9 +111,32 @@ def test_a_refused_command_leaves_nothing_that_the_next_one_trips_over(
     error = refused(capsys, line("vp_toy", "train", workdir, model__hidden=16))
     assert "network.embed.hidden.weight has shape (8, 8)" in error
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+    for name in ("tensorboard", "checkpoints"):  # what shows it cannot be written
+        (workdir / name).rename(workdir / "away")
+        (workdir / name).touch()
+        assert f"{workdir / name} is a file where a folder is needed" in refused(
+            capsys, line("vp_toy", "train", workdir, training__n_iters=9)
+        )
+        (workdir / name).unlink()
+        (workdir / "away").rename(workdir / name)
+        assert (workdir / "config.json").read_bytes() == before[workdir / "config.json"]
     assert run(line("vp_toy", "train", workdir)) == 0
     assert json.loads((workdir / "config.json").read_text())["training"]["n_iters"] == 4
     assert run(line("vp_toy", "likelihood", workdir)) == 0
+    assert run(line("vp_toy", "train", workdir, training__n_iters=3)) == 0
+    assert "training is complete: 4 steps" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["train", "demo", "scan"])
+def test_a_workdir_without_a_run_asks_for_a_config(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("none", "none.yet"):
+        error = refused(capsys, ["--mode", mode, "--workdir", str(tmp_path / name)])
+        assert f"{tmp_path / name} holds no run whose config could be taken: give one, --config FILE" in error
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "000000001.safetensors").write_bytes(b"broken")
+    assert "(skipped: " in refused(capsys, ["--mode", mode, "--workdir", str(tmp_path)])
 
 
 def test_a_log_begins_where_the_command_does_and_not_before(tmp_path: Path) -> None:
@@ -224,6 +247,24 @@ def test_another_file_than_a_run_began_from_is_refused(
     missing = line("vp_toy", "train", tmp_path / "new", "--checkpoint", str(tmp_path / "no.safetensors"))
     assert f"there is no checkpoint {tmp_path / 'no.safetensors'} to begin from" in refused(capsys, missing)
     assert not (tmp_path / "new").exists()
+
+
+def test_which_weights_a_run_began_from_is_its_own_affair(
+    points: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Others are refused in its workdir, and a run that begins from its checkpoint takes the average as any does."""
+    begin = line("vp_toy", "train", tmp_path / "run", "--checkpoint", str(points), training__n_iters=1)
+    assert run([*begin, *overrides(training__origin_weights="raw")]) == 0
+    assert "which began from other weights of" in (said := refused(capsys, begin))
+    assert "set training.origin_weights=raw to go on with it" in said
+    assert run(line("vp_toy", "train", tmp_path / "run", training__n_iters=2)) == 0
+    for workdir, kind in ((tmp_path / "run", "raw"), (tmp_path / "next", "averaged")):
+        origin = [] if kind == "raw" else ["--checkpoint", str(tmp_path / "run")]
+        more = overrides(training__n_iters=3, optim__lr=1e-38)
+        assert run(["--mode", "train", "--workdir", str(workdir), *origin, *more]) == 0
+        kept = json.loads((workdir / "config.json").read_text())["training"]["origin_weights"]
+        assert kept == {"raw": "raw", "averaged": "ema"}[kind]
+    assert "from the averaged weights of" in capsys.readouterr().err
 
 
 def test_other_classes_make_their_layer_anew_and_no_other(
