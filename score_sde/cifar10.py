@@ -10,7 +10,6 @@ from __future__ import annotations
 import _codecs
 import hashlib
 import io
-import os
 import pickle
 import tarfile
 import urllib.request
@@ -24,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .progress import Progress
+from .tensor_file import remove_leftovers, whole
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"
@@ -74,30 +74,28 @@ def download(url: str, target: Path, md5: str) -> None:
     Raises FileNotFoundError, saying what to put where, if the address cannot be reached, ValueError for a wrong md5.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = target.with_name(f"{target.name}.{os.getpid()}.part")
+    remove_leftovers(target.parent)
     digest = hashlib.md5(usedforsecurity=False)
     try:
-        with urllib.request.urlopen(url, timeout=30) as source, open(unfinished, "wb") as sink:
+        with urllib.request.urlopen(url, timeout=30) as source, whole(target) as sink:
             total = int(source.headers.get("Content-Length", 0)) or None
             with Progress(f"downloading {target.name}", total, "B") as bar:
                 while block := source.read(1 << 20):
                     sink.write(block)
                     digest.update(block)
                     bar.update(len(block))
-        if digest.hexdigest() != md5:
-            raise ValueError(
-                f"{url} gave an incomplete or altered file, md5 {digest.hexdigest()} instead of {md5}: start again "
-                f"or put the right {target.name} into {target.parent}/"
-            )
-        os.replace(unfinished, target)
+            if digest.hexdigest() != md5:
+                raise ValueError(
+                    f"{url} gave an incomplete or altered file, md5 {digest.hexdigest()} instead of {md5}: start again "
+                    f"or put the right {target.name} into {target.parent}/"
+                )
     except OSError as error:  # urllib's errors, and those of a connection that breaks off
         reason = getattr(error, "reason", error)
+        reason = getattr(reason, "strerror", None) or reason
         raise FileNotFoundError(
             f"CIFAR-10 is not in {target.parent}/ and cannot be downloaded ({reason}): put {target.name} from {url} "
             f"there, or its folder {_FOLDERS[0]}, or say where it is, --config.data.path=DIR"
         ) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _find(path: Path) -> Path | None:

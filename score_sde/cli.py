@@ -174,14 +174,21 @@ class _Parser(argparse.ArgumentParser):
         raise ValueError(f"{message}; python main.py alone explains the command line")
 
 
+def _name(text: str) -> str:
+    """A file's or folder's, which is not "": that would be taken for none, and another command be run."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name, got an empty one (of a variable that is not set?)")
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--config", default=None)
+    parser.add_argument("--config", default=None, type=_name)
     parser.add_argument("--mode", required=True, choices=MODES)
-    parser.add_argument("--workdir", default=None)
-    parser.add_argument("--checkpoint", default=None)
-    parser.add_argument("--input", default=None, type=Path)
-    parser.add_argument("--mask", default=None, type=Path)
+    parser.add_argument("--workdir", default=None, type=_name)
+    parser.add_argument("--checkpoint", default=None, type=_name)
+    parser.add_argument("--input", default=None, type=lambda text: Path(_name(text)))
+    parser.add_argument("--mask", default=None, type=lambda text: Path(_name(text)))
     parser.add_argument("--prompt", action="append", default=[])
     parser.add_argument("--negative", default=None)
     parser.add_argument("--scales", default="")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from score_sde import cifar10, progress
+from score_sde import cifar10, progress, tensor_file
 from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
 from score_sde.scan import scan
@@ -185,6 +185,9 @@ def served(tmp_path: Path) -> tuple[str, str]:
 def test_absent_data_are_downloaded_once_with_progress(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(progress, "EVERY", 0)
     url, md5 = served(tmp_path)
+    (tmp_path / "new" / "data").mkdir(parents=True)
+    killed = tensor_file.temporary(tmp_path / "new" / "data" / "cifar-10-python.tar.gz")  # as it downloaded
+    killed.with_name(killed.name.replace(f".{os.getpid()}.", ".999999999.")).write_bytes(b"half of it")
     cifar10.read(tmp_path / "new" / "data", url, md5)
     shown = capsys.readouterr().err
     assert "downloading cifar-10-python.tar.gz" in shown
@@ -212,7 +215,7 @@ def test_offline_says_in_one_sentence_what_to_put_where(tmp_path):
         "data.path=",
     ):
         assert part in message
-    assert "\n" not in message
+    assert "\n" not in message and "Errno" not in message
     assert list((tmp_path / "new").iterdir()) == []
 
 

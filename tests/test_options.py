@@ -62,6 +62,17 @@ def test_each_mode_reads_an_option_or_refuses_it(mode: str, workdir: Path, capsy
         assert ("reads no" in error) == ((mode, option) not in READ), option
 
 
+@pytest.mark.parametrize("option", ["--config", "--workdir", "--checkpoint", "--input", "--mask"])
+@pytest.mark.parametrize("mode", ["train", "encode"])
+def test_an_empty_name_is_not_taken_for_none(
+    mode: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a shell's variable that is not set: a run would begin anew in place of from a checkpoint."""
+    assert run([*words(mode, tmp_path), option, ""]) == 2
+    assert f"argument {option}: expected a name, got an empty one" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
+
+
 @pytest.mark.parametrize(
     ("mode", "more", "changes", "answer"),
     [
