@@ -207,7 +207,10 @@ def load_network(folder: str | Path) -> UNet | DiT:
     folder = Path(folder)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"there is no {folder / name}: give the folder of one model of diffusers'")
+            raise FileNotFoundError(
+                f"there is no {folder / name}: give the folder of one model of diffusers', saved as one file by "
+                'model.save_pretrained(folder, max_shard_size="99GB")'
+            )
     return network_from(read_tensors(folder / WEIGHTS), read_config(folder / "config.json"))
 
 
@@ -311,7 +314,8 @@ def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
     if (list(down), list(up)) != mirrored:
         raise ValueError(f"blocks of a UNet2DModel must be {mirrored} to be read here, got {(down, up)}")
     scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
-    if scale_shift and config["attn_norm_num_groups"] != config["norm_num_groups"]:
+    groups = config["norm_num_groups"]  # and None, but for scale_shift, means the same
+    if config["attn_norm_num_groups"] not in ((groups,) if scale_shift else (groups, None)):
         raise ValueError("attn_norm_num_groups of a model of diffusers' must be its norm_num_groups to be read here")
     size = 2 ** len(widths)
     network = UNet(

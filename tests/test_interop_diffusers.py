@@ -238,6 +238,7 @@ def test_a_folder_is_read_without_diffusers(tmp_path: Path, monkeypatch: pytest.
         ({"time_embedding_type": "fourier"}, "time_embedding_type of .* must be 'positional'"),
         ({"up_block_types": ("UpBlock2D",) * 3}, "blocks of a UNet2DModel must be .* to be read here"),
         ({"attn_norm_num_groups": None}, "attn_norm_num_groups"),
+        ({"attn_norm_num_groups": 4, "resnet_time_scale_shift": "default"}, "attn_norm_num_groups"),
         ({"num_class_embeds": None}, "1 tensors that the network does not know, such as class_embedding.weight"),
         ({"layers_per_block": 3}, "the weights lack down_blocks.0.resnets.2.norm1.weight"),
         ({"num_class_embeds": 9}, r"the config makes classes.table \(9, 64\), the weights \(5, 64\)"),
