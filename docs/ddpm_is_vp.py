@@ -1,7 +1,11 @@
-"""Makes the two figures of ddpm_is_vp.md and prints the numbers it states: python docs/ddpm_is_vp.py"""
+"""Makes the two figures of ddpm_is_vp.md and prints the numbers it states: python docs/ddpm_is_vp.py --out docs
+
+The figures go to runs/ddpm_is_vp, or to the folder of --out. It takes up to a minute.
+"""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,7 +21,6 @@ from score_sde.closed_form import Mixture
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-DOCS = Path(__file__).parent
 VP = VPSDE(beta_min=0.1, beta_max=20.0)
 STEPS = [100, 200, 500, 1000, 2000, 5000, 10_000]
 TIMES = [0.25, 0.5, 1.0]
@@ -76,7 +79,7 @@ def path(sampler: Sampler, model: ScoreModel, x: Tensor, n: int, brownian: Tenso
         return torch.stack([x, *sampler.walk(model, x, times, noise)])
 
 
-def schedules() -> None:
+def schedules(folder: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     t = torch.linspace(0, 1, 400, dtype=torch.float64)
     left.semilogy(t, VP.alpha(t) ** 2, color="black", linewidth=1, label="VP SDE, α(t)²")
@@ -96,10 +99,10 @@ def schedules() -> None:
         right.loglog(STEPS, np.abs(limit) / np.array(STEPS), color=line.get_color(), linewidth=1)
     right.set(xlabel="N", ylabel="|ᾱ − α²|", title="The error is C(t)/N (lines: C computed, not fitted)")
     right.legend()
-    figure.savefig(DOCS / "ddpm_vs_vp_schedule.png", dpi=100)
+    figure.savefig(folder / "ddpm_vs_vp_schedule.png", dpi=100)
 
 
-def convergence() -> None:
+def convergence(folder: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     rows = np.array([step_errors(n, 0.5) for n in STEPS]).T
     print("one step at t = 0.5: what separates the samplers, slope in beta")
@@ -130,9 +133,13 @@ def convergence() -> None:
     right.plot([], [], ".", color="tab:orange", label="DDPM, 100 steps")
     right.set(xlabel="t", title="The same Brownian motion through both", xlim=(1, 0))
     right.legend()
-    figure.savefig(DOCS / "ddpm_vs_vp_convergence.png", dpi=100)
+    figure.savefig(folder / "ddpm_vs_vp_convergence.png", dpi=100)
 
 
 if __name__ == "__main__":
-    schedules()
-    convergence()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/ddpm_is_vp"), help="folder of the figures")
+    out = parser.parse_args().out
+    out.mkdir(parents=True, exist_ok=True)
+    schedules(out)
+    convergence(out)

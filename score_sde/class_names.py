@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -42,6 +43,8 @@ def class_number(label: int | str, key: str, names: Sequence[str]) -> int:
     that is no class's number.
     Raises ValueError, which says which `key` is wrong, for a name that there is not.
     """
+    if isinstance(label, str) and label not in names and re.fullmatch(r"-?\d+", label):
+        label = int(label)
     digits = bool(names) and all(name.isascii() and name.isdigit() for name in names)
     text = str(label)
     if isinstance(label, int) and (label == -1 or not (digits or (label >= len(names) and text in names))):

@@ -623,8 +623,9 @@ def _set(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
 def _parse(key: str, text: str) -> Any:
     """A command line's text as the type of `key`'s default, or as it is, for `_check` to refuse."""
     kind = type(_defaults().get(key))
-    if key in NAMED and kind is tuple:
-        return _names(text)
+    if key in NAMED:
+        names = _names(text)
+        return names if kind is tuple else names[0] if len(names) == 1 else text
     try:
         return _PARSERS[kind](text) if kind in _PARSERS else text
     except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two of thousands of brackets
@@ -647,12 +648,16 @@ def _tuple(text: str) -> tuple[Any, ...]:
 
 
 def _names(text: str) -> tuple[int | str, ...]:
-    """ "1,2" are numbers, and "cat,dog" names; one in quotes may have commas."""
+    """ "1,2" are numbers, and "cat,dog" names, as are "07", "1e3" and "None"; one in quotes may have commas."""
     try:
-        return _tuple(text)
+        found = _tuple(text)
+        if all(type(v) in (int, str) for v in found) or set("()[]{}") & set(text):
+            return found
     except (ValueError, SyntaxError):
-        words = [word.strip() for word in next(csv.reader([text.strip().strip("()[]")], skipinitialspace=True))]
-        return tuple(int(word) if re.fullmatch(r"-?\d+", word) else word.strip("'") for word in words if word)
+        pass
+    words = [word.strip() for word in next(csv.reader([text.strip().strip("()[]")], skipinitialspace=True))]
+    number = re.compile(r"-?(0|[1-9]\d*)")
+    return tuple(int(word) if number.fullmatch(word) else word.strip("'") for word in words if word)
 
 
 _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a name", tuple: "integers such as 1,2,2"}

@@ -29,6 +29,9 @@ def test_a_class_is_its_name_or_its_number() -> None:
     folders = tuple(sorted(str(i) for i in range(1, 12)))
     assert [number(i, folders) for i in (1, 2, 10, 11, -1)] == [folders.index(t) for t in ("1", "2", "10", "11")] + [-1]
     assert [number(i, ("00", "01", "05")) for i in (0, 1, 5)] == [0, 1, 2]
+    # as they are written, and else by what they count
+    assert [number(i, ("cat", "07", "x")) for i in ("07", "01", 1)] == [1, 1, 1]
+    assert [number(i, folders) for i in ("01", "007")] == [folders.index(t) for t in ("1", "7")]
     for label, names, words in (
         (
             "catt",
@@ -53,12 +56,14 @@ def test_a_class_is_its_name_or_its_number() -> None:
         ("('cat','10')", ("cat", "10")),
         ("'10',", ("10",)),
         ("a dog", ("a dog",)),
+        ("07", ("07",)),
+        ("None,0,1e3", ("None", 0, "1e3")),
         ("", ()),
     ],
 )
 def test_the_command_line_takes_names(text: str, labels: tuple[int | str, ...]) -> None:
-    config = load_config("configs/cond_digits.py", {"sampling.labels": text, "sampling.negative_label": "cat"})
-    assert config.sampling.labels == labels and config.sampling.negative_label == "cat"
+    config = load_config("configs/cond_digits.py", {"sampling.labels": text, "sampling.negative_label": "07"})
+    assert config.sampling.labels == labels and config.sampling.negative_label == "07"
 
 
 @pytest.mark.parametrize(
