@@ -21,6 +21,7 @@ ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "TIFF", "GIF")  # no others, some of which run programs
 _GREY = ("1", "L", "LA", "La")
 _WEIGHTS = (19595, 38470, 7471)  # of red, green and blue in grey, in units of 2^-16 (ITU-R 601), as Pillow has them
+_LIGHT, _SAMPLES, _PLANES = 262, 277, 284  # tags of TIFF 6.0: what 0 means, samples per pixel, how they lie
 _NATIVE = "L" if sys.byteorder == "little" else "B"
 
 
@@ -164,7 +165,7 @@ def _raw(content: bytes) -> _Raw:
     try:
         with _open(content) as image:
             frames, deep = getattr(image, "n_frames", 1), _deep(image)
-            array, alpha = _deep_planes(image, content) if deep else _planes(image)
+            array, alpha = _deep_planes(image, content, deep) if deep else _planes(image)
             return _Raw(array, alpha, deep or 8, frames)
     except _Refused:
         raise
@@ -218,15 +219,19 @@ def _planes(image: ImageFile.ImageFile) -> tuple[np.ndarray, np.ndarray | None]:
     return array.reshape(*array.shape[:2], -1), None
 
 
-def _deep_planes(image: ImageFile.ImageFile, content: bytes) -> tuple[np.ndarray, np.ndarray | None]:
+def _deep_planes(image: ImageFile.ImageFile, content: bytes, deep: int) -> tuple[np.ndarray, np.ndarray | None]:
     """uint16 (H, W, 1 or 3) and, of an image with transparency, alpha (H, W)."""
     seen = image.info.get("transparency")  # of PNGs: the one colour that is transparent
+    tags: Any = getattr(image, "tag_v2", {})  # of TIFFs
+    planes = tags.get(_PLANES) == 2 and tags.get(_SAMPLES, 1) > 1  # of these Pillow decodes the high bytes, compressed
     if image.mode.startswith("I"):
         image.load()
         array = np.array(ImageOps.exif_transpose(image)).astype(np.uint16)[..., None]
+        if tags.get(_LIGHT) == 0:  # white is 0, which Pillow heeds of 8 bits alone
+            array = np.uint16((1 << deep) - 1) - array
     elif _raw_mode(image) == "LA;16B":
         array = _pairs(content)
-    elif _raw_mode(image)[:-1] in ("RGB;16", "RGBA;16", "RGBX;16"):
+    elif not planes and _raw_mode(image)[:-1] in ("RGB;16", "RGBA;16", "RGBX;16"):
         array = _high_and_low(image, content)
     else:
         raise _Refused("has 16 bits per number in planes or in another mode: save it as plain grey, RGB or RGBA")

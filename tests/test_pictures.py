@@ -63,14 +63,14 @@ def png16(a: np.ndarray, transparent: bytes = b"", orientation: int = 1) -> byte
     )
 
 
-def tiff16(a: np.ndarray, order: str = "<", deflate: bool = False, planes: int = 1) -> bytes:
+def tiff16(a: np.ndarray, order: str = "<", deflate: bool = False, planes: int = 1, light: int = 1) -> bytes:
     """uint16 (H, W, C) as a TIFF of one strip (TIFF 6.0)."""
     h, w, c = a.shape
     data = a.astype(order + "u2").tobytes()
     data = zlib.compress(data) if deflate else data
     data += b"\0" * (len(data) % 2)
     bits = struct.pack(f"{order}{c}H", *[16] * c)
-    tags = [(256, w), (257, h), (258, 0), (259, 8 if deflate else 1), (262, 2 if c > 2 else 1), (273, 8), (277, c)]
+    tags = [(256, w), (257, h), (258, 0), (259, 8 if deflate else 1), (262, 2 if c > 2 else light), (273, 8), (277, c)]
     tags += [(278, h), (279, len(data)), (284, planes)] + ([(338, 2)] if c in (2, 4) else [])
     directory = struct.pack(order + "H", len(tags))
     for tag, value in tags:
@@ -194,6 +194,12 @@ def test_a_set_of_16_bits_that_stays_on_disk_is_the_same(tmp_path):
             assert whole.levels == streamed.levels and whole.notes == streamed.notes
 
 
+@pytest.mark.parametrize("deflate", [False, True])
+def test_tiffs_in_which_0_is_white_are_no_negatives(deflate):
+    a = random(5, 6, 1)
+    assert np.array_equal(decode(tiff16(a, deflate=deflate, light=0), True).array, 65535 - a)
+
+
 def test_what_has_other_bits_is_refused():
     def refused(content: bytes, words: str) -> None:
         with pytest.raises(ValueError, match=words):
@@ -206,7 +212,8 @@ def test_what_has_other_bits_is_refused():
 
     refused(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "numbers of 32 bits or with a sign")
     refused(saved(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "numbers of 32 bits or with a sign")
-    refused(tiff16(random(4, 4, 3), planes=2), "has 16 bits per number in planes or in another mode")
+    for deflate in (False, True):
+        refused(tiff16(random(4, 4, 3), planes=2, deflate=deflate), "has 16 bits per number in planes or in another")
     refused(png16(random(4, 4, 3))[:90], r"cannot be read as an image \(")
     refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image")
 

@@ -664,8 +664,10 @@ def test_grids_fall_from_one_to_t_min_and_are_even_in_what_they_say(sde: SDE, gr
     }[grid].diff()
     torch.testing.assert_close(evenly, evenly.mean().expand(20), rtol=1e-6, atol=1e-9)
     assert grid(sde, 1).tolist() == [1.0, sde.t_min]
-    with pytest.raises(ValueError, match="a grid needs at least 1 step, got 0"):
+    with pytest.raises(ValueError, match="a grid needs a whole number of steps, at least 1, got 0"):
         grid(sde, 0)
+    with pytest.raises(ValueError, match="a whole number of steps, at least 1, got 2.5"):
+        grid(sde, 2.5)
 
 
 def test_a_uniform_grid_of_edms_sde_is_its_papers() -> None:

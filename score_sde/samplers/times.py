@@ -91,8 +91,8 @@ def check_first(grid: Tensor, otherwise: str = "") -> None:
 
 
 def _unit(n: int) -> Tensor:
-    if n < 1:
-        raise ValueError(f"a grid needs at least 1 step, got {n}")
+    if not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"a grid needs a whole number of steps, at least 1, got {n}")
     return torch.linspace(0, 1, n + 1, dtype=torch.float64)
 
 
