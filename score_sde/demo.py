@@ -55,7 +55,7 @@ Look at it
   .venv/bin/tensorboard --logdir {workdir / "tensorboard"}     losses by noise level, samples during training
 
 Try next
-  .venv/bin/python main.py --config configs/vp_digits.py --mode sample --workdir {workdir} --config.sampling.seed=1
+  .venv/bin/python main.py --mode sample --workdir {workdir} --config.sampling.seed=1
   .venv/bin/python main.py --config configs/ve_toy.py --mode train
   .venv/bin/python main.py --config configs/vp_cifar_small.py --mode train      an hour on CIFAR-10, without a GPU
 """

@@ -20,6 +20,7 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "--negative": ("sample", *RESTORING),
     "--scales": ("sample",),
 }
+JUDGED = ("digits", "digits32")  # data sets of whose samples the demo tells
 
 
 def check(options: argparse.Namespace, config: ConfigDict) -> None:
@@ -41,6 +42,12 @@ def check(options: argparse.Namespace, config: ConfigDict) -> None:
     if options.mode in READ_BY["--prompt"]:
         _guidance(options, config)
         _number(options, config)
+    m = config.model
+    if options.mode == "demo" and (config.data.dataset not in JUDGED or m.super_resolution or m.text_encoder):
+        raise ValueError(
+            f"--mode demo judges digits that a model draws from nothing, and {options.config} is of something else: "
+            "take --config configs/vp_digits.py, or the modes train, sample and likelihood one by one"
+        )
 
 
 def scales_of(options: argparse.Namespace) -> list[float]:

@@ -90,7 +90,7 @@ def test_a_second_run_in_a_workdir_is_refused(
     shutil.copytree(points, workdir)
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     folder = workdir / "dequantizers" if mode == "dequantize" else workdir
-    name = "vp_digits" if mode == "dequantize" else "vp_toy"
+    name = "vp_toy" if mode == "train" else "vp_digits"
     if mode == "dequantize":
         shutil.rmtree(workdir)
         assert run(line(name, "train", workdir)) == 0
