@@ -236,7 +236,8 @@ def run_interpolation(
     e, i = config.eval, config.interpolation
     pairs = i.pairs if split is None else min(i.pairs, len(split) // 2)
     if pairs < 1:
-        raise ValueError("an interpolation is between two images, and there is one: add another to --input")
+        remedy = "add another to --input" if own else f"eval.split={e.split} has no more, so give two, --input FOLDER"
+        raise ValueError(f"an interpolation is between two images, and there is one: {remedy}")
     labels = sampled_labels(config) if split is None and told(config) else []
     if split is None:
         check_number(

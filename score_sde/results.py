@@ -68,14 +68,16 @@ def kept(
     different results, or do not see one folder.
     """
     _check_same(folder, processes)
-    found = processes.agreed(lambda: finished(folder, made_from, file, stamp))
+    found = processes.agreed(lambda: finished(folder, made_from, file, stamp)[0])
     if found is not None:
         return found
     with ExitStack() as stack:
         processes.agreed(lambda: stack.enter_context(held(folder, f"making {file}")))
-        found = processes.agreed(lambda: finished(folder, made_from, file, stamp))  # by whom we waited for
+        found, wrong = processes.agreed(lambda: finished(folder, made_from, file, stamp))  # by whom we waited for
         if found is not None:
             return found
+        if wrong and processes.main:
+            log.warning("warning: %s; it is computed again", wrong)
         _check_shared(folder, processes)
         result = {**made_from, **work(folder)}
         if processes.main:
@@ -87,11 +89,13 @@ def kept(
     return result
 
 
-def finished(folder: Path, made_from: dict[str, Any], file: str, stamp: str = "stamp.json") -> dict[str, Any] | None:
-    """What the stamp of a finished result says, or None where there is none, or the file is not the stamped one."""
+def finished(
+    folder: Path, made_from: dict[str, Any], file: str, stamp: str = "stamp.json"
+) -> tuple[dict[str, Any] | None, str]:
+    """What the stamp of a finished result says; or None, and what is wrong with the result if there is one."""
     path = folder / stamp
     if not path.is_file():
-        return None
+        return None, ""
     try:
         found: dict[str, Any] = json.loads(path.read_text())
         wrong = "" if _plain(made_from).items() <= found.items() else f"{path} is of another result"
@@ -101,9 +105,7 @@ def finished(folder: Path, made_from: dict[str, Any], file: str, stamp: str = "s
         wrong = f"{folder / file} is gone"
     if not wrong and file_hash(folder / file) != found.get("sha256", {}).get(file):
         wrong = f"{folder / file} is not the file that {path} is of: it was cut short, or replaced"
-    if wrong:
-        log.warning("warning: %s; it is computed again", wrong)
-    return None if wrong else found
+    return (None if wrong else found), wrong
 
 
 def folder_for(base: Path, label: str, made_from: dict[str, Any]) -> Path:
