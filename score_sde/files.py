@@ -217,9 +217,9 @@ class _Images:
             name = names[i]
             picture = self.open(name)
             if picture.bits != like.bits and not self.pixels.bits:
+                remedy = "give them apart" if self.pixels.mixed else "cut all to 8 with --config.data.bits=8"
                 raise ValueError(
-                    f"{name} in {self.path} has {picture.bits} bits per number, but {like.name} {like.bits}: cut all "
-                    f"to 8 with --config.data.bits=8"
+                    f"{name} in {self.path} has {picture.bits} bits per number, but {like.name} {like.bits}: {remedy}"
                 )
             image, _ = self.finished(picture, name)
             if image.shape != like.shape:

@@ -348,6 +348,8 @@ def test_files_to_begin_with_use_the_bits_that_those_of_the_data_do(tmp_path):
     assert read_examples(tmp_path / "a", (1, 8, 8), PixelCodec(), Pixels(12, 8)).x.max() == k.max() >> 4
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "white.png")
     assert (read_examples(tmp_path / "white.png", (1, 8, 8), codec, pixels).x == 4095).all()
+    with pytest.raises(ValueError, match=r"white\.png in .* has 8 bits per number, but a/0\.png 16: give them apart"):
+        read_examples(tmp_path, (1, 8, 8), codec, pixels)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 4])
