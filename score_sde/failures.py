@@ -124,7 +124,7 @@ def _less_memory(mode: str) -> str:
     if mode == "sample":
         return "draw fewer samples at a time, by a smaller --config.sampling.batch_size"
     if mode == "likelihood":
-        return f"{fewer}, and take fewer --config.eval.probes"
+        return f"{fewer}, and take fewer --config.eval.probes, --config.eval.draws or --config.eval.importance_samples"
     if mode in RESTORING:
         return "restore fewer at a time, by a smaller --config.eval.batch_size, with fewer --config.inverse.particles"
     if mode in ("encode", "decode", "interpolate"):

@@ -342,6 +342,11 @@ def test_too_little_memory_names_what_takes_less(
     assert "sampling" not in said
 
 
+def test_too_little_memory_in_a_likelihood_names_all_that_multiplies_its_work() -> None:
+    said = str(failures.sentence(MemoryError(), "likelihood"))
+    assert all(f"--config.eval.{name}" in said for name in ("batch_size", "probes", "draws", "importance_samples"))
+
+
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode not in ("train", "demo")])
 def test_too_little_memory_elsewhere_names_what_helps_there(mode: str) -> None:
     said = str(failures.sentence(MemoryError("Unable to allocate"), mode))
