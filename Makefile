@@ -19,7 +19,7 @@ demo: $(VENV)/.installed
 
 # One thread per process: the tests' tensors are small, and the processes run side by side.
 test: $(VENV)/.installed
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -m "not slow" -n $(JOBS) --dist loadfile
 
 lint: $(VENV)/.installed
 	@$(BIN)/ruff check --quiet .

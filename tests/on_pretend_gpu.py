@@ -119,6 +119,7 @@ def config_of(**changes: object) -> ConfigDict:
         sampling__num_samples=3,
         sampling__batch_size=3,
         eval__num_images=2,
+        eval__ode_method="bosh3",  # of the fewest evaluations; the default's step sizes are in cases of their own
         eval__rtol=0.9,
         eval__atol=0.9,
         eval__check_images=0,
@@ -455,7 +456,7 @@ def _guidance(name: str, made: Callable[[ScoreModel, NoisyClassifier], ScoreMode
         for t in (0.5, [0.2, 0.9]):  # at a time each
             guided(torch.randn(2, *SHAPE, device=GPU), torch.tensor(t, dtype=torch.float64))
         if name in ("a scale each, rescaled", "threshold"):
-            log_likelihood(guided, torch.randn(2, *SHAPE, device=GPU), rtol=0.9, atol=0.9, t_min=0.8)
+            log_likelihood(guided, torch.randn(2, *SHAPE, device=GPU), rtol=0.9, atol=0.9, t_min=0.8, method="bosh3")
         return waits[1][len(waits[0]) :]
 
 
@@ -475,17 +476,18 @@ def _(bench: Bench) -> list[str]:
     model, _ = vp()
     x = PixelCodec(LEVELS).encode(_images())
     for options in (
-        dict(probes=2),
+        dict(probes=2, method="embedded"),
         dict(probe="gaussian"),
         dict(probe="sphere", method="dopri5"),
         dict(probe=torch.ones(1, *x.shape)),
         dict(method="RK45"),
         dict(seed=torch.Generator().manual_seed(0)),
     ):
-        found = log_likelihood(model, x, rtol=0.9, atol=0.9, t_min=0.8, **options)  # type: ignore[arg-type]
+        given = {"method": "bosh3", **options}
+        found = log_likelihood(model, x, rtol=0.9, atol=0.9, t_min=0.8, **given)  # type: ignore[arg-type]
         assert found.log_prob.device == GPU and bool(found.log_prob.isfinite().all())
     points, _ = model_on_gpu(model__name="mlp")
-    log_likelihood(points, torch.randn(2, 3, device=GPU), probe="exact", rtol=0.9, atol=0.9, t_min=0.8)
+    log_likelihood(points, torch.randn(2, 3, device=GPU), probe="exact", rtol=0.9, atol=0.9, t_min=0.8, method="bosh3")
     flow = score_flow(points.requires_grad_(True), solver=Solver("rk4", steps=2))
     flow.log_prob(torch.randn(2, 3, device=GPU), probe="rademacher").mean().backward()
     flow.sample((2, 3))
@@ -533,6 +535,7 @@ def _mode_likelihood(name: str, **changes: object) -> None:
 
 
 _mode_likelihood("ode", eval__heat_map=1, eval__dequantizations=2, eval__check_images=1)
+_mode_likelihood("embedded", eval__ode_method="embedded", eval__num_images=1)
 _mode_likelihood("two probes", eval__probes=2, eval__num_images=1)
 _mode_likelihood("truncated normal", eval__dequantization="truncated_normal")
 _mode_likelihood("variational", eval__dequantization="variational")
@@ -556,7 +559,7 @@ def _(bench: Bench) -> list[str]:
     mean, std = codec.posterior(_images())
     model, config = model_on_gpu(model__attn_resolutions=(), data__autoencoder="given", sampling__method="heun")
     code = smooth_model(config, tuple(mean.shape[1:]))
-    latent_bound(codec, _images(), lambda y: log_likelihood(code, y, rtol=0.9, atol=0.9, t_min=0.8))
+    latent_bound(codec, _images(), lambda y: log_likelihood(code, y, rtol=0.9, atol=0.9, t_min=0.8, method="bosh3"))
     decoded = codec.decode(sample(code, Heun(), tuple(mean.shape), times.log_snr(code.sde, 2)))
     assert decoded.device == GPU and decoded.shape == (2, *SHAPE)
     data = data_of(config)
@@ -595,11 +598,11 @@ def _(bench: Bench) -> list[str]:
 def _(bench: Bench) -> list[str]:
     model, _ = vp()
     codec, k = PixelCodec(LEVELS), _images()
-    for solver in (Solver("embedded", 0.9, 0.9), Solver("dopri5", 0.9, 0.9)):
+    for solver in (Solver("embedded", 0.9, 0.9), Solver("bosh3", 0.9, 0.9)):
         heat_map(model, codec.encode(k), probes=2, solver=solver, t_min=0.8)
     flow = VariationalDequantiser(codec, SHAPE, hidden=4, layers=2, t_min=0.8).to(GPU).requires_grad_(False)
     for law in (Uniform(codec, 0.8), TruncatedNormal(codec, model.sde, 0.8), flow):
-        log_probability(model, k, law, samples=1, rtol=0.9, atol=0.9)
+        log_probability(model, k, law, samples=1, rtol=0.9, atol=0.9, method="bosh3")
     return []
 
 
