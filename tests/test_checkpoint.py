@@ -1,14 +1,17 @@
 """Checkpoints: whole or absent, exact, and never half-loaded; runs that are killed, stopped or split over processes."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import re
+import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +40,7 @@ from score_sde.config import to_json
 from score_sde.data import load_data
 from score_sde.tensor_file import write_tensors
 from score_sde.train import make_state, train
+from tests.test_nodes import two_nodes
 from tests.test_train import ALONE, toy_config
 
 ROOT = Path(__file__).parents[1]
@@ -450,17 +454,39 @@ def same(a: Path, b: Path) -> None:
         assert torch.equal(value, other[name]), name
 
 
-def wait_for(path: Path, process: subprocess.Popen[bytes]) -> None:
+def _begin(command: list[str], errors: Path) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
+    with errors.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    sys.argv = command[command.index("main.py") :]
+    os.chdir(ROOT)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def begun(command: list[str], errors: Path) -> multiprocessing.process.BaseProcess:
+    """A command in a process of its own, which begins with all modules there; what it says goes to a file."""
+    process = multiprocessing.get_context("fork").Process(target=_begin, args=(command, errors))
+    process.start()
+    return process
+
+
+def wait_for(there: Callable[[], bool], process: multiprocessing.process.BaseProcess) -> None:
     deadline = time.monotonic() + 120
-    while not path.exists():
-        assert process.poll() is None and time.monotonic() < deadline, f"{path} never came"
+    while not there():
+        assert process.is_alive() and time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
+
+
+def words(command: list[str]) -> list[str]:
+    return command[command.index("main.py") + 1 :]
 
 
 def here(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> int:
     """The exit code of a training command in this process, which spares what a process takes to begin."""
     monkeypatch.chdir(ROOT)
-    return cli.run(command[command.index("main.py") + 1 :])
+    return cli.run(words(command))
 
 
 def test_resume_after_kill_9_is_bitwise_exact(
@@ -469,11 +495,11 @@ def test_resume_after_kill_9_is_bitwise_exact(
     """Parameters, averages and moments after a kill and a resume are those of a run that was left alone."""
     straight, broken = tmp_path / "straight", tmp_path / "broken"
     long = ("--config.training.n_iters=60", "--config.training.keep_last=60")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run(broken, *long), cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
-    wait_for(checkpoint.checkpoint_path(broken, 10), process)
+    process = begun(run(broken, *long), tmp_path / "errors")
+    wait_for(checkpoint.checkpoint_path(broken, 10).exists, process)
     process.kill()
-    process.wait()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     left = int(checkpoints(broken)[-1].stem)
     assert 10 <= left < 60, "the run was over before it could be killed"
     assert here(monkeypatch, run(broken, *long)) == 0
@@ -486,7 +512,7 @@ def test_resume_after_kill_9_is_bitwise_exact(
 ENDLESS = ("--config.training.n_iters=1000000", "--config.training.snapshot_freq=1000000")
 
 
-def check_stopped(workdir: Path, code: int, errors: str) -> None:
+def check_stopped(workdir: Path, code: int | None, errors: str) -> None:
     assert code == 130, errors
     path, skipped = newest(workdir)
     assert path is not None and skipped == [] and read_card(path).step >= 3
@@ -494,16 +520,11 @@ def check_stopped(workdir: Path, code: int, errors: str) -> None:
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(run(tmp_path, *ENDLESS), cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "log.txt", process)
-    deadline = time.monotonic() + 120
-    while "step 3/" not in (tmp_path / "log.txt").read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    check_stopped(tmp_path, process.returncode, errors)
+    process, log = begun(run(tmp_path / "run", *ENDLESS), tmp_path / "errors"), tmp_path / "run" / "log.txt"
+    wait_for(lambda: log.exists() and "step 3/" in log.read_text(), process)
+    process.terminate()
+    process.join(timeout=60)
+    check_stopped(tmp_path / "run", process.exitcode, (tmp_path / "errors").read_text())
 
 
 def test_an_interrupt_from_the_keyboard_saves_too(
@@ -523,11 +544,9 @@ def test_an_interrupt_from_the_keyboard_saves_too(
 
 
 def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun with 2 processes (DDP over gloo) gives one process' parameters, to the rounding of sums."""
+    """2 processes (DDP over gloo) give one process' parameters, to the rounding of sums."""
     one, two = tmp_path / "one", tmp_path / "two"
-    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    done = finish(run(two, launcher=launcher))
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert two_nodes(tmp_path, lambda rank, folder: cli.run(words(run(two)))) == [0, 0]
     assert here(monkeypatch, run(one)) == 0
     a, b = (load_file(checkpoint.checkpoint_path(folder, 12)) for folder in (one, two))
     assert a.keys() == b.keys()
@@ -543,11 +562,11 @@ def test_two_processes_train_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.slow
 def test_times_by_second_moments_go_on_exactly_and_are_shared_by_processes(tmp_path: Path) -> None:
-    """A run that goes on from its middle, and one of two processes, draw the times of a run that was left alone."""
-    words = ["training.continuous=false", "training.objective=vlb", "training.time=second_moment", "model.label=index"]
-    words += ["model.learned_variance=true", "model.num_scales=4", "model.beta_max=3", "sampling.steps=4"]
-    words += ["sampling.grid=uniform", "model.rule=noise", "training.snapshot_freq=6"]
-    overrides = [f"--config.{word}" for word in words]
+    """A run that goes on from its middle, and one of two of torchrun, draw the times of a run that was left alone."""
+    keys = ["training.continuous=false", "training.objective=vlb", "training.time=second_moment", "model.label=index"]
+    keys += ["model.learned_variance=true", "model.num_scales=4", "model.beta_max=3", "sampling.steps=4"]
+    keys += ["sampling.grid=uniform", "model.rule=noise", "training.snapshot_freq=6"]
+    overrides = [f"--config.{word}" for word in keys]
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
     for name, start in [("one", ()), ("two", launcher), ("parts", ())]:
         if name == "parts":
