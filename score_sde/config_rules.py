@@ -469,7 +469,8 @@ def _likelihood(config: ConfigDict) -> None:
     refuse(
         e.dequantization == "truncated_normal" and (d.uniform_dequantization or e.estimate == "sde_bound"),
         "eval.dequantization=truncated_normal is the noised law of levels, for the ODE of a model that was trained on "
-        "them: set data.uniform_dequantization=False and eval.estimate=ode, or eval.dequantization=uniform",
+        "them: take one trained with data.uniform_dequantization=False, and eval.estimate=ode, or set "
+        "eval.dequantization=uniform",
     )
     refuse(
         e.estimate == "sde_bound" and (discrete or e.importance_samples > 1 or e.heat_map > 0),

@@ -365,7 +365,7 @@ CONTRADICTIONS = [
     ("eval.estimate=bound eval.importance_samples=2", "decodes levels without dequantization"),
     ("training.continuous=0 eval.dequantization=variational", "decodes levels without dequantization"),
     ("eval.estimate=bound eval.heat_map=2", "leave eval.dequantization, eval.importance_samples and eval.heat_map"),
-    ("data.uniform_dequantization=1 eval.dequantization=truncated_normal", "set data.uniform_dequantization=False"),
+    ("data.uniform_dequantization=1 eval.dequantization=truncated_normal", "data.uniform_dequantization=False, and"),
     ("eval.estimate=sde_bound eval.dequantization=truncated_normal", "eval.estimate=ode"),
     ("training.continuous=0 eval.estimate=sde_bound", "eval.estimate=sde_bound is of a continuous model"),
     ("eval.estimate=sde_bound eval.importance_samples=2", "bounds log p alone"),

@@ -75,7 +75,10 @@ def group_norm(channels: int, groups: int | None, eps: float = 1e-6) -> nn.Group
     if groups is None:
         groups = next(g for g in range(min(max(channels // 4, 1), 32), 0, -1) if channels % g == 0)
     elif channels % groups:
-        raise ValueError(f"{channels} channels do not divide into groups={groups}; change width or use groups=None")
+        raise ValueError(
+            f"{channels} channels do not divide into groups={groups}: take a width (model.nf in a config) that does, "
+            "or groups=None"
+        )
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
