@@ -73,7 +73,7 @@ class Mixture(ScoreModel):
         """(r, V): x - alpha mean in each component's eigenbasis, (B, K, D), and the variances there."""
         r = x.flatten(1)[:, None] - alpha * self.means.to(x)
         if self.basis is not None:
-            r = torch.einsum("kde,bkd->bke", self.basis.to(x), r)
+            r = _turned(r, self.basis.to(x))
         return r, alpha**2 * self.variances.to(x) + sigma**2
 
     def _log_joint(self, r: Tensor, v: Tensor, label: Any) -> Tensor:
@@ -93,17 +93,19 @@ class Mixture(ScoreModel):
     def forward(self, x: Tensor, t: Tensor, label: Any = None) -> Estimate:
         if x.shape[1:] != self.shape:
             raise ValueError(f"x must have shape (B, {', '.join(map(str, self.shape))}), got {tuple(x.shape)}")
-        sigma = like(self.sde.sigma(t), x)
-        a, s = _columns(self.sde.alpha(t), x), _columns(self.sde.sigma(t), x)
+        sigma = self.sde.sigma(t)
+        a, s = _columns(self.sde.alpha(t), x), _columns(sigma, x)
         r, v = self._whitened(x, a, s)
-        weights = torch.softmax(self._log_joint(r, v, label), dim=1)[..., None]
         u = r / v
         c_u = self.variances.to(x) * u
         if self.basis is not None:
-            u, c_u = (torch.einsum("kde,bke->bkd", self.basis.to(x), y) for y in (u, c_u))
-        data = (weights * (self.means.to(x) + a * c_u)).sum(1)
-        noise = (weights * (s * u)).sum(1)
-        return Estimate(data.reshape(x.shape), noise.reshape(x.shape), sigma)
+            back = self.basis.to(x).mT
+            u, c_u = _turned(u, back), _turned(c_u, back)
+        data, noise = self.means.to(x) + a * c_u, s * u
+        if len(self.means) > 1 or label is not None:
+            weights = torch.softmax(self._log_joint(r, v, label), dim=1)[..., None]
+            data, noise = (weights * data).sum(1), (weights * noise).sum(1)
+        return Estimate(data.reshape(x.shape), noise.reshape(x.shape), like(sigma, x))
 
     def log_prob(self, x: Tensor, t: Tensor | None = None, label: Any = None) -> Tensor:
         """Log density of x_t in nats, (B,); without t, of the data themselves."""
@@ -136,7 +138,7 @@ class Gaussian(Mixture):
         v_s = a_s**2 * self.variances.to(x) + _columns(self.sde.sigma(s), x) ** 2
         y = (v_s / v_t).sqrt() * r
         if self.basis is not None:
-            y = torch.einsum("kde,bke->bkd", self.basis.to(x), y)
+            y = _turned(y, self.basis.to(x).mT)
         return (a_s * self.means.to(x) + y).sum(1).reshape(x.shape)
 
 
@@ -243,6 +245,11 @@ def _floating(values: Sequence[float] | Tensor | float) -> Tensor:
     if not isinstance(values, Tensor):
         return torch.tensor(values, dtype=torch.float64)
     return values if values.dtype == torch.float32 else values.double()
+
+
+def _turned(r: Tensor, basis: Tensor) -> Tensor:
+    """r (B, K, D), each component's row times its matrix of basis (K, D, D)."""
+    return (r.transpose(0, 1) @ basis).transpose(0, 1)
 
 
 def _columns(a: Tensor, x: Tensor) -> Tensor:

@@ -104,7 +104,7 @@ def test_deterministic_samplers_converge_to_the_exact_flow_at_their_order(sde: S
     model = Gaussian(sde, MEAN, COV)
     x = sde.prior_std * numbers(8, 2)
     errors = []
-    for n in (40, 80) if DETERMINISTIC[sampler] == 4 else (60, 120):
+    for n in {1: (60, 120), 2: (30, 60), 4: (40, 80)}[DETERMINISTIC[sampler]]:
         grid = torch.linspace(0.95, 0.05, n + 1, dtype=torch.float64)  # at t = 1 CosineSDE is nearly singular
         errors.append((last(sampler.walk(model, x, grid, refuse)) - model.flow(x, grid[0], grid[-1])).abs().mean())
     assert math.log2(errors[0] / errors[1]) == pytest.approx(DETERMINISTIC[sampler], abs=0.15)
@@ -385,8 +385,8 @@ CASES = [
 
 @pytest.mark.parametrize(("sde", "sampler", "wrapper"), CASES)
 def test_every_sde_sampler_wrapper_and_rank(sde: SDE, sampler: Sampler, wrapper: str) -> None:
-    shapes = [(400, 10), (100, 3, 4, 4)] if wrapper == "plain" else [(100, 3, 4, 4)]
-    if isinstance(sampler, (DDIM, EulerMaruyama)) and wrapper == "plain":
+    shapes = [(400, 10), (100, 3, 4, 4)] if wrapper == "plain" and sde in (SDES[0], SDES[2]) else [(100, 3, 4, 4)]
+    if isinstance(sampler, (DDIM, EulerMaruyama)) and wrapper == "plain" and sde == SDES[0]:
         shapes += [(400, 2, 6), (100, 2, 2, 3, 4)]  # sequences, volumes
     mean, std, tolerance = truth(sde, sampler)
     for shape in shapes:
@@ -418,9 +418,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
 @pytest.mark.parametrize(
     ("sde", "sampler", "steps"),
     [
-        (SubVPSDE(), AdaptiveODE(), 1),
+        (SubVPSDE(), AdaptiveODE(1e-4, 1e-4), 1),
         (VPSDE(), DDIM(), 100),
-        (VPSDE(), Ancestral(), 150),
+        (VPSDE(), Ancestral(), 80),
         (VESDE(), PredictorCorrector(ReverseDiffusion(), AnnealedLangevin(snr=0.05)), 120),
     ],
     ids=str,

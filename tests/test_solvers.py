@@ -88,6 +88,9 @@ CHAINS: list[DDPM | SMLD] = [DDPM.linear(24, 0.003, 0.8), SMLD.from_sde(VESDE(),
 FINE_CHAINS: list[DDPM | SMLD] = [DDPM.linear(100, 1e-3, 0.2), SMLD.from_sde(VESDE(), 100)]
 EVERY = pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], ids=name)
 
+# Solvers know an SDE by its curves alone: paths on others are VP's, rescaled, which is tested for each of them.
+FIRST_AND_SLOWLY_OTHERS = [SDES[0], *(pytest.param(sde, marks=pytest.mark.slow) for sde in SDES[1:4])]
+
 # sampler: its order as a solver of the probability flow.
 ORDERS: dict[Sampler, int] = {
     DPMSolver(1): 1,
@@ -129,7 +132,7 @@ OLD: dict[Sampler, int] = {
     FixedODE("rk4"): 4,
 }
 NOISY: list[Sampler] = [Multistep(1, eta=1), Multistep(2, eta=1), Multistep(3, eta=1), Multistep(2, eta=0.5), Churn(5)]
-ALL: list[Sampler] = [*ORDERS, *NOISY, EmbeddedODE(), AdaptiveSDE()]
+ALL: list[Sampler] = [*ORDERS, *NOISY, EmbeddedODE(), AdaptiveSDE(0.1, 0.1)]
 
 
 def refuse(like: Tensor) -> Tensor:
@@ -228,27 +231,28 @@ CONVERGENT = [(sampler, kind) for sampler in ORDERS for kind in ("gaussian", "mi
 
 
 @pytest.mark.parametrize(("sampler", "kind"), [*CONVERGENT, *((sampler, "mixture") for sampler in OLD)], ids=str)
-@pytest.mark.parametrize("sde", SDES[:4], ids=name)
+@pytest.mark.parametrize("sde", FIRST_AND_SLOWLY_OTHERS, ids=name)
 def test_solvers_converge_to_the_flow_at_their_order(sde: SDE, sampler: Sampler, kind: str) -> None:
     order = (ORDERS | OLD)[sampler]
-    # the cosine's log SNR is steepest where it begins: orders above 2 show on finer grids
-    n = 160 if isinstance(sde, CosineSDE) and order >= 3 else 80 if order >= 3 else 50
+    n = {1: 40, 2: 40, 3: 80, 4: 60}[order]
+    if sde is not SDES[0]:  # the cosine's log SNR is steepest where it begins: orders above 2 show on finer grids
+        n = 160 if isinstance(sde, CosineSDE) and order >= 3 else 80 if order >= 3 else 50
     assert measured_order(sampler, sde, kind, n) == pytest.approx(order, abs=0.15)
 
 
 def test_what_the_published_code_loses() -> None:
     """Half of the third-order term costs an order, and so do first steps of order 1 where the error there is seen."""
-    assert measured_order(Multistep(3, rule="published"), VPSDE(), "gaussian", 400) == pytest.approx(2, abs=0.1)
+    assert measured_order(Multistep(3, rule="published"), VPSDE(), "gaussian", 200) == pytest.approx(2, abs=0.1)
     model, grid = bent(VPSDE()), torch.linspace(0.5, 0.1, 3, dtype=torch.float64)
     x = numbers(6, 2)
     ends = {
-        n: grid[0] + (grid[-1] - grid[0]) * torch.linspace(0, 1, n + 1, dtype=torch.float64) for n in (3200, 100, 200)
+        n: grid[0] + (grid[-1] - grid[0]) * torch.linspace(0, 1, n + 1, dtype=torch.float64) for n in (800, 100, 200)
     }
     for single, lower, order in (
         (Multistep(3), Multistep(3, start="lower"), 3),
         (UniPC(3), UniPC(3, start="lower"), 4),
     ):
-        y = last(UniPC(3).walk(model, x, ends[3200], refuse))
+        y = last(UniPC(3).walk(model, x, ends[800], refuse))
         a, b = (
             [(last(s.walk(model, x, ends[n], refuse)) - y).abs().mean() for n in (100, 200)] for s in (single, lower)
         )
@@ -303,16 +307,22 @@ def test_a_step_is_accepted_where_its_error_is_at_most_1(error: float, accepted:
     assert found.nfe.item() == 1 + 6 * len(starts) and found.state.item() == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "mixture"])
-@EVERY
+@pytest.mark.parametrize(
+    ("sde", "kind"),
+    [
+        *((sde, "gaussian") for sde in [*SDES, *(c.as_sde() for c in CHAINS)]),
+        *((sde, "mixture") for sde in (VPSDE(), VESDE(), CHAINS[0].as_sde())),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name(value),
+)
 def test_the_embedded_pair_keeps_its_tolerance_from_end_to_end(sde: SDE, kind: str) -> None:
     model = problem(sde, kind)
     grid = torch.tensor([1.0, max(sde.t_min, 1 / 24)], dtype=torch.float64)
     x = sde.prior_std * numbers(6, 2)
-    ends = [last(EmbeddedODE(tol, tol).walk(model, x, grid, refuse)) for tol in (1e-3, 1e-6, 1e-10)]
+    ends = [last(EmbeddedODE(tol, tol).walk(model, x, grid, refuse)) for tol in (1e-3, 1e-5, 1e-8)]
     truth = model.flow(x, grid[0], grid[1]) if isinstance(model, Gaussian) else ends[2]
-    assert (ends[2] - truth).abs().max() < 1e-8
-    assert 1e-9 < (ends[1] - truth).abs().max() < 1e-4 and (ends[0] - truth).abs().max() < 0.2
+    assert (ends[2] - truth).abs().max() < 1e-6
+    assert 1e-8 < (ends[1] - truth).abs().max() < 1e-3 and (ends[0] - truth).abs().max() < 0.2
 
 
 # --- identities
@@ -480,7 +490,7 @@ RESCALED = [
 @pytest.mark.parametrize("sampler", RESCALED, ids=str)
 @pytest.mark.parametrize("vp", [VPSDE(), SubVPSDE(), CosineSDE()], ids=name)
 def test_ve_and_vp_give_the_same_paths_under_their_rescaling(vp: SDE, sampler: Sampler) -> None:
-    ve, grid, x = Exploded(of=vp, t_min=vp.t_min), torch.linspace(0.9, 0.05, 13, dtype=torch.float64), numbers(5, 2)
+    ve, grid, x = Exploded(of=vp, t_min=vp.t_min), torch.linspace(0.9, 0.05, 9, dtype=torch.float64), numbers(5, 2)
     a, b = (problem(sde, "mixture") for sde in (vp, ve))
     one = sampler.walk(a, x, grid, draws())
     other = sampler.walk(b, x / vp.alpha(grid[0]), grid, draws())
@@ -555,14 +565,14 @@ WEAK: dict[Sampler, tuple[int, float]] = {
 
 
 @pytest.mark.parametrize("sampler", WEAK, ids=str)
-@pytest.mark.parametrize("sde", SDES[:4], ids=name)
+@pytest.mark.parametrize("sde", FIRST_AND_SLOWLY_OTHERS, ids=name)
 def test_weak_orders_by_the_exact_recursion_of_mean_and_variance(sde: SDE, sampler: Sampler) -> None:
     model, (order, eta) = Gaussian(sde, MEAN[:1], 0.25), WEAK[sampler]
     ends = sde.time(torch.tensor([-2.0, 2.0], dtype=torch.float64))
     mean, var, *exact = truth(model, ends[0], ends[1], eta)
     errors = []
     late = sampler == Multistep(3, eta=1) or (isinstance(sampler, ImprovedEuler) and isinstance(sde, VESDE))
-    n = 600 if late else 200  # there the second term is large
+    n = 600 if late else 100 if sde is SDES[0] else 200  # there the second term is large
     for steps in (n, 2 * n):
         grid = ends[0] + (ends[1] - ends[0]) * torch.linspace(0, 1, steps + 1, dtype=torch.float64)
         found = moments_after(sampler, model, grid, mean, var)
@@ -588,8 +598,14 @@ def test_churn_keeps_the_marginals_to_second_order() -> None:
         assert math.log2(errors[0] / errors[1]) == pytest.approx(2, abs=0.15)
 
 
-@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0, 1.7])
-@pytest.mark.parametrize("sde", [*SDES[:4], DDPM.linear(1000).as_sde()], ids=name)
+@pytest.mark.parametrize(
+    ("sde", "eta"),
+    [
+        *((SDES[0], eta) for eta in (0.0, 0.3, 1.0, 1.7)),
+        *((sde, eta) for sde, eta in zip([*SDES[1:4], DDPM.linear(1000).as_sde()], (0.3, 1.0, 1.7, 1.7), strict=True)),
+    ],
+    ids=lambda value: str(value) if isinstance(value, float) else name(value),
+)
 def test_every_eta_of_the_reverse_sde_keeps_the_marginals(sde: SDE, eta: float) -> None:
     model = Gaussian(sde, MEAN[:1], 0.25)
     grid = sde.time(torch.linspace(-6, 6, 151, dtype=torch.float64))
@@ -615,14 +631,14 @@ class Rows(ScoreModel):
         return self.model(x, t)
 
 
-@pytest.mark.parametrize("sampler", [EmbeddedODE(1e-5, 1e-5), AdaptiveSDE()], ids=name)
+@pytest.mark.parametrize("sampler", [EmbeddedODE(1e-4, 1e-4), AdaptiveSDE(0.1, 0.1)], ids=name)
 def test_an_adaptive_examples_path_and_cost_are_its_own(sampler: Sampler) -> None:
     model = Rows(Mixture(VPSDE(), [0.5, 0.5], [[-1.0, 0.5], [1.5, 0.0]], [1e-4, 0.6]))
     grid = torch.tensor([1.0, 0.5, 1e-3], dtype=torch.float64)
-    whole = sample(model, sampler, (6, 2), grid, seed=3)
+    whole = sample(model, sampler, (3, 2), grid, seed=3)
     cost, model.rows = model.rows, 0
     alone, costs = [], []
-    for i in range(6):
+    for i in range(3):
         alone.append(sample(model, sampler, (1, 2), grid, seed=3, first=i))
         costs.append(model.rows - sum(costs))
     torch.testing.assert_close(torch.cat(alone), whole, rtol=1e-9, atol=1e-9)
@@ -634,9 +650,10 @@ def test_conditions_go_with_the_examples_of_an_adaptive_sde_solve() -> None:
     label, grid = torch.tensor([0, 1, 0, 1]), torch.tensor([1.0, 0.5, 1e-3], dtype=torch.float64)
     bound = model.given(label=label)
     for wrap in (lambda m: m, lambda m: guide(m, model, 1.5)):
-        together = sample(wrap(bound), AdaptiveSDE(), (4, 2), grid, seed=3)
-        for i, y in enumerate(label.tolist()):
-            alone = sample(wrap(model.given(label=y)), AdaptiveSDE(), (1, 2), grid, seed=3, first=i)
+        together = sample(wrap(bound), AdaptiveSDE(0.1, 0.1), (4, 2), grid, seed=3)
+        for i in (1, 2):
+            given = model.given(label=int(label[i]))
+            alone = sample(wrap(given), AdaptiveSDE(0.1, 0.1), (1, 2), grid, seed=3, first=i)
             torch.testing.assert_close(alone, together[i : i + 1], rtol=1e-9, atol=1e-9)
     assert bound.condition["label"] is label  # type: ignore[comparison-overlap]
 
@@ -683,7 +700,7 @@ def test_an_adaptive_sde_step_that_overflows_is_rejected() -> None:
 def test_the_adaptive_sde_solver_keeps_the_noise_of_rejected_steps() -> None:
     """In two dimensions many steps are rejected: drawing anew each time, variances come out almost twice too large."""
     model, n = Gaussian(VPSDE(), MEAN, COV), 500
-    x = sample(model, AdaptiveSDE(), (n, 2), torch.tensor([1.0, 1e-3]), seed=1)
+    x = sample(model, AdaptiveSDE(0.05, 0.02), (n, 2), torch.tensor([1.0, 1e-3]), seed=1)
     spread = COV.diagonal().sqrt()
     assert bool(((x.mean(0) - MEAN).abs() < 4 * spread / math.sqrt(n)).all())
     error = (COV.square() + torch.outer(spread, spread).square()).sqrt() / math.sqrt(n)
@@ -737,8 +754,21 @@ def test_adaptive_solvers_stop_where_there_is_no_going_on(sampler: Sampler, monk
 SOME = [DPMSolver(2), DPMSolver(3, "data"), Multistep(2), Multistep(3), Multistep(3, "noise"), UniPC(2), UniPC(3, "b1")]
 
 
-@pytest.mark.parametrize("sampler", [*SOME, *NOISY, EmbeddedODE(), AdaptiveSDE(0.05, 0.05)], ids=str)
-@pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in FINE_CHAINS)], ids=name)
+EVERYWHERE: list[Sampler] = [Multistep(3), UniPC(3, "b1"), Multistep(2, eta=1), Churn(5), EmbeddedODE()]
+OF_DATA = [
+    pytest.param(
+        sde,
+        sampler,
+        id=f"{name(sde)}-{sampler}",
+        marks=[] if sampler in EVERYWHERE or isinstance(sde, usual) else [pytest.mark.slow],
+    )
+    for sde in [*SDES, *(c.as_sde() for c in FINE_CHAINS)]
+    for sampler in [*SOME, *NOISY, EmbeddedODE(), AdaptiveSDE(0.1, 0.1)]
+    for usual in [(VPSDE, VESDE) if isinstance(sampler, AdaptiveSDE) else VPSDE]
+]
+
+
+@pytest.mark.parametrize(("sde", "sampler"), OF_DATA)
 def test_samples_have_the_datas_mean_and_spread(sde: SDE, sampler: Sampler) -> None:
     model = Gaussian(sde, MEAN, COV)
     if isinstance(sampler, (EmbeddedODE, AdaptiveSDE)):
@@ -835,7 +865,9 @@ def test_settings_that_mean_nothing_are_refused() -> None:
 # --- grids and thresholding
 
 
-@pytest.mark.parametrize("sampler", [Multistep(2), UniPC(3, start="lower"), Heun()], ids=str)
+@pytest.mark.parametrize(
+    "sampler", [UniPC(3, start="lower"), Heun(), pytest.param(Multistep(2), marks=pytest.mark.slow)], ids=str
+)
 def test_a_fitted_grid_is_best_on_its_trajectories_and_better_on_others(sampler: Sampler) -> None:
     sde, n = VPSDE(), 8
     model = Mixture(sde, [0.2, 0.3, 0.5], [[-2.0, 0.0], [2.0, -1.0], [1.0, 3.0]], [0.02, 0.05, 0.01])
@@ -849,13 +881,17 @@ def test_a_fitted_grid_is_best_on_its_trajectories_and_better_on_others(sampler:
             if seed == 0
             else noise(torch.empty(256, 2).double())
         )
-        y = last(Multistep(3).walk(model, x, times.log_snr(sde, 500), refuse))
+        y = last(Multistep(3).walk(model, x, times.log_snr(sde, 200), refuse))
 
         def distance(grid: Tensor, x: Tensor = x, y: Tensor = y) -> float:
             return float((last(sampler.walk(model, x, grid, refuse)) - y).square().mean(1).sqrt().mean())
 
         assert distance(grid) < factor * min(map(distance, others))
-    assert torch.equal(fit_times(model, sampler, n, (64, 2)), grid)
+
+
+def test_a_grid_is_fitted_alike_each_time() -> None:
+    model = problem(VPSDE(), "mixture")
+    assert torch.equal(*(fit_times(model, DDIM(), 3, (8, 2)) for _ in range(2)))
 
 
 class Replay(Sampler):
