@@ -261,6 +261,7 @@ def test_a_folder_is_trained_further_and_the_keys_that_make_its_network_are_told
     np.save(tmp_path / "images.npy", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3)).astype(np.uint8))
     change: dict[str, Any] = {"data__dataset": "files", "data__path": tmp_path / "images.npy", "data__image_size": 8}
     change |= {"optim__lr": 1e-38, "training__n_iters": 1, "model__nf": 32, "training__channels_last": "false"}
+    change |= {"model__ch_mult": "1,2", "model__attn_resolutions": 4}
 
     def command(origin: str, **more: Any) -> list[str]:
         words = ("--checkpoint", str(tmp_path / origin))
