@@ -57,8 +57,8 @@ def law(sde: SDE, t: Tensor, s: Tensor, noisy: bool) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize(
     ("sampler", "steps"),
     [
-        (Multistep(2, eta=1.0), 60), (EulerMaruyama(), 300), (Ancestral(), 300), (Heun(), 40), (EmbeddedODE(), 1),
-        (DDIM(), 300),
+        (Multistep(2, eta=1.0), 60), (EulerMaruyama(), 150), (Ancestral(), 150), (Heun(), 20), (EmbeddedODE(), 1),
+        (DDIM(), 150),
     ],
     ids=str,
 )  # fmt: skip

@@ -67,7 +67,7 @@ def gradients(flow: Flow, loss: Callable[[Flow], Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "solver", [Solver("dopri5", 1e-8, 1e-8), Solver("rk4", steps=24), Solver("RK45", 1e-8, 1e-8)], ids=str
+    "solver", [Solver("dopri5", 1e-8, 1e-8), Solver("rk4", steps=16), Solver("RK45", 1e-8, 1e-8)], ids=str
 )
 def test_a_linear_field_carries_a_gaussian_and_goes_both_ways(solver: Solver) -> None:
     """x at t1 is exp(A T) x, so x at t0 is N(0, (exp(A T)ᵀ exp(A T))⁻¹)."""
@@ -149,11 +149,11 @@ def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
     model = Gaussian(sde, [0.3, -0.7], [[0.5, 0.3], [0.3, 1.2]])
     x, _ = model.sample(6, torch.Generator().manual_seed(0))
     end, start = torch.tensor(1.0, dtype=torch.float64), torch.tensor(1e-3, dtype=torch.float64)
-    flow = score_flow(model, base=lambda z: model.log_prob(z, end), t_min=1e-3, solver=Solver(rtol=1e-6, atol=1e-6))
-    torch.testing.assert_close(flow.log_prob(x), model.log_prob(x, start), rtol=0, atol=1e-4)
+    flow = score_flow(model, base=lambda z: model.log_prob(z, end), t_min=1e-3, solver=Solver(rtol=1e-5, atol=1e-5))
+    torch.testing.assert_close(flow.log_prob(x), model.log_prob(x, start), rtol=0, atol=5e-4)
     z = flow.encode(x)
-    torch.testing.assert_close(z, model.flow(x, start, end), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-4)
+    torch.testing.assert_close(z, model.flow(x, start, end), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(flow.decode(z), x, rtol=0, atol=1e-3)
     flow = flow.replace(solver=Solver(rtol=1e-4, atol=1e-4))
     drawn = flow.sample((4000, 2), seed=torch.Generator().manual_seed(0))
     assert float((drawn.mean(0) - torch.tensor([0.3, -0.7])).abs().max()) < 0.1
@@ -384,7 +384,7 @@ def test_a_few_steps_of_likelihood_beat_the_fitted_gaussian() -> None:
 def test_a_score_model_improves_by_its_flows_likelihood() -> None:
     model = example.new_score_model()
     flow = score_flow(model, t_min=example.SDE.t_min)
-    example.train_score(model, "moons", steps=100)
+    example.train_score(model, "moons", steps=50)
     before = example.held_out(flow, "moons")
     example.fine_tune(model, "moons", steps=3)
     after = example.held_out(flow, "moons")

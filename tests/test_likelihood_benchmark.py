@@ -1,6 +1,7 @@
 """The benchmarks of likelihoods: coordinates agree with each other, and a trained model is measured on its own data."""
 
 import math
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from benchmarks import __main__ as command
 from benchmarks import probes
 from benchmarks.coordinates import CANDIDATES, T_MIN, Angle, LogSNR, gaussian, measure, needed
 from benchmarks.likelihood import AsPeer
+from benchmarks.timing import Clock
 from score_sde import SDE, VESDE, VPSDE, log_likelihood
 from score_sde.circle import Circle
 from score_sde.cli import run
@@ -54,10 +56,11 @@ def test_the_peer_asks_our_model_by_its_own_labels(sde: SDE) -> None:
         torch.testing.assert_close(AsPeer(model)(x, 999 * t), answer, rtol=1e-8, atol=1e-8)
 
 
-def test_a_trained_model_is_measured_on_its_own_data(tmp_path: Path) -> None:
+def test_a_trained_model_is_measured_on_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "Clock", partial(Clock, turns=1))
     config = ["--config", "configs/vp_digits.py", "--config.model.nf=8"]
     quick = ["training.n_iters=2", "training.batch_size=8", "training.snapshot_sampling=false", "model.nf=8"]
-    quick.append("model.num_res_blocks=1")
+    quick += ["model.num_res_blocks=1", "model.ch_mult=1,1"]
     settings = [f"--config.{setting}" for setting in quick]
     assert run([*config, "--mode", "train", "--workdir", str(tmp_path), *settings]) == 0
     words = ["--parts", "likelihood", "--batch", "1", "--seconds", "0", "--model", str(tmp_path)]

@@ -701,19 +701,19 @@ def test_mlp_maps_vectors_of_any_dimension(features, embedding):
 
 
 def test_mlp_fits_a_function_of_point_and_label():
-    """Noise that depends on both inputs is found to 1 % of its variance within 300 steps."""
+    """Noise that depends on both inputs is found to 3 % of its variance within 150 steps."""
     torch.manual_seed(0)
     network = MLP(2, width=64)
     optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(1)
-    for _ in range(300):
-        x, t = torch.randn(256, 2, generator=generator), torch.rand(256, generator=generator)
+    for _ in range(150):
+        x, t = torch.randn(128, 2, generator=generator), torch.rand(128, generator=generator)
         target = torch.sin(2 * x + 3 * t[:, None])
         loss = (network(x, 999 * t) - target).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss < 0.01 * target.var()
+    assert loss < 0.03 * target.var()
 
 
 def test_mlp_s_first_layer_is_far_from_affine():

@@ -84,7 +84,7 @@ def test_the_true_score_leads_back_to_the_start(truth: example.Truth) -> None:
     back = example.density_of_the_way_back(score, truth)
     gap = example.divergence(truth.density[0], back, truth.x)
     assert 0 <= gap < 2e-5
-    result = example.measure(score, 0.0, truth, 10_000, steps=250)
+    result = example.measure(score, 0.0, truth, 10_000, steps=125)
     assert result.error.max() < 1e-9 and result.bound < 1e-4
     exact = example.start(10_000, seeded(7))[:, 0].double().numpy()
     floor = wasserstein_distance(exact, truth.x, v_weights=np.maximum(truth.density[0], 0))
@@ -115,7 +115,10 @@ def states() -> torch.Tensor:
     return example.simulate(5000, 250, seeded(1))
 
 
-@pytest.mark.parametrize("objective", list(example.OBJECTIVES))
+@pytest.mark.parametrize(
+    "objective",
+    ["implicit", *(pytest.param(name, marks=pytest.mark.slow) for name in example.OBJECTIVES if name != "implicit")],
+)
 def test_scores_learned_from_paths_are_near_the_true_ones(
     objective: str, truth: example.Truth, states: torch.Tensor
 ) -> None:

@@ -456,9 +456,9 @@ def test_an_energy_is_a_score_a_model_and_works_without_gradients() -> None:
 
 def test_attention_is_differentiated_twice() -> None:
     torch.manual_seed(0)  # of the initial weights
-    network = UNet(1, width=8, multipliers=(1,), blocks=1, attention=(4,), image_size=4, init_scale=1.0)
-    x, t = numbers(2, 1, 4, 4).float(), torch.tensor([0.1, 0.7])
-    for value in (sliced(network, x, t, numbers(2, 2, 1, 4, 4, seed=1).float()), implicit(network, x, t, products=16)):
+    network = UNet(1, width=8, multipliers=(1,), blocks=1, attention=(2,), image_size=2, init_scale=1.0)
+    x, t = numbers(2, 1, 2, 2).float(), torch.tensor([0.1, 0.7])
+    for value in (sliced(network, x, t, numbers(2, 2, 1, 2, 2, seed=1).float()), implicit(network, x, t, products=8)):
         gradients = torch.autograd.grad(value.sum(), list(network.parameters()), allow_unused=True)
         assert all(bool(g.isfinite().all()) for g in gradients if g is not None)
 
@@ -536,7 +536,14 @@ def test_every_objective_trains_and_resumes_bitwise(objective: str, tmp_path: Pa
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-@pytest.mark.parametrize("objective", [*PROJECTED, pytest.param("implicit", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "objective",
+    [
+        "sliced_vr",
+        "finite_difference",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sliced", "implicit")),
+    ],
+)
 def test_switches_of_memory_leave_the_step_of_a_unet(objective: str) -> None:
     """Accumulation, channels-last and recomputed activations, on images; bfloat16 within its precision."""
     digits = load_data("digits")
@@ -560,7 +567,7 @@ def test_switches_of_memory_leave_the_step_of_a_unet(objective: str) -> None:
         pytest.param("implicit", {}, marks=pytest.mark.slow),
         pytest.param("sliced", {"projections": 4}, marks=pytest.mark.slow),
         ("sliced_vr", {"projection": "sphere"}),
-        ("finite_difference", {}),
+        pytest.param("finite_difference", {}, marks=pytest.mark.slow),
     ],
 )
 def test_training_without_denoising_lowers_the_noise_error(objective: str, settings: dict, tmp_path: Path) -> None:
