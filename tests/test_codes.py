@@ -38,14 +38,15 @@ TINY = [
     *(f"--config.{key}={value}" for key, value in SMALL.items()),
     "--config.model.attn_resolutions=4",
     "--config.training.n_iters=3",
-    "--config.training.eval_freq=1",
+    "--config.training.eval_freq=3",
     "--config.training.snapshot_freq=2",
+    "--config.training.snapshot_sampling=false",
     "--config.sampling.steps=3",
     "--config.sampling.num_samples=6",
     "--config.sampling.batch_size=4",
     "--config.eval.num_images=4",
     "--config.eval.batch_size=3",
-    "--config.eval.check_images=2",
+    "--config.eval.check_images=0",
     "--config.eval.rtol=1e-2",
     "--config.eval.atol=1e-2",
     "--config.interpolation.pairs=1",
@@ -69,9 +70,21 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("latent")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        assert command("autoencoder_digits32", "train", folder / "autoencoder") == 0
-        assert command("latent_digits32", "train", folder / "model", of(folder / "autoencoder")) == 0
+        drawn = "--config.training.snapshot_sampling=true"
+        assert command("autoencoder_digits32", "train", folder / "autoencoder", drawn) == 0
+        assert command("latent_digits32", "train", folder / "model", of(folder / "autoencoder"), drawn) == 0
     return folder / "autoencoder", folder / "model"
+
+
+@pytest.fixture(scope="module")
+def changed(trained: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The autoencoder after a step more."""
+    workdir = tmp_path_factory.mktemp("latent") / "changed"
+    shutil.copytree(trained[0], workdir)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        assert command("autoencoder_digits32", "train", workdir, "--config.training.n_iters=4") == 0
+    return workdir
 
 
 def of(autoencoder: Path) -> str:
@@ -370,11 +383,12 @@ def test_a_model_of_codes_has_every_mode_that_makes_sense(trained: tuple[Path, P
     own = codec.decode(codec.posterior(load_data("digits").test[torch.arange(4)][0])[0])
     off = np.abs(decoded.transpose(0, 3, 1, 2).astype(int) - own.numpy())
     assert off.mean() < 0.2  # decoding comes back to the code, to the solver's tolerance
-    assert command("latent_digits32", "interpolate", workdir, of(autoencoder)) == 0
+    loose = ["--config.eval.rtol=0.5", "--config.eval.atol=0.5"]
+    assert command("latent_digits32", "interpolate", workdir, of(autoencoder), *loose) == 0
     assert np.load(only(workdir, "interpolations/*/interpolations.npz"))["arr_0"].shape == (1, 3, 8, 8, 1)
     np.save(tmp_path / "two.npy", x[:2])
     mine = ["--input", str(tmp_path / "two.npy")]
-    assert command("latent_digits32", "encode", workdir, of(autoencoder), *mine) == 0
+    assert command("latent_digits32", "encode", workdir, of(autoencoder), *mine, *loose) == 0
     assert np.load(only(workdir, "latents/*input*/latents.npz"))["latents"].shape == (2, *CODE)
     # changed images begin at their codes, with little noise here
     assert command("latent_digits32", "sample", workdir, of(autoencoder), *mine, "--config.sampling.start=0.002") == 0
@@ -393,6 +407,7 @@ def test_its_bits_are_of_pixels_and_have_their_parts(
     workdir = tmp_path / "model"
     shutil.copytree(model, workdir)
     more = [of(autoencoder), f"--config.eval.estimate={estimate}", "--config.eval.draws=4", "--config.eval.steps=5"]
+    more += ["--config.eval.rtol=0.1", "--config.eval.atol=0.1", "--config.eval.check_images=2"]
     assert command("latent_digits32", "likelihood", workdir, *more, "--config.eval.dequantizations=2") == 0
     folder = only(workdir, "likelihood/*")
     stamp, arrays = json.loads((folder / "stamp.json").read_text()), np.load(folder / "likelihood.npz")
@@ -422,6 +437,7 @@ def test_the_configs_for_cifar_run_on_colours_and_mirrored_codes(size: str, tmp_
     k = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3)).astype(np.uint8)
     np.savez(tmp_path / "images.npz", x=k)
     files = ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images.npz'}", "--config.model.nf=8"]
+    files.append("--config.training.n_iters=1")
     assert command(f"autoencoder_cifar{size}", "train", tmp_path / "autoencoder", *files) == 0
     more = [*files, of(tmp_path / "autoencoder")]
     assert command(f"latent_cifar{size}", "train", tmp_path / "model", *more) == 0
@@ -431,7 +447,7 @@ def test_the_configs_for_cifar_run_on_colours_and_mirrored_codes(size: str, tmp_
         assert file.get_tensor("train/mean").shape == (72, *CODE) and file.get_tensor("test/mean").shape == (4, *CODE)
 
 
-def test_classes_and_classifiers_are_of_codes_too(trained: tuple[Path, Path], tmp_path: Path) -> None:
+def test_classes_and_classifiers_are_of_codes_too(trained: tuple[Path, Path], changed: Path, tmp_path: Path) -> None:
     autoencoder, one = trained[0], "--config.training.n_iters=1"
     classes = [of(autoencoder), one, "--config.model.class_conditional=true", "--config.data.random_flip=true"]
     assert command("latent_digits32", "train", tmp_path / "model", *classes) == 0
@@ -445,9 +461,6 @@ def test_classes_and_classifiers_are_of_codes_too(trained: tuple[Path, Path], tm
     workdir = tmp_path / "unconditional"
     shutil.copytree(trained[1], workdir)
     assert command("latent_digits32", "sample", workdir, *guided) == 0
-    changed = tmp_path / "changed"
-    shutil.copytree(autoencoder, changed)
-    assert command("autoencoder_digits32", "train", changed, "--config.training.n_iters=4") == 0
     assert command("latent_digits32", "train", tmp_path / "other", of(changed), *judge[1:]) == 0
     guided[-1] = f"--config.sampling.classifier={tmp_path / 'other'}"
     assert "is of codes of data.autoencoder" in refused("latent_digits32", "sample", workdir, *guided)
@@ -461,12 +474,11 @@ def refused(config: str, mode: str, workdir: Path, *more: str) -> str:
     return said[-1]
 
 
-def test_an_autoencoder_that_changed_since_is_refused(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    autoencoder, model = trained
-    changed, workdir = tmp_path / "changed", tmp_path / "model"
-    shutil.copytree(autoencoder, changed)
-    shutil.copytree(model, workdir)
-    assert command("autoencoder_digits32", "train", changed, "--config.training.n_iters=4") == 0
+def test_an_autoencoder_that_changed_since_is_refused(
+    trained: tuple[Path, Path], changed: Path, tmp_path: Path
+) -> None:
+    workdir = tmp_path / "model"
+    shutil.copytree(trained[1], workdir)
     for mode in ("sample", "likelihood", "train"):
         words = refused("latent_digits32", mode, workdir, of(changed), "--config.training.n_iters=4")
         assert re.search(

@@ -15,7 +15,7 @@ from examples.laboratory import __main__ as command
 from examples.laboratory import experiment, page, pictures, workers
 from examples.laboratory.experiment import LEVELS, SMALLEST, VP, Job, Result, read, run, truth
 from examples.laboratory.subjects import CONFIGS, DATA, OBJECTIVES, affordable
-from score_sde import Estimate, ScoreModel
+from score_sde import Estimate, ScoreModel, log_likelihood
 from score_sde import config as configs
 from score_sde.sdes import like
 from score_sde.toys import EXACT
@@ -35,6 +35,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     truth.cache_clear()
     yield
     truth.cache_clear()
+
+
+@pytest.fixture
+def loose(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measures whose likelihoods are solved roughly, where their numbers do not count."""
+
+    def rough(*given: Any, **named: Any) -> Any:
+        return log_likelihood(*given, **{**named, "rtol": 0.3, "atol": 0.3})
+
+    monkeypatch.setattr(experiment, "log_likelihood", rough)
 
 
 class Shifted(ScoreModel):
@@ -110,7 +120,7 @@ def test_every_experiment_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize(("data", "objective"), [("moons", "vdm"), ("digits", "ddpm"), ("digits", "hybrid")])
-def test_an_experiment_is_kept_and_read_back(small: None, tmp_path: Path, data: str, objective: str) -> None:
+def test_an_experiment_is_kept_and_read_back(loose: None, tmp_path: Path, data: str, objective: str) -> None:
     job, steps = Job(data, objective, 0, 2), []
     assert read(job, tmp_path) is None
     run(job, tmp_path, lambda: steps.append(1))
@@ -119,6 +129,8 @@ def test_an_experiment_is_kept_and_read_back(small: None, tmp_path: Path, data: 
     columns = {key for _, key, _ in page._COLUMNS["digits" if data == "digits" else "plane"]}
     assert columns <= found.numbers.keys() and all(map(math.isfinite, found.numbers.values()))
     assert len(found.arrays["loss"]) == len(LEVELS[::6])
+    if objective != "hybrid":
+        return
     (job.folder(tmp_path) / "numbers.json").unlink()  # as where it was stopped
     assert read(job, tmp_path) is None
     run(job, tmp_path, lambda: None)
@@ -127,7 +139,7 @@ def test_an_experiment_is_kept_and_read_back(small: None, tmp_path: Path, data: 
 
 
 def test_the_command_runs_what_is_missing_and_writes_the_page(
-    small: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    loose: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def threads(n: int, context: object, **options: Any) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(n, **options)
