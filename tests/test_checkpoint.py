@@ -218,6 +218,24 @@ def test_the_newest_is_of_the_highest_step_inside_and_named_files_do_not_count(t
     assert find(tmp_path) == many[0] and checkpoints(tmp_path)[-3:] == [many[2], many[1], many[0]]
 
 
+def test_a_checkpoint_is_read_once_to_be_found_and_again_when_it_was_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = small(tmp_path, 1, 2)
+    read, real = [], checkpoint.read_tensors
+    monkeypatch.setattr(checkpoint, "read_tensors", lambda *given: (read.append(given[0]), real(*given))[1])
+    assert find(tmp_path) == find(tmp_path) == two
+    time.sleep(0.11)
+    read.clear()
+    assert find(tmp_path) == find(tmp_path) == find(tmp_path) == two and read == [two]
+    damage(two)
+    assert find(tmp_path) == one
+    shutil.copy(one, two.with_name("other"))
+    os.replace(two.with_name("other"), one)
+    read.clear()
+    assert find(tmp_path) == one and read == [two, one]
+
+
 def test_a_workdir_of_named_files_alone_says_how_to_read_them(tmp_path: Path) -> None:
     best = small(tmp_path, 4)[0].rename(tmp_path / "checkpoints" / "best.safetensors")
     with pytest.raises(FileNotFoundError, match=r"or name the file that you mean, such as .*best\.safetensors"):

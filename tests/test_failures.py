@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -146,13 +147,18 @@ WRITING = {
     "train": False, "sample": True, "likelihood": False, "encode": False, "decode": False, "interpolate": False,
     "inpaint": True, "dequantize": True,
 }  # fmt: skip
+REFUSALS = {
+    errno.ENOSPC: "No space left on device): free some space or give another --workdir",
+    errno.EROFS: "Read-only file system): change its permissions, or give another --workdir",
+    errno.EACCES: "Permission denied): change its permissions, or give another --workdir",
+}
 
 
 @pytest.mark.parametrize("mode", WRITING)
-def test_a_disk_that_is_full_from_some_write_on_is_one_sentence(
+def test_a_disk_that_refuses_from_some_write_on_is_one_sentence(
     mode: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Each place in the code that writes is once the first that cannot."""
+    """Each place in the code that writes is once the first that cannot: the disk is full, read-only or forbidden."""
     pixels, more = WRITING[mode], list[str]()
     if mode != "train":
         more += ["--checkpoint", str(max((trained / ("digits" if pixels else "toy") / "checkpoints").iterdir()))]
@@ -166,15 +172,15 @@ def test_a_disk_that_is_full_from_some_write_on_is_one_sentence(
     sites = list(dict.fromkeys(disk.sites))
     assert len(sites) >= 4
     capsys.readouterr()
-    for site in sites:
-        with on(Disk(tmp_path, disk.sites.index(site))):
+    for site, (refusal, words) in zip(sites, cycle(REFUSALS.items()), strict=False):
+        with on(Disk(tmp_path, disk.sites.index(site), refusal)):
             code = run(command(mode, tmp_path / site, *more, pixels=pixels))
         if code == 0 and mode == "train":  # the last picture, when the last checkpoint was there
             assert "nothing is shown of step 4, and training goes on" in capsys.readouterr().err
             continue
         assert code == 2, site
         said = only_sentence(capsys)
-        assert "No space left on device): free some space or give another --workdir" in said, site
+        assert words in said, site
     assert run(command(mode, tmp_path / site, *more, pixels=pixels)) == 0, "it does not go on"
 
 
