@@ -256,6 +256,7 @@ def test_the_configs_of_a_cascade_run_as_one(names: tuple[str, ...], tmp_path: P
     for i, name in enumerate(names):
         more = [f"--config.data.image_size={SMALLER[name]}", f"--config.sampling.base={tmp_path / names[i - 1]}"]
         more = [*more[: i + 1], "--config.model.attn_resolutions=4", "--config.model.num_res_blocks=1"]
+        more += ["--config.training.n_iters=1", "--config.training.batch_size=4", "--config.sampling.steps=2"]
         if name == names[-1]:
             more.append("--config.training.snapshot_sampling=true")
         if "cifar" in name:
@@ -405,7 +406,7 @@ def test_the_config_of_text_runs(tmp_path: Path) -> None:
     more = ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'images'}", "--config.data.image_size=8"]
     more += [f"--config.model.text_encoder={bert(tmp_path / 'bert')}", "--config.model.attn_resolutions=4"]
     more += ["--config.training.snapshot_sampling=true", "--config.model.ch_mult=1,2"]
-    more.append("--config.model.num_res_blocks=1")
+    more += ["--config.model.num_res_blocks=1", "--config.training.n_iters=1", "--config.sampling.steps=2"]
     config = "configs/text_cifar_16.py"
     assert modes("train", tmp_path / "run", *more, config=config) == 0
     assert modes("sample", tmp_path / "run", *more, "--prompt=a moving van", config=config) == 0
