@@ -103,7 +103,7 @@ def test_a_model_of_tones_draws_each_class_s_tone_as_recordings(tmp_path: Path) 
             tone = 0.5 * np.sin(2 * math.pi * periods * np.arange(32) / 32 + phase)
             save(tmp_path / "tones" / name / f"{i}.wav", (32767 * tone).round(), rate=4000)
     settings = {
-        "data.path": tmp_path / "tones", "data.length": 0, "training.n_iters": 100, "training.batch_size": 24,
+        "data.path": tmp_path / "tones", "data.length": 0, "training.n_iters": 150, "training.batch_size": 24,
         "training.eval_freq": 200, "training.snapshot_sampling": "false", "training.condition_dropout": 0,
         "model.sigma_data": 0.35, "model.sigma_min": 0.01, "model.sigma_max": 6, "model.nf": 8,
         "model.ch_mult": "1,2", "model.attn_resolutions": "16",
