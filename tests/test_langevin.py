@@ -156,12 +156,12 @@ def uniform_square(u: Tensor) -> Tensor:
 
 
 def test_plain_langevin_gets_the_modes_weights_wrong_and_annealed_does_not() -> None:
-    n = 1000
+    n = 4000
     x = mode_weights.plain(n, seed=1)
     share, error = mode_weights.lighter(x)
     expected = share_on_a_grid([1.0], 1000, uniform_square)
     assert expected == pytest.approx(0.491, abs=0.001) and share == pytest.approx(expected, abs=4 * error)
-    assert share - 0.2 > 15 * error  # walks end at the mode they began nearer to, whatever it weighs
+    assert share - 0.2 > 30 * error  # walks end at the mode they began nearer to, whatever it weighs
     # each mode by itself is right, but for the unadjusted steps' variance
     for mean, part in ((5, x[x.sum(1) > 0]), (-5, x[x.sum(1) < 0])):
         assert (part.mean() - mean).abs() < 4 / math.sqrt(part.numel())
@@ -231,9 +231,9 @@ def test_the_unadjusted_variance_is_the_formula_s(kind: str) -> None:
     contraction, spread = step[:, 0].tolist()
     variance = s2 / (1 - h / (2 * s2))
     assert spread**2 / (1 - contraction**2) == pytest.approx(variance, rel=1e-12)
-    x, acceptance = langevin_dynamics(target, start.new_zeros(10_000, 1), h, 12, seed=1, **options)
+    x, acceptance = langevin_dynamics(target, start.new_zeros(40_000, 1), h, 12, seed=1, **options)
     # 0.375² of what is missing is left after every step: 6e-11 in the end; 4 standard errors of a variance
-    assert x.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / 10_000))
+    assert x.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / 40_000))
     assert bool((acceptance == 1).all())
 
 
@@ -265,7 +265,7 @@ def test_the_metropolis_step_is_in_detailed_balance_with_the_density() -> None:
 @pytest.mark.parametrize("kind", ["log density", "score"])
 def test_metropolis_removes_the_bias(kind: str) -> None:
     """From exact draws of a mixture, 20 steps of h = 0.5 leave its moments alone; unadjusted ones do not."""
-    n = 5000
+    n = 20_000
     right = torch.rand(n, 1, generator=torch.Generator().manual_seed(7), dtype=torch.float64) < 0.7
     x0 = torch.where(right, 1 + 0.7 * numbers(n, 1), -1 + 0.5 * numbers(n, 1))
     target = mixture if kind == "log density" else gradient(mixture)
@@ -277,12 +277,12 @@ def test_metropolis_removes_the_bias(kind: str) -> None:
         mean, mean_square = (p * points[:, 0] ** k).sum().item(), (p * points[:, 0] ** (2 * k)).sum().item()
         error = math.sqrt((mean_square - mean**2) / n)
         assert abs((x**k).mean().item() - mean) < 4 * error
-        assert k in (1, 3) or abs((biased**k).mean().item() - mean) > 4 * error
+        assert k in (1, 3) or abs((biased**k).mean().item() - mean) > 8 * error
     assert 0.5 < acceptance.mean().item() < 0.95
 
 
 def test_the_acceptance_rate_on_a_gaussian_is_its_integral() -> None:
-    h, s2, n = 0.6, 0.8, 10_000
+    h, s2, n = 0.6, 0.8, 40_000
     points = torch.linspace(-6, 6, 1201, dtype=torch.float64)
     x, y = torch.meshgrid(points, points, indexing="ij")
     there = normal(x, torch.zeros(()), s2) + normal(y, x - h * x / s2, 2 * h)
@@ -319,7 +319,7 @@ def test_the_line_integral_of_a_score_stands_for_the_log_density() -> None:
 def test_mini_batch_scores_make_it_sgld() -> None:
     """Posterior of a mean: the gradient's noise adds h² times its variance to that of every step, and a falling step
     removes both errors (Welling & Teh 2011)."""
-    data, b, walks, h = 2 + numbers(40, seed=5), 4, 4000, 0.004
+    data, b, walks, h = 2 + numbers(40, seed=5), 4, 20_000, 0.004
     precision = 1 + 40.0  # prior N(0, 1), data N(theta, 1)
     mean, generator = data.sum().item() / precision, torch.Generator().manual_seed(0)
 
@@ -333,8 +333,8 @@ def test_mini_batch_scores_make_it_sgld() -> None:
     assert x.var().item() == pytest.approx(variance, rel=4 * math.sqrt(2 / walks))
     assert x.mean().item() == pytest.approx(mean, abs=4 * math.sqrt(variance / walks))
     assert variance * precision > 1.6  # what the mini-batches did
-    x, _ = langevin_dynamics(score, x, lambda i: h * (1 + i / 10) ** -0.8, 200, seed=1)
-    assert x.var().item() * precision == pytest.approx(1, abs=0.15)
+    x, _ = langevin_dynamics(score, x, lambda i: h * (1 + i / 10) ** -0.8, 400, seed=1)
+    assert x.var().item() * precision == pytest.approx(1, abs=0.1)
 
 
 def test_a_walk_depends_on_its_seed_and_number_alone() -> None:

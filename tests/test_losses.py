@@ -200,13 +200,13 @@ EVERY_LAW = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 @EVERY_LAW
 @pytest.mark.parametrize("sde", SDES, ids=name)
 def test_weighted_times_average_as_uniform_times(sde: SDE, law: TimeLaw) -> None:
-    u = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
     t, weight = law(sde, u)
     assert t.min() >= sde.t_min and t.max() <= 1 and bool((weight > 0).all())
     for h in (np.cos, np.sqrt, lambda t: t**3):
         truth = quad(h, sde.t_min, 1)[0] / (1 - sde.t_min)
         mean = float((weight * torch.from_numpy(h(t.numpy()))).mean())
-        assert mean == pytest.approx(truth, rel=5e-4)  # the midpoint rule; log-SNR times of EDM begin at t = 1e-5
+        assert mean == pytest.approx(truth, rel=2e-4)  # the midpoint rule; log-SNR times of EDM begin at t = 1e-5
 
 
 def test_times_have_the_density_they_claim() -> None:
@@ -319,12 +319,12 @@ def test_the_smallest_time_of_a_batch_has_its_density(k: float) -> None:
 
 
 @pytest.mark.parametrize("law", ["uniform", "log_snr", "importance(likelihood)"])
-@pytest.mark.parametrize("sde, k", [(SDES[0], 2.0), (SDES[2], 1.0)], ids=str)
+@pytest.mark.parametrize("sde, k", [(SDES[0], 1.0), (SDES[0], 2.0), (SDES[2], 1.0)], ids=str)
 def test_softly_truncated_times_average_with_the_general_weight(sde: SDE, law: str, k: float) -> None:
     """Over batches, as uniform times do under the weight P(tau <= t) (Kim et al. 2022, theorem 1)."""
-    u = (torch.arange(1000, dtype=torch.float64) + 0.5) / 1000
+    u = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000
     means = []
-    for v in (torch.arange(50, dtype=torch.float64) + 0.5) / 50:
+    for v in (torch.arange(100, dtype=torch.float64) + 0.5) / 100:
         tau = truncation(sde.t_min, k, v)
         t, weight = soft_truncation(LAWS[law], k, v)(sde, u)
         assert bool((t >= tau).all()) and t.max() <= 1
@@ -338,7 +338,7 @@ def test_softly_truncated_times_average_with_the_general_weight(sde: SDE, law: s
             return t * above(torch.tensor(t, dtype=torch.float64), sde.t_min, k).item() * h(t)
 
         truth = quad(weighted, math.log(sde.t_min), 0)[0] / (1 - sde.t_min)
-        assert value == pytest.approx(truth, rel=0.01)  # of the midpoint rule over tau
+        assert value == pytest.approx(truth, rel=5e-3)  # of the midpoint rule over tau
 
 
 def test_above_the_truncation_times_follow_their_law() -> None:

@@ -122,11 +122,11 @@ def states() -> torch.Tensor:
 def test_scores_learned_from_paths_are_near_the_true_ones(
     objective: str, truth: example.Truth, states: torch.Tensor
 ) -> None:
-    """A twentieth of the example's iterations: 5 % of E |s*|² on average over t; the untrained scores miss more."""
-    score = example.learn(example.OBJECTIVES[objective], states, iterations=150)
+    """A tenth of the example's iterations: 3 % of E |s*|² on average over t; the untrained scores miss more."""
+    score = example.learn(example.OBJECTIVES[objective], states, iterations=300)
     simple = (example.gaussian_score(states), example.stationary_score)
     linear, untrained, learned = (
         example.relative_error(example.on_grid(s, truth.x, truth.times), truth) for s in (*simple, score)
     )
-    assert learned.mean() < 0.05 < 0.1 < untrained.mean() < linear.mean()
-    assert learned.max() < 0.6 < 1 < untrained.max()
+    assert learned.mean() < 0.03 < 0.1 < untrained.mean() < linear.mean()
+    assert learned.max() < 0.25 < 1 < untrained.max()

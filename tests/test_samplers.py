@@ -422,6 +422,9 @@ def sliced_wasserstein(x: Tensor, y: Tensor) -> float:
         (VPSDE(), DDIM(), 100),
         (VPSDE(), Ancestral(), 80),
         (VESDE(), PredictorCorrector(ReverseDiffusion(), AnnealedLangevin(snr=0.05)), 120),
+        pytest.param(VPSDE(), Heun(), 60, marks=pytest.mark.slow),
+        pytest.param(VESDE(), EulerMaruyama(), 400, marks=pytest.mark.slow),
+        pytest.param(VPSDE(), ReverseDiffusion(), 300, marks=pytest.mark.slow),
     ],
     ids=str,
 )

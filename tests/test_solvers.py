@@ -312,6 +312,11 @@ def test_a_step_is_accepted_where_its_error_is_at_most_1(error: float, accepted:
     [
         *((sde, "gaussian") for sde in [*SDES, *(c.as_sde() for c in CHAINS)]),
         *((sde, "mixture") for sde in (VPSDE(), VESDE(), CHAINS[0].as_sde())),
+        *(
+            pytest.param(sde, "mixture", marks=pytest.mark.slow)
+            for sde in [*SDES, *(c.as_sde() for c in CHAINS[1:])]
+            if not isinstance(sde, (VPSDE, VESDE))
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else name(value),
 )
@@ -602,7 +607,11 @@ def test_churn_keeps_the_marginals_to_second_order() -> None:
     ("sde", "eta"),
     [
         *((SDES[0], eta) for eta in (0.0, 0.3, 1.0, 1.7)),
-        *((sde, eta) for sde, eta in zip([*SDES[1:4], DDPM.linear(1000).as_sde()], (0.3, 1.0, 1.7, 1.7), strict=True)),
+        *(
+            pytest.param(sde, eta, marks=[] if eta == fast else pytest.mark.slow)
+            for sde, fast in zip([*SDES[1:4], DDPM.linear(1000).as_sde()], (0.3, 1.0, 1.7, 1.7), strict=True)
+            for eta in (0.0, 0.3, 1.0, 1.7)
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, float) else name(value),
 )
