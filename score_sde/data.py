@@ -256,7 +256,7 @@ def _captioned(data: Data, train: Sequence[str] | None, test: Sequence[str] | No
 
 def _digits(path: Path | None) -> Data:
     """Scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak 1998), 1 x 8 x 8 of 17 levels; 300 are held out."""
-    from sklearn.datasets import load_digits  # a second to import, and needed here alone
+    from sklearn.datasets import load_digits  # slow to import, and needed here alone
 
     digits = load_digits()
     x = torch.from_numpy(digits.images.astype(np.uint8))[:, None]

@@ -43,7 +43,7 @@ def ratio_of_overlap(share: float, d: int) -> float:
     Raises ValueError for a share that is not between 0 and 0.997, and for d <= 4, where every ratio's overlap is above
     1/2 and the rule says nothing.
     """
-    from scipy.optimize import brentq  # half a second to import, and needed in this file alone
+    from scipy.optimize import brentq  # slow to import, and needed in this file alone
 
     if d < 5:
         raise ValueError(f"the rule for the ratio of levels is for shells in many dimensions, 5 at least, got d={d}")

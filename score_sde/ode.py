@@ -161,7 +161,7 @@ def integrate(
         )
 
     if solver.method == "RK45":
-        from scipy.integrate import solve_ivp  # half a second to import, and needed here alone
+        from scipy.integrate import solve_ivp  # slow to import, and needed here alone
 
         if torch.is_grad_enabled() and any(part.requires_grad for part in (y, *parameters)):
             raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or solve under torch.no_grad()")

@@ -121,7 +121,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 
 def is_finite(value: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor an infinity."""
-    # A finite sum has finite terms, and costs a twentieth of looking at each; only a sum can also overflow.
+    # A finite sum has finite terms, and costs less than looking at each; only a sum can also overflow.
     return not value.is_floating_point() or bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 

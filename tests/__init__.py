@@ -1,4 +1,4 @@
-"""The tests. They make millions of short-lived objects: at its default pace the collector takes a tenth of the time."""
+"""The tests. They make millions of short-lived objects, which the garbage collector need not look for so often."""
 
 import gc
 
