@@ -24,7 +24,7 @@ def confidence(data: Data, samples: np.ndarray, threshold: float = 0.9) -> tuple
     scale = data.levels - 1
     train, test = (split.x[:].flatten(1).numpy() / scale for split in (data.train, data.test))  # type: ignore[index]
     images = samples.transpose(0, 3, 1, 2).reshape(len(samples), -1) / scale
-    from sklearn.svm import SVC  # seconds to import, and needed here alone
+    from sklearn.svm import SVC  # slow to import, and needed here alone
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # scikit-learn 1.9 means to drop pairwise coupling in 1.11

@@ -48,7 +48,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     Ties count half. Raises ValueError where either is empty or a score is NaN.
     """
-    from sklearn.metrics import roc_auc_score  # seconds to import, and needed here alone
+    from sklearn.metrics import roc_auc_score  # slow to import, and needed here alone
 
     if not len(inside) or not len(outside):
         raise ValueError(f"both sets need scores, got {len(inside)} inside and {len(outside)} outside")

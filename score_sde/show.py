@@ -106,7 +106,7 @@ class Show:
             held_out, text = data.test.to(device), None if text is None else text.to(device)
             index = torch.arange(_PICTURES) % len(held_out)
             self.shown = partial(given, config, split=held_out, index=index, text=text, codec=codec)
-        from torch.utils.tensorboard import SummaryWriter  # half a second to import, and needed in training alone
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed in training alone
 
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
         self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}

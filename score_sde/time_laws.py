@@ -62,7 +62,7 @@ def log_snr(sde: SDE, u: Tensor) -> Times:
 
 def log_normal(sde: SDE, u: Tensor, mean: float = -1.2, std: float = 1.2) -> Times:
     """log(sigma/alpha) normal (Karras et al. 2022, table 1: P_mean, P_std), between its values at t_min and 1."""
-    from scipy.special import ndtr  # a third of a second to import
+    from scipy.special import ndtr  # slow to import
 
     low, high = ((-snr / 2 - mean) / std for snr in _log_snr_ends(sde))
     below, within = ndtr(low), ndtr(high) - ndtr(low)

@@ -65,7 +65,7 @@ class FixedODE(Sampler):
             raise ValueError(f"unknown fixed-step ODE method {self.method!r}; use one of {', '.join(FIXED)}")
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        from torchdiffeq import odeint  # half a second to import: it imports scipy's, too
+        from torchdiffeq import odeint  # slow to import: it imports scipy's, too
 
         check_noisy(model, s)
 

@@ -76,7 +76,7 @@ def moments(z: Any, n: int, predict: Prediction) -> list[Array]:
     For noise it is z exp(-z) k! phi_{k+1}(z), and with the incomplete gamma function k! P(k + 1, z)/z^k, which keeps
     its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k.
     """
-    from scipy.special import gammainc  # a third of a second to import
+    from scipy.special import gammainc  # slow to import
 
     z = np.asarray(z)
     falling = [math.factorial(k) * gammainc(k + 1, z) / (z**k if k else 1) for k in range(n)]
