@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 from threadpoolctl import threadpool_limits
 
 from score_sde import config as configs
-from score_sde import parallel
-from score_sde.toys import TOYS
+from score_sde.data.toys import TOYS
+from score_sde.machine import parallel
 
 from . import peer as peers
 from .likelihood import likelihood, trained_likelihood

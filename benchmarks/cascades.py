@@ -17,16 +17,18 @@ from typing import NamedTuple
 import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from examples.pages import DOCS, cell, fill, picture, table
-from score_sde import checkpoint, load, recommended, sample
 from score_sde import config as configs
-from score_sde.codecs import PixelCodec
-from score_sde.conditions import Wanted
+from score_sde import load, recommended, sample
 from score_sde.data import Data, load_data, shrink
-from score_sde.model import ScoreModel
-from score_sde.progress import with_progress
+from score_sde.data.codecs import PixelCodec
+from score_sde.machine.progress import with_progress
+from score_sde.models.base import ScoreModel
+from score_sde.tasks import checkpoint
+from score_sde.tasks.conditions import Wanted
 
 from .guidance import Results, held_out, judged
 from .judges import judge
@@ -46,7 +48,7 @@ class Stage(NamedTuple):
     """A model, its config, and the shape of its examples."""
 
     model: ScoreModel
-    config: configs.ConfigDict
+    config: ConfigDict
     shape: tuple[int, ...]
 
 

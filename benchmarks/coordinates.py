@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from score_sde import SDE, VESDE, VPSDE, CosineSDE, ScoreModel, SubVPSDE, load, log_likelihood
-from score_sde.circle import Circle, carry
-from score_sde.closed_form import Gaussian, Mixture
 from score_sde.data import load_data
+from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.ode import Solver
+from score_sde.ode.circle import Circle, carry
 from score_sde.sdes import like
 
 from .timing import Table, machine

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from score_sde import Estimate, Sampler, ScoreModel, recommended, times
+from score_sde.noise import noise_source
 from score_sde.samplers import fit_times
-from score_sde.samplers.base import noise_source
 
 from .peer_samplers import known
 from .problems import Problem, distances

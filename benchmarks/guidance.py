@@ -29,12 +29,12 @@ from torch import Tensor, nn
 
 from examples.pages import DOCS, cell, fill, picture, table
 from score_sde import classifier, guide, load, load_classifier, recommended, sample
-from score_sde.codecs import PixelCodec
 from score_sde.data import Data, Split, load_data
-from score_sde.images import grid
-from score_sde.model import ScoreModel
-from score_sde.noisy_classifier import NoisyClassifier
-from score_sde.progress import Progress
+from score_sde.data.codecs import PixelCodec
+from score_sde.machine.progress import Progress
+from score_sde.models.base import ScoreModel
+from score_sde.models.classifier import NoisyClassifier
+from score_sde.tasks.pictures import grid
 
 from .judges import Judge, Training, convolutions, judge, train
 from .timing import machine

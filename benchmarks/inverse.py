@@ -23,15 +23,15 @@ from torch.nn.functional import interpolate
 
 from score_sde import config as configs
 from score_sde import load, sample
-from score_sde.build import build_sampler, build_times
-from score_sde.checkpoint import find
-from score_sde.codecs import PixelCodec
+from score_sde.config.build import build_sampler, build_times
 from score_sde.data import load_data
+from score_sde.data.codecs import PixelCodec
 from score_sde.inverse import Average, Blur, Grey, Mask, Observation, Spectral, observe
-from score_sde.inverse_modes import METHODS, restore, shown
-from score_sde.latent_modes import as_trained
 from score_sde.metrics import psnr
-from score_sde.model import ScoreModel
+from score_sde.models.base import ScoreModel
+from score_sde.tasks.checkpoint import find
+from score_sde.tasks.latents import as_trained
+from score_sde.tasks.restore import METHODS, restore, shown
 
 from .judges import judge
 from .laws import spread

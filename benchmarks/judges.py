@@ -18,8 +18,8 @@ from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
 from score_sde.data import Data, batch, load_data
-from score_sde.progress import with_progress
-from score_sde.tensor_file import read_tensors, write_tensors
+from score_sde.machine.progress import with_progress
+from score_sde.machine.whole_files import read_tensors, write_tensors
 
 JUDGES = Path("runs/judges")  # where trained networks are kept
 

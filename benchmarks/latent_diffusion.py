@@ -23,23 +23,24 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from examples.pages import DOCS, cell, fill, table
-from score_sde import checkpoint, cli, load, sample
+from score_sde import cli, load, sample
 from score_sde import config as configs
-from score_sde.build import build_sampler, build_times
-from score_sde.codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
-from score_sde.codes import codec_from, open_autoencoder
+from score_sde.config.build import build_sampler, build_times
+from score_sde.config.objective import build_objective
 from score_sde.data import Data, load_data, shrink
-from score_sde.demo import confidence
-from score_sde.evaluate import run_likelihood
-from score_sde.images import grid, write_png
-from score_sde.latent_bounds import in_bits, latent_bound, of_standard_normal
+from score_sde.data.codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
+from score_sde.likelihood.code_bound import in_bits, latent_bound, of_standard_normal
+from score_sde.machine.parallel import Processes
 from score_sde.metrics import psnr
-from score_sde.model import ScoreModel
-from score_sde.objectives import build_objective
-from score_sde.parallel import Processes
-from score_sde.results import mean_and_error
-from score_sde.scan import gaussian_fit
-from score_sde.train import draw, make_state, train_step
+from score_sde.models.base import ScoreModel
+from score_sde.tasks import checkpoint
+from score_sde.tasks.codes import codec_from, open_autoencoder
+from score_sde.tasks.demo import confidence
+from score_sde.tasks.evaluate import run_likelihood
+from score_sde.tasks.pictures import grid, write_png
+from score_sde.tasks.results import mean_and_error
+from score_sde.tasks.scan import gaussian_fit
+from score_sde.tasks.train import draw, make_state, train_step
 
 from .judges import Judge, frechet, judge
 from .timing import machine

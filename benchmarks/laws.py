@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from score_sde import CosineSDE, Sampler, recommended, sliced_wasserstein, times
-from score_sde.codecs import PixelCodec
-from score_sde.samplers.base import noise_source
-from score_sde.scan import gaussian_fit
+from score_sde.data.codecs import PixelCodec
+from score_sde.noise import noise_source
+from score_sde.tasks.scan import gaussian_fit
 
 from .errors import BUDGETS, LONG, Recall, Run, anew, walk, within
 from .judges import Judge

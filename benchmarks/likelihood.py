@@ -20,13 +20,14 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from score_sde.build import SDES, build_network
-from score_sde.checkpoint import load
-from score_sde.closed_form import Gaussian
+from score_sde.config.build import SDES, build_network
 from score_sde.data import load_data
 from score_sde.likelihood import log_likelihood
-from score_sde.model import Preconditioned, ScoreModel, label_sigma, label_time
+from score_sde.models.base import ScoreModel
+from score_sde.models.closed_form import Gaussian
+from score_sde.models.rules import Preconditioned, label_sigma, label_time
 from score_sde.sdes import SDE, VESDE, like
+from score_sde.tasks.checkpoint import load
 
 from .peer import Peer, config_for
 from .timing import Clock, Table, milliseconds, ratio

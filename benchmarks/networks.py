@@ -22,16 +22,17 @@ from ml_collections import ConfigDict
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from score_sde import checkpoint, losses, time_laws
-from score_sde.build import build_model
-from score_sde.codecs import Codec, codec_of
+from score_sde import losses, time_laws
 from score_sde.config import load
+from score_sde.config.build import build_model
+from score_sde.config.objective import Objective
 from score_sde.data import Data, load_data
-from score_sde.evaluate import run_likelihood
-from score_sde.model import ScoreModel
-from score_sde.objectives import Objective
-from score_sde.parallel import Processes
-from score_sde.train import train
+from score_sde.data.codecs import Codec, codec_of
+from score_sde.machine.parallel import Processes
+from score_sde.models.base import ScoreModel
+from score_sde.tasks import checkpoint
+from score_sde.tasks.evaluate import run_likelihood
+from score_sde.tasks.train import train
 
 CONFIG = Path(__file__).parents[1] / "configs" / "vp_digits.py"
 VARIANTS: dict[str, dict[str, str]] = {

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from score_sde import SDE, VESDE, VPSDE, Sampler, ScoreModel, SubVPSDE
-from score_sde.sdes import Noise
+from score_sde.noise import Noise
 
 from .peer import Peer
 from .schedulers import seed_of

@@ -18,8 +18,8 @@ from scipy.stats import t as student_t
 from torch import Tensor
 
 from score_sde import SDE, VPSDE
-from score_sde.circle import SCALE
 from score_sde.data import load_data
+from score_sde.ode.circle import SCALE
 
 from .timing import Table
 

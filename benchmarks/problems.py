@@ -17,13 +17,13 @@ from torch import Tensor
 
 from score_sde import SDE, VESDE, VPSDE, CosineSDE, EmbeddedODE, Multistep, ScoreModel, Solver, SubVPSDE, UniPC, times
 from score_sde import config as configs
-from score_sde.checkpoint import find, load, read_card
-from score_sde.closed_form import Gaussian, Mixture
+from score_sde.data.toys import EXACT
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.noise import noise_source
 from score_sde.ode import integrate
-from score_sde.samplers.base import noise_source
 from score_sde.samplers.deterministic import velocity
 from score_sde.sdes import EDMSDE
-from score_sde.toys import EXACT
+from score_sde.tasks.checkpoint import find, load, read_card
 
 PATHS, IMAGES, LARGE_IMAGES = 126, 33, 15  # multiples of three: a third of them is a repetition
 CHOSEN_ON = "digits"  # the trained model that had a part in the choice

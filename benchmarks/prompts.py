@@ -19,13 +19,14 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.pages import DOCS, cell, fill, picture, table
-from score_sde import checkpoint, guide, load, recommended, sample
 from score_sde import config as configs
-from score_sde.codecs import PixelCodec
+from score_sde import guide, load, recommended, sample
 from score_sde.data import Data, load_data
-from score_sde.model import ScoreModel
-from score_sde.progress import with_progress
-from score_sde.text import HuggingFaceEncoder, Text, embed
+from score_sde.data.captions import HuggingFaceEncoder, Text, embed
+from score_sde.data.codecs import PixelCodec
+from score_sde.machine.progress import with_progress
+from score_sde.models.base import ScoreModel
+from score_sde.tasks import checkpoint
 
 from .guidance import Results
 from .judges import Judge, judge

@@ -13,8 +13,9 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from score_sde import times
-from score_sde.build import build_sde
-from score_sde.model import Estimate, ScoreModel
+from score_sde.config.build import build_sde
+from score_sde.models.base import Estimate, ScoreModel
+from score_sde.noise import noise_source
 from score_sde.samplers import (
     DDIM,
     Ancestral,
@@ -29,9 +30,7 @@ from score_sde.samplers import (
     Sampler,
     UniPC,
 )
-from score_sde.samplers.base import noise_source
-from score_sde.samplers.exponential import SHORT, orders, point
-from score_sde.samplers.short import fast
+from score_sde.samplers.exponential import SHORT, fast, orders, point
 from score_sde.sdes import SDE
 
 from .peer import Peer, config_for

@@ -20,7 +20,8 @@ from diffusers.utils import logging
 from torch import Tensor
 
 from score_sde import Sampler, ScoreModel
-from score_sde.sdes import Noise, like
+from score_sde.noise import Noise
+from score_sde.sdes import like
 
 logging.set_verbosity_error()  # they tell of settings that they change
 

@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from score_sde.codecs import codec_of
+from score_sde.config.objective import build_objective
 from score_sde.data import Split
-from score_sde.ema import ema_decay, ema_update
-from score_sde.objectives import build_objective
-from score_sde.train import draw, make_state, sde_of, train_step, update
+from score_sde.data.codecs import codec_of
+from score_sde.tasks.ema import ema_decay, ema_update
+from score_sde.tasks.train import draw, make_state, sde_of, train_step, update
 
 from .peer import Peer, config_for, parameters
 from .timing import Clock, Table, Times, milliseconds, ratio
@@ -95,7 +95,7 @@ def _flops(network: Callable[[], object]) -> int:
 def _ours(
     config: ConfigDict, shape: tuple[int, ...], clock: Clock, case: Case
 ) -> tuple[Callable[[], object], Callable[[], object], Callable[[], object], int]:
-    """(network, update, whole step) of `score_sde.train`, and the number of parameters."""
+    """(network, update, whole step) of `score_sde.tasks.train`, and the number of parameters."""
     t, o = config.training, config.optim
     state = make_state(config, shape, clock.device)
     state.model.train()

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from score_sde import DDPM, SDE, VPSDE, Ancestral, EulerMaruyama, ReverseDiffusion, Sampler, ScoreModel
-from score_sde.closed_form import Mixture
+from score_sde.models.closed_form import Mixture
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from examples.pages import DOCS, fill, table
 from score_sde import classify, load, load_classifier
-from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
-from score_sde.dequantisation import uniform_numbers
-from score_sde.progress import with_progress
+from score_sde.data.codecs import PixelCodec
+from score_sde.likelihood.dequantisation import uniform_numbers
+from score_sde.machine.progress import with_progress
 
 
 def score(log_prob: Tensor, label: Tensor) -> tuple[float, float, float]:

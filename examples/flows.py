@@ -33,9 +33,9 @@ from score_sde import (
     score_flow,
     time_laws,
 )
+from score_sde.data.toys import EXACT, TOYS, checkerboard_log_prob
+from score_sde.machine.progress import Progress
 from score_sde.networks import MLP
-from score_sde.progress import Progress
-from score_sde.toys import EXACT, TOYS, checkerboard_log_prob
 
 from . import pages
 

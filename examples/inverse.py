@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from score_sde import VPSDE, Ancestral, ScoreModel, sample, sliced_wasserstein, times
-from score_sde.closed_form import Gaussian, Mixture
 from score_sde.inverse import (
     Average,
     Mask,
@@ -33,7 +32,8 @@ from score_sde.inverse import (
     posterior,
     twisted,
 )
-from score_sde.progress import with_progress
+from score_sde.machine.progress import with_progress
+from score_sde.models.closed_form import Gaussian, Mixture
 
 SHAPE = (1, 8)
 SDE = VPSDE()

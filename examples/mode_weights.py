@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from score_sde import SMLD, AnnealedLangevin, langevin_dynamics, sample
-from score_sde.closed_form import Mixture
-from score_sde.progress import with_progress
+from score_sde.machine.progress import with_progress
+from score_sde.models.closed_form import Mixture
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

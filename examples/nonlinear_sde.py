@@ -31,8 +31,8 @@ from torch import Tensor
 
 from benchmarks.timing import machine
 from score_sde import SDE, Diffusion, backward, closed_form, implicit, paths, projections, sliced
+from score_sde.machine.progress import with_progress
 from score_sde.networks import MLP
-from score_sde.progress import with_progress
 from score_sde.sdes import VPSDE, like
 
 from . import pages

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, pad
 
 from score_sde import load
-from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
-from score_sde.dequantisation import Uniform, log_probability
-from score_sde.model import ScoreModel
-from score_sde.outliers import auroc, png_bits_per_dim, typicality
-from score_sde.progress import with_progress
+from score_sde.data.codecs import PixelCodec
+from score_sde.likelihood.dequantisation import Uniform, log_probability
+from score_sde.likelihood.outliers import auroc, png_bits_per_dim, typicality
+from score_sde.machine.progress import with_progress
+from score_sde.models.base import ScoreModel
 
 
 def changes(codec: PixelCodec) -> dict[str, Callable[[Tensor], Tensor]]:

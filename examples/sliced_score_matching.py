@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from benchmarks.timing import Clock, Spread, machine, ratio, spread
 from score_sde import Energy, denoising_at, finite_difference, implicit, projections, sliced
+from score_sde.machine.progress import with_progress
 from score_sde.networks import MLP
-from score_sde.progress import with_progress
 
 from . import pages
 

@@ -32,9 +32,9 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from score_sde import signals
 from score_sde.data import load_data
-from score_sde.progress import with_progress
+from score_sde.data import recordings as signals
+from score_sde.machine.progress import with_progress
 
 WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 VOICES = ("en-us+m1", "en-us+m3", "en-us+m7", "en-gb+f2", "en-gb+f4")

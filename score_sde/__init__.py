@@ -4,28 +4,38 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import closed_form, dequantisation, inverse, losses, outliers, score_matching, time_laws
-from .bounds import Bound, chain_bound
-from .chains import DDPM, SMLD
-from .checkpoint import load, load_autoencoder, load_classifier
-from .classification import Classification, classify
-from .codecs import AutoencoderCodec
-from .continuous_bound import ContinuousBound, variational_bound
-from .dequantisation import fit_dequantiser, log_probability
-from .diffusions import Diffusion, backward, paths
-from .flows import Flow, NetworkVelocity, score_flow
-from .guidance import classifier, clip, guide, threshold
-from .heat_maps import HeatMap, heat_map
+from . import inverse, losses
+from .data.codecs import AutoencoderCodec
 from .inverse import Observation, Projected, ddnm, dps, moment_matching, observe, pigdm, twisted
-from .latent_bounds import LatentBound, latent_bound
-from .learned import LearnedVPSDE, MonotoneSchedule
-from .likelihood import Likelihood, log_likelihood
-from .losses import denoising
+from .likelihood import dequantisation, outliers
+from .likelihood.chain_bound import Bound, chain_bound
+from .likelihood.classification import Classification, classify
+from .likelihood.code_bound import LatentBound, latent_bound
+from .likelihood.dequantisation import fit_dequantiser, log_probability
+from .likelihood.exact import Likelihood, log_likelihood
+from .likelihood.flows import Flow, NetworkVelocity, score_flow
+from .likelihood.heat_maps import HeatMap, heat_map
+from .likelihood.sde_bound import ContinuousBound, variational_bound
+from .losses import score_matching, time_laws
+from .losses.denoising import denoising
+from .losses.score_matching import (
+    Energy,
+    denoising_at,
+    explicit,
+    finite_difference,
+    fisher_divergence,
+    implicit,
+    sliced,
+)
+from .machine.version import __version__
 from .metrics import sliced_wasserstein
-from .model import Estimate, Preconditioned, ScoreModel, from_score
-from .noise_levels import NoiseLevels
-from .noisy_classifier import NoisyClassifier
-from .ode import Solver
+from .models import closed_form
+from .models.base import Estimate, ScoreModel, from_score
+from .models.classifier import NoisyClassifier
+from .models.guidance import classifier, clip, guide, threshold
+from .models.rules import Preconditioned
+from .models.traces import projections
+from .ode.integrators import Solver
 from .samplers import (
     DDIM,
     AdaptiveODE,
@@ -50,19 +60,12 @@ from .samplers import (
     sample,
     times,
 )
-from .score_matching import (
-    Energy,
-    denoising_at,
-    explicit,
-    finite_difference,
-    fisher_divergence,
-    implicit,
-    projections,
-    sliced,
-)
-from .sdes import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
-
-__version__ = "0.1.0"
+from .sdes.chains import DDPM, SMLD
+from .sdes.learned import LearnedVPSDE, MonotoneSchedule
+from .sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
+from .sdes.noise_levels import NoiseLevels
+from .sdes.nonlinear import Diffusion, backward, paths
+from .tasks.checkpoint import load, load_autoencoder, load_classifier
 
 __all__ = [
     "DDIM",
@@ -111,6 +114,7 @@ __all__ = [
     "Solver",
     "SubVPSDE",
     "UniPC",
+    "__version__",
     "backward",
     "chain_bound",
     "classifier",

@@ -25,34 +25,36 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from . import checkpoint, failures, parallel
 from . import config as configs
-from .build import is_classifier, resolve_classes, resolve_conditions
-from .carried import as_trained, carried_config, described, reads_data
-from .class_names import resolve_labels
-from .codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, codec_of
-from .codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
-from .conditions import RESTORING, Wanted, load_guides, sampled_labels, told, trained_at
-from .config_rules import suspects
-from .data import Data, Split, leave_out, load_data
-from .demo import summary
-from .dequantisation import fit_dequantiser, save_dequantiser, was_made_from
-from .evaluate import LATENT, dequantiser_path, reported, run_likelihood, run_sampling
-from .inverse_modes import restoring_line, run_restoring
-from .latent_modes import read_examples, round_trip, run_decoding, run_encoding, run_interpolation
-from .lock import held
-from .model import ScoreModel
-from .options import MODES, check, scales_of
-from .origin import check_fits, check_origin, foreign_config
-from .parallel import Elsewhere, NoDevice, Processes
-from .pictures import Pixels
-from .progress import Progress
-from .scan import scan
-from .show import Show, keep_log, log_to_terminal, warn
-from .stamps import KEYS, asked, stamp
-from .tensor_file import whole
-from .text import HuggingFaceEncoder, Text, embed
-from .train import train
+from .config.build import is_classifier, resolve_classes, resolve_conditions
+from .config.rules import suspects
+from .data.captions import HuggingFaceEncoder, Text, embed
+from .data.codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, codec_of
+from .data.images import Pixels
+from .data.sets import Data, Split, leave_out, load_data
+from .likelihood.dequantisation import fit_dequantiser
+from .machine import parallel
+from .machine.lock import held
+from .machine.parallel import Elsewhere, NoDevice, Processes
+from .machine.progress import Progress
+from .machine.whole_files import whole
+from .models.base import ScoreModel
+from .tasks import checkpoint, failures
+from .tasks.carried import as_trained, carried_config, described, reads_data
+from .tasks.class_names import resolve_labels
+from .tasks.codes import Source, as_asked, check_codes, codec_from, codes_of, open_autoencoder
+from .tasks.conditions import RESTORING, Wanted, load_guides, sampled_labels, told, trained_at
+from .tasks.demo import summary
+from .tasks.dequantize import dequantiser_path, save_dequantiser, was_made_from
+from .tasks.evaluate import LATENT, reported, run_likelihood, run_sampling
+from .tasks.latents import read_examples, round_trip, run_decoding, run_encoding, run_interpolation
+from .tasks.options import MODES, check, scales_of
+from .tasks.origin import check_fits, check_origin, foreign_config
+from .tasks.restore import restoring_line, run_restoring
+from .tasks.scan import scan
+from .tasks.show import Show, keep_log, log_to_terminal, warn
+from .tasks.stamps import KEYS, asked, stamp
+from .tasks.train import train
 
 USAGE = """\
 score_sde: score-based generative modelling with stochastic differential equations

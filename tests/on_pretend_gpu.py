@@ -52,23 +52,12 @@ from score_sde import (
     times,
     variational_bound,
 )
-from score_sde.build import build_classifier, build_model, build_trained
-from score_sde.checkpoint import file_hash
-from score_sde.codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, VectorCodec
-from score_sde.conditions import Wanted
 from score_sde.config import default_config
+from score_sde.config.build import build_classifier, build_model, build_trained
+from score_sde.config.objective import build_objective
 from score_sde.data import Data, Split
-from score_sde.dequantisation import (
-    TruncatedNormal,
-    Uniform,
-    VariationalDequantiser,
-    fit_dequantiser,
-    log_probability,
-    save_dequantiser,
-)
-from score_sde.evaluate import dequantiser_path, run_likelihood, run_sampling
-from score_sde.flows import score_flow
-from score_sde.guidance import clip, threshold
+from score_sde.data.captions import Text
+from score_sde.data.codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, VectorCodec
 from score_sde.inverse import (
     Average,
     Blur,
@@ -85,15 +74,26 @@ from score_sde.inverse import (
     pigdm,
     twisted,
 )
-from score_sde.inverse_modes import METHODS, run_restoring
-from score_sde.latent_modes import run_decoding, run_encoding, run_interpolation
-from score_sde.latents import slerp
-from score_sde.noisy_classifier import NoisyClassifier
-from score_sde.objectives import build_objective
+from score_sde.likelihood.dequantisation import (
+    TruncatedNormal,
+    Uniform,
+    VariationalDequantiser,
+    fit_dequantiser,
+    log_probability,
+)
+from score_sde.likelihood.flows import score_flow
+from score_sde.likelihood.latents import slerp
+from score_sde.machine.parallel import Processes
+from score_sde.models.classifier import NoisyClassifier
+from score_sde.models.guidance import clip, threshold
 from score_sde.ode import Solver
-from score_sde.parallel import Processes
-from score_sde.text import Text
-from score_sde.train import draw, evaluate_loss, make_state, sde_of, train, train_step
+from score_sde.tasks.checkpoint import file_hash
+from score_sde.tasks.conditions import Wanted
+from score_sde.tasks.dequantize import dequantiser_path, save_dequantiser
+from score_sde.tasks.evaluate import run_likelihood, run_sampling
+from score_sde.tasks.latents import run_decoding, run_encoding, run_interpolation
+from score_sde.tasks.restore import METHODS, run_restoring
+from score_sde.tasks.train import draw, evaluate_loss, make_state, sde_of, train, train_step
 
 LEVELS, CHANNELS, SIZE = 17, 3, 8
 SHAPE = (CHANNELS, SIZE, SIZE)

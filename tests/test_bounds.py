@@ -13,12 +13,11 @@ from scipy.stats import norm
 from torch import Tensor, nn
 
 from score_sde import DDPM, SDE, VPSDE, Ancestral, Estimate, Preconditioned, ScoreModel, chain_bound, clip, guide, times
-from score_sde.bounds import chain_term, decode, discretised, divergence, prior_divergence
-from score_sde.closed_form import Gaussian
 from score_sde.losses import hybrid, variational
-from score_sde.model import reverse_log_variance
+from score_sde.losses.time_laws import SecondMoments, discrete, uniform_numbers
+from score_sde.models.closed_form import Gaussian
+from score_sde.models.reverse import chain_term, decode, discretised, divergence, prior_divergence, reverse_log_variance
 from score_sde.sdes import like
-from score_sde.time_laws import SecondMoments, discrete, uniform_numbers
 from tests.oracles import CHAINS, SDES, name, numbers
 
 CURVES = [*SDES, *(chain.as_sde() for chain in CHAINS)]

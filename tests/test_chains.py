@@ -29,7 +29,7 @@ from score_sde import (
     sample,
     time_laws,
 )
-from score_sde.closed_form import Gaussian, Mixture
+from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.sdes import like
 from tests.oracles import CHAINS, name, numbers
 from tests.test_sdes import CASES, golden

@@ -20,9 +20,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from score_sde import checkpoint, cli, interop_diffusers
-from score_sde import train as training
-from score_sde.checkpoint import (
+from score_sde import cli
+from score_sde.config import to_json
+from score_sde.data import load_data
+from score_sde.data.codecs import PixelCodec, VectorCodec
+from score_sde.foreign import diffusers as interop_diffusers
+from score_sde.machine.whole_files import write_tensors
+from score_sde.tasks import checkpoint
+from score_sde.tasks import train as training
+from score_sde.tasks.checkpoint import (
     Card,
     DataCard,
     checkpoints,
@@ -35,11 +41,7 @@ from score_sde.checkpoint import (
     restore,
     save,
 )
-from score_sde.codecs import PixelCodec, VectorCodec
-from score_sde.config import to_json
-from score_sde.data import load_data
-from score_sde.tensor_file import write_tensors
-from score_sde.train import make_state, train
+from score_sde.tasks.train import make_state, train
 from tests.test_nodes import two_nodes
 from tests.test_train import ALONE, toy_config
 

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from score_sde import cifar10, progress, tensor_file
-from score_sde.codecs import PixelCodec
-from score_sde.data import load_data
-from score_sde.scan import scan
+from score_sde.data import cifar10, load_data
+from score_sde.data.codecs import PixelCodec
+from score_sde.machine import progress
+from score_sde.machine import whole_files as tensor_file
+from score_sde.tasks.scan import scan
 
 PY, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
 BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")

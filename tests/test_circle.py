@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from score_sde import DDPM, SDE, VESDE, VPSDE, Estimate, ScoreModel, Solver, log_likelihood, score_flow
-from score_sde.circle import Circle, carry
-from score_sde.closed_form import Gaussian, Mixture
-from score_sde.ode import MAX_STEPS, GaveUp, integrate_each
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.ode import GaveUp, integrate_each
+from score_sde.ode.circle import Circle, carry
+from score_sde.ode.integrators import MAX_STEPS
 from score_sde.samplers import EmbeddedODE, sample
 from tests.oracles import SDES, name, numbers
 
@@ -201,7 +202,7 @@ def test_one_bad_example_costs_a_likelihood_nothing_and_is_named() -> None:
 
 
 def test_a_solver_without_progress_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("score_sde.ode.MAX_STEPS", 3)
+    monkeypatch.setattr("score_sde.ode.integrators.MAX_STEPS", 3)
     assert MAX_STEPS == 10_000
     with pytest.raises(RuntimeError, match=r"gave up on 6 of 6 examples, at t = .* \(3 steps\) after 19 evaluations"):
         log_likelihood(EASY_AND_HARD, numbers(6, 2), method="embedded")

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from score_sde import checkpoint, images
-from score_sde.class_names import class_number
 from score_sde.cli import run
-from score_sde.codecs import PixelCodec
 from score_sde.config import load as load_config
 from score_sde.data import load_data
-from score_sde.scan import scan
+from score_sde.data.codecs import PixelCodec
+from score_sde.tasks import checkpoint
+from score_sde.tasks import pictures as images
+from score_sde.tasks.class_names import class_number
+from score_sde.tasks.scan import scan
 
 ANIMALS = ("10", "a dog", "cat")
 
@@ -108,7 +109,7 @@ SMALL = [f"--config.{key}={value}" for key, value in SETTINGS.items()]
 @pytest.fixture(autouse=True, scope="module")
 def grids_in_few_steps() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("score_sde.show._STEPS", 2)
+        patch.setattr("score_sde.tasks.show._STEPS", 2)
         yield
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from score_sde import VPSDE, SubVPSDE, from_score
-from score_sde.classification import classify
-from score_sde.closed_form import Mixture
-from score_sde.continuous_bound import variational_bound
 from score_sde.likelihood import log_likelihood
+from score_sde.likelihood.classification import classify
+from score_sde.likelihood.sde_bound import variational_bound
+from score_sde.models.closed_form import Mixture
 
 START = torch.tensor(1e-5, dtype=torch.float64)
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

@@ -17,14 +17,14 @@ import pytest
 import torch
 from PIL import Image
 
-from score_sde import build
-from score_sde.checkpoint import find
 from score_sde.cli import run
-from score_sde.closed_form import Gaussian
+from score_sde.config import build
 from score_sde.data import load_data
-from score_sde.model import ScoreModel
+from score_sde.machine.whole_files import temporary
+from score_sde.models.base import ScoreModel
+from score_sde.models.closed_form import Gaussian
 from score_sde.sdes import VPSDE
-from score_sde.tensor_file import temporary
+from score_sde.tasks.checkpoint import find
 from tests.test_nodes import two_nodes
 
 ROOT = Path(__file__).parents[1]
@@ -70,8 +70,8 @@ def in_the_repository() -> Iterator[None]:
     """And grids of samples in training are of few, in few steps."""
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr("score_sde.show._PICTURES", 10)
-        patch.setattr("score_sde.show._STEPS", 2)
+        patch.setattr("score_sde.tasks.show._PICTURES", 10)
+        patch.setattr("score_sde.tasks.show._STEPS", 2)
         yield
 
 
@@ -162,7 +162,7 @@ def test_a_sample_depends_on_seed_and_index_alone(trained: Path, images: Path) -
 
 
 def test_sampling_goes_on_after_a_stop(trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import score_sde.evaluate as evaluate
+    import score_sde.tasks.evaluate as evaluate
 
     command = words("vp_digits", "sample", trained, images, sampling__num_samples=8, sampling__batch_size=2)
     clear(trained, "samples")
@@ -223,7 +223,7 @@ def test_samples_by_a_fast_solver_on_a_fitted_grid_with_thresholding(
 def test_likelihood_covers_every_image_and_goes_on(
     trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import score_sde.evaluate as evaluate
+    import score_sde.tasks.evaluate as evaluate
 
     change = {"eval__num_images": 0, "eval__batch_size": 250, "eval__dequantizations": 2, "eval__check_images": 16}
     command = words("vp_digits", "likelihood", trained, images, **change)
@@ -568,8 +568,8 @@ def test_slips_with_latents_are_answered(
 def test_a_solver_that_gives_up_says_so_in_a_sentence(
     trained: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("score_sde.ode.MAX_EVALUATIONS", 20)
-    monkeypatch.setattr("score_sde.ode.MAX_STEPS", 2)
+    monkeypatch.setattr("score_sde.ode.integrators.MAX_EVALUATIONS", 20)
+    monkeypatch.setattr("score_sde.ode.integrators.MAX_STEPS", 2)
     clear(trained, "likelihood")
     fine = {"eval__rtol": 1e-6, "eval__atol": 1e-6}
     assert run(words("vp_digits", "likelihood", trained, images, **fine, eval__ode_method="embedded")) == 2
@@ -583,7 +583,7 @@ def test_a_solver_that_gives_up_says_so_in_a_sentence(
 def test_an_image_on_which_the_solver_gives_up_is_named_and_costs_the_others_nothing(
     trained: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import score_sde.evaluate as evaluate
+    import score_sde.tasks.evaluate as evaluate
 
     real = evaluate.log_probability
 
@@ -679,7 +679,7 @@ def test_an_interrupted_evaluation_loses_nothing(
 
     def finish() -> tuple[int, dict[str, np.ndarray]]:
         """(batches computed, result) of the same command."""
-        import score_sde.results as results
+        import score_sde.tasks.results as results
 
         written, real = [], results.write_arrays
         with monkeypatch.context() as patch:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from score_sde import DDPM, SDE, SMLD, VPSDE, from_score
-from score_sde.closed_form import Boxes, Empirical, Gaussian, Mixture
+from score_sde.models.closed_form import Boxes, Empirical, Gaussian, Mixture
 from score_sde.ode import Solver, integrate
 from score_sde.sdes import like
 from tests.oracles import SDES, name

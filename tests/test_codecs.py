@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from score_sde.codecs import PixelCodec, VectorCodec, codec_of, requantised
+from score_sde.data.codecs import PixelCodec, VectorCodec, codec_of, requantised
 from score_sde.likelihood import Likelihood
 
 LEVELS = (2, 17, 255, 256)

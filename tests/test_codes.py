@@ -13,14 +13,14 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from score_sde import AutoencoderCodec, load, load_autoencoder, load_classifier
-from score_sde.build import build_autoencoder
 from score_sde.cli import run
-from score_sde.codecs import PixelCodec, Statistics, codec_of
-from score_sde.codes import Source, as_asked, codec_from, codes_of, open_autoencoder
 from score_sde.config import load as load_config
+from score_sde.config.build import build_autoencoder
+from score_sde.config.objective import build_objective
 from score_sde.data import load_data, shrink
-from score_sde.objectives import build_objective
-from score_sde.train import draw, evaluate_loss, make_state, sde_of, train_step
+from score_sde.data.codecs import PixelCodec, Statistics, codec_of
+from score_sde.tasks.codes import Source, as_asked, codec_from, codes_of, open_autoencoder
+from score_sde.tasks.train import draw, evaluate_loss, make_state, sde_of, train_step
 
 ROOT = Path(__file__).parents[1]
 SMALL = {

@@ -10,22 +10,23 @@ from PIL import Image
 from torch import Tensor
 
 from score_sde import VPSDE, Observation, ScoreModel, classifier, guide, load, load_classifier, sample, times
-from score_sde.build import build_times
 from score_sde.cli import run
-from score_sde.closed_form import Mixture
-from score_sde.codecs import codec_of
-from score_sde.conditions import Guides, conditional
 from score_sde.config import load as load_config
+from score_sde.config.build import build_times
 from score_sde.data import load_data
-from score_sde.data_conditions import left_out
-from score_sde.guidance import Guided, both
+from score_sde.data.codecs import codec_of
 from score_sde.inverse import Mask
-from score_sde.inverse_modes import restore
-from score_sde.latent_modes import as_trained
-from score_sde.model import Preconditioned, absent, of_examples
+from score_sde.models.base import absent, of_examples
+from score_sde.models.closed_form import Mixture
+from score_sde.models.guidance import Guided, both
+from score_sde.models.rules import Preconditioned
 from score_sde.networks import MLP, Encoder, UNet
 from score_sde.samplers import EmbeddedODE, Heun
-from score_sde.train import draw
+from score_sde.tasks.batches import left_out
+from score_sde.tasks.conditions import Guides, conditional
+from score_sde.tasks.latents import as_trained
+from score_sde.tasks.restore import restore
+from score_sde.tasks.train import draw
 from tests.test_train import image_config
 
 SDE = VPSDE()

@@ -32,34 +32,17 @@ from score_sde import (
     PredictorCorrector,
     ReverseDiffusion,
     UniPC,
-    build,
     fit_times,
     sample,
     times,
 )
-from score_sde import model as models
-from score_sde.build import (
-    build_chain,
-    build_model,
-    build_network,
-    build_sampler,
-    build_sde,
-    build_times,
-)
-from score_sde.closed_form import Gaussian
-from score_sde.config import (
-    CHOICES,
-    LIMITS,
-    default_config,
-    differences,
-    from_json,
-    load,
-    split_arguments,
-    to_json,
-    validate,
-)
-from score_sde.evaluate import Counted, about_grid
+from score_sde.config import build, default_config, differences, from_json, load, split_arguments, to_json, validate
+from score_sde.config.build import build_chain, build_model, build_network, build_sampler, build_sde, build_times
+from score_sde.config.keys import CHOICES, LIMITS
+from score_sde.models import base as models
+from score_sde.models.closed_form import Gaussian
 from score_sde.ode import ADAPTIVE
+from score_sde.tasks.evaluate import Counted, about_grid
 
 CONFIGS = sorted((Path(__file__).parent.parent / "configs").glob("*.py"))
 VP = CONFIGS[0].with_name("vp_cifar.py")

@@ -24,12 +24,13 @@ from score_sde import (
     times,
     variational_bound,
 )
-from score_sde.bounds import chain_bound, prior_divergence
-from score_sde.closed_form import Empirical, Gaussian, Mixture
-from score_sde.continuous_bound import reconstruction
+from score_sde.likelihood.chain_bound import chain_bound
+from score_sde.likelihood.sde_bound import reconstruction
 from score_sde.losses import denoising, likelihood, simple
+from score_sde.losses.time_laws import importance, uniform
+from score_sde.models.closed_form import Empirical, Gaussian, Mixture
+from score_sde.models.reverse import prior_divergence
 from score_sde.sdes import like
-from score_sde.time_laws import importance, uniform
 from tests.oracles import name, numbers
 
 # With beta up to 60, and gamma up to 25, what is left of the data at t = 1 is below 1e-6: the prior is the law of x_1.

@@ -11,10 +11,10 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from score_sde import VPSDE, closed_form
-from score_sde.closed_form import Mixture
-from score_sde.data import Split, _subset, batch, batch_indices, load_data
-from score_sde.files import Stream
-from score_sde.toys import (
+from score_sde.data import Split, batch, batch_indices, load_data
+from score_sde.data.files import Stream
+from score_sde.data.sets import _subset
+from score_sde.data.toys import (
     EXACT,
     TOYS,
     checkerboard,
@@ -24,6 +24,7 @@ from score_sde.toys import (
     ring_mixture,
     swiss_roll_mixture,
 )
+from score_sde.models.closed_form import Mixture
 
 
 def images(n: int, seed: int = 0) -> Split:

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
-from score_sde.demo import confidence
-from score_sde.scan import gaussian_fit
+from score_sde.data.codecs import PixelCodec
+from score_sde.tasks.demo import confidence
+from score_sde.tasks.scan import gaussian_fit
 
 
 def test_the_judge_is_sure_of_digits_and_not_of_noise_or_of_the_gaussian() -> None:

@@ -12,25 +12,24 @@ from scipy.stats import norm
 from torch import Tensor
 
 from score_sde import VESDE, VPSDE, Likelihood, Preconditioned, ScoreModel, SubVPSDE, log_likelihood
-from score_sde.closed_form import Gaussian, Mixture
-from score_sde.codecs import PixelCodec
-from score_sde.continuous_bound import variational_bound
 from score_sde.data import Split
-from score_sde.dequantisation import (
+from score_sde.data.codecs import PixelCodec
+from score_sde.likelihood.dequantisation import (
     Dequantiser,
     TruncatedNormal,
     Uniform,
     VariationalDequantiser,
     dequantisation_loss,
     fit_dequantiser,
-    load_dequantiser,
     log_mean_exp,
     log_probability,
-    save_dequantiser,
     truncation_time,
     uniform_numbers,
 )
+from score_sde.likelihood.sde_bound import variational_bound
+from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.networks import MLP
+from score_sde.tasks.dequantize import load_dequantiser, save_dequantiser
 from tests.oracles import numbers
 
 CODEC = PixelCodec(4)
@@ -284,7 +283,7 @@ def test_draws_of_uneven_weight_enter_value_and_error_by_their_shares(monkeypatc
         density, error = (torch.tensor(next(v), dtype=torch.float64) for v in (values, errors))
         return Likelihood(density.log(), error, x, 7)
 
-    monkeypatch.setattr("score_sde.dequantisation.log_likelihood", given)
+    monkeypatch.setattr("score_sde.likelihood.dequantisation.log_likelihood", given)
     k = torch.ones(3, 1, dtype=torch.uint8)
     found = log_probability(MIXTURE, k, Uniform(CODEC), samples=3, dtype=torch.float64)
     log_q = Uniform(CODEC)(k, torch.zeros(3, 1, dtype=torch.float64))[1].expand(3, 1)[:, 0]

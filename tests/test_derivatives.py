@@ -35,13 +35,14 @@ from score_sde import (
     pigdm,
     samplers,
     score_flow,
-    traces,
 )
-from score_sde.build import NETWORKS, build_classifier, build_model
 from score_sde.config import default_config
-from score_sde.flows import ProbabilityFlow
+from score_sde.config.build import NETWORKS, build_classifier, build_model
 from score_sde.inverse import Dense, Observation, Projected
-from score_sde.model import label_edm, of_examples
+from score_sde.likelihood.flows import ProbabilityFlow
+from score_sde.models import traces
+from score_sde.models.base import of_examples
+from score_sde.models.rules import label_edm
 from score_sde.networks import DiT
 from score_sde.ode import FIXED
 from score_sde.samplers import (

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from score_sde import VPSDE, Diffusion, backward, paths
-from score_sde.closed_form import Gaussian
+from score_sde.models.closed_form import Gaussian
 from tests.oracles import numbers
 
 VP = VPSDE(beta_max=5.0)

@@ -10,7 +10,7 @@ import pytest
 
 from score_sde.cli import run
 from score_sde.data import load_data
-from score_sde.demo import confidence
+from score_sde.tasks.demo import confidence
 
 ROOT = Path(__file__).parents[1]
 

@@ -22,19 +22,18 @@ from score_sde import (
     Multistep,
     Sampler,
     SubVPSDE,
-    build,
     sample,
     times,
     twisted,
 )
 from score_sde.cli import run
-from score_sde.closed_form import Gaussian
-from score_sde.codecs import PixelCodec
-from score_sde.conditions import Wanted
-from score_sde.config import load
+from score_sde.config import build, load
 from score_sde.data import Split
+from score_sde.data.codecs import PixelCodec
 from score_sde.inverse import Mask, Observation
-from score_sde.samplers.base import noise_source
+from score_sde.models.closed_form import Gaussian
+from score_sde.noise import noise_source
+from score_sde.tasks.conditions import Wanted
 from tests.oracles import name, numbers
 
 ROOT = Path(__file__).parents[1]

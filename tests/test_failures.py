@@ -24,10 +24,12 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from score_sde import cli, evaluate, failures, parallel, progress, show, train
+from score_sde import cli
 from score_sde.cli import run
-from score_sde.options import MODES
-from score_sde.tensor_file import whole
+from score_sde.machine import parallel, progress
+from score_sde.machine.whole_files import whole
+from score_sde.tasks import evaluate, failures, show, train
+from score_sde.tasks.options import MODES
 
 ROOT = Path(__file__).parents[1]
 TOY = {

@@ -15,8 +15,8 @@ import torch
 from PIL import Image
 
 from score_sde.data import Data, load_data
-from score_sde.files import Stream
-from score_sde.pictures import Pixels
+from score_sde.data.files import Stream
+from score_sde.data.images import Pixels
 
 
 def pixels(n: int, *shape: int, seed: int = 0) -> np.ndarray:
@@ -327,7 +327,7 @@ def test_values_that_cannot_be_meant_are_refused_with_their_row(tmp_path):
 
 
 def test_the_row_is_right_in_later_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr("score_sde.arrays._CHUNK", 8 * 3 * 10)
+    monkeypatch.setattr("score_sde.data.arrays._CHUNK", 8 * 3 * 10)
     wrong = np.zeros((40, 3), np.float32)
     wrong[33] = np.nan
     with pytest.raises(ValueError, match=r"row 33 \(from 0\)"):
@@ -427,7 +427,7 @@ def test_what_is_wrong_with_a_zip_is_told_with_the_member(tmp_path, monkeypatch)
     refused(r"a\.zip holds 0\.png twice: pack it anew")
     pack(("0.png", image), ("1.png", image[:50]))
     refused(r"1\.png in .*a\.zip cannot be read as an image")
-    monkeypatch.setattr("score_sde.files._LARGEST", 300)
+    monkeypatch.setattr("score_sde.data.files._LARGEST", 300)
     pack(("0.png", image), ("1.txt", bytes(400)), ("0.txt", bytes(400)), compression=zipfile.ZIP_DEFLATED)
     refused(r"0\.txt in .*a\.zip is .* unpacked")
 

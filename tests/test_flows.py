@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from benchmarks.flows import peak_saved_bytes
 from examples import flows as example
 from score_sde import DDPM, SDE, VESDE, VPSDE, Flow, NetworkVelocity, Preconditioned, Solver, log_likelihood, score_flow
-from score_sde.closed_form import Gaussian
-from score_sde.flows import Evaluation
+from score_sde.likelihood.flows import Evaluation
+from score_sde.models.closed_form import Gaussian
 from score_sde.networks import MLP, UNet
 from score_sde.ode import integrate
 from tests.oracles import name, numbers
@@ -457,7 +457,7 @@ def test_errors_name_the_thing_and_the_remedy(monkeypatch: pytest.MonkeyPatch) -
     for solver in (Solver(), Solver("rk4", steps=4)):
         with pytest.raises(RuntimeError, match="a slope that is not finite at t = 0"):
             Flow(lambda t, x: x / 0, solver=solver).log_prob(x)
-    monkeypatch.setattr("score_sde.ode.MAX_EVALUATIONS", 50)
+    monkeypatch.setattr("score_sde.ode.integrators.MAX_EVALUATIONS", 50)
     for run in (Flow(lambda t, x: 100 * x).log_prob, Flow(Linear(), solver=Solver("rk4", steps=20)).log_prob):
         with pytest.raises(RuntimeError, match=r"gave up after 51 evaluations .*\(too many; t = .* was reached\)"):
             run(x)

@@ -34,12 +34,12 @@ from score_sde import (
     closed_form,
     denoising,
     from_score,
-    interop,
     log_likelihood,
 )
 from score_sde.config import default_config
+from score_sde.config.objective import Objective
+from score_sde.foreign import score_sde_pytorch as interop
 from score_sde.losses import simple
-from score_sde.objectives import Objective
 from score_sde.sdes import like
 
 DATA = Path(__file__).parent / "data"

@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from score_sde import VESDE, CosineSDE, classifier, from_score, guide, log_likelihood, sample, times
-from score_sde.closed_form import Gaussian, Mixture
-from score_sde.guidance import both, gradient
-from score_sde.model import Preconditioned, of_examples
+from score_sde.config.objective import CrossEntropy
+from score_sde.models.base import of_examples
+from score_sde.models.classifier import NoisyClassifier
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.models.guidance import both, gradient
+from score_sde.models.rules import Preconditioned
 from score_sde.networks import MLP, Encoder, UNet
-from score_sde.noisy_classifier import NoisyClassifier
-from score_sde.objectives import CrossEntropy
+from score_sde.noise import noise_source
 from score_sde.samplers import AdaptiveSDE, Ancestral, EmbeddedODE, Heun, Sampler
-from score_sde.samplers.base import noise_source
 from tests.test_conditions import MIXTURE, SDE, T, awake
 
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)

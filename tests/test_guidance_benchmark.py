@@ -8,8 +8,8 @@ import torch
 from benchmarks.guidance import INTERVAL, KINDS, SCALES, TAUGHT, Parts, Results, curve, held_out, key_of, tables, taught
 from benchmarks.judges import judge
 from score_sde import classifier, guide
-from score_sde.closed_form import Mixture
 from score_sde.data import load_data
+from score_sde.models.closed_form import Mixture
 from tests.test_conditions import MIXTURE, SDE, T
 from tests.test_guidance import points, posterior
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from score_sde import DDPM, SDE, VESDE, VPSDE, log_likelihood
-from score_sde.closed_form import Gaussian, Mixture
-from score_sde.flows import score_flow
-from score_sde.heat_maps import heat_map
+from score_sde.likelihood.flows import score_flow
+from score_sde.likelihood.heat_maps import heat_map
+from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.ode import Solver
 from score_sde.sdes import like
 from tests.oracles import name, numbers

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from score_sde.images import first_of_each, grid, histogram, layout, write_grid, write_png
+from score_sde.tasks.pictures import first_of_each, grid, histogram, layout, write_grid, write_png
 
 
 def random(*shape: int) -> torch.Tensor:

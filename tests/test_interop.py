@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import score_sde
-from score_sde import VESDE, VPSDE, SubVPSDE, interop
+from score_sde import VESDE, VPSDE, SubVPSDE
+from score_sde.foreign import score_sde_pytorch as interop
 
 NETS = Path(__file__).parent / "data" / "nets"
 NAMES = ["ddpm_vp", "ddpmpp_vp", "ncsnpp_ve"]

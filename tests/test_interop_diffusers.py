@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from score_sde import interop_diffusers, load
+from score_sde import load
 from score_sde.cli import run
-from score_sde.interop_diffusers import load_network, network_from
+from score_sde.foreign import diffusers as interop_diffusers
+from score_sde.foreign.diffusers import load_network, network_from
 from score_sde.networks import DiT, UNet
 from score_sde.networks.dit import positions
 from tests.oracles import numbers

@@ -29,7 +29,6 @@ from score_sde import (
     sample,
     times,
 )
-from score_sde.closed_form import Gaussian, Mixture
 from score_sde.inverse import (
     Average,
     Blur,
@@ -50,7 +49,8 @@ from score_sde.inverse import (
     twisted,
 )
 from score_sde.inverse.samplers import _systematic
-from score_sde.model import Preconditioned
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.models.rules import Preconditioned
 from score_sde.networks import UNet
 from score_sde.samplers import EmbeddedODE
 

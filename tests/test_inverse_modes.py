@@ -10,14 +10,14 @@ import torch
 from PIL import Image
 
 from score_sde import VPSDE
-from score_sde.build import build_times
 from score_sde.cli import run
-from score_sde.closed_form import Gaussian
 from score_sde.config import load
+from score_sde.config.build import build_times
 from score_sde.data import load_data
 from score_sde.inverse import Average, Blur, Grey, Mask, Observation
-from score_sde.inverse_modes import METHODS, read_mask, restore, shown
 from score_sde.metrics import psnr
+from score_sde.models.closed_form import Gaussian
+from score_sde.tasks.restore import METHODS, read_mask, restore, shown
 
 from .oracles import numbers
 from .test_cli import ROOT, words

@@ -17,8 +17,8 @@ from examples.laboratory.experiment import LEVELS, SMALLEST, VP, Job, Result, re
 from examples.laboratory.subjects import CONFIGS, DATA, OBJECTIVES, affordable
 from score_sde import Estimate, ScoreModel, log_likelihood
 from score_sde import config as configs
+from score_sde.data.toys import EXACT
 from score_sde.sdes import like
-from score_sde.toys import EXACT
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from examples import mode_weights
 from score_sde import SMLD, VESDE, AnnealedLangevin, Estimate, Langevin, Sampler, langevin_dynamics, sample
-from score_sde.build import build_sampler, build_sde, build_times
-from score_sde.closed_form import Gaussian, Mixture
 from score_sde.config import load
-from score_sde.samplers.base import noise_source
+from score_sde.config.build import build_sampler, build_sde, build_times
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.noise import noise_source
 from score_sde.samplers.langevin import _line_integral, langevin_walk, log_acceptance
 from tests.oracles import numbers
 

@@ -6,9 +6,9 @@ from torch import nn
 
 from benchmarks.judges import judge
 from benchmarks.latent_diffusion import Scores, autoencoder_alone
-from score_sde.autoencoder import ConvolutionalAutoencoder
-from score_sde.codecs import AutoencoderCodec, PixelCodec, Statistics
 from score_sde.data import load_data
+from score_sde.data.codecs import AutoencoderCodec, PixelCodec, Statistics
+from score_sde.models.autoencoder import ConvolutionalAutoencoder
 
 
 def test_real_digits_score_high_and_noise_does_not() -> None:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.distributions import MultivariateNormal, Normal, kl_divergence
 
 from score_sde import VPSDE, AutoencoderCodec, latent_bound, log_likelihood
-from score_sde.autoencoder import ConvolutionalAutoencoder, divergence, entropy, log_prob
-from score_sde.closed_form import Gaussian
-from score_sde.codecs import PixelCodec, Statistics, VectorCodec
-from score_sde.latent_bounds import in_bits, of_standard_normal
+from score_sde.data.codecs import PixelCodec, Statistics, VectorCodec
 from score_sde.likelihood import Likelihood
+from score_sde.likelihood.code_bound import in_bits, of_standard_normal
+from score_sde.models.autoencoder import ConvolutionalAutoencoder, divergence, entropy, log_prob
+from score_sde.models.closed_form import Gaussian
 
 SDE = VPSDE()
 D, C = 6, 2  # numbers of an image and of a code

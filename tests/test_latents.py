@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from score_sde import SDE, VESDE, VPSDE, Ancestral, Heun, Solver, closed_form, log_likelihood, sample, score_flow, times
-from score_sde.latents import decode, encode, slerp
+from score_sde.likelihood.latents import decode, encode, slerp
 from score_sde.samplers import DDIM, Churn, EmbeddedODE, UniPC
 
 from .oracles import SDES, name, numbers

@@ -29,18 +29,18 @@ from score_sde import (
     sample,
     times,
 )
-from score_sde.build import build_sde
-from score_sde.closed_form import Gaussian, Mixture
-from score_sde.codecs import codec_of
 from score_sde.config import default_config
+from score_sde.config.build import build_sde
+from score_sde.config.objective import Objective
 from score_sde.data import Data, load_data
+from score_sde.data.codecs import codec_of
 from score_sde.losses import denoising, likelihood, simple
-from score_sde.model import label_log_sigma
+from score_sde.losses.time_laws import low_discrepancy, uniform_numbers
+from score_sde.machine.parallel import Processes
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.models.rules import label_log_sigma
 from score_sde.networks import MLP
-from score_sde.objectives import Objective
-from score_sde.parallel import Processes
-from score_sde.time_laws import low_discrepancy, uniform_numbers
-from score_sde.train import draw, evaluate_loss, make_state, train, train_step
+from score_sde.tasks.train import draw, evaluate_loss, make_state, train, train_step
 from tests import test_samplers, test_sdes
 from tests.oracles import numbers
 

@@ -21,18 +21,18 @@ from score_sde import (
     SubVPSDE,
     from_score,
     log_likelihood,
-    traces,
 )
-from score_sde.closed_form import Gaussian, Mixture
-from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
-from score_sde.flows import score_flow
+from score_sde.data.codecs import PixelCodec
 from score_sde.likelihood import Likelihood
+from score_sde.likelihood.flows import score_flow
+from score_sde.models import traces
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.models.traces import draw_probes
 from score_sde.networks import UNet
 from score_sde.ode import Solver
-from score_sde.scan import gaussian_fit
 from score_sde.sdes import like
-from score_sde.traces import draw_probes
+from score_sde.tasks.scan import gaussian_fit
 from tests.oracles import SDES, name, numbers
 
 CHAINS = [DDPM.linear(1000).as_sde(), SMLD.from_sde(VESDE(), 50).as_sde()]

@@ -13,9 +13,9 @@ from benchmarks.coordinates import CANDIDATES, T_MIN, Angle, LogSNR, gaussian, m
 from benchmarks.likelihood import AsPeer
 from benchmarks.timing import Clock
 from score_sde import SDE, VESDE, VPSDE, log_likelihood
-from score_sde.circle import Circle
 from score_sde.cli import run
-from score_sde.closed_form import Gaussian
+from score_sde.models.closed_form import Gaussian
+from score_sde.ode.circle import Circle
 from tests.oracles import numbers
 
 VARIANCES = torch.tensor([0.02, 0.1, 0.9], dtype=torch.float64)

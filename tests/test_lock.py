@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from score_sde import lock
-from score_sde.lock import Busy, held
+from score_sde.machine import lock
+from score_sde.machine.lock import Busy, held
 
 HOLD = (  # the module alone: torch takes seconds to import
     "import runpy, sys, time; from pathlib import Path\n"

@@ -13,12 +13,8 @@ from scipy.stats import kstest, truncnorm
 from torch import Tensor
 
 from score_sde import DDPM, EDMSDE, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
-from score_sde.closed_form import Gaussian, Mixture
 from score_sde.losses import denoising, edm, likelihood, simple
-from score_sde.model import RuleName, label_log_sigma, predict_edm, unit_variance
-from score_sde.networks import MLP
-from score_sde.sdes import like
-from score_sde.time_laws import (
+from score_sde.losses.time_laws import (
     TimeLaw,
     discrete,
     importance,
@@ -30,6 +26,10 @@ from score_sde.time_laws import (
     uniform,
     uniform_numbers,
 )
+from score_sde.models.closed_form import Gaussian, Mixture
+from score_sde.models.rules import RuleName, label_log_sigma, predict_edm, unit_variance
+from score_sde.networks import MLP
+from score_sde.sdes import like
 from tests.oracles import SDES, name
 
 EVERY = pytest.mark.parametrize("sde", [*SDES, DDPM.linear(100).as_sde(), SMLD([0.1, 1.0, 5.0]).as_sde()], ids=name)

@@ -9,8 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from score_sde import DDPM, SDE, SMLD, VPSDE, Estimate, Preconditioned, ScoreModel, from_score, guide
-from score_sde.closed_form import Gaussian
-from score_sde.model import RULES, label_edm, label_log_sigma, label_sigma, label_time, predict_edm, unit_variance
+from score_sde.models.closed_form import Gaussian
+from score_sde.models.rules import (
+    RULES,
+    label_edm,
+    label_log_sigma,
+    label_sigma,
+    label_time,
+    predict_edm,
+    unit_variance,
+)
 from score_sde.sdes import WrongShape, like
 from tests.oracles import CHAINS, SDES, name
 

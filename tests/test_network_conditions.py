@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from score_sde import VPSDE, guide
-from score_sde.model import Preconditioned, absent
+from score_sde.models.base import absent
+from score_sde.models.rules import Preconditioned
 from score_sde.networks import MLP, DiT, UNet
 from score_sde.networks.blocks import Attention, Style, Text
 from tests.oracles import numbers

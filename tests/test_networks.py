@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from score_sde import VPSDE
+from score_sde.data.toys import EXACT, ring
 from score_sde.networks import MLP, UNet
 from score_sde.networks.blocks import Attention, Fourier, ResidualBlock, Sinusoidal, Style, Waves
 from score_sde.networks.layers import ACTIVATIONS, Dropout, conv, group_norm, variance_scaling_
 from score_sde.networks.resample import ConvDown, ConvUp, down, up
-from score_sde.toys import EXACT, ring
 from tests.oracles import numbers
 
 TAPS = pytest.mark.parametrize(

@@ -15,11 +15,12 @@ import torch.multiprocessing as multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
-from score_sde import checkpoint, parallel
 from score_sde.cli import run
-from score_sde.codes import codes_of
 from score_sde.data import load_data
-from score_sde.parallel import Elsewhere
+from score_sde.machine import parallel
+from score_sde.machine.parallel import Elsewhere
+from score_sde.tasks import checkpoint
+from score_sde.tasks.codes import codes_of
 from tests.test_codes import halves
 from tests.test_runs import ROOT, line, results
 

@@ -9,11 +9,11 @@ import scipy.stats
 import torch
 
 from score_sde import SMLD, AnnealedLangevin, NoiseLevels
-from score_sde.closed_form import Gaussian
-from score_sde.codecs import PixelCodec, VectorCodec
 from score_sde.data import load_data
-from score_sde.noise_levels import overlap, ratio_of_overlap, relative_step, variance_left
-from score_sde.scan import levels_for, scan
+from score_sde.data.codecs import PixelCodec, VectorCodec
+from score_sde.models.closed_form import Gaussian
+from score_sde.sdes.noise_levels import overlap, ratio_of_overlap, relative_step, variance_left
+from score_sde.tasks.scan import levels_for, scan
 from tests.oracles import numbers
 
 # (size, sigma_1, L, T, eps) of ermongroup/ncsnv2's configs, the paper's table 4 (there FFHQ's eps reads 0.9e-7).

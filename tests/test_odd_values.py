@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from score_sde import config as configs
 from score_sde.cli import run
-from score_sde.config import CHOICES, LARGEST, LARGEST_LONG, LIMITS, LONG, NAMED, default_config, from_text
-from score_sde.config_rules import check, suspects
+from score_sde.config import default_config, from_text
+from score_sde.config import keys as configs
+from score_sde.config.keys import CHOICES, LARGEST, LARGEST_LONG, LIMITS, LONG, NAMED
+from score_sde.config.rules import check, suspects
 
 ROOT = Path(__file__).parents[1]
 KEYS = configs._flat(default_config())

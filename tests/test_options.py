@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from score_sde.cli import _parser, run
-from score_sde.options import MODES, READ_BY
+from score_sde.tasks.options import MODES, READ_BY
 
 ROOT = Path(__file__).parents[1]
 TINY = {

@@ -9,8 +9,8 @@ import torch
 from PIL import Image
 
 from score_sde import VPSDE, log_likelihood
-from score_sde.closed_form import Gaussian
-from score_sde.outliers import auroc, png_bits_per_dim, typicality
+from score_sde.likelihood.outliers import auroc, png_bits_per_dim, typicality
+from score_sde.models.closed_form import Gaussian
 
 
 def test_auroc_is_the_chance_of_the_right_order() -> None:

@@ -26,7 +26,7 @@ from score_sde import (
     UniPC,
     times,
 )
-from score_sde.model import Estimate
+from score_sde.models.base import Estimate
 from score_sde.sdes import SDE
 
 # sampler: operations on whole states in a step, without the draws of noise. A new sampler is one more row; the number

@@ -1,6 +1,5 @@
 """The package as a whole: what may import what, and that its files agree with each other."""
 
-import ast
 import configparser
 import re
 import shutil
@@ -15,86 +14,60 @@ import pytest
 
 import score_sde
 
+from .rooms import PACKAGE, arrows, files, floors, imports
+
 ROOT = Path(__file__).parent.parent
-PACKAGE = ROOT / "score_sde"
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
-# Knowledge flows downward: a part imports from its own row and the rows above. Parts not named are in the row of train.
+# What may import what: a room imports from the rows above its own, and from nothing else.
 ROWS = [
-    {"sdes", "chains", "learned", "noise_levels", "ode", "diffusions", "progress", "levels", "devices"},
-    {"model"},
-    {"closed_form", "networks", "circle"},
-    {
-        "losses",
-        "score_matching",
-        "time_laws",
-        "samplers",
-        "flows",
-        "traces",
-        "likelihood",
-        "guidance",
-        "noisy_classifier",
-        "inverse",
-        "metrics",
-        "bounds",
-        "continuous_bound",
-        "classification",
-        "heat_maps",
-        "latents",
-    },
-    {"train"},
-    {"cli"},
+    {"machine", "noise", "metrics"},
+    {"sdes", "networks"},
+    {"models"},
+    {"losses", "ode", "data", "foreign"},
+    {"samplers", "likelihood"},
+    {"inverse", "config"},
+    {"tasks"},
+    {"cli", "__init__"},
 ]
-MATHEMATICS = ROWS[:4]
-
-
-def row(part: str) -> int:
-    return next((i for i, parts in enumerate(ROWS) if part in parts), len(MATHEMATICS))
-
-
-def imports(path: Path) -> tuple[set[str], set[str]]:
-    """(parts of this package, packages besides) that a file imports, wherever in it."""
-    inside: set[str] = set()
-    outside: set[str] = set()
-    depth = len(path.relative_to(PACKAGE).parts)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            outside |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            outside.add((node.module or "").split(".")[0])
-        elif isinstance(node, ast.ImportFrom) and node.level == depth:
-            inside |= {node.module.split(".")[0]} if node.module else {alias.name for alias in node.names}
-    return inside, outside
-
-
-def parts() -> dict[str, tuple[set[str], set[str]]]:
-    """Part of the package (a module or a folder) -> what it imports."""
-    found: dict[str, tuple[set[str], set[str]]] = {}
-    for path in PACKAGE.rglob("*.py"):
-        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        inside, outside = imports(path)
-        had = found.get(part, (set(), set()))
-        found[part] = (had[0] | inside - {part}, had[1] | outside)
-    return {part: found[part] for part in sorted(found) if part != "__init__"}
+MATHEMATICS = {"noise", "metrics", "sdes", "networks", "models", "losses", "ode", "samplers", "likelihood", "inverse"}
+# The mathematics may ask where tensors are, show a bar, and turn stored values into a model's; no more of the world.
+OF_THE_WORLD = {("machine", "devices"), ("machine", "progress"), ("data", "codecs")}
 
 
 def test_knowledge_flows_downward_only() -> None:
-    needs = {part: inside for part, (inside, _) in parts().items()}
-    upward = [(part, other) for part, inside in needs.items() for other in inside if row(other) > row(part)]
-    assert upward == []
-    TopologicalSorter(needs).prepare()  # raises for a circle
+    row = {room: i for i, rooms in enumerate(ROWS) for room in rooms}
+    needs = arrows()
+    assert sorted(row) == sorted(needs)  # every file is in a room, and every room in one row
+    assert [(room, other) for room, found in needs.items() for other in found if row[other] >= row[room]] == []
+
+
+def test_files_within_a_room_do_not_go_in_circles() -> None:
+    for room, paths in files().items():
+        needs = {
+            path.stem: {i.inside[1] for i in imports(path) if len(i.inside) > 1 and i.inside[0] == room}
+            for path in paths
+        }
+        TopologicalSorter(needs).prepare()  # raises for a circle
+
+
+def test_the_house_is_as_small_as_it_is_meant_to_be() -> None:
+    needs = arrows()
+    assert len(needs) <= 19 and max(floors(needs).values()) <= 9 and sum(map(len, needs.values())) <= 79
 
 
 def test_networks_know_nothing_of_the_package_and_mathematics_nothing_of_configs_or_files() -> None:
-    found = parts()
-    assert found["networks"][0] <= {"devices"}  # of torch alone: where tensors are
-    worldly = {"absl", "argparse", "json", "ml_collections", "os", "pathlib", "score_sde"}
-    assert {part: found[part][1] & worldly for part in set().union(*MATHEMATICS) if found[part][1] & worldly} == {}
+    found = {room: [i for path in paths for i in imports(path)] for room, paths in files().items()}
+    assert {i.inside for i in found["networks"] if i.inside and i.inside[0] != "networks"} == {("machine", "devices")}
+    worldly = {"absl", "argparse", "json", "ml_collections", "os", "pathlib"}
+    for room in MATHEMATICS:
+        assert not {i.outside for i in found[room]} & worldly
+        assert {i.inside for i in found[room] if i.inside and i.inside[0] not in MATHEMATICS} <= OF_THE_WORLD
 
 
 def test_version_and_console_script_are_the_package_s() -> None:
-    assert SETUP["metadata"]["version"] == score_sde.__version__
+    assert SETUP["metadata"]["version"] == "attr: score_sde.machine.version.__version__"
     name, target = SETUP["options.entry_points"]["console_scripts"].strip().split(" = ")
     assert name == "score_sde" and callable(EntryPoint(name, target, "console_scripts").load())
 
@@ -119,7 +92,7 @@ def test_constraints_pin_every_dependency() -> None:
 
 def test_packages_that_are_imported_are_dependencies() -> None:
     called = {"absl": "absl-py", "PIL": "pillow", "sklearn": "scikit-learn", "ml_collections": "ml-collections"}
-    imported = set().union(*(outside for _, outside in parts().values())) - sys.stdlib_module_names - {"score_sde"}
+    imported = {i.outside for path in PACKAGE.rglob("*.py") for i in imports(path)} - sys.stdlib_module_names - {""}
     extras = SETUP["options.extras_require"]
     asked = names(SETUP["options"]["install_requires"] + extras["text"] + extras["latents"])
     assert {called.get(name, name) for name in imported} <= asked

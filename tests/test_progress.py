@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from score_sde import progress
-from score_sde.parallel import Processes
-from score_sde.progress import Progress, with_progress
-from score_sde.results import in_batches
+from score_sde.machine import progress
+from score_sde.machine.parallel import Processes
+from score_sde.machine.progress import Progress, with_progress
+from score_sde.tasks.results import in_batches
 
 
 class Clock:

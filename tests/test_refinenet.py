@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 import score_sde
-from score_sde import interop
-from score_sde.build import build_chain, build_model
 from score_sde.config import default_config, load, validate
+from score_sde.config.build import build_chain, build_model
+from score_sde.config.objective import Objective
+from score_sde.foreign import score_sde_pytorch as interop
 from score_sde.networks import NCSN, NCSNv2
 from score_sde.networks.refinenet import InstanceNormPlus, RefineNet
-from score_sde.objectives import Objective
 from tests.oracles import numbers
 
 ROOT = Path(__file__).parents[1]

@@ -8,12 +8,12 @@ import pytest
 import torch
 from ml_collections import ConfigDict
 
-from score_sde import checkpoint
-from score_sde.build import resolve_classes, resolve_conditions
-from score_sde.codecs import codec_of
+from score_sde.config.build import resolve_classes, resolve_conditions
 from score_sde.data import Data, Split, load_data
-from score_sde.text import Text
-from score_sde.train import make_state, train
+from score_sde.data.captions import Text
+from score_sde.data.codecs import codec_of
+from score_sde.tasks import checkpoint
+from score_sde.tasks.train import make_state, train
 from tests.test_train import ALONE, image_config, toy_config
 
 CHAIN = {"training__continuous": False, "model__num_scales": 4, "model__beta_max": 3.0, "model__label": "index"}

@@ -17,16 +17,18 @@ import torch
 from scipy.integrate import RK45
 from torch import Tensor, nn
 
-from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, ode, sample, samplers, score_flow, times
-from score_sde.bounds import chain_bound
-from score_sde.classification import classify
-from score_sde.continuous_bound import variational_bound
-from score_sde.heat_maps import heat_map
-from score_sde.model import Estimate, Preconditioned, ScoreModel, label_log_sigma, predict_edm, unit_variance
+from score_sde import DDPM, VPSDE, Solver, from_score, log_likelihood, sample, samplers, score_flow, times
+from score_sde.likelihood.chain_bound import chain_bound
+from score_sde.likelihood.classification import classify
+from score_sde.likelihood.heat_maps import heat_map
+from score_sde.likelihood.sde_bound import variational_bound
+from score_sde.machine.parallel import Processes
+from score_sde.models.base import Estimate, ScoreModel
+from score_sde.models.rules import Preconditioned, label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP, NCSN, UNet
+from score_sde.noise import noise_source
 from score_sde.ode import GaveUp
-from score_sde.parallel import Processes
-from score_sde.results import in_batches
+from score_sde.ode import integrators as ode
 from score_sde.samplers import (
     DDIM,
     AdaptiveODE,
@@ -48,8 +50,8 @@ from score_sde.samplers import (
     adaptive,
     langevin_dynamics,
 )
-from score_sde.samplers.base import noise_source
 from score_sde.sdes import SDE, like
+from score_sde.tasks.results import in_batches
 
 from .oracles import numbers
 

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from score_sde import checkpoint, cli, lock
+from score_sde import cli
 from score_sde.cli import run
+from score_sde.machine import lock
+from score_sde.tasks import checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -425,7 +427,7 @@ def test_an_old_checkpoint_s_data_are_read(classes: Path, tmp_path: Path, monkey
     """One whose card describes no data is sampled as ever."""
     from dataclasses import replace
 
-    from score_sde.train import make_state
+    from score_sde.tasks.train import make_state
 
     config = cli.carried_config(classes)[0]
     card, path = checkpoint.read_card(last(classes)), tmp_path / "run" / "checkpoints" / "000000004.safetensors"

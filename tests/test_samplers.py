@@ -37,17 +37,17 @@ from score_sde import (
     guide,
     langevin_dynamics,
     log_likelihood,
-    progress,
     recommended,
     sample,
     times,
     variational_bound,
 )
-from score_sde.chains import Piecewise
-from score_sde.closed_form import Empirical, Gaussian, Mixture
+from score_sde.machine import progress
+from score_sde.models.closed_form import Empirical, Gaussian, Mixture
+from score_sde.noise import noise_source
 from score_sde.ode import ADAPTIVE
-from score_sde.samplers.base import noise_source
 from score_sde.sdes import like
+from score_sde.sdes.chains import Piecewise
 from tests.oracles import SDES, name, numbers
 
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)  # float64, a few operations
@@ -643,7 +643,7 @@ def test_a_model_that_is_not_finite_ends_the_solve(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["dopri5", "RK45"])
 def test_a_model_that_is_not_smooth_ends_the_solve(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("score_sde.ode.MAX_EVALUATIONS", 500)
+    monkeypatch.setattr("score_sde.ode.integrators.MAX_EVALUATIONS", 500)
     model = from_score(VPSDE(), lambda x, t: torch.sin(1e6 * t) * torch.sign(torch.sin(1e5 * x)))
     with pytest.raises(RuntimeError, match=f"{method} gave up after 501 evaluations .*too many; t = 0.99. was reached"):
         sample(model, AdaptiveODE(method=method), (4, 2), times.uniform(VPSDE(), 1))

@@ -7,11 +7,11 @@ import pytest
 import scipy.stats
 import torch
 
-from score_sde import scan as module
-from score_sde.codecs import PixelCodec, VectorCodec
 from score_sde.data import Data, Split, load_data
-from score_sde.files import Stream
-from score_sde.scan import disagreements, gaussian_fit, gaussian_log_prob, largest_distance, scan
+from score_sde.data.codecs import PixelCodec, VectorCodec
+from score_sde.data.files import Stream
+from score_sde.tasks import scan as module
+from score_sde.tasks.scan import disagreements, gaussian_fit, gaussian_log_prob, largest_distance, scan
 
 
 def dataset(x: torch.Tensor, levels: int | None = 256) -> Data:

@@ -27,13 +27,13 @@ from score_sde import (
     projections,
     sliced,
 )
-from score_sde.closed_form import Gaussian, Mixture
-from score_sde.codecs import VectorCodec
+from score_sde.config.objective import DECODED, OBJECTIVES, PROJECTED, Objective
 from score_sde.data import load_data
+from score_sde.data.codecs import VectorCodec
+from score_sde.data.toys import ring, ring_mixture
+from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.networks import UNet
-from score_sde.objectives import DECODED, OBJECTIVES, PROJECTED, Objective
-from score_sde.toys import ring, ring_mixture
-from score_sde.train import noise_floor, train
+from score_sde.tasks.train import noise_floor, train
 from tests.oracles import SDES, name, numbers
 from tests.test_train import ALONE, image_config, run_steps, toy_config
 

@@ -13,7 +13,7 @@ import torch
 from scipy.integrate import quad, solve_ivp
 
 from score_sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
-from score_sde.model import label_sigma, label_time
+from score_sde.models.rules import label_sigma, label_time
 from score_sde.sdes import like
 from tests.oracles import CHAINS, SDES, name, numbers
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from examples.speech import judge
-from score_sde import signals
 from score_sde.cli import run
 from score_sde.data import load_data
+from score_sde.data import recordings as signals
 
 
 def save(path: Path, pcm: np.ndarray, rate: int = 8000, width: int = 2, channels: int = 1) -> None:

@@ -29,10 +29,10 @@ from score_sde import (
     sliced_wasserstein,
     times,
 )
-from score_sde.closed_form import Gaussian
-from score_sde.codecs import PixelCodec
 from score_sde.data import load_data
-from score_sde.scan import gaussian_fit
+from score_sde.data.codecs import PixelCodec
+from score_sde.models.closed_form import Gaussian
+from score_sde.tasks.scan import gaussian_fit
 
 # of NumPy's and of their own options
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")

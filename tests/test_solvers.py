@@ -51,15 +51,15 @@ from score_sde import (
     fit_times,
     from_score,
     guide,
-    ode,
     sample,
     threshold,
     times,
 )
-from score_sde.circle import Circle
-from score_sde.closed_form import Empirical, Gaussian, Mixture
-from score_sde.model import RULES
+from score_sde.models.closed_form import Empirical, Gaussian, Mixture
+from score_sde.models.rules import RULES
 from score_sde.ode import integrate
+from score_sde.ode import integrators as ode
+from score_sde.ode.circle import Circle
 from score_sde.samplers import adaptive, exponential
 from score_sde.samplers.exponential import (
     SHORT,

@@ -36,15 +36,14 @@ from score_sde import (
     ScoreModel,
     SubVPSDE,
     UniPC,
-    build,
     sample,
     times,
 )
-from score_sde.config import default_config, load, validate
-from score_sde.learned import LearnedVPSDE, MonotoneSchedule
-from score_sde.model import Estimate
+from score_sde.config import build, default_config, load, validate
+from score_sde.models.base import Estimate
 from score_sde.samplers.stochastic import Corrector
 from score_sde.sdes import like
+from score_sde.sdes.learned import LearnedVPSDE, MonotoneSchedule
 
 DEVIATIONS = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
 

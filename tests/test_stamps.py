@@ -15,16 +15,20 @@ from ml_collections import ConfigDict
 from PIL import Image
 from torch import Tensor
 
-from score_sde import DDPM, VPSDE, cli, evaluate, inverse_modes, latent_modes, results
-from score_sde.codecs import PixelCodec, VectorCodec
-from score_sde.conditions import Guides, Wanted, sampled_labels
-from score_sde.config import CHOICES, _check, _flat, _set, default_config
+from score_sde import DDPM, VPSDE, cli
+from score_sde.config import default_config
+from score_sde.config.keys import CHOICES, _check, _flat, _set
 from score_sde.data import Data, Split
-from score_sde.lock import Busy
-from score_sde.model import Estimate, ScoreModel
-from score_sde.parallel import Processes
+from score_sde.data.codecs import PixelCodec, VectorCodec
+from score_sde.machine.lock import Busy
+from score_sde.machine.parallel import Processes
+from score_sde.models.base import Estimate, ScoreModel
 from score_sde.sdes import SDE
-from score_sde.stamps import KEYS, asked
+from score_sde.tasks import evaluate, results
+from score_sde.tasks import latents as latent_modes
+from score_sde.tasks import restore as inverse_modes
+from score_sde.tasks.conditions import Guides, Wanted, sampled_labels
+from score_sde.tasks.stamps import KEYS, asked
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 IMAGE = (1, 4, 4)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from score_sde.tensor_file import is_finite, read_header, read_tensors, remove_leftovers, whole, write_tensors
+from score_sde.machine.whole_files import is_finite, read_header, read_tensors, remove_leftovers, whole, write_tensors
 
 TENSORS = {
     "a/weight": torch.arange(6, dtype=torch.float32).reshape(2, 3) / 7,

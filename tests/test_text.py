@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from score_sde import cifar10
-from score_sde.data import load_data
-from score_sde.text import HuggingFaceEncoder, Text, embed, encoder_hash, widths
+from score_sde.data import cifar10, load_data
+from score_sde.data.captions import HuggingFaceEncoder, Text, embed, encoder_hash, widths
 from tests.test_cifar10 import BATCHES, PY, contents, python2_pickle, write
 from tests.test_files import pixels, save
 

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import cascades, prompts
 from benchmarks.prompts import Words
 from score_sde import VPSDE
-from score_sde.build import build_model, resolve_classes, resolve_conditions
-from score_sde.codecs import PixelCodec
 from score_sde.config import load as load_config
+from score_sde.config.build import build_model, resolve_classes, resolve_conditions
 from score_sde.data import Data, Split, load_data, shrink
-from score_sde.model import Estimate, ScoreModel
-from score_sde.text import Text
+from score_sde.data.captions import Text
+from score_sde.data.codecs import PixelCodec
+from score_sde.models.base import Estimate, ScoreModel
 from tests.test_told_models import stages
 
 assert stages  # a fixture

@@ -10,16 +10,16 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from score_sde import VPSDE, Heun, ScoreModel, load, sample
-from score_sde.build import build_times
 from score_sde.cli import run
-from score_sde.codecs import PixelCodec, codec_of
-from score_sde.conditions import Wanted, conditional, load_guides
 from score_sde.config import from_json as config_from_json
 from score_sde.config import load as load_config
+from score_sde.config.build import build_times
 from score_sde.data import digest, leave_out, load_data, shrink
-from score_sde.data_conditions import augmented, low_resolution
-from score_sde.text import Text
-from score_sde.train import draw
+from score_sde.data.captions import Text
+from score_sde.data.codecs import PixelCodec, codec_of
+from score_sde.tasks.batches import augmented, low_resolution
+from score_sde.tasks.conditions import Wanted, conditional, load_guides
+from score_sde.tasks.train import draw
 from tests.test_files import pixels, save
 from tests.test_text import bert
 

@@ -11,18 +11,19 @@ import torch
 from ml_collections import ConfigDict
 from scipy.stats import kstest
 
-from score_sde import VPSDE, closed_form, interop, losses
-from score_sde.build import build_model
-from score_sde.codecs import VectorCodec, codec_of
+from score_sde import VPSDE, closed_form, losses
 from score_sde.config import default_config
+from score_sde.config.build import build_model
+from score_sde.config.objective import Objective
 from score_sde.data import Data, Split, load_data
-from score_sde.ema import RAMP, ema_decay, ema_update
-from score_sde.objectives import Objective
-from score_sde.parallel import Processes
+from score_sde.data.codecs import VectorCodec, codec_of
+from score_sde.data.toys import ring, ring_mixture
+from score_sde.foreign import score_sde_pytorch as interop
+from score_sde.losses.time_laws import SecondMoments
+from score_sde.machine.parallel import Processes
 from score_sde.sdes import like
-from score_sde.time_laws import SecondMoments
-from score_sde.toys import ring, ring_mixture
-from score_sde.train import (
+from score_sde.tasks.ema import RAMP, ema_decay, ema_update
+from score_sde.tasks.train import (
     Batch,
     Metrics,
     Record,
@@ -272,7 +273,7 @@ def test_everything_random_in_a_batch_depends_on_the_seed(digits: Data, monkeypa
     def low_resolution(k, factor, codec, sde, level, spread):  # type: ignore[no-untyped-def]
         return {"level": level, "spread": spread(torch.zeros(len(k), 1, 4, 4))}
 
-    monkeypatch.setattr("score_sde.train.low_resolution", low_resolution)
+    monkeypatch.setattr("score_sde.tasks.train.low_resolution", low_resolution)
 
     def drawn(seed: int, data: Data) -> dict[str, torch.Tensor]:
         config.seed = seed

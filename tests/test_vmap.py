@@ -9,12 +9,12 @@ from torch import Tensor
 from torch.func import jacfwd, jacrev, jvp, vmap
 
 from score_sde import DDPM, SDE, SMLD, VESDE, VPSDE, Preconditioned, ScoreModel, from_score, guide
-from score_sde.closed_form import Boxes, Empirical, Gaussian, Mixture
-from score_sde.guidance import clip, threshold
-from score_sde.learned import LearnedVPSDE, MonotoneSchedule
-from score_sde.model import RULES
+from score_sde.models.closed_form import Boxes, Empirical, Gaussian, Mixture
+from score_sde.models.guidance import clip, threshold
+from score_sde.models.rules import RULES
 from score_sde.networks import MLP, DiT, NCSNv2, UNet
 from score_sde.sdes import like
+from score_sde.sdes.learned import LearnedVPSDE, MonotoneSchedule
 from tests.oracles import SDES, numbers
 
 CURVES = [

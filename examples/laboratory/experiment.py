@@ -29,7 +29,6 @@ from score_sde import (
     Heun,
     Sampler,
     ScoreModel,
-    checkpoint,
     log_likelihood,
     losses,
     sample,
@@ -37,15 +36,16 @@ from score_sde import (
     times,
 )
 from score_sde import config as configs
-from score_sde.bounds import chain_bound
-from score_sde.build import build_bound_times
-from score_sde.codecs import PixelCodec, codec_of
+from score_sde.config.build import build_bound_times
 from score_sde.data import load_data
-from score_sde.demo import confidence
-from score_sde.parallel import Processes
-from score_sde.results import folder_for, mean_and_error, read_arrays, write_arrays
-from score_sde.toys import EXACT, TOYS
-from score_sde.train import train
+from score_sde.data.codecs import PixelCodec, codec_of
+from score_sde.data.toys import EXACT, TOYS
+from score_sde.likelihood.chain_bound import chain_bound
+from score_sde.machine.parallel import Processes
+from score_sde.tasks import checkpoint
+from score_sde.tasks.demo import confidence
+from score_sde.tasks.results import folder_for, mean_and_error, read_arrays, write_arrays
+from score_sde.tasks.train import train
 
 from .subjects import CONFIGS, DATA, OBJECTIVES
 

@@ -120,7 +120,7 @@ def _reference(name: str) -> tuple[str, ...]:
 
 
 def _sure_of_real() -> float:
-    from score_sde.demo import confidence
+    from score_sde.tasks.demo import confidence
 
     data = load_data("digits")
     return confidence(data, data.test.x[torch.arange(len(data.test.x))].permute(0, 2, 3, 1).numpy())[1]

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from score_sde import Ancestral, Heun, Sampler, ScoreModel, checkpoint, times
-from score_sde.toys import EXACT, TOYS
+from score_sde import Ancestral, Heun, Sampler, ScoreModel, times
+from score_sde.data.toys import EXACT, TOYS
+from score_sde.tasks import checkpoint
 
 from ..pages import save
 from .experiment import LEVELS, VP, Result, exact_samples, time_of

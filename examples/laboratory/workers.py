@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from score_sde.progress import Progress
+from score_sde.machine.progress import Progress
 
 from .experiment import Job, run
 

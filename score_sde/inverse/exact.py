@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..closed_form import Mixture
+from ..models.closed_form import Mixture
 from .operators import Observation
 
 

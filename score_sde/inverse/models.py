@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import Estimate, ScoreModel, twice_differentiable
-from ..sdes import SDE, like
+from ..models.base import Estimate, ScoreModel, twice_differentiable
+from ..sdes.linear import SDE, like
 from .operators import Observation, Operator, spectral
 
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..devices import sent
+from ..machine.devices import sent
 
 Weights = Callable[[Tensor], Tensor]  # squared singular values -> what to multiply with there
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel, of_examples
-from ..samplers.base import Sampler, Update, default_state, noise_source
+from ..models.base import ScoreModel, default_state, of_examples
+from ..noise import Noise, noise_source
+from ..samplers.base import Sampler, Update
 from ..samplers.stochastic import Corrector, PredictorCorrector
-from ..samplers.times import as_grid, check_first
-from ..sdes import SDE, Noise, add_, like
+from ..sdes.linear import SDE, add_, as_grid, check_first, like
 from .models import spread
 from .operators import Observation, spectral
 

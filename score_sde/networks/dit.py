@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import LabelEmbedding, Sinusoidal, Text, attend
-from .conditions import Conditional
+from .conditioning import Conditional
 from .layers import Dropout, conv, cropped, layer_norm, linear, padded, recomputed
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .blocks import Fourier, LabelEmbedding, Sinusoidal
-from .conditions import Conditional
+from .conditioning import Conditional
 from .layers import Dropout, linear
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .blocks import BlockKind, Fourier, Head, LabelEmbedding, Sinusoidal, Style, Waves
-from .conditions import Conditional
+from .conditioning import Conditional
 from .layers import ACTIVATIONS, Activation, cropped, padded
 from .levels import DownLevel, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip

@@ -3,22 +3,13 @@
 from . import times
 from .adaptive import AdaptiveSDE
 from .base import Sampler, sample
+from .churn import Churn
 from .deterministic import AdaptiveODE, FixedODE, Heun
 from .embedded import EmbeddedODE
-from .exponential import DPMSolver, Multistep, UniPC
+from .exponential import DPMSolver, Multistep, UniPC, recommended
 from .fitted import fit_times
-from .karras import Churn
 from .langevin import Draws, langevin_dynamics, langevin_walk
-from .short import recommended
-from .stochastic import (
-    DDIM,
-    Ancestral,
-    AnnealedLangevin,
-    EulerMaruyama,
-    Langevin,
-    PredictorCorrector,
-    ReverseDiffusion,
-)
+from .stochastic import DDIM, Ancestral, AnnealedLangevin, EulerMaruyama, Langevin, PredictorCorrector, ReverseDiffusion
 
 __all__ = [
     "DDIM",

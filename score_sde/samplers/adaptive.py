@@ -10,9 +10,10 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel, of_examples
-from ..ode import LEAST_STEP, GaveUp, check_tolerances, which_of
-from ..sdes import Noise, add_, like
+from ..models.base import ScoreModel, of_examples
+from ..noise import Noise
+from ..ode.integrators import LEAST_STEP, GaveUp, check_tolerances, which_of
+from ..sdes.linear import add_, like
 from .base import Sampler
 from .deterministic import check_noisy
 

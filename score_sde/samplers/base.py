@@ -9,7 +9,6 @@ randomness only as ``noise(like)``.
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +17,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..model import Estimate, ScoreModel, WrongShape, at
-from ..progress import Progress
-from ..sdes import SDE, Noise, add_
-from .times import as_grid, check_first
+from ..machine.progress import Progress
+from ..models.base import Estimate, ScoreModel, WrongShape, at, default_state
+from ..noise import Noise, noise_source
+from ..sdes.linear import SDE, add_, as_grid, check_first
 
 _LOOK = 50  # steps between looks for values that are not finite
 
@@ -93,70 +92,6 @@ def add_noise_(y: Tensor, std: Tensor | float, noise: Noise) -> Tensor:
     """y += std · z in place; nothing is drawn where std is 0."""
     some = bool(std.any()) if isinstance(std, Tensor) else std != 0
     return add_(y, std, noise(y)) if some else y
-
-
-def natural(value: Any, name: str, remedy: str = "") -> int:
-    """`value`, any kind of integer, as an int. Raises ValueError for what is none, or below 0."""
-    try:
-        found = operator.index(value)
-    except TypeError:
-        found = -1
-    if found < 0:
-        raise ValueError(f"{name} must be an integer of at least 0{remedy}, got {value!r}")
-    return found
-
-
-def example_generators(seed: int, first: int, count: int, device: torch.device) -> list[torch.Generator]:
-    """One generator per example, seeded by a hash of (seed, first + i) alone.
-
-    Raises ValueError for what is no seed.
-    """
-    seed, first = (
-        natural(seed, "seed", " (or where a whole batch may share one, a torch.Generator)"),
-        natural(first, "first"),
-    )
-    generators = []
-    for i in range(first, first + count):
-        state = np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]
-        generators.append(torch.Generator(device).manual_seed(int(state >> 1)))
-    return generators
-
-
-def noise_source(
-    shape: tuple[int, ...], seed: int | torch.Generator, first: int, dtype: torch.dtype, device: torch.device
-) -> Noise:
-    """The source of standard normal states of shape `shape`: example i's depend on (seed, first + i) alone.
-
-    A draw of an example costs a call, so small states are drawn several ahead, as many as fit in 16 kB.
-    A torch.Generator in place of the seed gives one stream for the whole batch.
-    """
-    if isinstance(seed, torch.Generator):
-        return lambda like: torch.randn(shape, generator=seed, dtype=dtype, device=seed.device).to(device)
-    generators = example_generators(seed, first, shape[0], device)
-    ahead = min(max(2**12 // max(math.prod(shape[1:]), 1), 1), 16)
-
-    def draws() -> Iterator[Tensor]:
-        while True:
-            block = torch.empty(shape[0], ahead, *shape[1:], dtype=dtype, device=device)
-            for row, generator in zip(block.unbind(0), generators, strict=True):
-                row.normal_(generator=generator)
-            yield from (block[:, i].contiguous() for i in range(ahead))
-
-    stream = draws()
-    return lambda like: next(stream)
-
-
-def default_state(
-    model: nn.Module | Tensor, dtype: torch.dtype | None, device: torch.device | str | None
-) -> tuple[torch.dtype, torch.device]:
-    """Those given; else those of the state, or of the model's first parameter or buffer; else float32 on the CPU.
-
-    A state is float32 for a model in half precision: the increments of many steps would be lost in its rounding.
-    """
-    known = (model,) if isinstance(model, Tensor) else (*model.parameters(), *model.buffers())
-    like = next((p for p in known if p.is_floating_point()), None)
-    dtype = dtype or (torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32))
-    return dtype, torch.device(device if device is not None else "cpu" if like is None else like.device)
 
 
 @torch.no_grad()

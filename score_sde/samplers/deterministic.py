@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
-from ..ode import FIXED, Solver, integrate
-from ..sdes import SDE, Noise, add, add_, like, scaled
+from ..models.base import ScoreModel
+from ..noise import Noise
+from ..ode.integrators import FIXED, Solver, integrate
+from ..sdes.linear import SDE, add, add_, like, scaled
 from .base import Planned, Sampler
 
 

@@ -8,10 +8,10 @@ from itertools import pairwise
 
 from torch import Tensor
 
-from ..circle import FIRST_STEP, Circle
-from ..model import ScoreModel, of_examples
-from ..ode import GaveUp, check_tolerances, integrate_each
-from ..sdes import Noise
+from ..models.base import ScoreModel, of_examples
+from ..noise import Noise
+from ..ode.circle import FIRST_STEP, Circle
+from ..ode.integrators import GaveUp, check_tolerances, integrate_each
 from .base import Sampler, refuse_learned
 from .deterministic import check_noisy
 

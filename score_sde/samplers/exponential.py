@@ -30,9 +30,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..model import Estimate, ScoreModel
-from ..sdes import SDE, Noise, add, add_, scaled
+from ..models.base import Estimate, ScoreModel
+from ..noise import Noise
+from ..sdes.linear import SDE, add, add_, scaled
 from .base import Sampler, add_noise_, refuse_learned, rows
+from .times import arcsinh
 
 # Coefficients are NumPy's: on a few numbers its arithmetic costs a third of torch's, and a walk's plan counts.
 Array = NDArray[np.float64]
@@ -386,3 +388,27 @@ class UniPC(Sampler):
             else:
                 x = advance(x, values, steps[i])
             yield x
+
+
+def recommended(sde: SDE, nfe: int) -> tuple[Sampler, Tensor]:
+    """(sampler, times) of the least error found for `nfe` evaluations of a network, one per step; it draws no noise.
+
+    On the grid `times.arcsinh`, with ``predict="both"``, which interpolates estimates of the data where noise outweighs
+    them and of the noise afterwards: `Multistep` of order 3 below 7 steps, from there `UniPC`, of order 2 below 15 and
+    then of order 3. The choice is measured: ``python -m benchmarks.solvers`` compares it with the other samplers here
+    and those of diffusers and score_sde_pytorch (docs/performance.md, also where it loses).
+
+        sampler, grid = recommended(model.sde, 20)
+        x = sample(model, sampler, (16, 1, 8, 8), grid)
+
+    The grid ends at the SDE's t_min; where that is far below what sampling needs, pass `replace(model.sde, t_min=...)`.
+    Raises ValueError for fewer than one evaluation, and for an SDE with sigma(t_min) = 0.
+    """
+    return fast(nfe), arcsinh(sde, nfe)
+
+
+def fast(nfe: int) -> Sampler:
+    """The sampler alone."""
+    if nfe < 7:  # over steps as long as these a corrector makes a network's errors larger
+        return Multistep(3, "both", start="lower")
+    return UniPC(2 if nfe < SHORT else 3, predict="both", start="lower", short=25)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel
-from ..sdes import SDE
-from .base import Sampler, Watched, default_state, noise_source
+from ..models.base import ScoreModel, default_state
+from ..noise import noise_source
+from ..sdes.linear import SDE
+from .base import Sampler, Watched
 from .exponential import Multistep
 from .times import arcsinh, karras, log_snr, quadratic, uniform
 

@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel, at
-from ..sdes import Noise, like
-from .base import noise_source
+from ..models.base import ScoreModel, at
+from ..noise import Noise, noise_source
+from ..sdes.linear import like
 
 Function = Callable[[Tensor], Tensor]  # x (B, *shape) -> a log density (B,), or a score (B, *shape)
 StepSize = Callable[[int], float]  # the step's number, from 0 -> h

@@ -10,8 +10,10 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..model import ScoreModel, Variance, reverse_log_variance
-from ..sdes import SDE, Noise, add, add_, like, scaled
+from ..models.base import ScoreModel
+from ..models.reverse import Variance, reverse_log_variance
+from ..noise import Noise
+from ..sdes.linear import SDE, add, add_, like, scaled
 from .base import Planned, Sampler, Update, add_noise_
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..sdes import SDE
+from ..sdes.linear import SDE
 
 
 def uniform(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
@@ -62,32 +61,6 @@ def spaced(n: int, count: int, *, start: float = 1.0) -> Tensor:
     stride = (within - 1) / max(count - 1, 1)
     places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: it decides where a half is rounded to
     return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
-
-
-def as_grid(times: Tensor | np.ndarray | Sequence[float], least: int = 2) -> Tensor:
-    """At least so many times as a decreasing 1-D float64 tensor on the CPU.
-
-    Raises ValueError for what is no such grid within [0, 1].
-    """
-    try:
-        values = times.detach().cpu() if isinstance(times, Tensor) else torch.from_numpy(np.array(times, np.float64))
-        grid = values.to(torch.float64)
-        falls = (
-            grid.ndim == 1 and len(grid) >= least and bool((grid.diff() < 0).all() and grid[0] <= 1 and grid[-1] >= 0)
-        )
-    except (TypeError, ValueError):
-        falls = False
-    if not falls:
-        raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
-    return grid
-
-
-def check_first(grid: Tensor, otherwise: str = "") -> None:
-    """Raise ValueError for a grid below t = 1, whose law the prior is; `otherwise` is a remedy besides."""
-    if grid[0] < 1 - 1e-6:  # in float32, say, 1 may have been rounded
-        raise ValueError(
-            f"the grid begins at t = {grid[0].item():.6g}, and the prior is the law at t = 1: begin it there{otherwise}"
-        )
 
 
 def _unit(n: int) -> Tensor:

@@ -1,0 +1,501 @@
+"""From a config's names to the package's values: the only tables of names, each a dict one can read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from ..data.captions import encoder_hash, widths
+from ..models import rules
+from ..models.autoencoder import ConvolutionalAutoencoder
+from ..models.base import ScoreModel
+from ..models.classifier import NoisyClassifier
+from ..models.rules import Preconditioned, TimeMap
+from ..networks import MLP, NCSN, CodeDecoder, CodeEncoder, DiT, Encoder, NCSNv2, UNet
+from ..ode.integrators import ADAPTIVE, FIXED
+from ..samplers import (
+    DDIM,
+    AdaptiveODE,
+    AdaptiveSDE,
+    Ancestral,
+    AnnealedLangevin,
+    Churn,
+    DPMSolver,
+    EmbeddedODE,
+    EulerMaruyama,
+    FixedODE,
+    Heun,
+    Langevin,
+    Multistep,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    UniPC,
+    fit_times,
+    times,
+)
+from ..samplers.exponential import fast
+from ..sdes.chains import DDPM, SMLD
+from ..sdes.learned import LearnedVPSDE, MonotoneSchedule
+from ..sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
+
+SDES: dict[str, Callable[[ConfigDict], SDE]] = {
+    "vpsde": lambda m: VPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
+    "subvpsde": lambda m: SubVPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
+    "vesde": lambda m: VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
+    "cosine": lambda m: CosineSDE(t_min=m.t_min),
+    "edm": lambda m: EDMSDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
+    "learned": lambda m: LearnedVPSDE(
+        schedule=MonotoneSchedule(m.gamma_min, m.gamma_max, learn_ends=m.learn_ends), t_min=m.t_min
+    ),
+}
+CHAINS: dict[str, Callable[[ConfigDict], DDPM | SMLD]] = {
+    "vpsde": lambda m: DDPM.from_sde(VPSDE(beta_min=m.beta_min, beta_max=m.beta_max), m.num_scales),
+    "vesde": lambda m: SMLD.from_sde(VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max), m.num_scales),
+    "cosine": lambda m: DDPM.cosine(m.num_scales),
+}
+RULES = (*rules.RULES, "mean")
+LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
+    "time": lambda m: rules.label_time,
+    "sigma": lambda m: rules.label_sigma,
+    "log_sigma": lambda m: rules.label_log_sigma,
+    "edm": lambda m: rules.label_edm,
+    "index": lambda m: partial(_label_index, n=m.num_scales),
+}
+EMBEDDINGS: dict[str, Literal["sinusoidal", "fourier"]] = {"positional": "sinusoidal", "fourier": "fourier"}
+PREDICTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
+    "euler_maruyama": lambda s: FixedODE("euler") if s.probability_flow else EulerMaruyama(),
+    "reverse_diffusion": lambda s: ReverseDiffusion(flow=s.probability_flow),
+    "ancestral_sampling": lambda s: Ancestral(s.variance),
+    "none": lambda s: None,
+}
+CORRECTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
+    "langevin": lambda s: Langevin(snr=s.snr, steps=s.n_steps_each),
+    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
+    "none": lambda s: None,
+}
+METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
+    "pc": lambda s: _predictor_corrector(PREDICTORS[s.predictor](s), CORRECTORS[s.corrector](s)),
+    "ode": lambda s: (
+        FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
+    ),
+    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
+    "ddim": lambda s: DDIM(eta=s.eta),
+    "heun": lambda s: Heun(),
+    "edm": lambda s: Churn(s.churn, s.churn_low, s.churn_high, s.churn_inflate),
+    "dpm_solver": lambda s: DPMSolver(s.order, s.predict),
+    "dpm_solver++": lambda s: Multistep(s.order, eta=s.eta),
+    "deis": lambda s: Multistep(s.order, "noise"),
+    "unipc": lambda s: UniPC(s.order, s.unipc_variant, s.predict),
+    "fast": lambda s: fast(s.steps),
+    "embedded": lambda s: EmbeddedODE(s.rtol, s.atol),
+    "adaptive_sde": lambda s: AdaptiveSDE(s.sde_rtol, s.sde_atol),
+}
+GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
+    "uniform": times.uniform,
+    "quadratic": times.quadratic,
+    "log_snr": times.log_snr,
+    "karras": times.karras,
+    "arcsinh": times.arcsinh,
+}
+CLASSIFY = "cross_entropy"  # the objective of classifiers
+AUTOENCODE = "autoencoder"  # that of autoencoders
+NAMED = ("sampling.labels", "sampling.negative_label")  # keys of the config that may name classes
+FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
+FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
+
+
+def build_sde(config: ConfigDict) -> SDE:
+    """The forward SDE; for a discrete model its chain's curves in continuous time."""
+    return SDES[config.training.sde](config.model) if config.training.continuous else build_chain(config).as_sde()
+
+
+def build_chain(config: ConfigDict) -> DDPM | SMLD:
+    """The chain of a discrete model (training.continuous=False)."""
+    return CHAINS[config.training.sde](config.model)
+
+
+def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The network for examples of `shape`; its weights depend on seed alone.
+
+    (D,) for the MLP, (C, L), (C, H, W) or (C, D, H, W) for U-Nets and (C, H, W) for the others.
+
+    Raises ValueError where network and shape do not fit.
+    """
+    m = config.model
+    wanted, ranks = {
+        "mlp": ("vectors, (D,)", (1,)),
+        **{name: ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4)) for name in UNETS},
+    }.get(m.name, ("images, (C, H, W)", (3,)))
+    if len(shape) not in ranks:
+        raise ValueError(f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return NETWORKS[m.name](config, shape)
+
+
+def _mlp(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:
+    """The MLP, with some of its arguments in place of the config's."""
+    m = config.model
+    given: dict[str, Any] = dict(
+        width=m.hidden,
+        depth=m.depth,
+        embedding=EMBEDDINGS[m.embedding_type],
+        fourier_scale=m.fourier_scale,
+        dropout=m.dropout,
+        out_features=2 * shape[0] if m.learned_variance else None,
+        classes=m.num_classes,
+    )
+    return MLP(shape[0], **{**given, **options})
+
+
+def _ddpm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """Ho et al. 2020's U-Net, with GroupNorm of 32 groups."""
+    return _unet(
+        config,
+        shape,
+        block="ddpm",
+        embedding="sinusoidal" if config.model.conditional else None,
+        skip_rescale=False,
+        groups=32,
+    )
+
+
+def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """DDPM++ and NCSN++ of Song et al. 2021, appendix H."""
+    m = config.model
+    return _unet(
+        config,
+        shape,
+        block=m.resblock_type,
+        embedding=EMBEDDINGS[m.embedding_type] if m.conditional else None,
+        fourier_scale=m.fourier_scale,
+        fir=m.fir_kernel if m.fir else None,
+        skip_rescale=m.skip_rescale,
+        progressive=m.progressive,
+        progressive_input=m.progressive_input,
+        combine=m.progressive_combine,
+        init_scale=m.init_scale,
+    )
+
+
+def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The U-Net of Dhariwal & Nichol 2021, section 3, with adaptive group normalisation always."""
+    return _unet(
+        config,
+        shape,
+        embedding="transformer" if config.model.conditional else None,
+        scale_shift=True,
+        attend_each=True,
+        skip_rescale=False,
+        project=False,
+        norm_eps=1e-5,
+        init_scale=config.model.init_scale,
+    )
+
+
+def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:
+    """What all of them have in common, and the options in which they differ."""
+    m = config.model
+    shared: dict[str, Any] = dict(
+        dimensions=len(shape) - 1,
+        width=m.nf,
+        multipliers=m.ch_mult,
+        blocks=m.num_res_blocks,
+        attention=m.attn_resolutions,
+        image_size=max(shape[1:]),
+        dropout=m.dropout,
+        activation=m.nonlinearity,
+        resample_conv=m.resamp_with_conv,
+        centered=config.data.centered,
+        fourier_features=m.fourier_features,
+        checkpoint_activations=config.training.checkpoint_activations,
+        out_channels=2 * shape[0] if m.learned_variance else None,
+        scale_shift=m.scale_shift,
+        heads=m.num_heads,
+        head_channels=m.head_channels,
+        attend_each=m.attend_each,
+        classes=m.num_classes,
+        image_channels=m.image_channels,
+        text_width=m.text_width,
+        pooled_width=m.pooled_width,
+    )
+    return UNet(shape[0], **{**shared, **options})
+
+
+def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The transformer of Peebles & Xie 2023."""
+    m = config.model
+    return DiT(
+        shape[0],
+        patch=m.patch_size,
+        width=m.hidden,
+        depth=m.depth,
+        heads=m.hidden // m.head_channels if m.head_channels else m.num_heads,
+        dropout=m.dropout,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
+        out_channels=2 * shape[0] if m.learned_variance else None,
+        classes=m.num_classes,
+        image_channels=m.image_channels,
+        text_width=m.text_width,
+        pooled_width=m.pooled_width,
+    )
+
+
+def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
+    return NCSN(shape[0], levels=config.model.num_scales, **_refinenet(config))
+
+
+def _ncsnv2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The RefineNet of Song & Ermon 2020."""
+    return NCSNv2(shape[0], **_refinenet(config))
+
+
+def _refinenet(config: ConfigDict) -> dict[str, Any]:
+    """What both have in common."""
+    m = config.model
+    return dict(
+        width=m.nf,
+        multipliers=m.ch_mult,
+        activation=m.nonlinearity,
+        centered=config.data.centered,
+        checkpoint_activations=config.training.checkpoint_activations,
+    )
+
+
+UNETS = ("ddpm", "ncsnpp", "adm")
+NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
+    "ddpm": _ddpm,
+    "ncsnpp": _ncsnpp,
+    "adm": _adm,
+    "dit": _dit,
+    "ncsn": _ncsn,
+    "ncsnv2": _ncsnv2,
+    "mlp": _mlp,
+}
+
+
+def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
+    """Put the data's number of classes into the config of a class-conditional model, or of a classifier."""
+    m = config.model
+    if not takes_labels(config):
+        return
+    if classes == 0:
+        whose = "model.class_conditional=False" if m.class_conditional else "training.objective=denoising"
+        raise ValueError(
+            f"{name} has no classes, which are whole numbers from 0 or folders: set {whose}, or take data with such "
+            "labels"
+        )
+    if m.num_classes not in (0, classes):
+        raise ValueError(f"model.num_classes={m.num_classes}, but {name} has {classes}: leave it 0")
+    m.num_classes = classes
+
+
+def resolve_conditions(config: ConfigDict, channels: int) -> None:
+    """Put what a text encoder, or an image at a lower resolution, asks of the network into the config.
+
+    Raises FileNotFoundError where there is no encoder.
+    """
+    m = config.model
+    if m.super_resolution:
+        m.image_channels = channels
+    if m.text_encoder:
+        m.text_width, m.pooled_width = widths(m.text_encoder)
+        m.text_sha256 = encoder_hash(Path(m.text_encoder))
+
+
+def is_classifier(config: ConfigDict) -> bool:
+    """Whether the config trains a classifier of noisy examples instead of a score model."""
+    return bool(config.training.objective == CLASSIFY)
+
+
+def is_autoencoder(config: ConfigDict) -> bool:
+    """Whether the config trains an autoencoder instead of a score model."""
+    return bool(config.training.objective == AUTOENCODE)
+
+
+def takes_labels(config: ConfigDict) -> bool:
+    """Whether training is given the examples' labels."""
+    return bool(config.model.class_conditional) or is_classifier(config)
+
+
+def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassifier:
+    """The classifier of noisy examples of `shape`, with a fresh network: the MLP, or the U-Net's way down."""
+    m, network = config.model, Encoder if len(shape) == 3 else MLP
+    if (m.name == "mlp") != (network is MLP):
+        raise ValueError(f"model.name={m.name} does not classify examples of shape {tuple(shape)}: use mlp for vectors")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        own = {"out_features": m.num_classes, "classes": 0}
+        made = _mlp(config, shape, **own) if network is MLP else _encoder(config, shape)
+    scale = partial(rules.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else rules.unscaled
+    return NoisyClassifier(made, build_sde(config), m.num_classes, LABELS[m.label](m), scale)
+
+
+def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The way down of `_ncsnpp`, without its pyramids."""
+    m = config.model
+    return Encoder(
+        shape[0],
+        m.num_classes,
+        width=m.nf,
+        multipliers=m.ch_mult,
+        blocks=m.num_res_blocks,
+        attention=m.attn_resolutions,
+        image_size=max(shape[1:]),
+        dropout=m.dropout,
+        block=m.resblock_type,
+        embedding=EMBEDDINGS[m.embedding_type],
+        fourier_scale=m.fourier_scale,
+        fir=m.fir_kernel if m.fir else None,
+        resample_conv=m.resamp_with_conv,
+        skip_rescale=m.skip_rescale,
+        activation=m.nonlinearity,
+        init_scale=m.init_scale,
+        centered=config.data.centered,
+        scale_shift=m.scale_shift,
+        heads=m.num_heads,
+    )
+
+
+def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of the codes of an autoencoder of images of `shape`: each level but the last halves height and width.
+
+    Raises ValueError for what cannot be halved so often.
+    """
+    factor = 2 ** (len(config.model.ch_mult) - 1)
+    if len(shape) != 3 or any(size % factor for size in shape[1:]):
+        raise ValueError(
+            f"an autoencoder of {len(config.model.ch_mult)} levels (model.ch_mult) is for images whose height and "
+            f"width are multiples of {factor}, but the data have shape {tuple(shape)}"
+        )
+    return config.model.code_channels, *(size // factor for size in shape[1:])
+
+
+def build_autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> ConvolutionalAutoencoder:
+    """The autoencoder of images of `shape`, with fresh networks of `_ncsnpp`'s blocks."""
+    m, codes = config.model, code_shape(config, shape)
+    options: dict[str, Any] = dict(
+        width=m.nf,
+        multipliers=m.ch_mult,
+        blocks=m.num_res_blocks,
+        attention=m.attn_resolutions,
+        image_size=max(shape[1:]),
+        dropout=m.dropout,
+        block=m.resblock_type,
+        fir=m.fir_kernel if m.fir else None,
+        resample_conv=m.resamp_with_conv,
+        skip_rescale=m.skip_rescale,
+        activation=m.nonlinearity,
+        heads=m.num_heads,
+        centered=config.data.centered,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        encoder = CodeEncoder(shape[0], 2 * codes[0], **options)
+        decoder = CodeDecoder(shape[0], codes[0], **options)
+    return ConvolutionalAutoencoder(encoder, decoder, centered=config.data.centered)
+
+
+Trained = Preconditioned | NoisyClassifier | ConvolutionalAutoencoder
+
+
+def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Trained:
+    """What the config trains, with a fresh network for examples of `shape`."""
+    if is_autoencoder(config):
+        return build_autoencoder(config, shape)
+    return build_classifier(config, shape) if is_classifier(config) else build_model(config, shape)
+
+
+def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
+    """The score model with a fresh network for examples of `shape`."""
+    m = config.model
+    edm = m.rule == "edm"
+    return Preconditioned(
+        build_network(config, shape),
+        build_sde(config),
+        rule=partial(rules.predict_edm, sigma_data=m.sigma_data) if edm else m.rule,
+        label=LABELS[m.label](m),
+        scale=partial(rules.unit_variance, sigma_data=m.sigma_data) if edm else rules.unscaled,
+        learned_variance=m.learned_variance,
+    )
+
+
+def build_sampler(config: ConfigDict) -> Sampler:
+    """The sampler that the section sampling describes."""
+    s = config.sampling
+    if s.step_lr > 0:  # NCSN's h = step_lr (sigma/sigma_min)² is h = 2 (snr sigma)²
+        s = ConfigDict({**s, "snr": math.sqrt(s.step_lr / 2) / config.model.sigma_min})
+    return METHODS[s.method](s)
+
+
+def steps_together(config: ConfigDict) -> bool:
+    """Whether the sampler has one step size for all examples of a batch, so that a sample depends on its neighbours."""
+    return config.sampling.method == "ode" and config.sampling.ode_method in ADAPTIVE
+
+
+def grid_name(config: ConfigDict) -> str:
+    """Which grid `build_times` makes: "ends" for adaptive solvers, whose steps are their own."""
+    s = config.sampling
+    if s.method in ("embedded", "adaptive_sde") or steps_together(config):
+        return "ends"
+    return "arcsinh" if s.method == "fast" and config.training.continuous else s.grid
+
+
+def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, shape: tuple[int, ...] = ()) -> Tensor:
+    """The times to sample on, decreasing from sampling.start; for `sample(..., denoise=config.sampling.noise_removal)`.
+
+    A continuous model stops at sampling.t_min. A discrete one begins at the step of its chain that is nearest to
+    sampling.start, visits sampling.steps of those that are left, or all, and stops at the first, from where the
+    estimate of the clean data is the chain's own last step. Adaptive solvers get both ends. For sampling.grid=fitted 32
+    trajectories of the `model` are solved, of examples of `shape`.
+    """
+    s, grid = config.sampling, grid_name(config)
+    if grid == FITTED:
+        if model is None:
+            raise ValueError("sampling.grid=fitted is fitted to a model: pass it to build_times, with the data's shape")
+        return fit_times(
+            model, build_sampler(config), s.steps, (32, *shape), sde=replace(sde, t_min=s.t_min), seed=s.seed
+        )
+    if not config.training.continuous:
+        n = config.model.num_scales
+        return times.spaced(n, 2 if grid == "ends" else min(s.steps, round(s.start * n)), start=s.start)
+    until = replace(sde, t_min=s.t_min)
+    return times.uniform(until, 1, start=s.start) if grid == "ends" else GRIDS[grid](until, s.steps, start=s.start)
+
+
+def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:
+    """The times of the chain whose variational bound is evaluated, in eval.steps steps (0: all, or 1000).
+
+    All of a discrete model's steps or some of them, down to clean data; for a continuous model a grid uniform in log
+    SNR down to eval.t_min.
+    """
+    e, n = config.eval, config.model.num_scales
+    if config.training.continuous:
+        return times.log_snr(replace(sde, t_min=e.t_min), e.steps or 1000)
+    return torch.cat([times.spaced(n, e.steps or n), torch.zeros(1, dtype=torch.float64)])
+
+
+def _label_index(alpha: Tensor, sigma: Tensor, t: Tensor, n: int) -> Tensor:
+    """N t - 1: the index of a chain's step, 0 for all times before the first."""
+    return (n * t - 1).clamp_min(0)
+
+
+def _predictor_corrector(predictor: Sampler | None, corrector: Sampler | None) -> Sampler:
+    """Both, or the one there is; `validate` refuses none."""
+    if predictor is not None and corrector is not None:
+        return PredictorCorrector(predictor, corrector)
+    one = predictor or corrector
+    if one is None:
+        raise ValueError("sampling.predictor and sampling.corrector are both none: nothing would move; choose one")
+    return one

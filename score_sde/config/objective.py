@@ -1,0 +1,217 @@
+"""From a config to the loss of a batch: a time law, and an estimator times a weight."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from .. import losses
+from ..data.codecs import Codec, PixelCodec, VectorCodec
+from ..likelihood.sde_bound import reconstruction
+from ..losses import score_matching, time_laws
+from ..losses.time_laws import TimeLaw
+from ..metrics import psnr
+from ..models.autoencoder import ConvolutionalAutoencoder
+from ..models.base import ScoreModel
+from ..models.classifier import NoisyClassifier
+from ..models.pixel_levels import COARSE
+from ..models.reverse import prior_divergence
+from ..models.traces import Law, projections
+from ..sdes.learned import MonotoneSchedule
+from ..sdes.linear import like
+from .build import AUTOENCODE, CLASSIFY
+
+# (model, x0, t, z, v) -> (B,): the unweighted loss, a mean over dimensions, of x_t = alpha x0 + sigma z with the
+# projections v, (B, M, *shape). All but the chains' have the expectation of the error of the noise.
+Loss = Callable[[ScoreModel, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
+    return losses.denoising(model, x0, t, z, losses.simple)
+
+
+def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: Law) -> Loss:
+    """The loss of an estimate (model, x_t, t, v) -> (B,) of |s|²/2 + tr(ds/dx), blind to how x_t was made.
+
+    By Stein's identity E |noise + sigma s|²/D = 1 + 2 sigma²/D E [|s|²/2 + tr(ds/dx)].
+    """
+
+    def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        directions = projections(v.transpose(0, 1), law)
+        value = estimate(model, model.sde.perturb(x0, t, z), t, directions)
+        return 1 + like(2 * model.sde.sigma(t) ** 2 / math.prod(x0.shape[1:]), value) * value
+
+    return loss
+
+
+def _implicit(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+    return score_matching.implicit(model, x, t)
+
+
+def _finite_difference(config: ConfigDict) -> Loss:
+    def estimate(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return score_matching.finite_difference(model, x, t, v, config.training.difference_step * model.sde.sigma(t))
+
+    return _without_noise(estimate, config.training.projection)
+
+
+def _of_chain(value: Callable[..., Tensor], config: ConfigDict, codec: Codec) -> Loss:
+    """A loss of a chain's reverse steps, whose variance and whose decoder of the data it must know."""
+    variance = "learned" if config.model.learned_variance else config.sampling.variance
+
+    def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        return value(model, x0, t, z, variance=variance, levels=codec.levels, width=codec.width)
+
+    return loss
+
+
+OBJECTIVES: dict[str, Callable[[ConfigDict, Codec], Loss]] = {
+    "denoising": lambda c, codec: _denoising,
+    "implicit": lambda c, codec: _without_noise(_implicit, "gaussian"),
+    "sliced": lambda c, codec: _without_noise(
+        partial(score_matching.sliced, variance_reduced=False), c.training.projection
+    ),
+    "sliced_vr": lambda c, codec: _without_noise(score_matching.sliced, c.training.projection),
+    "finite_difference": lambda c, codec: _finite_difference(c),
+    "hybrid": lambda c, codec: _of_chain(losses.hybrid, c, codec),
+    "vlb": lambda c, codec: _of_chain(losses.variational, c, codec),
+}
+NAMES = (*OBJECTIVES, CLASSIFY, AUTOENCODE)
+PARTS = ("reconstruction_bits", "kl_bits", "psnr")  # what logs tell of an autoencoder
+PROJECTED = ("sliced", "sliced_vr", "finite_difference")  # the objectives that draw projections
+TWICE = ("implicit", "sliced", "sliced_vr")  # those whose gradient is a second derivative of the network
+DECODED = ("hybrid", "vlb")  # those of a chain's bound, which ask for the reverse steps' variance too
+
+TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
+    "uniform": lambda t: time_laws.uniform,
+    "log_snr": lambda t: time_laws.log_snr,
+    "edm": lambda t: time_laws.log_normal,
+    "importance": lambda t: time_laws.importance(losses.likelihood if t.likelihood_weighting else losses.simple),
+}
+
+
+class Objective(nn.Module):
+    """The config's loss of a model, one value per example, with the unweighted loss beside it.
+
+    For a learned SDE the loss has the gradients of its schedule too: the variance's for the shape and, for ends that
+    are learned, the bound's, whose end terms are then part of the value.
+    """
+
+    def __init__(self, model: ScoreModel, config: ConfigDict, codec: Codec | None = None) -> None:
+        super().__init__()
+        t = config.training
+        self.model = model
+        self.estimate = OBJECTIVES[t.objective](config, codec or VectorCodec())
+        self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
+        if t.time == "edm":
+            self.weight = partial(losses.edm, sigma_data=config.model.sigma_data)
+        self.sum = not t.reduce_mean
+        self.levels: Tensor | None = None
+        if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
+            if config.model.learn_ends and codec.levels > COARSE:
+                raise ValueError(
+                    f"model.learn_ends compares each pixel with each of {codec.levels} levels: set data.bits=8, or "
+                    "data.uniform_dequantization=True"
+                )
+            self.levels = codec.encode(torch.arange(codec.levels))
+
+    def forward(
+        self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        error = self.estimate(self.model.given(**condition) if condition else self.model, x0, t, z, v)
+        scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
+        loss = scale * like(self.weight(self.model.sde, t), error) * error
+        schedule = self.model.sde.module
+        if isinstance(schedule, MonotoneSchedule):
+            loss = loss + scale * (schedule.variance_loss(t, error) + self.ends(schedule, x0, z).to(error))
+        return loss, error.detach()
+
+    def ends(self, schedule: MonotoneSchedule, x0: Tensor, z: Tensor) -> Tensor:
+        """The bound's end terms, on the scale of the weighted error, where the schedule's ends are learned."""
+        if not isinstance(schedule.ends, nn.Parameter):
+            return x0.new_zeros(len(x0))
+        sde, start = self.model.sde, torch.tensor(self.model.sde.t_min, dtype=torch.float64)
+        last = reconstruction(sde, x0, start, z, "gaussian" if self.levels is None else self.levels)
+        return 2 / x0[0].numel() * (prior_divergence(sde, x0, torch.ones_like(start)) + last)
+
+
+class CrossEntropy(nn.Module):
+    """-log P(y | x_t) of a classifier, one value per example, with 1 beside it where y is the likeliest class, else 0.
+
+    It takes what `Objective` takes, of which it needs no projections.
+    """
+
+    def __init__(self, model: NoisyClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        label = (condition or {})["label"]
+        found = self.model.log_probs(self.model.sde.perturb(x0, t, z), t)
+        return -found.gather(1, label[:, None])[:, 0], (found.argmax(1) == label).to(found)
+
+
+class EvidenceBound(nn.Module):
+    """An autoencoder's bound in bits/dim, its divergence weighted, and beside it PARTS, (B, 3).
+
+    PARTS are unweighted: the two parts of the bound, in bits/dim, and the PSNR of the decoded images. It takes what
+    `Objective` takes, where z is the codes' noise, and times and projections are not looked at.
+    """
+
+    def __init__(self, model: ConvolutionalAutoencoder, weight: float, codec: Codec | None) -> None:
+        super().__init__()
+        if not isinstance(codec, PixelCodec):
+            raise ValueError("an autoencoder is trained on pixels: take data of uint8 images")
+        self.model, self.weight, self.codec = model, weight, codec
+
+    def forward(
+        self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        width, unit = self.codec.width, 1 / (x0[0].numel() * math.log(2))
+        found = self.model(x0, z, self.codec.levels, width)
+        reconstruction, divergence = unit * found.reconstruction, unit * found.divergence
+        low = self.codec.range[0]
+        near = psnr((x0 - low) / width, (found.decoded - low) / width).to(x0)
+        parts = torch.stack([reconstruction, divergence, near], 1)
+        return reconstruction + self.weight * divergence, parts.detach()
+
+
+def build_objective(
+    model: ScoreModel | NoisyClassifier | ConvolutionalAutoencoder, config: ConfigDict, codec: Codec | None = None
+) -> nn.Module:
+    """The config's loss of what it trains, a module (x0, t, z, v, condition) -> (loss, measure), (B,) both.
+
+    The measure, of which logs tell the mean at each noise level, is what `measure` calls it; an autoencoder's are
+    PARTS, (B, 3).
+    """
+    if isinstance(model, ConvolutionalAutoencoder):
+        return EvidenceBound(model, config.training.kl_weight, codec)
+    return CrossEntropy(model) if isinstance(model, NoisyClassifier) else Objective(model, config, codec)
+
+
+def measure(config: ConfigDict) -> str:
+    """Name of the measure beside the loss: noise_error, the unweighted error of the noise, or accuracy."""
+    return "accuracy" if config.training.objective == CLASSIFY else "noise_error"
+
+
+def time_law(config: ConfigDict) -> TimeLaw:
+    """How the config draws t."""
+    t = config.training
+    return TIME_LAWS[t.time](t) if t.continuous else time_laws.discrete(config.model.num_scales)
+
+
+def learned_law(config: ConfigDict) -> time_laws.SecondMoments | None:
+    """A fresh law that learns how to draw t, where the config asks for one; it takes the place of `time_law`."""
+    return time_laws.SecondMoments(config.model.num_scales) if config.training.time == "second_moment" else None
+
+
+def importance_weighted(config: ConfigDict) -> bool:
+    """Whether times' importance weights enter the loss: "log_snr" and "edm" are objectives of their own, without."""
+    return bool(config.training.time in ("importance", "second_moment") or config.training.soft_truncation > 0)

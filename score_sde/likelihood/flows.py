@@ -1,0 +1,354 @@
+"""Continuous normalizing flows: a density carried along an ODE, for any vector field.
+
+A flow dx/dt = v(t, x) takes data at t0 to a base density at t1. Along a path d log p/dt = -div v (the instantaneous
+change of variables; Chen et al. 2018, arXiv:1806.07366, theorem 1), so
+
+    log p(x at t0) = log base(x at t1) + integral from t0 to t1 of div v dt,
+
+with the state and the integral solved as one ODE. The divergence is exact, or Hutchinson's estimate
+e^T J e with random e of unit covariance, drawn once per example and held through the solve (Grathwohl et al. 2019,
+arXiv:1810.01367). Each evaluation is one forward pass and a vector-Jacobian product for each probe, whose squared
+length is an estimate of |J|² and regularises the flow at no further product (Finlay et al. 2020, arXiv:2002.02798).
+
+The probability flow of a score model is such a flow (Song et al. 2021, eq. 39): `score_flow` makes it one, with the
+model's parameters, and `likelihood.log_likelihood` is its `evaluate`. Where no gradient is wanted, Solver("embedded")
+carries it on its circle, with steps of each example's own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..models.base import ScoreModel, default_state, in_precision_of
+from ..models.traces import Probe, differentiable, draw_probes, of_rows, products
+from ..noise import Noise, noise_source
+from ..ode.circle import Circle, Slopes, carry
+from ..ode.integrators import EACH, Solver, integrate
+from ..sdes.linear import SDE, WrongShape, like
+
+Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
+DEFAULT = Solver()
+
+
+class Evaluation(NamedTuple):
+    """What the flow from data to base finds; see `Likelihood` for the first four.
+
+    `kinetic` is the integral of |v|² and `jacobian` that of |J|², both (B,), or None where not asked for.
+    """
+
+    log_prob: Tensor
+    std_error: Tensor
+    latent: Tensor
+    nfe: float
+    kinetic: Tensor | None
+    jacobian: Tensor | None
+
+
+class ProbabilityFlow(nn.Module):
+    """f x + g²/(2 sigma) noise(x, t): the velocity with the marginals of the model's SDE (Song et al. 2021, eq. 13).
+
+    Raises ValueError where x asks for a gradient and the model has none in x.
+    """
+
+    def __init__(self, model: ScoreModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        sde, noise = self.model.sde, self.model(x, t).noise
+        if x.requires_grad and not noise.requires_grad:  # the velocity would have f's gradient alone
+            raise ValueError("the score has no gradient in x, and a density needs its Jacobian")
+        return like(sde.f(t), x) * x + like(sde.g(t) ** 2 / (2 * sde.sigma(t)), x) * noise.to(x.dtype)
+
+
+class NetworkVelocity(nn.Module):
+    """A network F(x, label), as those of `networks`, as a velocity: its label is `scale` t, of shape (1,).
+
+    One label serves the batch, so that its embedding costs nothing. The fastest wave of a sinusoidal embedding is
+    sin(scale t). At 999 t, as score models have it, maximum likelihood makes a velocity that swings between the
+    solver's steps, and the likelihood that fixed steps report is not the flow's: keep it small in training.
+    """
+
+    def __init__(self, network: nn.Module, scale: float = 10.0) -> None:
+        super().__init__()
+        self.network, self.scale = network, scale
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        return self.network(in_precision_of(self.network, x), self.scale * t[None])
+
+
+def normal_log_prob(z: Tensor) -> Tensor:
+    """Log density of N(0, I) in nats, (B,)."""
+    flat = z.reshape(len(z), math.prod(z.shape[1:]))
+    return -flat.square().sum(1) / 2 - flat.shape[1] / 2 * math.log(2 * math.pi)
+
+
+def normal_draw(shape: Sequence[int], noise: Noise) -> Tensor:
+    """A draw of N(0, I)."""
+    return noise(torch.empty(tuple(shape)))
+
+
+class Flow(nn.Module):
+    """The flow dx/dt = velocity(t, x) from data at t0 to a base density at t1.
+
+    Args:
+        velocity: (t, x) -> tensor of x's shape; an nn.Module where its parameters are to be trained by the adjoint. t
+            is () in x's dtype and on its device, but for a `ProbabilityFlow`, whose SDE wants float64 on the CPU.
+        base: z -> (B,), the log density at t1; N(0, I) by default.
+        draw: (shape, noise) -> z, a draw of the base, for `sample`; N(0, I)'s if `base` is not given either.
+        t0, t1: the interval, t0 < t1.
+        solver: of the ODE, both ways.
+        sde: a chain's, whose log SNR is then the solver's time; see `ode.integrate`.
+
+    In grad mode all results but samples are differentiable, in the data and in the parameters of velocity and base, by
+    the solver's `gradient`; under torch.no_grad() nothing is kept. Networks with dropout must be in eval mode: an ODE
+    needs a velocity that does not change from one evaluation to the next.
+    """
+
+    def __init__(
+        self,
+        velocity: Velocity,
+        base: Callable[[Tensor], Tensor] | None = None,
+        draw: Callable[[Sequence[int], Noise], Tensor] | None = None,
+        *,
+        t0: float = 0.0,
+        t1: float = 1.0,
+        solver: Solver = DEFAULT,
+        sde: SDE | None = None,
+    ) -> None:
+        super().__init__()
+        if not -math.inf < t0 < t1 < math.inf:
+            raise ValueError(f"a flow goes from data at t0 to its base at a later t1, got t0 = {t0} and t1 = {t1}")
+        self.velocity = velocity
+        self.base = base or normal_log_prob
+        self.draw = normal_draw if base is None and draw is None else draw
+        self.t0, self.t1, self.solver, self.sde = t0, t1, solver, sde
+
+    def replace(self, **changes: Any) -> Flow:
+        """The same flow with other arguments, as in ``flow.replace(solver=Solver("rk4", steps=8))``."""
+        own = {name: getattr(self, name) for name in ("velocity", "base", "draw", "t0", "t1", "solver", "sde")}
+        return Flow(**{**own, **changes})
+
+    def forward(self, t: Tensor, x: Tensor) -> Tensor:
+        """The velocity at (t, x), of x's shape; t is () in float64 on the CPU. Raises ValueError for another shape."""
+        velocity = self.velocity(t if isinstance(self.velocity, ProbabilityFlow) else t.to(x), x)
+        if velocity.shape != x.shape:
+            raise WrongShape(f"the velocity has shape {tuple(velocity.shape)} for a state of shape {tuple(x.shape)}")
+        return velocity.to(x.dtype)
+
+    def log_prob(self, x: Tensor, **options: Any) -> Tensor:
+        """Log density of x in nats, (B,); options as for `evaluate`."""
+        return self.evaluate(x, **options).log_prob
+
+    def evaluate(
+        self,
+        x: Tensor,
+        *,
+        probe: Probe | Tensor = "exact",
+        probes: int = 1,
+        seed: int | torch.Generator = 0,
+        first: int = 0,
+        kinetic: bool = False,
+        jacobian: bool = False,
+    ) -> Evaluation:
+        """Log density of x, the state at t0, and what the path to the base costs.
+
+        Args:
+            x: (B, *shape); in half precision it is taken in float32.
+            probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", "sphere" (a Gaussian's direction, of
+                length sqrt(D)), or a tensor (K, B, *shape).
+            probes: number K of random probes per example, at the cost of a product each.
+            seed: of the probes; example i's depend on (seed, first + i) alone. In training give a torch.Generator,
+                which serves the whole batch and goes on from step to step.
+            first: index of the batch's first example.
+            kinetic: also integrate |v|², the kinetic energy (Finlay et al. 2020).
+            jacobian: also integrate |J|², the squared Frobenius norm of the velocity's Jacobian: exact for "exact",
+                else its unbiased estimate |e^T J|² with the same probe.
+
+        Both integrals enter the solver's error norm. Raises ValueError for an unknown probe, a wrong shape, a velocity
+        without gradient, or a gradient that torch has wrong (see `traces.differentiable`); RuntimeError where the
+        solver gives up.
+        """
+        x = as_state(x)
+        batch, d = x.shape[0], math.prod(x.shape[1:])
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
+        k = 1 if exact else len(e)  # columns of traces
+        nfe: float
+        if self.solver.method == EACH:
+            if kinetic or jacobian:
+                raise ValueError(f'kinetic and jacobian are integrals over t: use dopri5 for them, not "{EACH}"')
+
+            def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+                return _velocity_and_traces(velocity, y, of_rows(e, rows, exact), exact, False)[:2]
+
+            latent, integrals, costs = self._carry(x, self.t0, self.t1, slopes, k, d)
+            nfe = costs.double().mean().item() if batch else 0
+        else:
+
+            def field(t: Tensor, state: Tensor) -> Tensor:
+                y = state[:, :d].to(x.dtype).reshape(x.shape)
+                velocity, traces, norm = _velocity_and_traces(lambda y: self(t, y), y, e, exact, jacobian)
+                slopes = [velocity.flatten(1), traces]
+                if kinetic:
+                    slopes.append(velocity.square().flatten(1).sum(1, keepdim=True))
+                if norm is not None:
+                    slopes.append(norm)
+                return torch.cat([slope.to(wide) for slope in slopes], dim=1)
+
+            start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, k + kinetic + jacobian, dtype=wide)], dim=1)
+            end, nfe = self._integrate(field, start, self.t0, self.t1)
+            latent, integrals, costs = end[:, :d].reshape(x.shape), end[:, d : d + k], end[:, d + k :]
+        base = self.base(latent)
+        if base.shape != (batch,):
+            raise ValueError(f"the base log density must have shape ({batch},), one each, got {tuple(base.shape)}")
+        # Over K probes sqrt(variance / K), which is 0/0 = NaN for K = 1.
+        spread = (integrals - integrals.mean(1, keepdim=True)).detach().square().sum(1)
+        std_error = spread if exact else torch.sqrt(spread / (k * (k - 1)))
+        return Evaluation(
+            base + integrals.mean(1),
+            std_error,
+            latent.to(x.dtype),
+            nfe,
+            costs[:, 0] if kinetic else None,
+            costs[:, -1] if jacobian else None,
+        )
+
+    def path(self, x: Tensor, times: Sequence[float] | Tensor) -> Tensor:
+        """The states (len(times), B, *shape) at `times`, forwards or backwards, from x at the first of them.
+
+        The ODE is solved from each time to the next: fixed steps are as many between each two.
+
+        Raises ValueError for times that are not a 1-D grid, rising or falling, within [t0, t1].
+        """
+        grid = torch.as_tensor(times, dtype=torch.float64).cpu()
+        monotonic = grid.ndim == 1 and len(grid) and bool((grid.diff() > 0).all() or (grid.diff() < 0).all())
+        if not monotonic or grid.min() < self.t0 or grid.max() > self.t1:
+            raise ValueError(f"times must rise or fall within [{self.t0:g}, {self.t1:g}], got {grid.tolist()}")
+        x = as_state(x)
+        wide = torch.float32 if x.device.type == "mps" else torch.float64
+
+        def field(t: Tensor, y: Tensor) -> Tensor:
+            return self(t, y.to(x.dtype)).to(wide)
+
+        states = [x.to(wide)]
+        for t, s in zip(grid[:-1].tolist(), grid[1:].tolist()):
+            each = self.solver.method == EACH
+            y, *_ = self._carry(states[-1].to(x.dtype), t, s) if each else self._integrate(field, states[-1], t, s)
+            states.append(y)
+        return torch.stack(states).to(x.dtype)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """The state at t1 of the path through x at t0."""
+        return self.path(x, (self.t0, self.t1))[-1]
+
+    def decode(self, z: Tensor) -> Tensor:
+        """The state at t0 of the path through z at t1."""
+        return self.path(z, (self.t1, self.t0))[-1]
+
+    @torch.no_grad()
+    def sample(
+        self,
+        shape: tuple[int, ...],
+        *,
+        seed: int | torch.Generator = 0,
+        first: int = 0,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Tensor:
+        """Decode a draw (B, *shape) of the base; seed, first, dtype and device as for `samplers.sample`.
+
+        Raises ValueError where the flow has a base of its own and no `draw`.
+        """
+        if self.draw is None:
+            raise ValueError("this flow's base is a log density alone: give Flow a draw(shape, noise) of it too")
+        dtype, device = default_state(self, dtype, device)
+        return self.decode(self.draw(shape, noise_source(tuple(shape), seed, first, dtype, device)))
+
+    def _carry(
+        self, x: Tensor, t: float, s: float, slopes: Slopes | None = None, columns: int = 0, dimensions: int = 1
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`circle.carry` of the model."""
+        if not isinstance(self.velocity, ProbabilityFlow):
+            raise ValueError(f'"{EACH}" solves the probability flow of a score model: use dopri5 for another velocity')
+        if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.velocity.parameters())):
+            raise ValueError(f'"{EACH}" has no gradient: use dopri5, or evaluate under torch.no_grad()')
+        return carry(Circle(self.velocity.model), x, t, s, self.solver, slopes, columns, dimensions)
+
+    def _integrate(self, field: Velocity, y: Tensor, t0: float, t1: float) -> tuple[Tensor, int]:
+        parameters: tuple[Tensor, ...] = ()
+        if isinstance(self.velocity, nn.Module):
+            parameters = tuple(p for p in self.velocity.parameters() if p.requires_grad)
+        elif torch.is_grad_enabled() and self.solver.gradient == "adjoint":
+            raise ValueError(
+                "the adjoint must know the velocity's parameters: make it an nn.Module instead of a function, "
+                'or use Solver(gradient="backprop")'
+            )
+        return integrate(field, y, t0, t1, solver=self.solver, sde=self.sde, parameters=parameters)
+
+
+def score_flow(
+    model: ScoreModel,
+    *,
+    base: Callable[[Tensor], Tensor] | None = None,
+    t_min: float = 1e-5,
+    solver: Solver = DEFAULT,
+) -> Flow:
+    """A score model's probability flow from data at t_min to the SDE's prior at t = 1, with the model's parameters.
+
+    ``-score_flow(model).log_prob(x).mean()`` is a loss that fine-tunes the model by likelihood; conditions are bound
+    before, as in ``score_flow(model.given(label=y))``. `base` is x -> (B,), the log density at t = 1, by default the
+    prior's, which is not quite the true p_1. Raises ValueError for a t_min without noise.
+    """
+    sde = model.sde
+    check_start(sde, t_min)
+    return Flow(ProbabilityFlow(model), base or sde.prior_log_prob, sde.prior, t0=t_min, t1=1.0, solver=solver, sde=sde)
+
+
+def as_state(x: Tensor) -> Tensor:
+    """x as a solver keeps it: half precision, whose rounding is far above tolerances, in float32.
+
+    Raises ValueError for what is no batch of states.
+    """
+    if not isinstance(x, Tensor):
+        raise ValueError(f"x must be a tensor (B, *shape), got {type(x).__name__}; torch.as_tensor(x) makes it one")
+    if x.ndim < 2 or not x.is_floating_point():
+        raise ValueError(f"x must be (B, *shape) in floating point, got {x.dtype} of shape {tuple(x.shape)}")
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def refuse_gradient(x: Tensor, name: str, instead: str) -> None:
+    """Raise ValueError where x asks for a gradient, which what is computed without one would lose in silence."""
+    if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+        raise ValueError(f"{name} has no gradient, and x asks for one: take score_flow(model).{instead}, or x.detach()")
+
+
+def check_start(sde: SDE, t_min: float) -> None:
+    """Raise ValueError where the probability flow has no slope at t_min."""
+    if not 0 <= t_min < 1 or not bool(sde.sigma(torch.tensor(t_min, dtype=torch.float64)) > 0):
+        raise ValueError(f"t_min must lie between 0 and 1, where {sde} has noise, got {t_min:g}; 1e-5 is usual")
+
+
+def _velocity_and_traces(
+    velocity: Callable[[Tensor], Tensor], x: Tensor, e: Tensor, exact: bool, norm: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The velocity at x, e^T J e (B, K) for the probes e (K, *x.shape), and if `norm` their mean |e^T J|² (B, 1).
+
+    If `exact` the probes are the unit vectors: their sums take the places of both, (B, 1).
+    """
+    found, y, graph = differentiable(velocity, x, "the velocity has no gradient in x, and a density needs its Jacobian")
+    traces, norms = [], []
+    for part, product in products(found, y, e, graph):
+        traces.append((product * part).flatten(2).sum(2))
+        if norm:
+            norms.append(product.square().flatten(2).sum(2))
+    trace = torch.cat(traces).T
+    squares = torch.cat(norms).T if norm else None
+    if exact:
+        return found, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
+    return found, trace, None if squares is None else squares.mean(1, keepdim=True)

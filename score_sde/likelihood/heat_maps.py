@@ -1,0 +1,96 @@
+"""Where the bits of an image go: its log density split over its dimensions.
+
+Along the probability flow dx/dt = v(x, t),
+
+    log p(x) = sum over i of [log prior(x_i(1)) + integral from t_min to 1 of J_ii dt],    J = dv/dx,
+
+for an SDE's prior is a product, and div v the trace of J. A term says what dimension i's own latent costs and how much
+space is made around it; the sum is log p(x) exactly, but as x_i(1) depends on all of x, a term is no conditional
+density. J_ii is exact, or estimated by e_i (e^T J)_i with random signs e: the terms of Hutchinson's estimate, so that
+they too have its sum, and each its own mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..models.base import ScoreModel
+from ..models.traces import differentiable, draw_probes, of_rows, products
+from ..ode.circle import Circle, carry
+from ..ode.integrators import EACH, Solver, integrate
+from .flows import ProbabilityFlow, as_state, check_start
+
+
+class HeatMap(NamedTuple):
+    """Each dimension's share of log p(x) in nats, of x's shape, and evaluations an example."""
+
+    log_prob: Tensor
+    nfe: float
+
+    def bits(self, levels: int = 256, width: float = 2.0) -> Tensor:
+        """Bits of each dimension, of x's shape, where x was dequantised uniformly; their mean is the bits/dim."""
+        return -self.log_prob / math.log(2) + math.log2(levels / width)
+
+
+@torch.no_grad()
+def heat_map(
+    model: ScoreModel,
+    x: Tensor,
+    *,
+    probes: int | None = 16,
+    t_min: float = 1e-5,
+    solver: Solver | None = None,
+    seed: int = 0,
+    first: int = 0,
+) -> HeatMap:
+    """Split log p(x), x being the state at t_min, over the dimensions of x.
+
+    Args:
+        model: any score model.
+        x: (B, *shape).
+        probes: random signs per example and dimension, averaged; None: the exact J_ii, by one product per dimension.
+        t_min: where the integral begins.
+        solver: of the ODE, in which all D terms of an example count as much as its state; by default "embedded".
+        seed: of the probes; example i's depend on (seed, first + i) alone.
+        first: index of the batch's first example.
+
+    Raises ValueError for probes < 1, RuntimeError where the solver gives up.
+    """
+    x = as_state(x)
+    check_start(model.sde, t_min)
+    batch, d = len(x), math.prod(x.shape[1:])
+    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    if probes is not None and probes < 1:
+        raise ValueError(f"probes must be at least 1, or None for the exact terms, got {probes}")
+    e = draw_probes("exact" if probes is None else "rademacher", probes or 1, x, seed, first)
+    share = 1 / (probes or 1)
+    flow, sde, solver = ProbabilityFlow(model), model.sde, solver or Solver(EACH)
+
+    def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        needed = "the score has no gradient in x, and a density needs its Jacobian"
+        found, y, graph = differentiable(velocity, y, needed)
+        terms = torch.zeros_like(y)
+        for part, product in products(found, y, of_rows(e, rows, probes is None), graph):
+            terms = terms + share * (part * product).sum(0)
+        return found, terms.flatten(1)
+
+    def field(t: Tensor, state: Tensor) -> Tensor:
+        y = state[:, 0].to(x.dtype).reshape(x.shape)
+        velocity, terms = slopes(lambda y: flow(t, y), y, torch.arange(batch))
+        return torch.stack([velocity.flatten(1), terms], 1).to(wide)
+
+    nfe: float
+    if solver.method == EACH:
+        latent, terms, costs = carry(Circle(model), x, t_min, 1.0, solver, slopes, d)
+        latent, nfe = latent.flatten(1), costs.double().mean().item() if batch else 0
+    else:
+        start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)
+        end, nfe = integrate(field, start, t_min, 1.0, solver=solver, sde=sde)
+        latent, terms = end.unbind(1)
+    base = sde.prior_log_prob(latent.reshape(-1, 1)).reshape(latent.shape)  # the prior is a product
+    return HeatMap((base + terms).reshape(x.shape), nfe)

@@ -1,0 +1,107 @@
+"""Denoising score matching: an objective is a time law × a weight × an estimator, three small functions.
+
+Over many noise levels the objective is (Vincent 2011; Song et al. 2021, eq. 7)
+
+    E_t weight(t) E_{x_0, z} || noise(x_t, t) - z ||²,    x_t = alpha x_0 + sigma z,
+
+written here for the noise: (score error)² = (noise error)² / sigma², so a weight lambda(t) of the score's error is
+lambda/sigma² here. The simple objective of DDPM is weight 1, and so is the paper's lambda = sigma².
+
+Every loss returns one value per example, (B,); reduction, importance weights and logging by t are the caller's.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..models.base import ScoreModel
+from ..models.reverse import Variance, chain_term
+from ..sdes.linear import SDE, like
+from .time_laws import Weight
+
+
+def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weight, **condition: Any) -> Tensor:
+    """Mean over dimensions of weight · (noise error)² at x_t = alpha x_0 + sigma z, one value per example (B,).
+
+    Args:
+        model: what is trained.
+        x0: data, (B, *shape).
+        t: times, (B,); z: standard normal numbers of x0's shape.
+        weight: (sde, t) -> (B,), e.g. `simple` or `likelihood`.
+        condition: passed on to the model.
+
+    Raises ValueError where t or z does not fit x0.
+    """
+    if t.shape != x0.shape[:1] or z.shape != x0.shape:
+        raise ValueError(
+            f"t must have shape ({x0.shape[0]},) and z {tuple(x0.shape)}, got {tuple(t.shape)} and {tuple(z.shape)}"
+        )
+    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
+    error = (estimate.noise - z).square().flatten(1).mean(1)
+    return like(weight(model.sde, t), error) * error
+
+
+def variational(
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    z: Tensor,
+    variance: Variance = "learned",
+    levels: int | None = None,
+    width: float = 2.0,
+    **condition: Any,
+) -> Tensor:
+    """L_vlb of a chain, (B,) bits per dimension: N times the bound's term at t = (i + 1)/N, whose mean over i it is.
+
+    The bound but for its prior, which no model can change (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1; with
+    t from `time_laws.SecondMoments`, section 3.3). `variance`, `levels` and `width` are those of `bounds.chain_bound`.
+    """
+    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
+    return _bits(model.sde, x0, chain_term(model.sde, estimate, x0, t, variance, levels, width))
+
+
+def hybrid(
+    model: ScoreModel,
+    x0: Tensor,
+    t: Tensor,
+    z: Tensor,
+    variance: Variance = "learned",
+    levels: int | None = None,
+    width: float = 2.0,
+    **condition: Any,
+) -> Tensor:
+    """L_simple + 0.001 L_vlb, (B,): the first trains the mean of the reverse steps, the second their variances alone.
+
+    Nichol & Dhariwal 2021, eq. 16, with L_vlb in bits per dimension and no gradient to the mean, as in their code.
+    """
+    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
+    error = (estimate.noise - z).square().flatten(1).mean(1)
+    frozen = estimate._replace(data=estimate.data.detach())
+    return error + 0.001 * _bits(model.sde, x0, chain_term(model.sde, frozen, x0, t, variance, levels, width))
+
+
+def simple(sde: SDE, t: Tensor) -> Tensor:
+    """1: DDPM's L_simple (Ho et al. 2020, eq. 14), and lambda = sigma² of Song et al. 2021."""
+    return torch.ones_like(t)
+
+
+def likelihood(sde: SDE, t: Tensor) -> Tensor:
+    """(g/sigma)²: the objective, times D/2, bounds -log p up to constants (Song et al. 2021, arXiv:2101.09258)."""
+    return (sde.g(t) / sde.sigma(t)) ** 2
+
+
+def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
+    """1 + (sigma/alpha)²/sigma_data²: EDM's lambda(sigma), of the data's error, for the noise's; rule "edm"'s F by 1.
+
+    Karras et al. 2022 (arXiv:2206.00364), table 1: lambda = (sigma² + sigma_data²)/(sigma sigma_data)².
+    """
+    return 1 + (sde.sigma(t) / (sde.alpha(t) * sigma_data)) ** 2
+
+
+def _bits(sde: SDE, x0: Tensor, term: Tensor) -> Tensor:
+    """N times a chain's term in nats, in bits per dimension."""
+    return term * (getattr(sde, "steps") / (x0[0].numel() * math.log(2)))  # noqa: B009 (no SDE but a chain's has steps)

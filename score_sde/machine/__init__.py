@@ -1,0 +1,1 @@
+"""What the computer gives: devices, processes, whole files, locks of folders, and bars of progress."""

@@ -1,0 +1,1 @@
+"""What a command does: train, sample, evaluate, restore, and what their files hold."""

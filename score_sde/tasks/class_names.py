@@ -1,0 +1,86 @@
+"""Classes by their names: from sampling.labels=cat,dog to their numbers, and from numbers to the names on grids."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from ..config.build import NAMED
+from ..data.sets import Data
+from . import checkpoint
+
+log = logging.getLogger("score_sde")
+
+
+def resolve_labels(config: ConfigDict, data: Data, restores: bool = False) -> None:
+    """Put the numbers of classes into the config for names, and leave out those that had no example to train on.
+
+    That is only where no classes are asked for; with `restores` that means none, and else all.
+    Raises ValueError for a class that there is not, with the nearest name.
+    """
+    s, names = config.sampling, data.class_names
+    with s.ignore_type():
+        s.labels = tuple(class_number(label, NAMED[0], names) for label in s.labels)
+        s.negative_label = class_number(s.negative_label, NAMED[1], names)
+    conditional = config.model.class_conditional or s.classifier
+    if s.labels and names and conditional:
+        log.info("classes: %s", ", ".join(f"{i} is {class_name(i, names)}" for i in dict.fromkeys(s.labels)))
+    if not s.labels and conditional and not restores and data.empty_classes:
+        full = [i for i in range(data.num_classes) if i not in data.empty_classes]
+        s.labels = tuple(full[: s.num_samples])
+        log.info("classes without training examples are not sampled: %s", _listed(data.empty_classes, names))
+
+
+def class_number(label: int | str, key: str, names: Sequence[str]) -> int:
+    """The number of a class, given by its name or by that number; -1 is none.
+
+    Where all names are whole numbers themselves, such as of folders 1, 2, ..., 10, a number is a name; else only one
+    that is no class's number.
+    Raises ValueError, which says which `key` is wrong, for a name that there is not.
+    """
+    if isinstance(label, str) and label not in names and re.fullmatch(r"-?\d+", label):
+        label = int(label)
+    digits = bool(names) and all(name.isascii() and name.isdigit() for name in names)
+    text = str(label)
+    if isinstance(label, int) and (label == -1 or not (digits or (label >= len(names) and text in names))):
+        return label
+    if text in names:
+        return list(names).index(text)
+    if digits and isinstance(label, int):
+        same = [i for i, name in enumerate(names) if int(name) == label]
+        if len(same) == 1:
+            return same[0]
+    if not names:
+        raise ValueError(f"{key}: nothing names the classes of these data, so {text!r} is none: give numbers from 0")
+    near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
+    hint = f"the nearest name is {near[0]!r}, and " if near else ""
+    raise ValueError(f"{key}: there is no class {text!r}: {hint}there are {_some(names)}, -1 for none")
+
+
+def class_name(label: int, names: Sequence[str]) -> str:
+    """What a picture calls a class: its name, its number where there are no names, and "no label" for -1."""
+    if label < 0:
+        return "no label"
+    return names[label] if label < len(names) else str(label)
+
+
+def class_names_of(path: Path) -> tuple[str, ...]:
+    """The names of the classes of a checkpoint's model; () where it has none, or knows none."""
+    if path.suffix != checkpoint.SUFFIX:
+        return ()
+    card = checkpoint.read_card(path)
+    return checkpoint.DataCard.from_json(card.data).class_names if card.data else ()
+
+
+def _listed(classes: Sequence[int], names: Sequence[str]) -> str:
+    return _some([f"{i} ({names[i]})" if names else str(i) for i in classes])
+
+
+def _some(words: Sequence[str], most: int = 20) -> str:
+    more = f" and {len(words) - most} more" if len(words) > most else ""
+    return ", ".join(words[:most]) + more

@@ -1,0 +1,325 @@
+"""Data sets of an autoencoder's codes: which autoencoder, the statistics of its codes, and the file that keeps them.
+
+A model of codes is trained on draws of q(z | x), new ones in every step. So each training image is encoded once, to a
+mean and a standard deviation, which are kept in a file under the autoencoder's hash and the images' digest; mirrored
+images are encoded too where training mirrors. Elsewhere codes are made of the images as they are asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import runpy
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from .. import config as configs
+from ..data.codecs import AutoencoderCodec, PixelCodec, Statistics
+from ..data.files import Stream
+from ..data.sets import Data, Split, digest
+from ..machine.parallel import ALONE, Processes
+from ..machine.progress import Progress
+from ..machine.whole_files import read_header, read_tensors, write_tensors
+from ..models.autoencoder import Autoencoder
+from . import checkpoint
+
+FORMAT = "score_sde codes 1"
+_TOGETHER = 250  # images encoded together
+_MEASURED = 1000  # training images from which the decoder's deviation is measured, where it has none
+
+
+@dataclass(frozen=True)
+class Source:
+    """An autoencoder, what it sees of images, the shape of its codes, and a hash that changes with it."""
+
+    autoencoder: Autoencoder
+    pixels: PixelCodec
+    shape: tuple[int, ...]
+    sha256: str
+    where: str
+
+
+class DiffusersAutoencoder(nn.Module):
+    """`diffusers`' AutoencoderKL as an `Autoencoder`; `pip install score_sde[latents]` brings the library."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model: Any = model
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        law = self.model.encode(x).latent_dist
+        return law.mean, law.std
+
+    def decode(self, z: Tensor) -> Tensor:
+        found: Tensor = self.model.decode(z).sample
+        return found
+
+
+def open_autoencoder(
+    where: str | Path, levels: int | None, shape: tuple[int, ...], device: torch.device | str = "cpu"
+) -> Source:
+    """The autoencoder at `where`, for uint8 images of `shape` (C, H, W) and so many levels.
+
+    That is a workdir or checkpoint of this package's, a folder with `diffusers`' AutoencoderKL (config.json and
+    safetensors; only local files are read), or a Python file whose get_autoencoder() returns a module, see
+    `Autoencoder`.
+
+    Raises FileNotFoundError where none is, and ValueError for one of other images, or data that are no images.
+    """
+    where = Path(where)
+    if levels is None or len(shape) != 3:
+        raise ValueError(f"data.autoencoder={where} is for images, and the data are floats of shape {shape}")
+    made, sha256 = _opened(where, device)
+    pixels = PixelCodec(levels, getattr(made, "centered", True))
+    return Source(made, pixels, _code_shape(made, pixels, shape, where, device), sha256, str(where))
+
+
+@torch.no_grad()
+def decoded_shape(where: str | Path, codes: tuple[int, ...], device: torch.device | str = "cpu") -> tuple[int, ...]:
+    """Shape of the images that the autoencoder at `where` makes of codes of shape `codes`; errors as above."""
+    made, _ = _opened(Path(where), device)
+    try:
+        return tuple(made.decode(torch.zeros(1, *codes, device=device)).shape[1:])
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"data.autoencoder={where} cannot decode codes of shape {codes}: {error}; take the one that the model was "
+            "trained with"
+        ) from error
+
+
+def _opened(where: Path, device: torch.device | str) -> tuple[Any, str]:
+    """The autoencoder at `where`, and its hash."""
+    if not where.exists():
+        raise FileNotFoundError(
+            f"data.autoencoder={where}: there is no such file or folder; train one there first, such as "
+            "configs/autoencoder_digits32.py"
+        )
+    if where.suffix == ".py":
+        made, sha256 = _from_file(where)
+    elif (where / "config.json").is_file() and "_class_name" in json.loads((where / "config.json").read_text()):
+        made, sha256 = _from_diffusers(where)
+    else:
+        path = checkpoint.find(where)
+        made, sha256 = checkpoint.load_autoencoder(path), checkpoint.file_hash(path)
+    return made.to(device).eval().requires_grad_(False), sha256
+
+
+def _from_file(where: Path) -> tuple[Any, str]:
+    found = runpy.run_path(str(where))
+    if not callable(found.get("get_autoencoder")):
+        raise ValueError(f"{where} defines no get_autoencoder(); it returns a module with encode and decode")
+    made = found["get_autoencoder"]()
+    if not isinstance(made, nn.Module) or not all(callable(getattr(made, name, None)) for name in ("encode", "decode")):
+        raise ValueError(f"get_autoencoder() of {where} must return a torch.nn.Module with encode and decode")
+    own = hashlib.sha256(where.read_bytes())
+    own.update(digest(*made.state_dict().values()).encode())
+    return made, own.hexdigest()
+
+
+def _from_diffusers(where: Path) -> tuple[DiffusersAutoencoder, str]:
+    name = json.loads((where / "config.json").read_text())["_class_name"]
+    if name != "AutoencoderKL":
+        raise ValueError(f"{where} holds a {name}, and data.autoencoder takes diffusers' AutoencoderKL")
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as error:
+        raise ImportError("this folder is read by diffusers: pip install score_sde[latents]") from error
+    try:
+        model = AutoencoderKL.from_pretrained(where, local_files_only=True, use_safetensors=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{where} holds no AutoencoderKL that diffusers can read: {error}") from error
+    own = hashlib.sha256()
+    for path in sorted(p for p in where.iterdir() if p.suffix in (".safetensors", ".json")):
+        own.update(f"{path.name} {checkpoint.file_hash(path)} ".encode())
+    return DiffusersAutoencoder(model), own.hexdigest()
+
+
+def _code_shape(
+    made: Autoencoder, pixels: PixelCodec, shape: tuple[int, ...], where: Path, device: torch.device | str
+) -> tuple[int, ...]:
+    """Shape of the code of a black image, which must come back as an image."""
+    black = pixels.encode(torch.zeros(1, *shape, dtype=torch.uint8)).to(device)
+    try:
+        with torch.no_grad():
+            mean, std = made.encode(black)
+            back = made.decode(mean)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise ValueError(
+            f"data.autoencoder={where} cannot encode and decode images of shape {shape}: {error}; take an autoencoder "
+            "of these images"
+        ) from error
+    if back.shape != black.shape or std.shape != mean.shape or mean.ndim != 4:
+        raise ValueError(
+            f"data.autoencoder={where} makes of an image {shape} a code of mean {tuple(mean.shape[1:])} and deviation "
+            f"{tuple(std.shape[1:])}, and of that {tuple(back.shape[1:])}: mean and deviation are (B, c, h, w), and "
+            "images come back in their shape"
+        )
+    return tuple(mean.shape[1:])
+
+
+def codes_of(
+    source: Source, data: Data, folder: Path, mirror: bool, processes: Processes = ALONE
+) -> tuple[Data, Statistics]:
+    """The data's images as normalised codes, and their statistics over the training images.
+
+    They are read from a file in `folder`, or written there, by the main process, of which the others get them. With
+    `mirror` the training images are there twice, as they are and mirrored. Raises ValueError for codes that do not
+    vary.
+    """
+    about = {"autoencoder": source.sha256, "images": _fingerprint(data), "mirror": str(mirror)}
+    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    path = folder / f"{source.sha256[:16]}-{key}.safetensors"
+
+    def work() -> dict[str, Tensor]:
+        found = _read(path, about)
+        if found is None:
+            found = _encode_all(source, data, mirror)
+            write_tensors(path, found, {"format": FORMAT, **about})
+        return found
+
+    found = processes.copies(work)
+    statistics = Statistics(
+        tuple(found["mean"].tolist()), tuple(found["std"].tolist()), float(found["deviation"].item())
+    )
+    codec = AutoencoderCodec(source.autoencoder, statistics, source.pixels)
+    mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (statistics.mean, statistics.std))
+
+    def part(split: Split, name: str) -> Split:
+        x, deviation = (found[f"{name}/mean"] - mean) / std, found[f"{name}/std"] / std
+        times = len(x) // len(split)
+        y, caption = (None if v is None else torch.cat([v] * times) for v in (split.y, split.caption))
+        return Split(x, y, caption=caption, std=deviation)
+
+    coded = replace(data, train=part(data.train, "train"), test=part(data.test, "test"), levels=codec.levels)
+    return coded, statistics
+
+
+def as_asked(data: Data, codec: AutoencoderCodec, device: torch.device | str) -> Data:
+    """The data's images as the means of their normalised codes, made whenever they are read."""
+
+    def part(split: Split) -> Split:
+        def read(index: list[int]) -> Tensor:
+            k = split[torch.tensor(index, dtype=torch.int64)][0].to(device)
+            return codec.posterior(k)[0].cpu()
+
+        one = codec.posterior(torch.zeros(1, *split.shape, dtype=torch.uint8, device=device))[0]
+        x = Stream((len(split), *one.shape[1:]), lambda index: read(list(index)), f"codes of {split.digest()}")
+        return replace(split, x=x)
+
+    return replace(data, train=part(data.train), test=part(data.test), levels=None)
+
+
+def as_drawn(data: Data) -> Data:
+    """The data, of codes with one draw of each training example, as steps see them."""
+    x, std = data.train.x, data.train.std
+    if std is None or not isinstance(x, Tensor):
+        return data
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    return replace(data, train=replace(data.train, x=x + std * noise, std=None))
+
+
+def codec_from(path: str | Path, source: Source) -> AutoencoderCodec:
+    """What is between the pixels and the model in a workdir or checkpoint, whose autoencoder must be `source`.
+
+    Raises ValueError where it is another, or the model has no codes.
+    """
+    path = checkpoint.find(path)
+    check_codes(path, source.sha256, source.where)
+    return AutoencoderCodec(source.autoencoder, Statistics.from_json(checkpoint.read_card(path).codes), source.pixels)
+
+
+def check_codes(path: Path, sha256: str, where: str, statistics: Statistics | None = None) -> None:
+    """Raise ValueError where a checkpoint is not of the codes of the autoencoder at `where`, or of other statistics.
+
+    `sha256` is that autoencoder's, '' where there is none and the model should be of pixels.
+    """
+    card = checkpoint.read_card(path) if path.suffix == checkpoint.SUFFIX else None
+    theirs = configs.from_text(card.config, str(path)).data if card is not None else configs.default_config().data
+    if theirs.autoencoder_sha256 != sha256:
+        if not sha256 or not theirs.autoencoder_sha256:
+            was, now = ("codes", "pixels") if theirs.autoencoder_sha256 else ("pixels", "codes")
+            remedy = f"={theirs.autoencoder}" if was == "codes" else " empty"
+            raise ValueError(f"{path} is a model of {was}, and the config says {now}: set data.autoencoder{remedy}")
+        raise ValueError(
+            f"{path} is a model of the codes of another autoencoder, sha256 {theirs.autoencoder_sha256[:12]}..., than "
+            f"data.autoencoder={where}, {sha256[:12]}...: that one was trained further, or replaced; give back "
+            "the one that the codes were made with, or train a new model in another workdir"
+        )
+    if statistics is not None and card is not None and card.codes != statistics.to_json():
+        raise ValueError(
+            f"{path} was trained on codes of other statistics: the data are not those that it was trained on; go on "
+            "with these, or train a new model in another workdir"
+        )
+
+
+def _fingerprint(data: Data) -> str:
+    """Of both splits' images, whatever their labels and captions."""
+    both = (replace(split, y=None, caption=None).digest() for split in (data.train, data.test))
+    return hashlib.sha256(" ".join(both).encode()).hexdigest()
+
+
+@torch.no_grad()
+def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
+    """Mean and standard deviation of every code, (N, c, h, w) float32 in the autoencoder's units, and statistics."""
+    device = next((p.device for p in _parameters(source.autoencoder)), torch.device("cpu"))
+    parts: list[tuple[str, Split, Callable[[Tensor], Tensor]]] = [("train", data.train, lambda k: k)]
+    if mirror:
+        parts.append(("train", data.train, lambda k: k.flip(-1)))
+    parts.append(("test", data.test, lambda k: k))
+    found: dict[str, list[Tensor]] = {}
+    with Progress("encoding", sum(len(split) for _, split, _ in parts), "image") as bar:
+        for name, split, turned in parts:
+            for index in torch.arange(len(split)).split(_TOGETHER):
+                k = turned(split[index][0]).to(device)
+                for kind, value in zip(("mean", "std"), source.autoencoder.encode(source.pixels.encode(k))):
+                    found.setdefault(f"{name}/{kind}", []).append(value.float().cpu())
+                bar.update(len(index))
+    codes = {name: torch.cat(values) for name, values in found.items()}
+    # the variance of draws is that of the means and the mean of the variances
+    mean = torch.stack([c.double().mean() for c in codes["train/mean"].unbind(1)])
+    spread = torch.stack([c.double().var(correction=0) for c in codes["train/mean"].unbind(1)])
+    within = torch.stack([c.double().square().mean() for c in codes["train/std"].unbind(1)])
+    std = (spread + within).sqrt()
+    if not bool((std > 0).all()):
+        raise ValueError(
+            f"data.autoencoder={source.where}: channel {int((std == 0).nonzero()[0])} of its codes is the same number "
+            "everywhere; take an autoencoder whose codes have fewer channels"
+        )
+    deviation = getattr(source.autoencoder, "deviation", None)
+    if deviation is None:
+        deviation = _measured_deviation(source, data.train, codes, device)
+    return codes | {
+        "mean": mean,
+        "std": std,
+        "deviation": torch.as_tensor(deviation, dtype=torch.float64).detach().cpu(),
+    }
+
+
+def _measured_deviation(source: Source, split: Split, codes: dict[str, Tensor], device: torch.device) -> Tensor:
+    """Root mean square distance of training pixels from what draws of their codes decode to: the likeliest one."""
+    draws, squares = torch.Generator().manual_seed(0), list[Tensor]()
+    for index in torch.arange(min(len(split), _MEASURED)).split(_TOGETHER):
+        x = source.pixels.encode(split[index][0].to(device))
+        noise = torch.randn(codes["train/mean"][index].shape, generator=draws)
+        z = codes["train/mean"][index] + codes["train/std"][index] * noise
+        squares.append((source.autoencoder.decode(z.to(device)) - x).double().square().flatten(1).mean(1).cpu())
+    least = source.pixels.width / (2 * source.pixels.levels)  # of the rounding to levels, were all else perfect
+    return torch.cat(squares).mean().sqrt().clamp_min(least / 3**0.5)
+
+
+def _parameters(autoencoder: Autoencoder) -> list[nn.Parameter]:
+    return list(autoencoder.parameters()) if isinstance(autoencoder, nn.Module) else []
+
+
+def _read(path: Path, about: dict[str, str]) -> dict[str, Tensor] | None:
+    """The codes in a file that is of these images and this autoencoder; None where there is none that can be read."""
+    try:
+        return read_tensors(path) if read_header(path) == {"format": FORMAT, **about} else None
+    except (FileNotFoundError, ValueError):
+        return None

@@ -1,0 +1,300 @@
+"""From a config to a model given its conditions: which labels, and what guides by them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from .. import config as configs
+from ..data.captions import Text
+from ..data.codecs import Codec
+from ..data.sets import Split, digest
+from ..models.base import ScoreModel
+from ..models.classifier import NoisyClassifier
+from ..models.guidance import classifier, guide
+from ..noise import noise_source
+from ..sdes.linear import SDE
+from . import checkpoint
+from .batches import augmented, low_resolution, of_data
+
+RESTORING = ("inpaint", "colorize", "superresolve", "deblur")  # modes
+CPU = torch.device("cpu")
+# added to the seed, so that an image's noise is not that of the state to which it is told, or of the steps from there
+_AUGMENTATION, _START = 1_000_003, 1_000_033
+
+
+# What a model may be told: by which key of the section model, in words, and under which names.
+_TOLD: tuple[tuple[str, str, tuple[str, ...]], ...] = (
+    ("class_conditional", "class-conditional", ("label",)),
+    ("text_sha256", "of text", ("text", "mask", "pooled")),
+    ("super_resolution", "of smaller images", ("image", "augmentation")),
+)
+
+
+class Guides(NamedTuple):
+    """What guides a model besides itself, and what a stamp says of it."""
+
+    classifier: NoisyClassifier | None = None
+    reference: ScoreModel | None = None  # the weaker model of autoguidance
+    reference_told: tuple[str, ...] = ()  # which of the model's conditions that is given too
+    about: dict[str, str] | None = None
+
+
+def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], device: torch.device) -> Guides:
+    """The classifier or the weaker model that the section sampling names, for a model of examples of `shape`.
+
+    Raises FileNotFoundError where none is, and ValueError for one of other data, another shape or another SDE.
+    """
+    s = config.sampling
+    ema = s.weights == "ema"
+    if s.classifier:
+        path = trained_at(s.classifier, "sampling.classifier", "a classifier (such as configs/classifier_digits.py)")
+        judge = checkpoint.load_classifier(path, ema, device)
+        _check_kin(path, "sampling.classifier", config, shape, judge.sde == model.sde)
+        return Guides(classifier=judge, about={"classifier_sha256": checkpoint.file_hash(path)})
+    if s.guidance_checkpoint:
+        path = trained_at(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
+        weak = checkpoint.load(path, ema=ema, map_location=device)
+        theirs = _check_kin(path, "sampling.guidance_checkpoint", config, shape, weak.sde == model.sde)
+        shared: tuple[str, ...] = ()
+        for key, kind, names in _TOLD:
+            have, want = theirs.model[key], config.model[key]
+            if have and have != want:
+                raise ValueError(
+                    f"sampling.guidance_checkpoint={path} is {kind}, and the model that it is to guide is not so: take "
+                    f"a weaker model with the same model.{key.replace('sha256', 'encoder')}, or without"
+                )
+            shared += names if have else ()
+        return Guides(reference=weak, reference_told=shared, about={"reference_sha256": checkpoint.file_hash(path)})
+    return Guides()
+
+
+def trained_at(where: str, key: str, what: str) -> Path:
+    """The checkpoint at `where`, which the config's `key` names. Raises FileNotFoundError, which says to train it."""
+    try:
+        path = checkpoint.find(where)
+        checkpoint.read_card(path)
+        return path
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{key}={where}: {error}; train {what} there first") from None
+
+
+def _check_kin(path: Path, key: str, config: ConfigDict, shape: tuple[int, ...], same_sde: bool) -> ConfigDict:
+    """The config of a checkpoint. Raises ValueError where it is not of the model's states."""
+    card = checkpoint.read_card(path)
+    theirs = configs.from_text(card.config, str(path))
+    pairs = [
+        ("examples of shape", card.shape, shape),
+        ("data.dataset", theirs.data.dataset, config.data.dataset),
+        ("data.centered", theirs.data.centered, config.data.centered),
+        ("codes of data.autoencoder", theirs.data.autoencoder_sha256[:12], config.data.autoencoder_sha256[:12]),
+    ]
+    if config.model.class_conditional and theirs.model.num_classes:
+        pairs.append(("classes, as many as", theirs.model.num_classes, config.model.num_classes))
+    for what, have, want in pairs:
+        if have != want:
+            raise ValueError(
+                f"{key}={path} is of {what} {have}, and the model of {want}: train one on the model's data"
+            )
+    if not same_sde:
+        raise ValueError(f"{key}={path} has another SDE than the model: train one with the model's training.sde")
+    return theirs
+
+
+def check_conditions(path: Path, config: ConfigDict, mode: str, scales: Sequence[float] = ()) -> None:
+    """Raise ValueError where the checkpoint's model knows other conditions than the config, or than `mode` asks for.
+
+    `scales` are of guidance, in place of sampling.guidance.
+    """
+    if path.suffix != checkpoint.SUFFIX:
+        return
+    theirs = configs.from_text(checkpoint.read_card(path).config, str(path))
+    m, s = theirs.model, config.sampling
+    if m.class_conditional != config.model.class_conditional:
+        raise ValueError(
+            f"{path} was trained {'with' if m.class_conditional else 'without'} classes, and the config says "
+            f"otherwise: set model.class_conditional={m.class_conditional}"
+        )
+    if m.super_resolution != config.model.super_resolution:
+        raise ValueError(
+            f"{path} was trained with model.super_resolution={m.super_resolution}, and the config says "
+            f"{config.model.super_resolution}: set it so"
+        )
+    if m.text_sha256 != config.model.text_sha256:
+        what = "no text encoder" if not m.text_sha256 else f"another text encoder, sha256 {m.text_sha256[:12]}..."
+        was = f", that of {m.text_encoder}" if m.text_encoder else ""
+        raise ValueError(f"{path} was trained with {what}{was}: set model.text_encoder as it was")
+    if not (m.class_conditional or m.text_encoder) or theirs.training.condition_dropout > 0:
+        return
+    guided = any(scale != 1 for scale in scales or [s.guidance])
+    free = guided and not s.classifier and not s.guidance_checkpoint and (s.negative_label < 0 or m.text_encoder)
+    asked = "sampling.guidance" if free else "sampling.labels=-1" if -1 in s.labels else ""
+    if mode in RESTORING:
+        asked = asked or ("" if s.labels else f"--mode {mode} without sampling.labels")
+    elif mode != "sample":
+        asked = "" if config.eval.conditional else "eval.conditional=False"
+    if asked:
+        raise ValueError(
+            f"{asked} needs a model that knows examples without label, and {path} was trained with "
+            "training.condition_dropout=0: train one with 0.1"
+        )
+
+
+def sampled_labels(config: ConfigDict, guides: Guides | None = None) -> list[int]:
+    """The classes to sample in turn; none of a model without them and without a classifier.
+
+    Raises ValueError for a class that does not exist.
+    """
+    judge = None if guides is None else guides.classifier
+    classes = config.model.num_classes if config.model.class_conditional else 0
+    if judge is not None:
+        classes = classes or judge.classes
+    if not classes:
+        return []
+    s = config.sampling
+    for key, label in (*(("labels", label) for label in s.labels), ("negative_label", s.negative_label)):
+        if not -1 <= label < classes:
+            raise ValueError(f"sampling.{key}: there is no class {label}; there are 0 to {classes - 1}, -1 for none")
+    return list(config.sampling.labels) or list(range(classes))
+
+
+def check_number(labels: Sequence[int], prompts: Sequence[str], number: int, key: str) -> None:
+    """Raise ValueError where more classes or prompts are asked for than examples, of which `key` says the `number`."""
+    for what, asked in (("sampling.labels", labels), ("--prompt", prompts)):
+        if len(asked) > number:
+            raise ValueError(
+                f"{what} asks for {len(asked)}, and {key}={number} is fewer: set it to {len(asked)} or more, or ask "
+                "for fewer"
+            )
+
+
+def in_turn(labels: list[int], first: int, count: int) -> Tensor:
+    """The labels of the examples first to first + count - 1, (count,)."""
+    return torch.tensor([labels[i % len(labels)] for i in range(first, first + count)] if labels else [])
+
+
+class Wanted(NamedTuple):
+    """What is asked for of the samples: classes and prompts, each in turn, and the examples that they are made of."""
+
+    labels: list[int]
+    prompts: tuple[str, ...] = ()
+    text: Text | None = None  # of the prompts, and behind them of what is not wanted
+    images: Tensor | None = None  # uint8 (N, C, H, W), of lower resolution, one for each sample
+    changed: Split | None = None  # from which, noised, the samples begin, in turn
+
+    def start(self, first: int, count: int, config: ConfigDict, codec: Codec, sde: SDE, t: Tensor) -> Tensor | None:
+        """The states at time t from which the samples first to first + count - 1 begin; None where from the prior.
+
+        Their noise is of (sampling.seed, first + i), and another than the sampler's.
+        """
+        if self.changed is None:
+            return None
+        k = self.changed[torch.arange(first, first + count) % len(self.changed)][0].cpu()
+        middle = torch.full(k.shape, 0.5) if config.data.uniform_dequantization else None
+        x0 = codec.encode(k, middle).to(torch.float32)
+        noise = noise_source(tuple(x0.shape), config.sampling.seed + _START, first, torch.float32, CPU)
+        return sde.perturb(x0, t, noise(x0))
+
+    def of(
+        self, first: int, count: int, config: ConfigDict, codec: Codec, sde: SDE
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Conditions of the samples first to first + count - 1, and those of the model that guides beside it.
+
+        The second has what is not wanted (or nothing) in place of labels and prompts, and the same images.
+        """
+        told, beside = dict[str, Any](), dict[str, Any]()
+        if self.labels and config.model.class_conditional:
+            negative = config.sampling.negative_label
+            told["label"] = in_turn(self.labels, first, count)
+            beside["label"] = None if negative < 0 else torch.full((count,), negative)
+        if self.text is not None:
+            index = torch.arange(first, first + count) % len(self.prompts)
+            told |= self.text.condition(index)
+            unwanted = len(self.text.mask) > len(self.prompts)
+            beside |= (
+                self.text.condition(torch.full((count,), len(self.prompts)))
+                if unwanted
+                else dict.fromkeys(("text", "mask", "pooled"))
+            )
+        if self.images is not None:
+            seed = config.sampling.seed + _AUGMENTATION
+            noise = noise_source((count, *self.images.shape[1:]), seed, first, torch.float32, CPU)
+            level = torch.full((count,), config.sampling.augmentation, dtype=torch.float64)
+            small = codec.encode(self.images[first : first + count])
+            image = augmented(small, sde, level, lambda like: noise(level[0]))
+            told, beside = told | image, beside | image
+        return told, beside
+
+
+def conditional(
+    model: ScoreModel,
+    conditions: tuple[dict[str, Any], dict[str, Any]],
+    labels: Tensor,
+    config: ConfigDict,
+    guides: Guides,
+    scale: float,
+) -> ScoreModel:
+    """The model given the conditions of `Wanted.of`, and guided as the section sampling says but for the scale."""
+    s, (wanted, beside) = config.sampling, conditions
+    told = model.given(**wanted) if wanted else model
+    interval = {"low": s.guidance_low, "high": s.guidance_high or math.inf}
+    if guides.classifier is not None:
+        return classifier(told, guides.classifier, scale, **interval, label=labels)
+    if scale == 1:
+        return told
+    reference = guides.reference or model.given(**beside)
+    shared = {name: value for name, value in wanted.items() if name in guides.reference_told}
+    reference = reference.given(**shared) if shared else reference
+    return guide(told, reference, scale, **interval, rescale=s.guidance_rescale)
+
+
+def about(wanted: Wanted, scales: list[float], guides: Guides) -> dict[str, Any]:
+    """What a stamp says of all this, beside the keys of the section sampling."""
+    guided = bool(wanted.labels or wanted.prompts or guides.reference)
+    found: dict[str, Any] = {"labels": wanted.labels, "guidance": scales if guided else None, **(guides.about or {})}
+    if wanted.text is not None:
+        found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
+    if wanted.images is not None:
+        found["images_sha256"] = digest(wanted.images)
+    if wanted.changed is not None:
+        found["input_sha256"] = wanted.changed.digest()
+    return found
+
+
+def told(config: ConfigDict) -> bool:
+    """Whether the model is evaluated given each example's label or caption."""
+    m = config.model
+    return bool((m.class_conditional or m.text_encoder) and config.eval.conditional)
+
+
+def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> ScoreModel:
+    """The model, if it is conditional given the examples' labels. Raises ValueError where there are none."""
+    if not told(config):
+        return model
+    if label is None:
+        raise ValueError(
+            "the model is class-conditional, and these examples have no labels: set eval.conditional=False"
+        )
+    return model.given(label=label)
+
+
+def given(
+    config: ConfigDict, model: ScoreModel, split: Split, index: Tensor, text: Text | None, codec: Codec
+) -> ScoreModel:
+    """The model given what goes with a split's examples at `index`, (B,): labels and captions, if it is evaluated so,
+    and their images at a lower resolution, without noise, if it enlarges.
+
+    Raises ValueError where the examples have none.
+    """
+    conditions = of_data(config, split, index, text) if told(config) else {}
+    if config.model.super_resolution:
+        none = torch.zeros(len(index), dtype=torch.float64)
+        k = split[index][0]
+        conditions |= low_resolution(k, config.model.super_resolution, codec, model.sde, none, torch.zeros_like)
+    return model.given(**conditions) if conditions else model

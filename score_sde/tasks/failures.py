@@ -1,0 +1,155 @@
+"""What ended a command, in one sentence with its remedy; a mistake of the program has none, and keeps its traceback.
+
+The user's circumstances are what the package itself refuses (ValueError and its like), what the operating system
+refuses (OSError: a full disk, a folder that may not be written, a file in a folder's place), too little memory, a
+numerical breakdown, and another process of the run that has ended.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from ..ode.integrators import GaveUp
+from .conditions import RESTORING
+
+_MEMORY = re.compile(
+    r"can't allocate memory|DefaultCPUAllocator|out of memory|not enough memory|bad_alloc|cannot allocate memory"
+    r"|_ALLOC_FAILED|Storage size calculation overflowed",
+    re.IGNORECASE,
+)
+_PEERS = re.compile(
+    r"(gloo|nccl|tcpstore).*(closed|reset|refused|time[sd]? ?out|broken pipe|remote)", re.IGNORECASE | re.DOTALL
+)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
+_SHOWN = 200  # characters of a path, of which an absurd one has thousands
+
+
+def sentence(error: BaseException, mode: str = "", workdir: str = "") -> str | None:
+    """What to tell the user of `error`, which ended --mode `mode` in `workdir`; None for a mistake of the program."""
+    for cause in _causes(error):
+        code = _of_system(cause)
+        if code is not None:
+            return _system(cause, code, mode, workdir)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or _says(error, RuntimeError, _MEMORY):
+        return f"out of memory ({_first_line(error)}): {_less_memory(mode)}"
+    lost = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
+    if isinstance(error, lost) or _says(error, RuntimeError, _PEERS):
+        return (
+            "another process of this run has ended or cannot be reached "
+            f"({_first_line(error).split('. ')[0]}): its own message says why, and the same command goes on from what "
+            "was finished"
+        )
+    missing = isinstance(error, ImportError) and "pip install" in str(error)  # an extra of the package, said by itself
+    if missing or isinstance(error, ValueError | OSError | FloatingPointError | GaveUp):
+        return str(error)
+    return None
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made if it is not there. Raises OSError now, and not after the work whose result is to lie in it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+    return folder
+
+
+def thread_failed(failed: threading.ExceptHookArgs) -> None:
+    """For `threading.excepthook`: no traceback of what has a sentence, which the main thread meets and says."""
+    if failed.exc_value is None or sentence(failed.exc_value) is None:
+        threading.__excepthook__(failed)
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """The error; and what is behind it, where it is only that a zip could not be closed after another one."""
+    yield error
+    if isinstance(error, ValueError) and "close the ZIP file" in str(error) and error.__context__ is not None:
+        yield from _causes(error.__context__)
+
+
+def _of_system(error: BaseException) -> int | None:
+    """The operating system's number of an error, also where safetensors, which is written in Rust, has met it."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
+    return int(found[1]) if found else None
+
+
+def _system(error: BaseException, code: int, mode: str, workdir: str) -> str:
+    path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a file that is put in its place
+    path = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
+    where = _short(path) or (f"a file in {_short(workdir)}" if workdir else "a file")
+    reason = os.strerror(code)
+    kept = "what was finished is kept, and the same command goes on from there"
+    if code in _FULL:
+        return f"{where} could not be written ({reason}): free some space or give another --workdir; {kept}"
+    if code in _DENIED:
+        return f"{where} cannot be used ({reason}): change its permissions, or give another --workdir"
+    if code in _IN_THE_WAY:
+        blocked = _short(_blocking(path)) if path else where
+        return f"{blocked} is a file where a folder is needed: move it away, or give another --workdir"
+    if code == errno.EISDIR:
+        return f"{where} is a folder where a file is needed: move it away, or give another --workdir"
+    if code == errno.ENAMETOOLONG:
+        return f"the name {where} is too long for the file system: give a shorter one"
+    if code == errno.ENOENT:
+        return f"{where} is not there: if it was deleted during the run, give the same command again"
+    if code == errno.ENOMEM:
+        return f"out of memory ({reason}): {_less_memory(mode)}"
+    if code == errno.EPIPE:
+        return f"the output was closed before its end, as `| head` does: leave that away, or write to a file; {kept}"
+    if code in (errno.EMFILE, errno.ENFILE):
+        return f"{where} cannot be opened ({reason}): allow more by ulimit -n"
+    return f"{where}: {reason}; {kept}"
+
+
+def _less_memory(mode: str) -> str:
+    """What takes less memory in a mode."""
+    training = (
+        "compute the batch in parts (--config.training.accumulate=2), recompute activations "
+        "(--config.training.checkpoint_activations=true), halve the precision (--config.training.precision=bfloat16), "
+        "or take a smaller --config.training.batch_size"
+    )
+    fewer = "evaluate fewer at a time, by a smaller --config.eval.batch_size"
+    if mode == "train":
+        return training
+    if mode == "sample":
+        return "draw fewer samples at a time, by a smaller --config.sampling.batch_size"
+    if mode == "likelihood":
+        return f"{fewer}, and take fewer --config.eval.probes, --config.eval.draws or --config.eval.importance_samples"
+    if mode in RESTORING:
+        return "restore fewer at a time, by a smaller --config.eval.batch_size, with fewer --config.inverse.particles"
+    if mode in ("encode", "decode", "interpolate"):
+        return fewer
+    if mode == "dequantize":
+        return "take a smaller --config.dequantizer.batch_size or --config.dequantizer.hidden"
+    if mode == "scan":
+        return "take smaller examples, by --config.data.image_size or --config.data.length"
+    return f"{training}; or draw and evaluate fewer at a time (--config.sampling.batch_size, --config.eval.batch_size)"
+
+
+def _blocking(path: str) -> Path:
+    """The file that stands where `path` needs a folder."""
+    return next((p for p in reversed([Path(path), *Path(path).parents]) if p.exists() and not p.is_dir()), Path(path))
+
+
+def _says(error: BaseException, kind: type[BaseException], words: re.Pattern[str]) -> bool:
+    return isinstance(error, kind) and words.search(str(error)) is not None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:_SHOWN] if lines else type(error).__name__
+
+
+def _short(path: str | Path) -> str:
+    text = str(path)
+    return text if len(text) <= _SHOWN else f"{text[:60]}...{text[-60:]}"

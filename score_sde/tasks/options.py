@@ -1,0 +1,161 @@
+"""The command line's modes, and which of its options each of them reads; what a mode does not read is refused."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from ml_collections import ConfigDict
+
+from ..config.build import is_autoencoder, is_classifier
+from .conditions import RESTORING, check_number
+
+MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *RESTORING, "dequantize", "demo")
+# --config, its keys and --workdir are for every mode.
+READ_BY: dict[str, tuple[str, ...]] = {
+    "--checkpoint": tuple(mode for mode in MODES if mode not in ("scan", "demo")),
+    "--input": ("sample", "encode", "decode", "interpolate", *RESTORING),
+    "--mask": ("inpaint",),
+    "--prompt": ("sample", *RESTORING),
+    "--negative": ("sample", *RESTORING),
+    "--scales": ("sample",),
+}
+JUDGED = ("digits", "digits32")  # data sets of whose samples the demo tells
+
+
+def check(options: argparse.Namespace, config: ConfigDict) -> None:
+    """Raise ValueError, in one sentence, for a mode that the config is not for, or an option that would have no effect.
+
+    `options` has an attribute for each of `READ_BY`, empty or None where it was not given.
+    """
+    _mode(options, config)
+    for option, modes in READ_BY.items():
+        given = getattr(options, option.removeprefix("--"))
+        if given not in (None, "", []) and options.mode not in modes:
+            value = given[0] if isinstance(given, list) else given
+            raise ValueError(
+                f"--mode {options.mode} reads no {option}, got {value}; leave it out ({option} is for "
+                f"{', '.join(modes)})"
+            )
+    _input(options, config)
+    _prompt(options, config)
+    if options.mode in READ_BY["--prompt"]:
+        _guidance(options, config)
+        _number(options, config)
+    m = config.model
+    if options.mode == "demo" and (config.data.dataset not in JUDGED or m.super_resolution or m.text_encoder):
+        raise ValueError(
+            f"--mode demo judges digits that a model draws from nothing, and {options.config} is of something else: "
+            "take --config configs/vp_digits.py, or the modes train, sample and likelihood one by one"
+        )
+
+
+def scales_of(options: argparse.Namespace) -> list[float]:
+    """--scales 0,1,2.5 as numbers; none where it was not given. Raises ValueError for others."""
+    text = options.scales
+    try:
+        found = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise ValueError(f"--scales must be numbers such as 0,1,2.5, got {text!r}") from None
+    if any(not 0 <= scale < math.inf for scale in found):
+        raise ValueError(f"--scales must be at least 0, got {text}")
+    return found
+
+
+def _mode(options: argparse.Namespace, config: ConfigDict) -> None:
+    """The modes of models for what is none, those of pixels for codes, and those of whole images for enlargers."""
+    mode, d, m = options.mode, config.data, config.model
+    if is_autoencoder(config) and mode not in ("scan", "train"):
+        raise ValueError(
+            f"{options.config} is of an autoencoder, and --mode {mode} of models: train a model of its codes, "
+            "with --config.data.autoencoder=WORKDIR (its own bound is eval_loss in its log, in bits/dim)"
+        )
+    if d.autoencoder and mode in (*RESTORING, "dequantize", "demo"):
+        raise ValueError(
+            f"--mode {mode} works on pixels, and data.autoencoder={d.autoencoder} makes this a model "
+            "of codes: take a model of pixels"
+        )
+    if is_classifier(config) and mode not in ("scan", "train"):
+        raise ValueError(
+            f"{options.config} is of a classifier, and --mode {mode} of models: take the config of a model, "
+            "with --config.sampling.classifier=WORKDIR"
+        )
+    if mode in RESTORING and m.super_resolution:
+        raise ValueError(
+            f"--mode {mode} is for a model of whole images, and model.super_resolution={m.super_resolution} makes this "
+            "one of smaller ones: --mode sample --input FILE_OR_FOLDER enlarges by it"
+        )
+
+
+def _input(options: argparse.Namespace, config: ConfigDict) -> None:
+    """--input where the config makes of its mode one that reads none, and a decode without one."""
+    if options.mode == "decode" and options.input is None:
+        raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
+    mode, start = options.mode, config.sampling.start
+    if start < 1 and mode == "sample" and options.input is None:
+        raise ValueError(
+            f"sampling.start={start:g} begins with examples that are noised to that time: give them, --input "
+            "FILE_OR_FOLDER, or set it to 1"
+        )
+    if start < 1 and mode in (*RESTORING, "demo"):
+        raise ValueError(f"sampling.start={start:g} is of --mode sample, and this is --mode {mode}: set it to 1")
+    if mode == "sample" and options.input is not None and config.sampling.base:
+        raise ValueError(
+            f"--input {options.input} and sampling.base={config.sampling.base} both give the images that are enlarged: "
+            "leave one of them out"
+        )
+    unread = {
+        "interpolation.between=seeds": mode == "interpolate" and config.interpolation.between == "seeds",
+        "--mode sample": mode == "sample" and start == 1 and not config.model.super_resolution,
+    }
+    for what, holds in unread.items():
+        if holds and options.input is not None:
+            begin = ", or begin with it: --config.sampling.start=0.4" if mode == "sample" else ""
+            raise ValueError(f"{what} reads no --input, got {options.input}; leave it out{begin}")
+
+
+def _prompt(options: argparse.Namespace, config: ConfigDict) -> None:
+    """Prompts for models of other things, and what is not wanted without what is."""
+    if (options.prompt or options.negative) and not config.model.text_encoder:
+        name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
+        raise ValueError(
+            f"{name} {value!r} is for a model of text, which this is not: train one with model.text_encoder"
+        )
+    if options.negative and not options.prompt:
+        raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")
+    s = config.sampling
+    if options.negative and (s.classifier or s.guidance_checkpoint):
+        raise ValueError(
+            f"--negative {options.negative!r} is for a model that guides by itself: leave sampling.classifier and "
+            "sampling.guidance_checkpoint alone"
+        )
+
+
+def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
+    """Scales with nothing to guide by, and what guides at scales that leave it without effect."""
+    s, scales = config.sampling, scales_of(options) or [config.sampling.guidance]
+    classes = (config.model.class_conditional or s.classifier) and (options.mode == "sample" or s.labels)
+    guided = classes or s.guidance_checkpoint or options.prompt
+    if options.mode in RESTORING and s.classifier and not s.labels:
+        raise ValueError(f"sampling.classifier has no class to guide to in --mode {options.mode}: set sampling.labels")
+    if not options.scales and s.guidance != 1 and not guided:
+        text = config.model.text_encoder
+        what, remedy = ("prompt", "give one, --prompt TEXT") if text else ("class", "set sampling.labels")
+        raise ValueError(f"sampling.guidance={s.guidance:g} has no {what} to guide by: {remedy}")
+    away = f"--negative {options.negative!r}" if options.negative else f"sampling.negative_label={s.negative_label}"
+    if (options.negative or s.negative_label != -1) and all(scale == 1 for scale in scales):
+        raise ValueError(f"{away} has no effect without guidance: set sampling.guidance above 1, such as 2")
+    if options.scales and not guided:
+        raise ValueError(
+            f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "
+            "sampling.classifier or sampling.guidance_checkpoint"
+        )
+
+
+def _number(options: argparse.Namespace, config: ConfigDict) -> None:
+    """More classes or prompts than examples; those of data sets are counted when they have been read."""
+    s, e = config.sampling, config.eval
+    if options.mode == "sample":
+        check_number(s.labels, options.prompt, s.num_samples, "sampling.num_samples")
+    elif e.num_images:
+        check_number(s.labels, options.prompt, e.num_images, "eval.num_images")

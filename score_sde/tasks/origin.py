@@ -1,0 +1,302 @@
+"""Fine-tuning: a run that begins from the weights of a checkpoint, of this package or of another project.
+
+The network must be the checkpoint's own, shown by its tensors' names and shapes and, where the configs differ, by its
+answers. Two things may be otherwise, the number of classes and of the images' channels: the layers that depend on them,
+and these alone, are made anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+
+from .. import config as configs
+from ..config.build import Trained, build_trained, is_autoencoder, is_classifier
+from ..foreign import diffusers, score_sde_pytorch
+from ..models.autoencoder import ConvolutionalAutoencoder
+from ..models.base import ScoreModel
+from ..models.rules import Preconditioned
+from ..networks.blocks import Head
+from . import checkpoint
+
+# Keys of the section model without a say in what a network computes from its weights: told where they are others.
+_READ_OTHERWISE = (
+    *("rule", "label", "sigma_data", "sigma_min", "sigma_max", "beta_min", "beta_max", "gamma_min", "gamma_max"),
+    *("learn_ends", "num_scales", "t_min", "super_resolution"),
+)
+# And those that may be others without a word.
+_FREE = (
+    *("num_classes", "class_conditional", "image_channels", "dropout", "ema_rate", "ema_halflife"),
+    *("text_encoder", "text_length"),
+)
+_AS_IT_WAS = "take the config that it was trained with (only the numbers of classes and of channels may differ)"
+
+
+def origin_hash(path: Path) -> str:
+    """sha256 of a checkpoint, or of the network in a folder of diffusers'."""
+    if not path.is_dir():
+        return checkpoint.file_hash(path)
+    path = diffusers.network_folder(path)
+    whole = hashlib.sha256()
+    for part in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json")):
+        whole.update(f"{part.name} {checkpoint.file_hash(part)} ".encode())
+    return whole.hexdigest()
+
+
+def find_origin(where: str) -> Path:
+    """The checkpoint that training.origin means: a file, a workdir's newest, or a folder of diffusers'.
+
+    Raises FileNotFoundError where there is none.
+    """
+    path = Path(where)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"there is no checkpoint {path} to begin from: name a checkpoint or a workdir (--checkpoint), or leave it "
+            "out to begin anew, or to go on with the workdir's own run"
+        )
+    return path if diffusers.is_folder(path) else checkpoint.find(path)
+
+
+def check_origin(config: ConfigDict, workdir: Path, begun: Path | None) -> None:
+    """Put the origin's hash into the config, and refuse one that the workdir's own run did not begin from.
+
+    `begun` is that run's newest checkpoint, or None. Without an origin in the config, that of the run stays.
+    """
+    t = config.training
+    theirs = configs.from_text(checkpoint.read_card(begun).config, str(begun)).training if begun else None
+    if not t.origin:
+        t.origin, t.origin_sha256 = (theirs.origin, theirs.origin_sha256) if theirs else ("", "")
+        t.origin_weights = theirs.origin_weights if theirs else t.origin_weights
+    if theirs is not None and theirs.origin and theirs.origin_weights != t.origin_weights:
+        raise ValueError(
+            f"{workdir} holds a run already, which began from other weights of {theirs.origin}: set "
+            f"training.origin_weights={theirs.origin_weights} to go on with it, or begin the new run in another "
+            "--workdir"
+        )
+    if theirs is not None and (theirs.origin, theirs.origin_sha256) == (t.origin, t.origin_sha256):
+        return  # the run's own config says so, and the file may be gone by now
+    if not t.origin:
+        return
+    t.origin_sha256 = origin_hash(find_origin(t.origin))
+    if theirs is not None and theirs.origin_sha256 != t.origin_sha256:
+        was = f"began from {theirs.origin}, with other content" if theirs.origin_sha256 else "did not begin from a file"
+        raise ValueError(
+            f"{workdir} holds a run already, which {was}: leave --checkpoint {t.origin} out to go on with it, or begin "
+            "the new run in another --workdir"
+        )
+
+
+def check_fits(config: ConfigDict, workdir: Path, shape: tuple[int, ...]) -> None:
+    """Raise what `take_weights` would for a run that is about to begin in a workdir, before work is done."""
+    if config.training.origin and checkpoint.newest(workdir)[0] is None:
+        take_weights(config, build_trained(config, shape), shape)
+
+
+@torch.no_grad()
+def take_weights(config: ConfigDict, model: Trained, shape: tuple[int, ...]) -> list[str]:
+    """Copy the weights of the checkpoint training.origin into `model`, fresh and for examples of `shape`.
+
+    Returns what was done, in sentences. Raises FileNotFoundError, or ValueError for a checkpoint that does not fit;
+    `model` is unchanged then.
+    """
+    path, t = find_origin(config.training.origin), config.training
+    held, notes = (_ours if path.suffix == checkpoint.SUFFIX else _foreign)(path, config, shape)
+    found, target = held.state_dict(), model.state_dict()
+    anew = {_layer(name) for name, value in target.items() if name not in found or found[name].shape != value.shape}
+    for name, value in target.items():
+        if _layer(name) not in anew:
+            value.copy_(found[name])
+    begun = [f"a new run, from the {'averaged' if t.origin_weights == 'ema' else 'raw'} weights of {path}"]
+    if anew:
+        begun.append(f"made anew, as classes or channels are others than there: {', '.join(sorted(anew))}")
+    if unused := {_layer(name) for name in found.keys() - target.keys()}:
+        begun.append(f"without its {', '.join(sorted(unused))}")
+    return begun + notes
+
+
+def foreign_config(config: ConfigDict, channels: int | None = None) -> dict[str, Any]:
+    """The config as score_sde_pytorch has it, whose files carry none: there VE networks are divided by sigma."""
+    given: dict[str, Any] = config.to_dict()
+    given["model"]["scale_by_sigma"] = config.training.sde == "vesde"
+    given["data"]["num_channels"] = channels or config.data.num_channels
+    return given
+
+
+def _ours(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trained, list[str]]:
+    """What a checkpoint of ours holds, which fits the config but for classes and channels; and what is to be told."""
+    card = checkpoint.read_card(path)
+    theirs = configs.from_text(card.config, str(path))
+    pairs = [
+        ("", _kind(theirs), _kind(config)),
+        ("data.autoencoder: ", _coded(theirs), _coded(config)),
+        ("model.text_encoder: ", theirs.model.text_sha256[:12] or "none", config.model.text_sha256[:12] or "none"),
+        ("examples of shape ", _size(card.shape), _size(shape)),
+    ]
+    for what, have, want in pairs:
+        if have != want:
+            raise ValueError(
+                f"{path} cannot be trained further so: it is of {what}{have}, and the config of {want}; take a "
+                "checkpoint of the same, or begin anew"
+            )
+    bridge = ConfigDict(config.to_dict())
+    bridge.data.centered = theirs.data.centered
+    for key in ("num_classes", "class_conditional"):
+        bridge.model[key] = theirs.model[key]
+    if config.model.super_resolution:
+        bridge.model.image_channels = card.shape[0]
+    held = checkpoint.open_trained(path, config.training.origin_weights == "ema")
+    example = _with_channels(shape, card.shape[0])
+    fitting = _filled(path, build_trained(bridge, example), held.state_dict())
+    others = [
+        f"model.{key}={value}"
+        for key, value in theirs.model.items()
+        if key not in _FREE and key not in _READ_OTHERWISE and value != config.model[key]
+    ]
+    if others and not torch.equal(_answer(fitting, example), _answer(held, example)):
+        raise ValueError(
+            f"{path} is of another network than the config's: set {', '.join(others)} as it was (what of this the "
+            "network has), or begin anew"
+        )
+    keys = [*(f"model.{key}" for key in _READ_OTHERWISE), "training.sde", "training.continuous", "data.centered"]
+    lines = [line for line in configs.differences(theirs, config) if line.partition(":")[0] in keys]
+    return held, [f"warning: the weights were trained to be read otherwise: {line}" for line in lines]
+
+
+def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trained, list[str]]:
+    """What a file of score_sde_pytorch or a folder of diffusers' holds, in the model that the config makes of it."""
+    if is_classifier(config) or is_autoencoder(config):
+        raise ValueError(f"{path} is of a score model, and the config trains {_kind(config)}: begin anew")
+    bridge = ConfigDict(config.to_dict())
+    remedy = _AS_IT_WAS
+    if path.is_dir():
+        where = diffusers.network_folder(path)
+        theirs: nn.Module = diffusers.load_network(where).float()
+        about = score_sde_pytorch.read_config(where / "config.json")
+        channels = int(about.get("in_channels", shape[0]))
+        wanted = diffusers.settings(about, shape[-1]).items()
+        own = [f"model.{key}={value}" for key, value in wanted if config.model[key] != value]
+        remedy = f"set {', '.join(own)}" if own else "nothing in the section model makes that network"
+    else:
+        theirs, channels = _score_sde(path, config, shape[0])
+    network = theirs
+    while isinstance(network, (Preconditioned, score_sde_pytorch.Divided)):
+        network = network.network
+    weights = {f"network.{name}": value for name, value in network.state_dict().items()}
+    bridge.model.num_classes = len(weights.get("network.classes.table", ()))
+    bridge.model.class_conditional = bridge.model.num_classes > 0
+    example = _with_channels(shape, channels)
+    made = _filled(path, build_trained(bridge, example), weights, remedy)
+    if not _alike(made, theirs, example) and not path.is_dir():
+        _negate(made, channels)  # a network whose output over sigma is the score has the noise's other sign
+    if not _alike(made, theirs, example):
+        raise ValueError(
+            f"{path} answers otherwise than what the config makes of its weights: set the sections model and training "
+            "as they were there, or begin anew"
+        )
+    return made, _read_by_scheduler(path, made, example) if path.is_dir() else []
+
+
+def _read_by_scheduler(folder: Path, made: Trained, shape: tuple[int, ...]) -> list[str]:
+    """What is to be told where the scheduler beside a network of diffusers' reads it otherwise than the config."""
+    try:
+        theirs = diffusers.load_folder(folder)
+    except (FileNotFoundError, ValueError):  # a network alone, or a scheduler without counterpart
+        return []
+    if _alike(made, theirs, shape):
+        return []
+    return [
+        "warning: the weights were trained to be read otherwise: by the scheduler of that folder the score is another "
+        "than by model.rule, model.label and the section's noise levels"
+    ]
+
+
+def _score_sde(path: Path, config: ConfigDict, channels: int) -> tuple[ScoreModel, int]:
+    """The model in a file of score_sde_pytorch, which says nowhere how many channels it is for, and how many."""
+    tried = list(dict.fromkeys((channels, 3, 1)))
+    for number in tried:
+        try:
+            ema = config.training.origin_weights == "ema"
+            return score_sde_pytorch.load_score_sde_file(path, foreign_config(config, number), ema), number
+        except ValueError:
+            if number == tried[-1]:
+                raise
+    raise AssertionError
+
+
+def _filled(path: Path, model: Trained, weights: Mapping[str, Tensor], remedy: str = _AS_IT_WAS) -> Trained:
+    """The model with these weights. Raises ValueError, with the remedy, unless names and shapes are its own."""
+    own = model.state_dict()
+    for name in sorted(own.keys() | weights.keys()):
+        here, there = (str(tuple(v[name].shape)) if name in v else "none" for v in (own, weights))
+        if here != there:
+            raise ValueError(
+                f"{path} is of another network than the config's: {name} is {there} there and {here} here; {remedy}"
+            )
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def _negate(model: Trained, channels: int) -> None:
+    """Turn the sign of what the network answers, at each convolution that makes an image of it."""
+    for module in model.modules():
+        last = module.conv if isinstance(module, Head) else getattr(module, "last", None)
+        if isinstance(last, nn.Conv2d) and last.out_channels == channels:
+            for value in last.parameters():
+                value.neg_()
+
+
+def _alike(made: Trained, theirs: nn.Module, shape: tuple[int, ...]) -> bool:
+    """Whether two models (or the network of one, and another network) answer alike.
+
+    Discrete models of score_sde_pytorch tell the time between a chain's steps in another way: a few per cent may be
+    between answers; a turned sign, another rule or another order of the steps is far more.
+    """
+    if not isinstance(theirs, ScoreModel):
+        return torch.equal(_answer(made, shape), _answer(theirs, shape))
+    assert isinstance(made, Preconditioned)
+    x = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    for t in (0.3, 1.0):
+        a, b = (model.score(x, torch.tensor(t, dtype=torch.float64)) for model in (made, theirs))
+        if not (a - b).norm() <= 0.05 * b.norm():
+            return False
+    return True
+
+
+def _answer(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
+    """What a network computes of an example of random numbers, told as little as it can be."""
+    source = torch.Generator().manual_seed(0)
+    x = torch.randn(1, *shape, generator=source)
+    if isinstance(model, ConvolutionalAutoencoder):
+        return model.decode(model.encode(x)[0])
+    network = getattr(model, "network", model)
+    image = {"image": x} if getattr(network, "image_channels", 0) else {}
+    found: Tensor = network(x, torch.full((1,), 3.0), **image)
+    return found
+
+
+def _kind(config: ConfigDict) -> str:
+    return "a classifier" if is_classifier(config) else "an autoencoder" if is_autoencoder(config) else "a score model"
+
+
+def _coded(config: ConfigDict) -> str:
+    sha256 = config.data.autoencoder_sha256
+    return f"the codes of an autoencoder, sha256 {sha256[:12]}..." if sha256 else "no codes"
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    """What must be alike of examples: the size of vectors, the rank of the others."""
+    return str(shape) if len(shape) == 1 else f"(channels and {len(shape) - 1} dimensions)"
+
+
+def _with_channels(shape: tuple[int, ...], channels: int) -> tuple[int, ...]:
+    return shape if len(shape) == 1 else (channels, *shape[1:])
+
+
+def _layer(name: str) -> str:
+    return name.rpartition(".")[0]

@@ -1,0 +1,282 @@
+"""Results on disk: folders that a stamp names, and batches that are there as soon as they are computed.
+
+Every finished batch is a file in the result's folder; a run that was stopped goes on where it was, processes share the
+batches, and the last step joins them. What is joined is whole, and what is found finished is what its stamp says.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data import recordings
+from ..data.codecs import Codec, PixelCodec
+from ..machine.lock import held
+from ..machine.parallel import Processes
+from ..machine.progress import Progress
+from ..machine.whole_files import remove_leftovers, temporary, whole
+from .checkpoint import file_hash
+from .pictures import first_of_each, histogram, write_grid, write_png
+
+Arrays = dict[str, np.ndarray]
+_SHOWN = 256  # images of a grid
+log = logging.getLogger("score_sde")
+
+
+def once(
+    base: Path,
+    label: str,
+    made_from: dict[str, Any],
+    file: str,
+    processes: Processes,
+    work: Callable[[Path], dict[str, Any]],
+) -> tuple[Path, dict[str, Any]]:
+    """A result's folder below `base`, and its stamp: `made_from`, what `work` found, and the sha256 of `file`.
+
+    See `kept`, whose errors it has.
+    """
+    folder = folder_for(base, label, made_from)
+    return folder, kept(folder, made_from, file, processes, work)
+
+
+def kept(
+    folder: Path,
+    made_from: dict[str, Any],
+    file: str,
+    processes: Processes,
+    work: Callable[[Path], dict[str, Any]],
+    stamp: str = "stamp.json",
+) -> dict[str, Any]:
+    """The result that is in a folder, or is put there: `made_from` and what `work` found, as the file `stamp` says.
+
+    work(folder) keeps batches by `in_batches`, and its main process writes `file`. Where stamp and file are there, and
+    the file is the one that was stamped, nothing is computed again. The stamp comes last, and then the batches go.
+
+    Raises Busy where another process makes this result, and ValueError where the processes of this run were asked for
+    different results, or do not see one folder.
+    """
+    _check_same(folder, processes)
+    found = processes.agreed(lambda: finished(folder, made_from, file, stamp)[0])
+    if found is not None:
+        return found
+    with ExitStack() as stack:
+        processes.agreed(lambda: stack.enter_context(held(folder, f"making {file}")))
+        found, wrong = processes.agreed(lambda: finished(folder, made_from, file, stamp))  # by whom we waited for
+        if found is not None:
+            return found
+        if wrong and processes.main:
+            log.warning("warning: %s; it is computed again", wrong)
+        _check_shared(folder, processes)
+        result = {**made_from, **work(folder)}
+        if processes.main:
+            _write_stamp(folder / stamp, {**result, "sha256": {file: file_hash(folder / file)}})
+            for parts in [*folder.rglob("parts")]:
+                remove_parts(parts.parent)
+            remove_leftovers(folder)
+        processes.barrier()
+    return result
+
+
+def finished(
+    folder: Path, made_from: dict[str, Any], file: str, stamp: str = "stamp.json"
+) -> tuple[dict[str, Any] | None, str]:
+    """What the stamp of a finished result says; or None, and what is wrong with the result if there is one."""
+    path = folder / stamp
+    if not path.is_file():
+        return None, ""
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+        wrong = "" if _plain(made_from).items() <= found.items() else f"{path} is of another result"
+    except (ValueError, TypeError, AttributeError):
+        found, wrong = {}, f"{path} cannot be read"
+    if not wrong and not (folder / file).is_file():
+        wrong = f"{folder / file} is gone"
+    if not wrong and file_hash(folder / file) != found.get("sha256", {}).get(file):
+        wrong = f"{folder / file} is not the file that {path} is of: it was cut short, or replaced"
+    return (None if wrong else found), wrong
+
+
+def folder_for(base: Path, label: str, made_from: dict[str, Any]) -> Path:
+    """A folder of its own for each stamp, so that a stopped run finds its batches and another's are never mixed in."""
+    digest = hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:12]
+    return base / f"{label}-{digest}"
+
+
+def in_batches(
+    folder: Path,
+    total: int,
+    batch_size: int,
+    processes: Processes,
+    compute: Callable[[int, int], Arrays],
+    description: str,
+    progress: Callable[[Progress, list[Arrays]], None] = lambda bar, done: None,
+) -> Arrays:
+    """compute(first, count) for all of 0..total-1, each batch kept in a file; return them joined, on every process.
+
+    Raises ValueError, on every process, where one of them misses a batch in the end.
+    """
+    parts = folder / "parts"
+    parts.mkdir(parents=True, exist_ok=True)
+    starts = list(range(0, total, batch_size))
+    mine = starts[processes.rank :: processes.world]
+    done: list[Arrays] = []
+    with Progress(description, len(mine), "batch", shown=processes.main) as bar:
+        for first in mine:
+            path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
+            arrays = read_arrays(path)
+            if arrays is None:
+                arrays = compute(first, min(batch_size, total - first))
+                write_arrays(path, arrays)
+            done.append(arrays)
+            progress(bar, done)
+            bar.update()
+    processes.barrier()
+    whole = [read_arrays(parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz") for first in starts]
+    _check_whole(parts, whole, processes)
+    return {key: np.concatenate([part[key] for part in whole if part is not None]) for key in (whole[0] or {})}
+
+
+def read_arrays(path: Path) -> Arrays | None:
+    """The arrays of a finished batch, or None where there is none that can be read."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+    except (OSError, ValueError, EOFError, KeyError):
+        return None
+    except Exception as error:  # zipfile.BadZipFile, which numpy lets through for a file that was cut short
+        if type(error).__name__ == "BadZipFile":
+            return None
+        raise
+
+
+def write_arrays(path: Path, arrays: Arrays) -> None:
+    """An .npz that is whole or absent."""
+    with whole(path) as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]
+
+
+def write_pictures(
+    values: np.ndarray,
+    codec: Codec,
+    folder: Path,
+    columns: int | None = None,
+    groups: Sequence[int] | None = None,
+    names: Sequence[str] = (),
+) -> None:
+    """`grid.png` of the first 256 images (N, H, W, C), `histogram.png` of points of the plane (N, 2), or recordings.
+
+    Of recordings (N, 1, length) the first 256 are .wav files, 000000.wav and so on, at the sample rate of the data.
+    `columns`, `groups` and `names` are `images.grid`'s; of groups the first 256 are as many of each.
+    """
+    if codec.pixels is not None:
+        shown = list(range(min(len(values), _SHOWN))) if groups is None else first_of_each(groups, _SHOWN)
+        groups = None if groups is None else [groups[i] for i in shown]
+        images = codec.pixels.display(torch.from_numpy(values[shown]).permute(0, 3, 1, 2))
+        zoom = max(1, 32 // images.shape[-1])
+        write_grid(images, folder / "grid.png", columns, zoom, groups, names)
+    elif values.shape[1:] == (2,):
+        write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
+    elif codec.rate:
+        for i, signal in enumerate(torch.from_numpy(values[:_SHOWN])):
+            recordings.write(signal, folder / f"{i:06d}.wav", codec.rate)
+
+
+def write_single_pictures(arrays: Arrays | None, pixels: PixelCodec, folder: Path) -> None:
+    """000000.png and so on, of a result's images, `arr_0` (N, H, W, C); those that are there already stay."""
+    images = (arrays or {})["arr_0"]
+    for i, image in enumerate(images):
+        path = folder / f"{i:06d}.png"
+        if not path.is_file():
+            write_png(pixels.display(torch.from_numpy(image).permute(2, 0, 1)), path)
+
+
+def channels_last(y: Tensor) -> np.ndarray:
+    """Images (N, C, H, W) as (N, H, W, C), those of more than 256 levels as uint16, as files have them; or vectors."""
+    array = y.cpu().numpy()
+    array = array.astype(np.uint16) if array.dtype == np.int32 else array
+    return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
+
+
+def remove_parts(folder: Path) -> None:
+    """Delete the batches of a folder that has been joined, and the folder itself where it held nothing else."""
+    for path in (folder / "parts").glob("*"):
+        path.unlink()
+    (folder / "parts").rmdir()
+    if not any(folder.iterdir()):
+        folder.rmdir()
+
+
+def mean_and_error(values: np.ndarray) -> tuple[float, float]:
+    """Mean of independent values and its standard error, NaN for a single one."""
+    error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+    return float(values.mean()), float(error)
+
+
+def _check_same(folder: Path, processes: Processes) -> None:
+    """Raise ValueError where the processes of a run were asked for different results: data or files differ."""
+    hosts, names = zip(*(text.split(" ", 1) for text in processes.texts(f"{socket.gethostname()} {folder.name}")))
+    other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
+    if other is not None:
+        raise ValueError(
+            f"the processes of this run would make different results, {names[0]} on {hosts[0]} and {names[other]} on "
+            f"{hosts[other]}: give them the same data, files, checkpoint and versions"
+        )
+
+
+def _check_shared(folder: Path, processes: Processes) -> None:
+    """Raise ValueError where a process does not see the main one's folder."""
+    if processes.world == 1:
+        return
+    mark = folder / processes.agreed(lambda: _marked(folder))
+    seen = processes.texts(f"{mark.exists()} {socket.gethostname()}")
+    if processes.main:
+        mark.unlink()
+    blind = next((text.split()[1] for text in seen if text.startswith("False")), None)
+    if blind is not None:
+        raise ValueError(
+            f"{folder} of {seen[0].split()[1]} is not the folder of that name on {blind}: all processes write their "
+            "batches into one, so give --workdir a folder that all hosts share"
+        )
+
+
+def _marked(folder: Path) -> str:
+    """The name of a new file in the folder."""
+    mark = temporary(folder / os.urandom(8).hex())
+    mark.touch()
+    return mark.name
+
+
+def _check_whole(parts: Path, whole: Sequence[Arrays | None], processes: Processes) -> None:
+    """Raise ValueError, on every process, where one of them misses a batch that was computed."""
+    missing = [i for i, part in enumerate(whole) if part is None]
+    told = f"batch {missing[0] + 1} of {len(whole)} of process {missing[0] % processes.world}" if missing else ""
+    for text in processes.texts(told and f"{told} (looked for on {socket.gethostname()})"):
+        if text:
+            raise ValueError(
+                f"{parts} lacks {text}, so the result is not whole; see that all processes work in one folder and that "
+                "nobody deletes from it, and run the same command again: it computes what is missing"
+            )
+
+
+def _write_stamp(path: Path, content: dict[str, Any]) -> None:
+    """The last file of a result, whole or absent."""
+    with whole(path) as file:
+        file.write((json.dumps(content, indent=1) + "\n").encode())
+
+
+def _plain(made_from: dict[str, Any]) -> dict[str, Any]:
+    """As it comes back from JSON."""
+    found: dict[str, Any] = json.loads(json.dumps(made_from))
+    return found

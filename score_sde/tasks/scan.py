@@ -1,0 +1,311 @@
+"""What a data set is like, and the noise levels that it suggests.
+
+The Gaussian baseline is what the full-covariance Gaussian fitted to the training examples gives to the held-out ones: a
+model of images with more bits/dim than that has learnt less than second moments. The suggestions, in the units that
+the model sees:
+
+    sigma_data   the root mean square                                             (Karras et al. 2022, table 1)
+    sigma_max    the largest distance between examples: noise then joins all modes (Song and Ermon 2020, technique 1)
+    sigma_min    1 % of the range, which is 0.01 for pixels in [0, 1]              (Song and Ermon 2019)
+    num_scales   as few levels as hand their states on, and step_lr of five Langevin steps on each, where a chain of
+                 levels is sampled by annealed Langevin dynamics                   (Song and Ermon 2020, 2 and 4)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.codecs import Codec, VectorCodec
+from ..data.sets import Data, Split
+from ..likelihood.exact import Likelihood
+from ..models.pixel_levels import COARSE
+from ..sdes.noise_levels import NoiseLevels
+from .class_names import class_name
+
+_CHUNK = 1 << 24  # numbers held in float64 at a time
+_STREAM = 1 << 31  # bytes read of a split that stays on disk
+_DIMENSIONS = 4096  # of the largest covariance that is fitted
+_SHOWN = 30  # classes that are named
+_FARTHEST = 4096  # examples whose distances are all computed
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `scan` found, as the model sees the data; `str` of it is a table for people."""
+
+    data: Data
+    levels: int | None
+    seed: int
+    scanned: tuple[int, int]  # training and held-out examples looked at
+    stored: tuple[float, float]  # smallest and largest value on file
+    range: tuple[float, float]
+    mean: float
+    std: float
+    rms: float
+    largest_distance: float
+    distance_is_exact: bool
+    gaussian: tuple[float, float] | None  # bits/dim, without levels nats/dim, and its standard error over examples
+
+    @property
+    def sigma_data(self) -> float:
+        return self.rms
+
+    @property
+    def sigma_max(self) -> float:
+        return self.largest_distance
+
+    @property
+    def sigma_min(self) -> float:
+        return 0.01 * (self.range[1] - self.range[0])
+
+    @property
+    def noise_levels(self) -> NoiseLevels | None:
+        """NCSNv2's levels from sigma_min to sigma_max; None in the few dimensions of which the rule does not speak."""
+        d = math.prod(self.data.shape)
+        if d < 5 or self.sigma_min >= self.sigma_max:
+            return None
+        return NoiseLevels.by_rule(d, self.sigma_max, sigma_min=self.sigma_min)
+
+    def __str__(self) -> str:
+        data, unit = self.data, "bits/dim" if self.levels else "nats/dim"
+        sizes = len(data.train), len(data.test)
+        classes = f", {data.num_classes} classes" if data.num_classes else ""
+        part = f"; looked at {self.scanned[0]} and {self.scanned[1]}, chosen with seed {self.seed}"
+        stored = f", on file {self.stored[0]:g} to {self.stored[1]:g} of {self.levels} levels" if self.levels else ""
+        bound = "" if self.distance_is_exact else ", at least: only the farthest from the mean were compared"
+        baseline = f"none: it needs at most {_DIMENSIONS} dimensions, and examples that span them"
+        if self.gaussian:
+            noise = f", dequantised with seed {self.seed + 1}" if self.levels else ""
+            baseline = f"{self.gaussian[0]:.3f} ± {self.gaussian[1]:.3f} {unit} on the held-out examples{noise}"
+        rows = [
+            ("examples", f"{sizes[0]} to train on, {sizes[1]} held out" + (part if self.scanned != sizes else "")),
+            ("shape", " x ".join(map(str, data.shape)) + classes),
+            *_classes(data),
+            *(("note", sentence) for sentence in data.notes),
+            ("range", f"{self.range[0]:.4g} to {self.range[1]:.4g}{stored}"),
+            ("mean", f"{self.mean:.4f}"),
+            ("standard deviation", f"{self.std:.4f}"),
+            ("root mean square", f"{self.rms:.4f}"),
+            ("largest distance", f"{self.largest_distance:.4g} between two training examples{bound}"),
+            ("Gaussian baseline", baseline),
+            ("uniform baseline", f"{math.log2(self.levels):.3f} bits/dim" if self.levels else "none"),
+            ("suggested", f"--config.model.sigma_data={self.sigma_data:.3g}  the root mean square"),
+            ("", f"--config.model.sigma_max={self.sigma_max:.3g}  the largest distance"),
+            ("", f"--config.model.sigma_min={self.sigma_min:.3g}  1 % of the range"),
+        ]
+        if levels := self.noise_levels:
+            step = f"--config.sampling.step_lr={levels.eps:.3g} --config.sampling.n_steps_each={levels.steps}"
+            rows += [
+                ("", f"--config.model.num_scales={levels.num_scales}  of a chain: the fewest that overlap by half"),
+                ("", f"{step}  for sampling.method=ald on them"),
+            ]
+        return "\n".join(f"{name:<20}{value}" for name, value in rows)
+
+
+def scan(data: Data, codec: Codec, seed: int = 0) -> Report:
+    """Statistics of the training split, and the Gaussian's bits/dim on the held-out one, in float64.
+
+    `seed` draws the training pixels' dequantisation (seed + 1 the held-out ones'), and the examples looked at, at most
+    2 GiB, of a split that stays on disk.
+    """
+    train, test = _in_memory(data.train, _STREAM, seed), _in_memory(data.test, _STREAM, seed)
+    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    for x in _encoded(train, codec):
+        count, total, squares = count + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
+        low, high = min(low, x.min().item()), max(high, x.max().item())
+    distance, exact = largest_distance(train, codec)
+    return Report(
+        data=data,
+        levels=codec.levels,
+        seed=seed,
+        scanned=(len(train), len(test)),
+        stored=(float(train.min()), float(train.max())),
+        range=(low, high),
+        mean=total / count,
+        std=math.sqrt(max(0.0, squares / count - (total / count) ** 2)),
+        rms=math.sqrt(squares / count),
+        largest_distance=distance,
+        distance_is_exact=exact,
+        gaussian=_baseline(train, test, codec, seed),
+    )
+
+
+def about_empty_classes(data: Data) -> str:
+    """A sentence on the classes that cannot be learnt."""
+    empty = [class_name(i, data.class_names) for i in data.empty_classes]
+    more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
+    return (
+        f"{len(empty)} of {data.num_classes} classes have no examples to train on and are not sampled: "
+        f"{', '.join(empty[:_SHOWN])}{more}"
+    )
+
+
+def levels_for(k: Tensor, codec: Codec | None = None, *, sigma_min: float = 0.01, steps: int = 5) -> NoiseLevels:
+    """NCSNv2's noise levels and Langevin step for examples k (N, *shape), with `steps` Langevin steps on a level.
+
+    Without a codec k are floats as the model sees them. Raises ValueError for fewer than 5 dimensions, and where no two
+    examples are farther apart than sigma_min.
+    """
+    distance, _ = largest_distance(k, codec or VectorCodec())
+    return NoiseLevels.by_rule(math.prod(k.shape[1:]), distance, sigma_min=sigma_min, steps=steps)
+
+
+def gaussian_fit(k: Tensor, codec: Codec, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Mean (*shape) and covariance (D, D), float64, of examples k (N, *shape): maximum likelihood.
+
+    Pixels are dequantised with `seed`, which keeps the covariance of pixels that never change from being singular.
+    """
+    d = math.prod(k.shape[1:])
+    total, outer = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
+    origin = codec.encode(k[0]).to(torch.float64).flatten()  # near the data, so that the difference below is exact
+    for x in _dequantised(k, codec, seed):
+        total += (x - origin).sum(0)
+        outer.addmm_((x - origin).T, x - origin)
+    mean = total / len(k)
+    return (origin + mean).reshape(k.shape[1:]), outer / len(k) - torch.outer(mean, mean)
+
+
+def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
+    """Log density, (B,) in nats, of x (B, *shape) under N(mean, covariance).
+
+    Raises ValueError if the covariance is singular.
+    """
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if failed:
+        raise ValueError(f"the covariance of {len(covariance)} dimensions is singular: fit it to more examples")
+    z = torch.linalg.solve_triangular(factor, (x - mean).flatten(1).T, upper=False)
+    return -z.square().sum(0) / 2 - factor.diagonal().log().sum() - len(covariance) * math.log(2 * math.pi) / 2
+
+
+def largest_distance(k: Tensor, codec: Codec) -> tuple[float, bool]:
+    """The largest Euclidean distance between two encoded examples of k (N, *shape), and whether it is exact.
+
+    Two examples are at most as far apart as the sum of their distances from the mean. So once a distant pair is known,
+    a farther one can only be among the examples whose distance from the mean, plus the largest such, exceeds it. Where
+    those are more than 4,096 (of large images, fewer), the farthest from the mean give a lower bound.
+    """
+    d = math.prod(k.shape[1:])
+    limit = min(_FARTHEST, max(2, 16 * _CHUNK // d))
+    mean = (torch.stack([x.sum(0) for x in _encoded(k, codec)]).sum(0) / len(k)).float()
+    radius = _distances(k, codec, mean)
+    best, start = 0.0, int(radius.argmax())
+    for _ in range(4):  # to the example farthest from this one, and on from there
+        distance = _distances(k, codec, codec.encode(k[start]).flatten())
+        best, start = max(best, distance.max().item()), int(distance.argmax())
+    candidates = int((radius >= (best - radius.max()) * (1 - 1e-5)).sum())  # rounding must not lose the pair itself
+    far = torch.cat(list(_encoded(k[radius.argsort(descending=True)[: min(candidates, limit)]], codec)))
+    return max(best, torch.cdist(far, far).max().item()), candidates <= limit
+
+
+def disagreements(
+    data: Data,
+    codec: Codec,
+    *,
+    image_size: int | None = None,
+    num_channels: int | None = None,
+    sigma_data: float | None = None,
+    sigma_max: float | None = None,
+) -> list[str]:
+    """Sentences on where the data and a config disagree, from 2,000 training examples; None or 0 leaves a thing out.
+
+    Pass sigma_data where the model uses it, and sigma_max where the SDE keeps its data unscaled (VE, EDM).
+    """
+    k = _in_memory(data.train, 2000 * math.prod(data.shape) * 4, seed=0)[:2000]
+    rms = math.sqrt(torch.cat([x.square().mean(1) for x in _encoded(k, codec)]).mean())
+    found = []
+    if codec.levels and len(data.shape) == 3:
+        channels, *size = data.shape
+        if num_channels and num_channels != channels:
+            found.append(f"the images have {channels} channels, but data.num_channels={num_channels}")
+        if image_size and size != [image_size, image_size]:
+            found.append(f"the images are {size[0]} x {size[1]}, but data.image_size={image_size}")
+    if codec.levels and k.max() < codec.levels // 4:
+        remedy = f"multiply them by {(codec.levels - 1) // max(1, int(k.max()))}"
+        if codec.levels > COARSE:
+            remedy = f"say how many bits they have, data.file_bits={int(k.max()).bit_length()}"
+        found.append(f"pixels reach {int(k.max())} of {codec.levels - 1}: if that is their white, {remedy}")
+    if not codec.levels and not sigma_max and not 0.1 <= rms <= 10:
+        found.append(
+            f"the data's root mean square is {rms:.3g}, and noise levels are made for about 1: divide the data by it, "
+            f"or save pixels as uint8"
+        )
+    if sigma_data and not 2 / 3 <= sigma_data / rms <= 1.5:
+        found.append(f"the data's root mean square is {rms:.3g}, but model.sigma_data={sigma_data:g}")
+    if sigma_max and sigma_max < (distance := largest_distance(k, codec)[0]) / 2:
+        found.append(
+            f"examples lie up to {distance:.3g} apart, so model.sigma_max={sigma_max:g} leaves modes apart at t = 1: "
+            f"--mode scan suggests a value"
+        )
+    return found
+
+
+def _classes(data: Data) -> list[tuple[str, str]]:
+    """Rows of the classes by name, with how many examples are for training and held out, five to a line."""
+    if not data.num_classes:
+        return []
+    splits = (split.y for split in (data.train, data.test))
+    counts = [[0] * data.num_classes if y is None else torch.bincount(y, minlength=data.num_classes) for y in splits]
+    each = [
+        f"{class_name(i, data.class_names)} {int(counts[0][i])} + {int(counts[1][i])}" for i in range(data.num_classes)
+    ]
+    shown = [", ".join(each[i : i + 5]) for i in range(0, min(len(each), _SHOWN), 5)]
+    if len(each) > _SHOWN:
+        shown.append(f"and {len(each) - _SHOWN} more")
+    rows = [("classes" if i == 0 else "", line) for i, line in enumerate(shown)]
+    return rows + ([("", about_empty_classes(data))] if data.empty_classes else [])
+
+
+def _baseline(train: Tensor, test: Tensor, codec: Codec, seed: int) -> tuple[float, float] | None:
+    """Mean and standard error of the Gaussian's bits/dim (without levels, nats/dim) on test, if it can be fitted."""
+    d = math.prod(train.shape[1:])
+    if d > _DIMENSIONS or len(train) <= d:
+        return None
+    mean, covariance = gaussian_fit(train, codec, seed)
+    values = []
+    for x in _dequantised(test, codec, seed + 1):  # not the noise that was fitted
+        try:
+            log_prob = gaussian_log_prob(x, mean.flatten(), covariance)
+        except ValueError:
+            return None
+        known = Likelihood(log_prob, torch.zeros_like(log_prob), x, 0)
+        values.append(known.bits_per_dim(codec.levels, codec.width * codec.filled) if codec.levels else -log_prob / d)
+    each = torch.cat(values)
+    return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
+
+
+def _in_memory(split: Split, limit: int, seed: int) -> Tensor:
+    """The split's examples on the CPU; of one that stays on disk at most `limit` bytes, chosen by `seed`."""
+    if isinstance(split.x, Tensor):
+        return split.x.cpu()
+    rows = max(2, limit // (4 * math.prod(split.shape)))
+    chosen = np.random.default_rng(seed).permutation(len(split))[:rows]
+    return split.x[torch.from_numpy(np.sort(chosen))]
+
+
+def _encoded(k: Tensor, codec: Codec) -> Iterator[Tensor]:
+    """Examples as the model sees them, (B, D) in float64, a chunk at a time."""
+    for part in _chunks(k):
+        yield codec.encode(part).to(torch.float64).flatten(1)
+
+
+def _dequantised(k: Tensor, codec: Codec, seed: int) -> Iterator[Tensor]:
+    """The same with uniform noise from `seed` in each pixel; vectors are continuous as they are."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in _chunks(k):
+        u = torch.rand(part.shape, generator=generator, dtype=torch.float64) if codec.levels else None
+        yield codec.encode(part, u).to(torch.float64).flatten(1)
+
+
+def _distances(k: Tensor, codec: Codec, origin: Tensor) -> Tensor:
+    """Of all examples from origin (D,), in float32, which is enough to choose by."""
+    return torch.cat([(codec.encode(part).flatten(1) - origin).norm(dim=1) for part in _chunks(k)])
+
+
+def _chunks(k: Tensor) -> tuple[Tensor, ...]:
+    return k.split(max(1, _CHUNK // math.prod(k.shape[1:])))

@@ -1,0 +1,247 @@
+"""What a run shows: its log, and what `train` yields on a bar, in TensorBoard, and as grids of samples."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from ..config.build import build_sde, is_autoencoder, is_classifier
+from ..data.captions import Text
+from ..data.codecs import Codec, PixelCodec
+from ..data.sets import Data
+from ..data.toys import EXACT, TOYS
+from ..machine import progress
+from ..machine.progress import Progress
+from ..models.autoencoder import ConvolutionalAutoencoder
+from ..models.base import ScoreModel
+from ..samplers import Heun, sample, times
+from . import checkpoint, failures
+from .class_names import class_name
+from .codes import as_drawn
+from .conditions import given, in_turn
+from .pictures import grid, histogram, write_png
+from .scan import about_empty_classes, disagreements
+from .train import Metrics, noise_floor
+
+_PICTURES = 64  # in the grids that training draws
+_STEPS = 18  # of Heun's method, for samples in them
+
+_FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+
+log = logging.getLogger("score_sde")
+
+
+def log_to_terminal() -> None:
+    """All but the lines of numbers, which the bar shows there, to the terminal; the rest waits for `keep_log`."""
+    log.setLevel(logging.DEBUG)
+    log.handlers.clear()
+    terminal: logging.Handler = logging.StreamHandler(_BarSafe())
+    terminal.setLevel(logging.INFO)
+    terminal.setFormatter(_FORMAT)
+    log.addHandler(terminal)
+    log.addHandler(MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1))
+
+
+def keep_log(workdir: Path) -> None:
+    """Everything to the workdir's log.txt, from the beginning on: the command is accepted."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    file = _LogFile(workdir / "log.txt")
+    file.setFormatter(_FORMAT)
+    for waiting in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+        waiting.setTarget(file)
+        waiting.close()
+        log.removeHandler(waiting)
+        log.addHandler(file)
+
+
+class _LogFile(logging.FileHandler):
+    """A file whose lines are lost where the disk is full: what is being done may go on, and the terminal has them."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):
+            super().handleError(record)
+
+
+class _BarSafe:
+    """A stream that prints above a running progress bar."""
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            progress.write(text.rstrip("\n"))
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+class Show:
+    """Shows what the training loop yields: on the bar, in the log, and in TensorBoard."""
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        data: Data,
+        codec: Codec,
+        device: torch.device,
+        bar: Progress,
+        text: Text | None,
+    ) -> None:
+        self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
+        self.device, self.bar = device, bar
+        self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
+        self.held_out = data.test
+        self.failed: str | None = None  # the last reason why something could not be shown
+        labels = (i for i in range(config.model.num_classes) if i not in data.empty_classes)
+        self.classes = {i: class_name(i, data.class_names) for i in labels}
+        if config.model.super_resolution or text is not None:
+            held_out, text = data.test.to(device), None if text is None else text.to(device)
+            index = torch.arange(_PICTURES) % len(held_out)
+            self.shown = partial(given, config, split=held_out, index=index, text=text, codec=codec)
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed in training alone
+
+        self.writer = SummaryWriter(str(workdir / "tensorboard"))
+        self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}
+        if self.floor:
+            log.info("irreducible error by noise level: %s", _line(self.floor))
+
+    def __call__(self, m: Metrics) -> None:
+        """Show what a step left. Where that cannot be written, training goes on, and one warning tells why."""
+        try:
+            self._show(m)
+        except OSError as error:
+            reason = failures.sentence(error, "train", str(self.workdir))
+            if reason != self.failed:
+                log.warning("warning: nothing is shown of step %d, and training goes on: %s", m.step, reason)
+            self.failed = reason
+
+    def close(self) -> None:
+        """Write what TensorBoard has not written yet."""
+        with suppress(OSError):
+            self.writer.close()
+
+    def _show(self, m: Metrics) -> None:
+        for sentence in m.notes:
+            log.info(sentence)
+            self.bar.start(m.step)
+        if "training_loss" in m.scalars:
+            loss, speed = m.scalars["training_loss"], m.scalars["images_per_second"]
+            self.bar.note(f"loss {loss:.4g}, {speed:.3g} images/s")
+            for name, value in self.floor.items():
+                self.writer.add_scalar(f"noise_error_floor/{name}", value, m.step)
+        self.bar.update(m.step - self.bar.n)
+        if m.scalars:
+            log.debug("step %d/%d %s", m.step, self.bar.total, _line(m.scalars))
+        for name, value in m.scalars.items():
+            self.writer.add_scalar(name, value, m.step)
+        if "eval_accuracy" in m.scalars:
+            log.info("step %d: right of %.1f %% of held-out examples", m.step, 100 * m.scalars["eval_accuracy"])
+        if m.checkpoint is not None:
+            log.info("checkpoint: %s", m.checkpoint)
+            if self.config.training.snapshot_sampling and not is_classifier(self.config):
+                self._pictures(m.checkpoint, m.step)
+        if "eval_psnr" in m.scalars:
+            parts = (m.scalars[f"eval_{name}"] for name in ("reconstruction_bits", "kl_bits", "psnr"))
+            log.info("step %d: held-out reconstruction %.3f + KL %.3f bits/dim, PSNR %.1f dB", m.step, *parts)
+
+    def _pictures(self, path: Path, step: int) -> None:
+        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid; of an autoencoder
+        held-out images, each beside what the mean of its code decodes to."""
+        folder = self.workdir / "samples" / f"step-{step:09d}"
+        for weights in ("ema", "raw"):
+            if is_autoencoder(self.config):
+                found = checkpoint.load_autoencoder(path, weights == "ema", self.device)
+                k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
+                pairs = _reconstructions(found, k.to(self.device), self.codec)
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(pairs, folder / f"{weights}.png")
+                self.writer.add_image(f"reconstructions/{weights}", pairs, step)
+                continue
+            model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
+            classes = {} if self.shown is not None else self.classes
+            picture = _picture(self.shown(model) if self.shown else model, self.shape, self.codec, classes)
+            if picture is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+                write_png(picture, folder / f"{weights}.png")
+                self.writer.add_image(f"samples/{weights}", picture, step)
+
+
+def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
+    """Say what was not read of the data, and where they and the config disagree."""
+    for sentence in data.notes:
+        log.info("data: %s", sentence)
+    if data.empty_classes:
+        log.warning("warning: %s", about_empty_classes(data))
+    d, m, o = config.data, config.model, config.optim
+    if o.warmup > config.training.n_iters:
+        highest = o.lr * config.training.n_iters / o.warmup
+        log.warning(
+            "warning: optim.warmup=%d is longer than training.n_iters=%d: the learning rate rises to %.3g alone, and "
+            "not to optim.lr=%g",
+            *(o.warmup, config.training.n_iters, highest, o.lr),
+        )
+    unscaled = config.training.sde in ("vesde", "edm")
+    for sentence in disagreements(
+        as_drawn(data),
+        codec,
+        image_size=d.image_size,
+        num_channels=d.num_channels,
+        sigma_data=m.sigma_data if m.rule == "edm" else None,
+        sigma_max=m.sigma_max if unscaled else None,
+    ):
+        log.warning("warning: %s", sentence)
+
+
+def _line(scalars: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+
+
+def _floor(config: ConfigDict) -> dict[str, float]:
+    """The irreducible error by noise level, for a data set whose density is known."""
+    name = config.data.dataset
+    sde = build_sde(config)
+    return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
+
+
+def _picture(
+    model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: Mapping[int, str]
+) -> torch.Tensor | None:
+    """A grid of 64 images, or where 4096 points of the plane fall; None for other data.
+
+    Of a class-conditional model as many images of each class as there are in 64, in rows of their own; `classes` are
+    the names of those that were trained on.
+    """
+    steps = getattr(model.sde, "steps", None)
+    walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), _STEPS)
+    pixels = codec.pixels
+    count = _PICTURES if pixels is not None else 4096
+    if pixels is None and shape != (2,):
+        return None
+    groups, names = None, list[str]()
+    if pixels is not None and 1 < len(classes) <= _PICTURES:
+        count = _PICTURES // len(classes) * len(classes)
+        groups, names = [i % len(classes) for i in range(count)], list(classes.values())
+    if classes:
+        model = model.given(label=in_turn(list(classes), 0, count))
+    x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
+    if pixels is None:
+        return histogram(x)
+    return grid(pixels.display(x), None, max(1, 32 // x.shape[-1]), groups, names)
+
+
+@torch.no_grad()
+def _reconstructions(autoencoder: ConvolutionalAutoencoder, k: Tensor, codec: Codec) -> Tensor:
+    """A grid of images, each beside what the mean of its code decodes to."""
+    assert isinstance(codec, PixelCodec)
+    back = codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))
+    pairs = torch.stack([k, back], 1).flatten(0, 1)
+    return grid(codec.display(pairs), min(8, len(pairs)), zoom=max(1, 32 // k.shape[-1]))
