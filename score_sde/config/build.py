@@ -407,10 +407,10 @@ def build_autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> Convolution
     return ConvolutionalAutoencoder(encoder, decoder, centered=config.data.centered)
 
 
-Trained = Preconditioned | NoisyClassifier | ConvolutionalAutoencoder
+Trainable = Preconditioned | NoisyClassifier | ConvolutionalAutoencoder
 
 
-def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Trained:
+def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Trainable:
     """What the config trains, with a fresh network for examples of `shape`."""
     if is_autoencoder(config):
         return build_autoencoder(config, shape)

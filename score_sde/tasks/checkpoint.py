@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import config as configs
-from ..config.build import Trained, build_trained
+from ..config.build import Trainable, build_trained
 from ..data.codecs import Codec, Statistics
 from ..data.sets import Data
 from ..foreign import diffusers
@@ -431,7 +431,7 @@ def load_autoencoder(
     return found
 
 
-def open_trained(path: Path, ema: bool = True, map_location: str | torch.device = "cpu") -> Trained:
+def open_trained(path: Path, ema: bool = True, map_location: str | torch.device = "cpu") -> Trainable:
     """What a checkpoint of ours holds, a model, a classifier or an autoencoder, in eval mode.
 
     Raises FileNotFoundError where nothing is, and ValueError for a file that is broken.

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from .. import config as configs
-from ..config.build import Trained, build_trained, is_autoencoder, is_classifier
+from ..config.build import Trainable, build_trained, is_autoencoder, is_classifier
 from ..foreign import diffusers, score_sde_pytorch
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
@@ -99,7 +99,7 @@ def check_fits(config: ConfigDict, workdir: Path, shape: tuple[int, ...]) -> Non
 
 
 @torch.no_grad()
-def take_weights(config: ConfigDict, model: Trained, shape: tuple[int, ...]) -> list[str]:
+def take_weights(config: ConfigDict, model: Trainable, shape: tuple[int, ...]) -> list[str]:
     """Copy the weights of the checkpoint training.origin into `model`, fresh and for examples of `shape`.
 
     Returns what was done, in sentences. Raises FileNotFoundError, or ValueError for a checkpoint that does not fit;
@@ -128,7 +128,7 @@ def foreign_config(config: ConfigDict, channels: int | None = None) -> dict[str,
     return given
 
 
-def _ours(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trained, list[str]]:
+def _ours(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
     """What a checkpoint of ours holds, which fits the config but for classes and channels; and what is to be told."""
     card = checkpoint.read_card(path)
     theirs = configs.from_text(card.config, str(path))
@@ -168,7 +168,7 @@ def _ours(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Train
     return held, [f"warning: the weights were trained to be read otherwise: {line}" for line in lines]
 
 
-def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trained, list[str]]:
+def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
     """What a file of score_sde_pytorch or a folder of diffusers' holds, in the model that the config makes of it."""
     if is_classifier(config) or is_autoencoder(config):
         raise ValueError(f"{path} is of a score model, and the config trains {_kind(config)}: begin anew")
@@ -202,7 +202,7 @@ def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Tr
     return made, _read_by_scheduler(path, made, example) if path.is_dir() else []
 
 
-def _read_by_scheduler(folder: Path, made: Trained, shape: tuple[int, ...]) -> list[str]:
+def _read_by_scheduler(folder: Path, made: Trainable, shape: tuple[int, ...]) -> list[str]:
     """What is to be told where the scheduler beside a network of diffusers' reads it otherwise than the config."""
     try:
         theirs = diffusers.load_folder(folder)
@@ -229,7 +229,7 @@ def _score_sde(path: Path, config: ConfigDict, channels: int) -> tuple[ScoreMode
     raise AssertionError
 
 
-def _filled(path: Path, model: Trained, weights: Mapping[str, Tensor], remedy: str = _AS_IT_WAS) -> Trained:
+def _filled(path: Path, model: Trainable, weights: Mapping[str, Tensor], remedy: str = _AS_IT_WAS) -> Trainable:
     """The model with these weights. Raises ValueError, with the remedy, unless names and shapes are its own."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
@@ -242,7 +242,7 @@ def _filled(path: Path, model: Trained, weights: Mapping[str, Tensor], remedy: s
     return model.eval()
 
 
-def _negate(model: Trained, channels: int) -> None:
+def _negate(model: Trainable, channels: int) -> None:
     """Turn the sign of what the network answers, at each convolution that makes an image of it."""
     for module in model.modules():
         last = module.conv if isinstance(module, Head) else getattr(module, "last", None)
@@ -251,7 +251,7 @@ def _negate(model: Trained, channels: int) -> None:
                 value.neg_()
 
 
-def _alike(made: Trained, theirs: nn.Module, shape: tuple[int, ...]) -> bool:
+def _alike(made: Trainable, theirs: nn.Module, shape: tuple[int, ...]) -> bool:
     """Whether two models (or the network of one, and another network) answer alike.
 
     Discrete models of score_sde_pytorch tell the time between a chain's steps in another way: a few per cent may be

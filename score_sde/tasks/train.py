@@ -29,7 +29,7 @@ from torch.optim import Optimizer
 
 from .. import config as configs
 from .. import losses
-from ..config.build import Trained, build_sde, build_trained, code_shape, is_autoencoder, is_classifier
+from ..config.build import Trainable, build_sde, build_trained, code_shape, is_autoencoder, is_classifier
 from ..config.objective import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
 from ..data.captions import Text
 from ..data.codecs import AutoencoderCodec, Codec
@@ -59,8 +59,8 @@ class State:
     Most laws learn nothing: `law` is there where the config's does, and takes the place of `time_law(config)`.
     """
 
-    model: Trained
-    ema: Trained
+    model: Trainable
+    ema: Trainable
     optimizer: Optimizer
     step: int = 0
     law: SecondMoments | None = None
@@ -361,7 +361,7 @@ def parts_of(measured: Tensor, prefix: str = "") -> dict[str, float]:
     return {prefix + name: float(value) for name, value in zip(PARTS, measured.double().mean(0), strict=True)}
 
 
-def sde_of(model: Trained | ScoreModel, config: ConfigDict) -> SDE:
+def sde_of(model: Trainable | ScoreModel, config: ConfigDict) -> SDE:
     """Whose times the loop draws: the model's, which may learn it; an autoencoder does not look at them."""
     return build_sde(config) if isinstance(model, ConvolutionalAutoencoder) else model.sde
 
