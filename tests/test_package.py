@@ -7,16 +7,14 @@ import subprocess
 import sys
 from graphlib import TopologicalSorter
 from importlib.metadata import EntryPoint
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import score_sde
+from tests import ROOT
+from tests.rooms import PACKAGE, arrows, files, floors, imports
 
-from .rooms import PACKAGE, arrows, files, floors, imports
-
-ROOT = Path(__file__).parent.parent
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
