@@ -39,6 +39,7 @@ from .machine.parallel import Elsewhere, NoDevice, Processes
 from .machine.progress import Progress
 from .machine.whole_files import whole
 from .models.base import ScoreModel
+from .models.pixel_levels import bits
 from .tasks import checkpoint, failures
 from .tasks.carried import as_trained, carried_config, described, reads_data
 from .tasks.class_names import resolve_labels
@@ -599,7 +600,7 @@ def run_dequantizing(
 
         def progress(step: int, loss: torch.Tensor) -> None:
             if step % 50 == 0:
-                bar.note(f"loss {loss.item() / math.prod(split.shape) / math.log(2):.3f} bits/dim")
+                bar.note(f"loss {bits(loss.item(), math.prod(split.shape)):.3f} bits/dim")
             bar.update()
 
         dequantiser = fit_dequantiser(

@@ -19,7 +19,7 @@ from ..metrics import psnr
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
 from ..models.classifier import NoisyClassifier
-from ..models.pixel_levels import COARSE
+from ..models.pixel_levels import COARSE, bits
 from ..models.reverse import prior_divergence
 from ..models.traces import Law, projections
 from ..sdes.learned import MonotoneSchedule
@@ -174,9 +174,9 @@ class EvidenceBound(nn.Module):
     def forward(
         self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        width, unit = self.codec.width, 1 / (x0[0].numel() * math.log(2))
+        width, dimensions = self.codec.width, x0[0].numel()
         found = self.model(x0, z, self.codec.levels, width)
-        reconstruction, divergence = unit * found.reconstruction, unit * found.divergence
+        reconstruction, divergence = bits(found.reconstruction, dimensions), bits(found.divergence, dimensions)
         low = self.codec.range[0]
         near = psnr((x0 - low) / width, (found.decoded - low) / width).to(x0)
         parts = torch.stack([reconstruction, divergence, near], 1)

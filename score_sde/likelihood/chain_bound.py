@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ..machine.devices import sent
 from ..models.base import ScoreModel, check_finite
-from ..models.pixel_levels import half_bin
+from ..models.pixel_levels import bits, half_bin
 from ..models.reverse import Variance, decode, decoder_log_variance, divergence, ends, prior_divergence
 from ..noise import noise_source
 from ..sdes.linear import SDE, as_grid, check_first, like
@@ -62,7 +62,7 @@ class Bound(NamedTuple):
 
         With `levels` there is no offset: it bounds -log2 P(k)/D of the levels k themselves.
         """
-        return (self.total if nats is None else nats) / (self.dimensions * math.log(2))
+        return bits(self.total if nats is None else nats, self.dimensions)
 
 
 @torch.no_grad()
@@ -140,10 +140,9 @@ def chain_bound(
 def _knots(sde: SDE, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The times of a grid that hold noise, (T,) float64 on the CPU, and that of clean data at its end if there is."""
     if times is None:
-        n = getattr(sde, "steps", None)
-        if n is None:
+        if sde.steps is None:
             raise ValueError(f"{sde} has no steps of its own: pass times, a grid such as times.log_snr(sde, 1000)")
-        times = torch.arange(n, -1, -1, dtype=torch.float64) / n
+        times = torch.arange(sde.steps, -1, -1, dtype=torch.float64) / sde.steps
     times = as_grid(times, least=1)
     if not bool(sde.sigma(times[0]) > 0):
         raise ValueError(f"times must hold at least one with noise, got {times}")

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..data.codecs import AutoencoderCodec
 from ..models.autoencoder import entropy
+from ..models.pixel_levels import bits
 from ..noise import noise_source
 from .exact import Likelihood
 
@@ -86,9 +87,8 @@ def latent_bound(
 
 def in_bits(bound: LatentBound, dimensions: int) -> dict[str, Tensor]:
     """The parts and their sum in bits per dimension of the pixels: value, reconstruction, latent and entropy, (B,)."""
-    unit = 1 / (dimensions * math.log(2))
-    parts = ("reconstruction", "latent", "entropy")
-    return {"value": unit * bound.total, **{name: unit * getattr(bound, name) for name in parts}}
+    parts = {"value": bound.total, "reconstruction": bound.reconstruction, "latent": bound.latent}
+    return {name: bits(nats, dimensions) for name, nats in {**parts, "entropy": bound.entropy}.items()}
 
 
 def of_standard_normal(y: Tensor) -> Likelihood:

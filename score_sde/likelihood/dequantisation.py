@@ -35,8 +35,9 @@ from torch.nn.functional import logsigmoid
 from ..data.codecs import PixelCodec
 from ..losses.denoising import denoising, simple
 from ..losses.time_laws import log_snr, low_discrepancy
+from ..machine.devices import widest
 from ..models.base import ScoreModel
-from ..models.pixel_levels import half_bin
+from ..models.pixel_levels import bits, half_bin
 from ..models.reverse import prior_divergence
 from ..noise import natural
 from ..sdes.linear import SDE
@@ -113,7 +114,7 @@ class TruncatedNormal:
 
     def __call__(self, k: Tensor, u: Tensor) -> Dequantised:
         (alpha, sigma), reach = self._curves, self.reach
-        wide = torch.float32 if u.device.type == "mps" else torch.float64
+        wide = widest(u)
         inside = math.erf(reach / math.sqrt(2))
         z = torch.special.ndtri((1 - inside) / 2 + inside * u.to(wide)).clamp(-reach, reach)
         log_q = -z.square() / 2 - math.log(math.sqrt(2 * math.pi) * sigma * inside)
@@ -209,7 +210,7 @@ class LogProbability(NamedTuple):
 
     def bits_per_dim(self) -> Tensor:
         """-log2 P(k) per dimension, (B,): q knows the size of a level, so there is no offset."""
-        return -self.log_prob / (self.dimensions * math.log(2))
+        return bits(-self.log_prob, self.dimensions)
 
 
 def log_mean_exp(draws: Tensor) -> Tensor:

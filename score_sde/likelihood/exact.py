@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import ScoreModel
+from ..models.pixel_levels import bits
 from ..models.traces import Probe
 from ..ode.integrators import Solver
 from .flows import refuse_gradient, score_flow
@@ -35,11 +36,9 @@ class Likelihood(NamedTuple):
     def bits_per_dim(self, levels: int = 256, width: float = 2.0) -> Tensor:
         """Bits per dimension (B,) of discrete data whose `levels` values were dequantised into an interval of `width`.
 
-        A level is a cell of volume (width/levels)^D, and log P(cell) >= E log p + D log(width/levels) (Theis et al.
-        2016, eq. 7): the offset is log2(levels/width), 7 for 8-bit images in [-1, 1] and 8 in [0, 1].
+        See `pixel_levels.bits`: the offset is log2(levels/width), 7 for 8-bit images in [-1, 1] and 8 in [0, 1].
         """
-        d = math.prod(self.latent.shape[1:])
-        return -self.log_prob / (d * math.log(2)) + math.log2(levels / width)
+        return bits(-self.log_prob, math.prod(self.latent.shape[1:]), levels, width)
 
 
 def log_likelihood(

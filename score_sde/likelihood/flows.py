@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ..machine.devices import widest
 from ..models.base import ScoreModel, default_state, in_precision_of
 from ..models.traces import Probe, differentiable, draw_probes, of_rows, products
 from ..noise import Noise, noise_source
@@ -176,7 +177,7 @@ class Flow(nn.Module):
         """
         x = as_state(x)
         batch, d = x.shape[0], math.prod(x.shape[1:])
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        wide = widest(x)
         e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
         k = 1 if exact else len(e)  # columns of traces
         nfe: float
@@ -231,7 +232,7 @@ class Flow(nn.Module):
         if not monotonic or grid.min() < self.t0 or grid.max() > self.t1:
             raise ValueError(f"times must rise or fall within [{self.t0:g}, {self.t1:g}], got {grid.tolist()}")
         x = as_state(x)
-        wide = torch.float32 if x.device.type == "mps" else torch.float64
+        wide = widest(x)
 
         def field(t: Tensor, y: Tensor) -> Tensor:
             return self(t, y.to(x.dtype)).to(wide)

@@ -19,7 +19,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..machine.devices import widest
 from ..models.base import ScoreModel
+from ..models.pixel_levels import bits
 from ..models.traces import differentiable, draw_probes, of_rows, products
 from ..ode.circle import Circle, carry
 from ..ode.integrators import EACH, Solver, integrate
@@ -34,7 +36,7 @@ class HeatMap(NamedTuple):
 
     def bits(self, levels: int = 256, width: float = 2.0) -> Tensor:
         """Bits of each dimension, of x's shape, where x was dequantised uniformly; their mean is the bits/dim."""
-        return -self.log_prob / math.log(2) + math.log2(levels / width)
+        return bits(-self.log_prob, 1, levels, width)
 
 
 @torch.no_grad()
@@ -64,7 +66,7 @@ def heat_map(
     x = as_state(x)
     check_start(model.sde, t_min)
     batch, d = len(x), math.prod(x.shape[1:])
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    wide = widest(x)
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact terms, got {probes}")
     e = draw_probes("exact" if probes is None else "rademacher", probes or 1, x, seed, first)

@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..machine.devices import widest
 from ..models.base import ScoreModel
 from ..ode.integrators import EACH, Solver
 from .flows import refuse_gradient, score_flow
@@ -59,7 +60,7 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
             f"slerp is between two batches of one shape at weights (N,), got {tuple(a.shape)}, {tuple(b.shape)} and "
             f"{tuple(weights.shape)}"
         )
-    wide = torch.float32 if a.device.type == "mps" else torch.float64
+    wide = widest(a)
     u, v = (y.to(wide).flatten(1) for y in (a, b))
     length_u, length_v = u.norm(dim=1, keepdim=True), v.norm(dim=1, keepdim=True)
     if bool((length_u == 0).any()) or bool((length_v == 0).any()):

@@ -28,6 +28,7 @@ from ..losses.time_laws import TimeLaw
 from ..losses.time_laws import log_snr as uniform_log_snr
 from ..machine.devices import sent
 from ..models.base import ScoreModel, check_finite
+from ..models.pixel_levels import bits
 from ..models.reverse import prior_divergence
 from ..noise import example_generators
 from ..sdes.linear import SDE, like
@@ -59,7 +60,7 @@ class ContinuousBound(NamedTuple):
 
         A decoder of discrete levels gives probabilities, not densities: take levels=1, width=1 for it.
         """
-        return self.total / (self.dimensions * math.log(2)) + math.log2(levels / width)
+        return bits(self.total, self.dimensions, levels, width)
 
 
 @torch.no_grad()

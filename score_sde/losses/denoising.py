@@ -12,13 +12,13 @@ Every loss returns one value per example, (B,); reduction, importance weights an
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models.base import ScoreModel
+from ..models.pixel_levels import bits
 from ..models.reverse import Variance, chain_term
 from ..sdes.linear import SDE, like
 from .time_laws import Weight
@@ -104,4 +104,4 @@ def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
 
 def _bits(sde: SDE, x0: Tensor, term: Tensor) -> Tensor:
     """N times a chain's term in nats, in bits per dimension."""
-    return term * (getattr(sde, "steps") / (x0[0].numel() * math.log(2)))  # noqa: B009 (no SDE but a chain's has steps)
+    return (sde.steps or 0) * bits(term, x0[0].numel())

@@ -1,10 +1,13 @@
-"""Where the levels of pixels lie in [0, 1]: the one rule that codecs, decoders of levels and dequantisation share."""
+"""Where the levels of pixels lie in [0, 1], and bits per dimension: rules that codecs, bounds and likelihoods share."""
 
 from __future__ import annotations
 
-from typing import overload
+import math
+from typing import TypeVar, overload
 
 from torch import Tensor
+
+Number = TypeVar("Number", float, Tensor)
 
 COARSE = 256  # up to so many levels are held as uint8; from there on they are powers of two
 
@@ -25,3 +28,13 @@ def value_of(k: Tensor | float, levels: int) -> Tensor | float:
 def half_bin(levels: int, width: float) -> float:
     """Half the distance of two neighbouring levels' values in an interval of this width."""
     return width * (value_of(1.0, levels) - value_of(0.0, levels)) / 2
+
+
+def bits(nats: Number, dimensions: int, levels: int | None = None, width: float = 2.0) -> Number:
+    """Bits per dimension of `nats`, which an example of that many dimensions costs: minus a log probability, say.
+
+    If the nats are those of a density, of data whose `levels` values were dequantised into an interval of `width`, give
+    both: a level is a cell of volume (width/levels)^D, and -log P(cell) <= E[-log p] - D log(width/levels) (Theis et
+    al. 2016, arXiv:1511.01844, eq. 7). The offset is log2(levels/width), 7 for 8-bit images in [-1, 1] and 8 in [0, 1].
+    """
+    return nats / (dimensions * math.log(2)) + (math.log2(levels / width) if levels else 0.0)

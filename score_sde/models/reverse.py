@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..machine.devices import sent
+from ..machine.devices import sent, widest
 from ..sdes.linear import SDE, like
 from .base import Estimate
 from .pixel_levels import half_bin, value_of
@@ -50,7 +50,7 @@ def chain_term(
     is the bound without its prior, which no model can change: the L_vlb of Nichol & Dhariwal 2021, section 3.1.
     Raises ValueError for an SDE that is not a chain's of at least two steps.
     """
-    n = getattr(sde, "steps", 0)
+    n = sde.steps or 0
     if n < 2:
         raise ValueError(f"a term of the bound needs the SDE of a chain of at least 2 steps, got {sde}")
     i = (t * n).round() - 1
@@ -102,7 +102,7 @@ def discretised(x: Tensor, mean: Tensor, log_variance: Tensor, levels: int, widt
     published code replaces Phi by a tanh, up to 2e-4 off, and bounds the mass below by 1e-12.
     """
     half, (low, high) = half_bin(levels, width), ends(levels, width)
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    wide = widest(x)
     off, std = (x - mean).to(wide), torch.exp(log_variance.to(wide) / 2)
     middle, reach = off / std, half / std  # one width for all may be a number on the CPU, and stays there
     left = -middle.abs()

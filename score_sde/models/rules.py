@@ -62,7 +62,7 @@ def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
 
     Raises ValueError where `sde` is not a chain's: a continuous SDE has no previous step.
     """
-    steps = getattr(sde, "steps", None)
+    steps = sde.steps
     if steps is None:
         raise ValueError(f'rule "mean" needs the SDE of a chain (DDPM(...).as_sde()), got {sde}; use rule="data"')
     t = sde.time(2 * torch.log(alpha / sigma))

@@ -30,6 +30,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..machine.devices import widest
 from ..models.base import ScoreModel, of_examples
 from ..sdes.linear import add_, like
 from .integrators import GaveUp, Solver, integrate_each, root_mean_square
@@ -105,7 +106,7 @@ def carry(
     and the evaluations that each example took, (B,). Raises RuntimeError where the solver gives up.
     """
     batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
-    wide = torch.float32 if x.device.type == "mps" else torch.float64
+    wide = widest(x)
     ends = torch.tensor([t, s], dtype=torch.float64)
 
     def field(u: Tensor, state: Tensor, rows: Tensor, whole: bool) -> Tensor:

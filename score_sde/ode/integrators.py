@@ -131,9 +131,9 @@ def integrate(
         raise ValueError(f'"{EACH}" steps the probability flow of a score model; use one of {", ".join(ADAPTIVE)} here')
     if y.numel() == 0:
         return y, 0
-    jumps = getattr(sde, "steps", None) is not None
-    if sde is not None and jumps:
-        u0, u1 = sde.log_snr(torch.tensor([t0, t1], dtype=torch.float64)).tolist()
+    chain = sde if sde is not None and sde.steps else None
+    if chain is not None:
+        u0, u1 = chain.log_snr(torch.tensor([t0, t1], dtype=torch.float64)).tolist()
     else:
         u0, u1 = t0, t1
     count, reached = 0, t0
@@ -145,13 +145,13 @@ def integrate(
             raise GaveUp(gave_up(f"too many; t = {reached:.3g} was reached"))
         # Steps end at u1 exactly; only the trial step that chooses the first step size may lie beyond it.
         u = torch.as_tensor(u, dtype=torch.float64, device="cpu").clamp(min(u0, u1), max(u0, u1))
-        t = sde.time(u) if sde is not None and jumps else u
+        t = chain.time(u) if chain is not None else u
         reached = t.item()
         with numbered(count, solver.method):
             slope = field(t, y)
         if not bool(slope.isfinite().all()):  # no solver ends on its own then
             raise GaveUp(gave_up(f"a slope that is not finite at t = {reached:.3g}"))
-        return slope * -((sde.sigma(t) / sde.g(t)) ** 2).item() if sde is not None and jumps else slope
+        return slope if chain is None else slope * -((chain.sigma(t) / chain.g(t)) ** 2).item()
 
     def gave_up(reason: object) -> str:
         advice = "" if solver.steps else f", or raise rtol and atol (now {solver.rtol:g} and {solver.atol:g}) or t_min"

@@ -64,7 +64,7 @@ def check_flow(sde: SDE, start: float = 1.0) -> None:
     That is where a step loses more than two fifths of the signal, of a chain or of a thousand even ones: each of those
     would add 8 % to the samples' deviation, however many there are in all.
     """
-    n = getattr(sde, "steps", 1000)
+    n = sde.steps or 1000
     alpha = sde.alpha(torch.arange(math.floor(start * n + 1e-6) + 1, dtype=torch.float64) / n)
     lost = (1 - alpha[1:] / alpha[:-1]).max().item() if len(alpha) > 1 else 0.0
     if lost > 0.4:

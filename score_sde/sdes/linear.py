@@ -130,6 +130,11 @@ class SDE(ABC):
         """Standard deviation of the prior N(0, prior_std² I) from which sampling starts."""
         return self.sigma(torch.ones((), dtype=torch.float64)).item()
 
+    @property
+    def steps(self) -> int | None:
+        """Number of steps of a chain's SDE, whose f and g jump at each; None for one that is smooth in t."""
+        return None
+
     def log_snr(self, t: Tensor) -> Tensor:
         """Log signal-to-noise ratio 2 log(alpha/sigma), decreasing in t (the half of it is DPM-Solver's lambda)."""
         return 2 * torch.log(self.alpha(t) / self.sigma(t))

@@ -38,6 +38,7 @@ from ..machine.parallel import Processes
 from ..machine.progress import Progress
 from ..models.base import Estimate, ScoreModel
 from ..models.guidance import clip, threshold
+from ..models.pixel_levels import bits
 from ..ode.integrators import Solver
 from ..samplers import sample
 from .checkpoint import file_hash
@@ -252,8 +253,7 @@ def run_likelihood(
     config = asked(config, keys)
     e, split, whole = config.eval, split.to(processes.device), model
     text = None if text is None else text.to(processes.device)
-    # Bits per dimension of -1 nat; vectors stay in nats.
-    unit = 1 / (math.prod(split.shape) * math.log(2)) if levels else 1.0
+    unit = bits(1.0, math.prod(split.shape)) if levels else 1.0  # of a nat; vectors stay in nats
 
     def compute(first: int, count: int, tighter: float = 1.0, probes: int = 0) -> Arrays:
         index = torch.arange(first, first + count) % n
@@ -427,7 +427,7 @@ def write_heat_map(
         told_model = given(config, model, split, index, text, codec)
         where = {"seed": e.seed, "first": first}
         found = heat_map(told_model, x, probes=probes, t_min=law.t_min, solver=solver, **where)
-        return {"bits": ((log_q - found.log_prob) / math.log(2)).cpu().numpy(), "k": k.cpu().numpy()}
+        return {"bits": bits(log_q - found.log_prob, 1).cpu().numpy(), "k": k.cpu().numpy()}
 
     def work(folder: Path) -> dict[str, Any]:
         joined = in_batches(folder / "heat", count, e.batch_size, processes, compute, "heat map")
@@ -549,7 +549,7 @@ def run_bound(
         means = {name: float(joined[name].mean()) for name in (*parts, "nfe")}
         errors: dict[str, float | None] = {"images": error}
         if e.terms:
-            draws = _error_of_mean(joined["std_error"]) / (math.prod(split.shape) * math.log(2) if codec.levels else 1)
+            draws = _error_of_mean(joined["std_error"]) * (bits(1.0, math.prod(split.shape)) if codec.levels else 1.0)
             errors["draws"] = None if math.isnan(draws) else draws
         return {"mean": mean, "standard_error": error, "errors": errors, **means}
 

@@ -220,7 +220,7 @@ def _picture(
     Of a class-conditional model as many images of each class as there are in 64, in rows of their own; `classes` are
     the names of those that were trained on.
     """
-    steps = getattr(model.sde, "steps", None)
+    steps = model.sde.steps
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), _STEPS)
     pixels = codec.pixels
     count = _PICTURES if pixels is not None else 4096

@@ -71,7 +71,7 @@ def test_alpha_and_sigma_are_the_published_ones(sde, dtype):
 
 @pytest.mark.parametrize("sde", [*SDES, *(chain.as_sde() for chain in CHAINS)], ids=name)
 def test_f_and_g_are_the_rates_of_alpha_and_sigma(sde):
-    t = CHAIN_TIMES if hasattr(sde, "steps") else TIMES
+    t = CHAIN_TIMES if sde.steps else TIMES
     f = derivative(lambda u: torch.log(sde.alpha(u)), t)
     g2 = derivative(lambda u: sde.sigma(u) ** 2, t) - 2 * f * sde.sigma(t) ** 2
     # A difference of knots, -log alpha_bar up to 10 and a step of 1e-3, has 1e-12 at worst.
