@@ -108,7 +108,6 @@ GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
 }
 CLASSIFY = "cross_entropy"  # the objective of classifiers
 AUTOENCODE = "autoencoder"  # that of autoencoders
-NAMED = ("sampling.labels", "sampling.negative_label")  # keys of the config that may name classes
 FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
 FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
 

@@ -5,7 +5,7 @@ read by index. Which examples form batch `step` depends on (seed, step) alone: t
 an endless row of permutations, one per epoch, each drawn from (seed, epoch). So a resumed run goes on exactly, and
 every process of a distributed one knows the whole batch and takes its part.
 
-Values are as stored: `codecs.py` scales them. A data set is a function path -> Data and one row in `_DATASETS`.
+Values are as stored: `codecs.py` scales them. A data set is a function path -> Data and one row in `_BUILT_IN`.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def load_data(
     memory: int = 4 << 30,
     pixels: Pixels = AS_THEY_ARE,
 ) -> Data:
-    """The data set `name`, in any case: a row of `_DATASETS`, or "files" for what you have at `path`.
+    """The data set `name`, in any case: a row of `_BUILT_IN`, or "files" for what you have at `path`.
 
     Args:
         path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
@@ -138,16 +138,15 @@ def load_data(
     FileNotFoundError for those that are missing.
     """
     path = Path(path).expanduser() if path else None
-    if name.lower() in _DATASETS:
-        data = _DATASETS[name.lower()](path)
+    if name.lower() in _BUILT_IN:
+        data = _BUILT_IN[name.lower()](path)
         return _shrunk(data, image_size or None) if len(data.shape) == 3 else data
     if name.lower() == "files":
         if path is None:
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
         return _files(path, image_size or None, num_channels or None, length or None, memory, pixels)
-    names = [*_DATASETS, "files"]
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, and all are {', '.join(names)}")
+    near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.0)[0]
+    raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, and all are {', '.join(DATASETS)}")
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
@@ -342,9 +341,10 @@ def _subset(split: Split, index: Tensor) -> Split:
     return Split(x, y, caption=caption)
 
 
-_DATASETS: dict[str, Callable[[Path | None], Data]] = {
+_BUILT_IN: dict[str, Callable[[Path | None], Data]] = {
     "cifar10": _cifar10,
     "digits": _digits,
     "digits32": _digits32,
     **{name: _toy(name) for name in TOYS},
 }
+DATASETS = (*_BUILT_IN, "files")

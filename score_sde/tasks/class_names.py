@@ -10,7 +10,6 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from ..config.build import NAMED
 from ..data.sets import Data
 from . import checkpoint
 
@@ -25,8 +24,8 @@ def resolve_labels(config: ConfigDict, data: Data, restores: bool = False) -> No
     """
     s, names = config.sampling, data.class_names
     with s.ignore_type():
-        s.labels = tuple(class_number(label, NAMED[0], names) for label in s.labels)
-        s.negative_label = class_number(s.negative_label, NAMED[1], names)
+        s.labels = tuple(class_number(label, "sampling.labels", names) for label in s.labels)
+        s.negative_label = class_number(s.negative_label, "sampling.negative_label", names)
     conditional = config.model.class_conditional or s.classifier
     if s.labels and names and conditional:
         log.info("classes: %s", ", ".join(f"{i} is {class_name(i, names)}" for i in dict.fromkeys(s.labels)))

@@ -38,8 +38,8 @@ from score_sde import (
 )
 from score_sde.config import build, default_config, differences, from_json, load, split_arguments, to_json, validate
 from score_sde.config.build import build_chain, build_model, build_network, build_sampler, build_sde, build_times
-from score_sde.config.keys import CHOICES, LIMITS
-from score_sde.models import base as models
+from score_sde.config.keys import KEYS, check, explain
+from score_sde.models import rules
 from score_sde.models.closed_form import Gaussian
 from score_sde.ode import ADAPTIVE
 from score_sde.tasks.evaluate import Counted, about_grid
@@ -396,12 +396,13 @@ def test_contradictions_are_refused(settings: str, answer: str) -> None:
         load(VP, dict(setting.split("=") for setting in settings.split()))
 
 
-def test_tables_of_choices_and_limits_name_existing_keys() -> None:
-    config = default_config()
-    for key in [*CHOICES, *(key for _, keys in LIMITS.values() for key in keys.split())]:
-        section, _, name = key.rpartition(".")
-        assert name in (config[section] if section else config), key
-    validate(config)
+def test_each_key_explains_itself_and_its_default_is_one_of_its_values() -> None:
+    for name, key in KEYS.items():
+        assert key.meaning and check(name, key.default) == key.default, name
+        assert explain(name).startswith(f"{name}={key.default}: {key.meaning} ("), name
+    assert explain("optim.beta1") == "optim.beta1=0.9: decay of the gradient's mean (a number, at least 0 and below 1)"
+    assert explain("eval.split").endswith("(one of test, train)")
+    validate(default_config())
 
 
 @pytest.mark.parametrize(
@@ -612,13 +613,13 @@ def test_edm_s_rule_and_scale_take_sigma_data_and_other_rules_do_not_scale() -> 
     alpha, sigma = torch.tensor([0.8]), torch.tensor([0.5])
     config = load(VP, {**TINY, "model.rule": "edm", "model.sigma_data": "0.7", "model.label": "log_sigma"})
     edm = build_model(config, (3, 8, 8))
-    assert edm.rule(alpha, sigma) == models.predict_edm(alpha, sigma, 0.7)
-    assert edm.scale(alpha, sigma, alpha) == models.unit_variance(alpha, sigma, alpha, 0.7)
-    assert edm.label(alpha, sigma, alpha) == models.label_log_sigma(alpha, sigma, alpha)
+    assert edm.rule(alpha, sigma) == rules.predict_edm(alpha, sigma, 0.7)
+    assert edm.scale(alpha, sigma, alpha) == rules.unit_variance(alpha, sigma, alpha, 0.7)
+    assert edm.label(alpha, sigma, alpha) == rules.label_log_sigma(alpha, sigma, alpha)
     theirs = build_model(load(VP, {**TINY, "model.label": "edm"}), (3, 8, 8))
     assert theirs.label(alpha, sigma, alpha).item() == pytest.approx(math.log(0.5 / 0.8) / 4)
     plain = build_model(load(VP, {**TINY, "model.rule": "v"}), (3, 8, 8))
-    assert (plain.rule, plain.scale, plain.label) == (models.predict_v, models.unscaled, models.label_time)
+    assert (plain.rule, plain.scale, plain.label) == (rules.predict_v, rules.unscaled, rules.label_time)
 
 
 def test_a_network_that_does_not_fit_the_data_is_refused() -> None:

@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 
 from score_sde.cli import run
-from score_sde.config import default_config, from_text
-from score_sde.config import keys as configs
-from score_sde.config.keys import CHOICES, LARGEST, LARGEST_LONG, LIMITS, LONG, NAMED
+from score_sde.config import default_config, from_text, load, reading
+from score_sde.config.keys import KEYS, LARGEST, Limit
+from score_sde.config.keys import check as check_key
 from score_sde.config.rules import check, suspects
 from tests import ROOT
 
-KEYS = configs._flat(default_config())
 ODD: list[Any] = [
     0, -1, 1, 2**31, 2**63, -(2**63), 10**400, 0.0, -1.0, 0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, "", "nan",
     "inf", "zero", "1e400", "(1,", "(" * 9000, "a" * 9000, "\0", "猫", "None", None, True, (), [], (0,), (-1,), (1.5,),
@@ -45,17 +44,17 @@ def sentence_or_none(attempt: Any, key: str) -> str | None:
 @pytest.mark.parametrize("key", KEYS)
 def test_odd_values_of_a_key_are_refused_in_a_sentence_or_pass(key: str) -> None:
     """In the words of the command line, in a config.json, and as a config file sets them."""
-    kind, passed = type(KEYS[key]), []
+    kind, passed = KEYS[key].kind, []
     section, _, name = key.rpartition(".")
     config = default_config()
     of_key = config[section] if section else config
     for value in ODD:
 
         def on_the_command_line(value: Any = value) -> None:
-            configs._check(key, configs._parse(key, text_of(value)))
+            check_key(key, reading.parse(key, text_of(value)))
 
         def in_a_file(value: Any = value) -> None:
-            configs._set(config, key, value)
+            reading.put(config, key, value)
             check(config)
             passed.append(of_key[name])
 
@@ -63,14 +62,14 @@ def test_odd_values_of_a_key_are_refused_in_a_sentence_or_pass(key: str) -> None
         if not isinstance(value, dict):  # which is a section
             sentence_or_none(in_a_file, key)
         with of_key.ignore_type():
-            of_key[name] = KEYS[key]
-    assert all(type(value) is kind for value in passed) or key in NAMED
-    if kind in (int, float) and key not in NAMED:
-        most = LARGEST_LONG if key in LONG else LARGEST[kind]
+            of_key[name] = KEYS[key].default
+    may, classes = KEYS[key].may, KEYS[key].classes
+    assert all(type(value) is kind for value in passed) or classes
+    if kind in (int, float) and not classes:
+        most = KEYS[key].most or LARGEST[kind]
         assert all(math.isfinite(value) and abs(value) <= most for value in passed)
-        holds = [test for test, keys in LIMITS.values() if key in keys.split()]
-        assert all(test(value) for value in passed for test in holds)
-    if key in CHOICES:
+        assert not isinstance(may, Limit) or all(may.holds(value) for value in passed)
+    if KEYS[key].choices:
         assert not passed
 
 
@@ -84,14 +83,14 @@ def test_a_config_that_is_no_text_is_answered(tmp_path: Path) -> None:
     for name in ("config.json", "config.py"):
         (tmp_path / name).write_bytes(b"\xff\xfe\x00")
         with pytest.raises(ValueError, match=name):
-            configs.load(tmp_path / name)
+            load(tmp_path / name)
 
 
 @pytest.mark.parametrize(("line", "words"), [("nonsense()", "name 'nonsense'"), ("import nonsense", "No module named")])
 def test_a_slip_in_a_config_file_has_its_line(line: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "slip.py").write_text(f"def get_config():\n    {line}\n")
     with pytest.raises(ValueError, match=rf"slip\.py, line 2: {words}"):
-        configs.load(tmp_path / "slip.py")
+        load(tmp_path / "slip.py")
 
 
 # --- values that would train nothing, or do nothing, in silence
@@ -129,7 +128,7 @@ def test_a_slip_in_a_config_file_has_its_line(line: str, words: str, tmp_path: P
 def test_what_would_have_no_effect_is_refused(settings: str, words: str) -> None:
     overrides = dict(setting.split("=") for setting in settings.split())
     with pytest.raises(ValueError, match=re.escape(words)):
-        configs.load(ROOT / "configs" / "vp_cifar.py", overrides)
+        load(ROOT / "configs" / "vp_cifar.py", overrides)
 
 
 # --- values that end in numbers that are not finite
@@ -184,7 +183,7 @@ def test_a_loss_that_is_not_finite_names_the_absurd_key(
 
 def test_nothing_is_suspected_of_the_configs_there_are() -> None:
     for path in [*(ROOT / "configs").glob("*.py")]:
-        assert suspects(configs.load(path)) == "", path
+        assert suspects(load(path)) == "", path
     config = default_config()
     config.model.init_scale, config.model.fourier_features = 1e30, (3, 29)
     assert suspects(config) == (

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from score_sde import DDPM, VPSDE, cli
 from score_sde.config import default_config
-from score_sde.config.keys import CHOICES, _check, _flat, _set
+from score_sde.config import keys as config_keys
+from score_sde.config.reading import flat, put
 from score_sde.data import Data, Split
 from score_sde.data.codecs import PixelCodec, VectorCodec
 from score_sde.machine.lock import Busy
@@ -131,7 +132,7 @@ def config_of(base: dict[str, Any]) -> ConfigDict:
         "dequantizer.n_iters": 1, "dequantizer.batch_size": 2, "eval.check_images": 1, "inverse.factor": 2,
     }  # fmt: skip
     for key, value in {**small, **base}.items():
-        _set(config, key, value)
+        put(config, key, value)
     return config
 
 
@@ -235,14 +236,14 @@ def stamp_of(kind: str, config: Any, base: dict[str, Any], folder: Path, given: 
 def others(key: str, value: Any) -> Iterator[Any]:
     """Other values that a key may have."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    tries: list[Any] = [v for v in CHOICES.get(key, ()) if v != value]
+    tries: list[Any] = [v for v in config_keys.KEYS[key].choices if v != value]
     tries += [not value] if isinstance(value, bool) else []
     tries += [value + 1, value + 2, 0.5 * value, value / 4 + 0.01, 0.3, 0, 1, 2, 3] if number else []
-    tries += [value + "x"] if isinstance(value, str) and key not in CHOICES else []
+    tries += [value + "x"] if isinstance(value, str) and not config_keys.KEYS[key].choices else []
     tries += [(1, 0), (1, 2, 0)] if isinstance(value, tuple) else []
     for other in tries:
         try:
-            other = _check(key, type(value)(other) if number and type(value)(other) == other else other)
+            other = config_keys.check(key, type(value)(other) if number and type(value)(other) == other else other)
         except ValueError:
             continue
         if other != value:
@@ -257,13 +258,13 @@ def test_a_key_changes_the_stamp_if_and_only_if_it_changes_the_result(kind: str,
         watched, before = Watched(config), stamp_of(kind, config, base, tmp_path)
         assert before is not None and stamp_of(kind, watched, base, tmp_path) == before
         for key in watched.read - changed:  # none that is not read can change it
-            value = _flat(config)[key]
+            value = flat(config)[key]
             for other in others(key, value):
-                _set(config, key, other)
+                put(config, key, other)
                 if stamp_of(kind, config, base, tmp_path) not in (None, before):
                     changed.add(key)
                     break
-            _set(config, key, value)
+            put(config, key, value)
     if kind in ("restore superresolve", "restore deblur"):
         changed = {key for key in changed if key.startswith("inverse.")}
     if kind == "restore inpaint":

@@ -1,0 +1,253 @@
+"""Reading and writing configs: Python files, JSON, and what a command line overrides, each checked as it is read.
+
+A config file is Python with ``get_config()`` and states differences only: from `default_config`, or from another file
+by ``load(Path(__file__).with_name("vp_cifar.py"))``. `load` reads it, applies what the command line overrides, and
+refuses unknown keys and impossible values in one sentence, with their path and the nearest right name. `build.py` turns
+the names into values of the package; the mathematics above knows of no config.
+"""
+
+from __future__ import annotations
+
+import ast
+import csv
+import json
+import re
+import runpy
+import traceback
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from . import rules
+from .keys import KEYS, MOVED, check, default_config, explain, nearest, refuse_unknown
+
+
+def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDict:
+    """The validated, locked config of a file, with some keys overridden.
+
+    Args:
+        path: a Python file with ``get_config()``, or a `config.json` as training leaves it in a workdir.
+        overrides: dotted key to value, as the command line spells them: ``{"training.n_iters": "1000"}``.
+
+    Raises FileNotFoundError for a missing file and ValueError for whatever is wrong in it or in the overrides.
+    """
+    path = Path(path)
+    if not path.is_file():
+        there = {p.stem: p for p in sorted([*Path("configs").glob("*.py"), *path.parent.glob("*.py")])}
+        near = nearest(path.stem, list(there))
+        others = ", ".join(map(str, there.values()))
+        hint = f"did you mean {there[near]}?" if near else f"there are {others}" if others else "give the path of one"
+        raise FileNotFoundError(f"there is no config file {path}; {hint}")
+    stated = from_json(path) if path.suffix == ".json" else _run(path)
+    return overridden(stated, overrides or {}, f"{path}: ")
+
+
+def overridden(stated: ConfigDict, overrides: dict[str, str], where: str = "") -> ConfigDict:
+    """The validated, locked config that has the values of another, and of `overrides` as `load` takes them.
+
+    Raises ValueError for whatever is wrong in them; `where` is said before what is wrong in `stated`.
+    """
+    config = default_config()
+    for key, value in flat(stated).items():
+        put(config, key, value, where)
+    for key, text in overrides.items():
+        put(config, key, parse(key, text))
+    validate(config)
+    return config
+
+
+def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """(other arguments, overrides): takes ``--config.section.key=value`` and ``--config.section.key value`` out.
+
+    A bare ``--config.section.key`` means true for a switch. Raises ValueError where another key has no value.
+    """
+    rest: list[str] = []
+    overrides: dict[str, str] = {}
+    queue = list(arguments)
+    while queue:
+        word = queue.pop(0)
+        if not word.startswith(("--config.", "-config.")):
+            rest.append(word)
+            continue
+        key, equals, value = word.split("config.", 1)[1].partition("=")
+        if not equals:
+            if queue and not queue[0].startswith("--"):
+                value = queue.pop(0)
+            elif key in KEYS and KEYS[key].kind is bool:
+                value = "true"
+            elif key in KEYS:
+                raise ValueError(f"--config.{key} needs a value, as in --config.{explain(key)}")
+        overrides[key] = value
+    return rest, overrides
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise ValueError, in one sentence, for the first value that is impossible by itself or beside the others."""
+    for key, value in flat(config).items():
+        check(key, value)
+    rules.check(config)
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as JSON text; `from_json` gives back an equal config."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(path: str | Path) -> ConfigDict:
+    """The config that a workdir's config.json holds; keys that a file of an older version lacks have their defaults.
+
+    Raises FileNotFoundError, or ValueError for text that is no config of this package.
+    """
+    try:
+        return from_text(Path(path).read_text(), str(path))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no config {path}; training writes it into its workdir") from None
+    except ValueError as error:
+        said = f"{path} is not text ({error})" if isinstance(error, UnicodeDecodeError) else error
+        raise ValueError(
+            f"{said} (the checkpoints of a workdir carry its config: leave --config out and give --workdir "
+            f"{Path(path).parent})"
+        ) from None
+
+
+def from_text(text: str, where: str) -> ConfigDict:
+    """The config in JSON text, such as a checkpoint carries; `where` names it in errors, which are `from_json`'s."""
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}, line {error.lineno}: not JSON ({error.msg})") from None
+    except RecursionError:
+        raise ValueError(f"{where} is nested too deeply to be a config") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{where} holds no config: a JSON object with training, model, ... is expected")
+    config = default_config()
+    for key, value in flat(values).items():
+        if key not in KEYS and key not in MOVED:
+            near = nearest(key, list(KEYS))
+            raise ValueError(
+                f"{where}: unknown config key '{key}', perhaps of a newer version of score_sde, which reads this file"
+                + (f"; or did you mean '{near}'?" if near else "")
+            )
+        put(config, key, value, f"{where}: ")
+    return config
+
+
+def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
+    """Lines "section.key: old -> new" for all keys that differ."""
+    a, b = flat(old), flat(new)
+    return [f"{key}: {a.get(key)!r} -> {b.get(key)!r}" for key in sorted(a | b) if a.get(key) != b.get(key)]
+
+
+def flat(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"section.key": value} of all that is no section."""
+    values: dict[str, Any] = {}
+    for name, value in config.items():
+        inside = isinstance(value, (ConfigDict, dict))
+        values |= flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
+    return values
+
+
+def put(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
+    """Set "section.key" to a value as `check` returns it; errors begin with `where`."""
+    value = check(key, value, where)
+    section, _, name = key.rpartition(".")
+    target = config[section] if section else config
+    with target.ignore_type() if KEYS[key].classes else nullcontext():
+        target[name] = value
+
+
+def parse(key: str, text: str) -> Any:
+    """A command line's text as the type of `key`'s default, or as it is, for `check` to refuse."""
+    kind = KEYS[key].kind if key in KEYS else str
+    if key in KEYS and KEYS[key].classes:
+        names = _names(text)
+        return names if kind is tuple else names[0] if len(names) == 1 else text
+    try:
+        return _PARSERS[kind](text) if kind in _PARSERS else text
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two of thousands of brackets
+        return text
+
+
+def _integer(text: str) -> int | float:
+    """ "1000", "1_000" and "1e3" are 1000; what is no integer stays a float."""
+    try:
+        return int(text)
+    except ValueError:
+        value = float(text)
+        return int(value) if value.is_integer() else value
+
+
+def _tuple(text: str) -> tuple[Any, ...]:
+    """ "(1, 2)", "[1, 2]" and "1,2" are (1, 2); "1" is (1,); "" is ()."""
+    value = ast.literal_eval(text.strip() or "()")
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
+
+
+def _names(text: str) -> tuple[int | str, ...]:
+    """ "1,2" are numbers, and "cat,dog" names, as are "07", "1e3" and "None"; one in quotes may have commas."""
+    try:
+        values = _tuple(text)
+        if all(type(v) in (int, str) for v in values) or set("()[]{}") & set(text):
+            return values
+    except (ValueError, SyntaxError):
+        pass
+    words = [word.strip() for word in next(csv.reader([text.strip().strip("()[]")], skipinitialspace=True))]
+    number = re.compile(r"-?(0|[1-9]\d*)")
+    return tuple(int(word) if number.fullmatch(word) else word.strip("'") for word in words if word)
+
+
+_PARSERS: dict[type, Callable[[str], Any]] = {
+    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text),
+    int: _integer,
+    float: float,
+    tuple: _tuple,
+}
+
+
+def _run(path: Path) -> ConfigDict:
+    """What get_config() of a Python file returns; slips in it are reported with their line."""
+    try:
+        module = runpy.run_path(str(path))
+        if not callable(module.get("get_config")):
+            raise ValueError(f"{path} defines no get_config(); a config file is Python with get_config() -> ConfigDict")
+        config = module["get_config"]()
+    except SyntaxError as error:
+        where = f"{error.filename}, line {error.lineno}" if error.filename else str(path)
+        raise ValueError(f"{where}: {error.msg}") from None
+    except (NameError, ImportError) as error:
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        if not lines:
+            raise
+        raise ValueError(f"{path}, line {lines[-1]}: {error}") from None
+    except (AttributeError, KeyError, TypeError) as error:
+        _explain(error.__traceback__, path)
+        raise
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() of {path} must return a ConfigDict, got {type(config).__name__}")
+    return config
+
+
+def _explain(trace: TracebackType | None, path: Path) -> None:
+    """Raise ValueError with file and line where `trace` ends in a ConfigDict refusing a key or a value of that file."""
+    lines = [frame.lineno for frame in traceback.extract_tb(trace) if frame.filename == str(path)]
+    refusals = [
+        frame.f_locals
+        for frame, _ in traceback.walk_tb(trace)
+        if isinstance(frame.f_locals.get("self"), ConfigDict) and frame.f_locals.keys() & {"key", "attribute"}
+    ]
+    if not lines or not refusals:
+        return
+    refused = refusals[-1]
+    name = str(refused.get("key", refused.get("attribute")))
+    keys = refused["self"].keys()
+    sections = [f"{k}." for k, v in default_config().items() if isinstance(v, ConfigDict) and v.keys() == keys]
+    where = f"{path}, line {lines[-1]}: "
+    key = "".join(sections) + name
+    if key not in KEYS:
+        refuse_unknown(key, where)
+    if "value" in refused:
+        check(key, refused["value"], where)
