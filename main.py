@@ -1,8 +1,6 @@
 """Train, sample and evaluate: ``python main.py`` alone explains itself."""
 
-import sys
-
-from score_sde.cli import run
+from score_sde.__main__ import main
 
 if __name__ == "__main__":
-    sys.exit(run())
+    main()

@@ -1,5 +1,6 @@
 """What is installed: the files of a wheel and of an sdist, and what an empty folder can do with them."""
 
+import logging
 import re
 import shutil
 import subprocess
@@ -14,8 +15,10 @@ from runpy import run_path
 
 import pytest
 import yaml
+from absl.logging import get_absl_handler
 
 import score_sde
+from score_sde.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 SETUP = ConfigParser()
@@ -117,3 +120,13 @@ def test_issue_forms_are_whole(path: Path) -> None:
     assert {"name", "description", "body"} <= form.keys()
     assert len({field["id"] for field in form["body"]}) == len(form["body"])
     assert all(field["type"] == "textarea" and field["attributes"]["label"] for field in form["body"])
+
+
+def test_the_program_keeps_its_own_options_and_its_own_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["score_sde", "--mode", "scan", "--verbosity=1"])  # absl has such a flag
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2 and "error: unrecognized arguments: --verbosity=1" in capsys.readouterr().err
+    assert get_absl_handler() not in logging.getLogger().handlers  # else each line of the log would be there twice

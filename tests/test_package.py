@@ -28,6 +28,7 @@ ROWS = [
     {"inverse", "config"},
     {"tasks"},
     {"cli", "__init__"},
+    {"__main__"},
 ]
 MATHEMATICS = {"noise", "metrics", "sdes", "networks", "models", "losses", "ode", "samplers", "likelihood", "inverse"}
 # The mathematics may ask where tensors are, show a bar, and turn stored values into a model's; no more of the world.
