@@ -25,10 +25,10 @@ import matplotlib
 import torch
 from torch import Tensor, nn
 
-from examples import pages
 from score_sde import Flow, NetworkVelocity, Solver
 from score_sde.networks import MLP
 
+from . import pages
 from .timing import Table, machine
 
 matplotlib.use("Agg")

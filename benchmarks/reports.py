@@ -9,9 +9,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from examples.pages import save
-
 from .errors import BUDGETS, JUDGED, PARTS, Run
+from .pages import save
 from .peer_samplers import known
 from .problems import Problem
 from .subjects import DEFAULT, PEER

@@ -18,12 +18,11 @@ from pathlib import Path
 import torch
 from threadpoolctl import threadpool_limits
 
-from examples.pages import fill
-
 from . import peer as peers
 from .errors import JUDGED, LONG, Kept, Measure, Run, adaptive, anew, compare, fitted, measure
 from .judges import judge
 from .laws import of_images, of_mixtures
+from .pages import fill
 from .peer import Peer
 from .problems import IMAGES, Problem, fields, held_out, mixture_problem, mixtures, trained, trained_problem
 from .reports import best_grids, draw, losses, of_fits, summary, verdict

@@ -14,7 +14,7 @@ import torch
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor
 
-from examples.pages import DOCS, fill, table
+from benchmarks.pages import DOCS, fill, table
 from score_sde import classify, load, load_classifier
 from score_sde.data import load_data
 from score_sde.data.codecs import PixelCodec

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from benchmarks import pages
 from benchmarks.timing import machine
 from score_sde import (
     VPSDE,
@@ -36,8 +37,6 @@ from score_sde import (
 from score_sde.data.toys import EXACT, TOYS, checkerboard_log_prob
 from score_sde.machine.progress import Progress
 from score_sde.networks import MLP
-
-from . import pages
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

@@ -29,13 +29,12 @@ from scipy.linalg import solve_banded
 from scipy.stats import wasserstein_distance
 from torch import Tensor
 
+from benchmarks import pages
 from benchmarks.timing import machine
 from score_sde import SDE, Diffusion, backward, closed_form, implicit, paths, projections, sliced
 from score_sde.machine.progress import with_progress
 from score_sde.networks import MLP
 from score_sde.sdes import VPSDE, like
-
-from . import pages
 
 SLOWEST, FASTEST = 0.1, 15.9  # b(0) and b(1): the clock of the wells runs to 8
 START = ([0.25, 0.45, 0.3], [[-1.6], [-0.2], [1.2]], [0.2**2, 0.25**2, 0.15**2])  # weights, means, variances

@@ -27,12 +27,11 @@ from matplotlib.figure import Figure
 from sklearn import datasets
 from torch import Tensor, nn
 
+from benchmarks import pages
 from benchmarks.timing import Clock, Spread, machine, ratio, spread
 from score_sde import Energy, denoising_at, finite_difference, implicit, projections, sliced
 from score_sde.machine.progress import with_progress
 from score_sde.networks import MLP
-
-from . import pages
 
 Score = Callable[[Tensor, Tensor], Tensor]
 Objective = Callable[[Score, Tensor, Tensor, Tensor], Tensor]  # (score, x, t, z) -> (B,), z standard normal

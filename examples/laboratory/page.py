@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pages import fill, table
 from benchmarks.timing import machine
 from score_sde.data import load_data
 from score_sde.metrics import sliced_wasserstein
 
-from ..pages import fill, table
 from . import pictures
 from .experiment import DIGITS_DRAWN, PROJECTIONS, Result, truth
 from .subjects import DATA, OBJECTIVES

@@ -13,11 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from benchmarks.pages import save
 from score_sde import Ancestral, Heun, Sampler, ScoreModel, times
 from score_sde.data.toys import EXACT, TOYS
 from score_sde.tasks import checkpoint
 
-from ..pages import save
 from .experiment import LEVELS, VP, Result, exact_samples, time_of
 from .subjects import DATA, OBJECTIVES
 

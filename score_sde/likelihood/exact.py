@@ -25,7 +25,7 @@ class Likelihood(NamedTuple):
 
     `std_error` is 0 for the exact trace and NaN for a single probe, which cannot tell its own error. Of one example in
     few dimensions 2 to 4 probes hardly tell it either: in two, as many signs may agree, and t-intervals of 95 % made of
-    it then hold the truth in 50 to 87 % of the cases (`python -m benchmarks.probes`); in 64 they hold it in 95 %.
+    it then hold the truth in 50 to 87 % of the cases (docs/likelihood.md); in 64 they hold it in 95 %.
     """
 
     log_prob: Tensor

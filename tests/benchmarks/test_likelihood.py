@@ -1,6 +1,5 @@
 """The benchmarks of likelihoods: coordinates agree with each other, and a trained model is measured on its own data."""
 
-import math
 from functools import partial
 from pathlib import Path
 
@@ -8,11 +7,10 @@ import pytest
 import torch
 
 from benchmarks import __main__ as command
-from benchmarks import probes
 from benchmarks.coordinates import CANDIDATES, T_MIN, Angle, LogSNR, gaussian, measure, needed
 from benchmarks.likelihood import AsPeer
 from benchmarks.timing import Clock
-from score_sde import SDE, VESDE, VPSDE, log_likelihood
+from score_sde import SDE, VESDE, VPSDE
 from score_sde.cli import run
 from score_sde.models.closed_form import Gaussian
 from score_sde.ode.circle import Circle
@@ -69,38 +67,3 @@ def test_a_trained_model_is_measured_on_its_own_data(tmp_path: Path, monkeypatch
     tight, loose = (dict(zip(table.head, row, strict=True)) for row in table.rows)
     assert loose[""] == "ours, tolerance 0.0002" and int(loose["evaluations"]) < int(tight["evaluations"])
     assert float(tight["error, bits/dim"]) < 1e-3 and float(loose["error, bits/dim"]) < 1e-2
-
-
-def test_estimates_of_a_trace_have_their_variances() -> None:
-    """Of 12 products: 2/12 |J|² for Gaussian probes, without the diagonal for signs; all of them are unbiased."""
-    g = torch.Generator().manual_seed(0)
-    j = torch.randn(16, 16, generator=g, dtype=torch.float64)
-    j = j + j.T
-    found, unit = probes.measure(j, draws=800), 16 * math.log(2)
-    squares = float(j.square().sum())
-    off = squares - float(j.diagonal().square().sum())
-    assert found["gaussian"] * unit == pytest.approx(math.sqrt(2 * squares / 12), rel=0.1)
-    assert found["rademacher"] * unit == pytest.approx(math.sqrt(2 * off / 12), rel=0.1)
-    assert found["rows of a Hadamard matrix"] * unit == pytest.approx(math.sqrt(2 * off / 12 * 4 / 15), rel=0.1)
-    for name, estimate in probes.ESTIMATES.items():
-        mean = sum(estimate(j, g) for _ in range(800)) / 800
-        assert abs(mean - float(j.trace())) < 4 * found[name] * unit / math.sqrt(800), name
-
-
-def test_two_probes_of_signs_in_two_dimensions_cover_in_half_of_the_cases() -> None:
-    """e^T J e is the trace plus or minus 1.4: two equal values, in half of the cases, have no spread."""
-    j = torch.tensor([[1.0, 0.7], [0.7, 1.0]], dtype=torch.float64)
-    for k, wanted in ((2, 0.5), (3, 0.75), (4, 0.875)):
-        found = probes.coverage(j, probes.rademacher, k, 4000)
-        assert abs(found - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / 4000), k
-    many = torch.randn(64, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    assert abs(probes.coverage(many + many.T, probes.rademacher, 3, 4000) - 0.95) < 4 * math.sqrt(0.05 * 0.95 / 4000)
-
-
-def test_the_known_jacobian_is_that_of_the_flow() -> None:
-    model = Gaussian(VPSDE(), 0 * VARIANCES, VARIANCES)
-    whole, rest = probes.integrated_jacobian(VPSDE(), torch.diag(VARIANCES), t_min=0.01)
-    found = log_likelihood(model, numbers(1, 3), probe="exact", t_min=0.01, rtol=1e-8, atol=1e-8)
-    expected = found.log_prob - VPSDE().prior_log_prob(found.latent)
-    assert float(whole.trace()) == pytest.approx(float(expected), rel=1e-6)
-    assert float((whole - rest).trace()) == pytest.approx(3 * float(whole[0, 0] - rest[0, 0]))

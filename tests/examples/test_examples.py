@@ -1,4 +1,4 @@
-"""The examples' commands: --help answers before any work, and docs/ changes only where a command is told so."""
+"""The commands of examples, studies and benchmarks: --help answers before any work, and docs/ changes only where a command is told so."""
 
 import runpy
 import sys
@@ -7,16 +7,19 @@ from pathlib import Path
 import pytest
 
 from benchmarks import flows as memory
-from examples import flows, nonlinear_sde, pages, sliced_score_matching
+from benchmarks import pages
+from examples import flows, nonlinear_sde, sliced_score_matching
 
-EXAMPLES = sorted(
-    f"examples.{path.stem}"
-    for path in Path(pages.__file__).parent.glob("*.py")
+ROOT = pages.DOCS.parent
+COMMANDS = sorted(
+    f"{folder}.{path.stem}"
+    for folder in ("examples", "studies", "benchmarks")
+    for path in (ROOT / folder).glob("[!_]*.py")
     if 'if __name__ == "__main__"' in path.read_text()
 )
 
 
-@pytest.mark.parametrize("name", [*EXAMPLES, "examples.laboratory", "benchmarks.flows", "benchmarks.probes"])
+@pytest.mark.parametrize("name", [*COMMANDS, "examples.laboratory", "benchmarks"])
 def test_help_answers_before_any_work(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -85,7 +88,7 @@ def test_a_copy_is_made_of_every_page_but_the_original_itself(tmp_path: Path) ->
     assert "newer" in original.read_text()
 
 
-@pytest.mark.parametrize("path", sorted(Path(pages.__file__).parent.glob("*.py")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
 def test_what_takes_long_shows_how_far_it_has_come(path: Path) -> None:
     text = path.read_text()
     assert ("def main" not in text) or "rogress(" in text

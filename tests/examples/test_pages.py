@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from examples.pages import cell, fill, table
+from benchmarks.pages import cell, fill, table
 
 TEXT = """# Title
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.pages import picture
 from benchmarks.timing import spread
 from examples import sliced_score_matching as example
-from examples.pages import picture
 from score_sde import Energy, implicit
 
 

@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.guidance import INTERVAL, KINDS, SCALES, TAUGHT, Parts, Results, curve, held_out, key_of, tables, taught
 from benchmarks.judges import judge
 from score_sde import classifier, guide
 from score_sde.data import load_data
 from score_sde.models.closed_form import Mixture
+from studies.guidance import INTERVAL, KINDS, SCALES, TAUGHT, Parts, Results, curve, held_out, key_of, tables, taught
 from tests.models.test_guidance import points, posterior
 from tests.tasks.test_conditions import MIXTURE, SDE, T
 

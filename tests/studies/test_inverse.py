@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import inverse
 from score_sde import config as configs
 from score_sde.config.build import build_model
 from score_sde.data import load_data
 from score_sde.inverse import Mask
+from studies import inverse
 from tests import ROOT
 
 

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.latent_diffusion [--fill]``: a model of codes against one of pixels, at equal training time.
+"""``python -m studies.latent_diffusion [--fill]``: a model of codes against one of pixels, at equal training time.
 
 Digits of 32x32. The autoencoder, the model of its codes and the model of pixels are trained by their configs, the last
 for as many CPU seconds as the other two took together; what is there already is not trained again. Both draw by the
@@ -22,7 +22,9 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from examples.pages import DOCS, cell, fill, table
+from benchmarks.judges import Judge, frechet, judge
+from benchmarks.pages import DOCS, cell, fill, table
+from benchmarks.timing import machine
 from score_sde import cli, load, sample
 from score_sde import config as configs
 from score_sde.config.build import build_sampler, build_times
@@ -41,9 +43,6 @@ from score_sde.tasks.pictures import grid, write_png
 from score_sde.tasks.results import mean_and_error
 from score_sde.tasks.scan import gaussian_fit
 from score_sde.tasks.train import draw, make_state, train_step
-
-from .judges import Judge, frechet, judge
-from .timing import machine
 
 AUTOENCODER, LATENT, PIXELS = "autoencoder_digits32", "latent_digits32", "vp_digits32"
 CPU = torch.device("cpu")
@@ -229,7 +228,7 @@ def run(runs: Path, count: int, seeds: int, images: int, picture: Path | None) -
 
 
 def main() -> None:
-    p = argparse.ArgumentParser("python -m benchmarks.latent_diffusion", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser("python -m studies.latent_diffusion", description=__doc__.partition("\n")[0])
     p.add_argument("--runs", type=Path, default=Path("runs"), help="where the workdirs are")
     p.add_argument("--samples", type=int, default=200)
     p.add_argument("--seeds", type=int, default=3)

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 from benchmarks.judges import judge
-from benchmarks.latent_diffusion import Scores, autoencoder_alone
 from score_sde.data import load_data
 from score_sde.data.codecs import AutoencoderCodec, PixelCodec, Statistics
 from score_sde.models.autoencoder import ConvolutionalAutoencoder
+from studies.latent_diffusion import Scores, autoencoder_alone
 
 
 def test_real_digits_score_high_and_noise_does_not() -> None:

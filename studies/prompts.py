@@ -1,4 +1,4 @@
-"""``python -m benchmarks.prompts [--path FOLDER] [--fill]``: does an image match its prompt better than other prompts?
+"""``python -m studies.prompts [--path FOLDER] [--fill]``: does an image match its prompt better than other prompts?
 
 Samples of CIFAR-10's words at several scales of guidance are shown to a classifier of real images that had no part in
 drawing them: how often it names the class that the word is of, for words that the model was trained on and for those
@@ -18,7 +18,9 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from examples.pages import DOCS, cell, fill, picture, table
+from benchmarks.judges import Judge, judge
+from benchmarks.pages import DOCS, cell, fill, picture, table
+from benchmarks.timing import machine
 from score_sde import config as configs
 from score_sde import guide, load, recommended, sample
 from score_sde.data import Data, load_data
@@ -29,8 +31,6 @@ from score_sde.models.base import ScoreModel
 from score_sde.tasks import checkpoint
 
 from .guidance import Results
-from .judges import Judge, judge
-from .timing import machine
 
 EVALUATIONS = 20
 SCALES = (0.0, 1.0, 2.0, 4.0)
@@ -113,7 +113,7 @@ def shown(model: ScoreModel, text: Text, shape: tuple[int, ...]) -> Figure:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m benchmarks.prompts", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("python -m studies.prompts", description=__doc__.splitlines()[0])
     p.add_argument("--path", help="where CIFAR-10 lies")
     p.add_argument("--model", default="runs/text_cifar_16", help="the model's workdir")
     p.add_argument("--count", type=int, default=400, help="images of each setting and seed")

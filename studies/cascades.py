@@ -1,4 +1,4 @@
-"""``python -m benchmarks.cascades [--data cifar10 --path FOLDER] [--fill]``: a cascade beside one model.
+"""``python -m studies.cascades [--data cifar10 --path FOLDER] [--fill]``: a cascade beside one model.
 
 Both were trained on the same classes with the same number of operations (the configs say how many). Their samples, of
 each class in turn and unguided, are shown to a classifier of real images: how often it names the class, and how far
@@ -20,7 +20,9 @@ from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from examples.pages import DOCS, cell, fill, picture, table
+from benchmarks.judges import judge
+from benchmarks.pages import DOCS, cell, fill, picture, table
+from benchmarks.timing import machine
 from score_sde import config as configs
 from score_sde import load, recommended, sample
 from score_sde.data import Data, load_data, shrink
@@ -31,8 +33,6 @@ from score_sde.tasks import checkpoint
 from score_sde.tasks.conditions import Wanted
 
 from .guidance import Results, held_out, judged
-from .judges import judge
-from .timing import machine
 
 EVALUATIONS = 20  # of each model
 STAGES = {
@@ -134,7 +134,7 @@ def measure(stages: list[Stage], single: Stage, data: Data, path: str | None, na
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m benchmarks.cascades", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("python -m studies.cascades", description=__doc__.splitlines()[0])
     p.add_argument("--data", choices=tuple(STAGES), default="digits")
     p.add_argument("--path", help="where the data lie")
     p.add_argument("--stages", nargs="+", type=Path, help="the stages' workdirs, the smallest first")

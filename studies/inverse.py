@@ -1,4 +1,4 @@
-"""Held-out images degraded and restored by every method: ``python -m benchmarks.inverse --config configs/NAME.py``.
+"""Held-out images degraded and restored by every method: ``python -m studies.inverse --config configs/NAME.py``.
 
 ``--workdir DIR`` has the trained model. Three tables over the tasks: PSNR from the truth, PSNR of the mean of the
 seeds' samples, and the distance from the truth in the features of a classifier of real images; each beside what was
@@ -21,6 +21,9 @@ from ml_collections import ConfigDict
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from benchmarks.judges import judge
+from benchmarks.laws import spread
+from benchmarks.timing import Table, machine
 from score_sde import config as configs
 from score_sde import load, sample
 from score_sde.config.build import build_sampler, build_times
@@ -32,10 +35,6 @@ from score_sde.models.base import ScoreModel
 from score_sde.tasks.checkpoint import find
 from score_sde.tasks.latents import as_trained
 from score_sde.tasks.restore import METHODS, restore, shown
-
-from .judges import judge
-from .laws import spread
-from .timing import Table, machine
 
 Look = Callable[[Tensor], Tensor]  # uint8 levels (N, C, H, W) -> (N, D)
 DEBLUR_NOISE = 0.02  # where black to white is 1: without any, deblurring is a division by almost nothing
@@ -157,7 +156,7 @@ def measure(
 
 def main(arguments: list[str]) -> None:
     rest, overrides = configs.split_arguments(arguments)
-    p = argparse.ArgumentParser("python -m benchmarks.inverse", description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser("python -m studies.inverse", description=__doc__.partition("\n")[0])
     p.add_argument("--config", required=True)
     p.add_argument("--workdir", required=True, help="of a model trained with that config")
     p.add_argument("--images", type=int, default=100)

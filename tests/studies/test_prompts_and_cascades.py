@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cascades, prompts
-from benchmarks.prompts import Words
 from score_sde import VPSDE
 from score_sde.config import load as load_config
 from score_sde.config.build import build_model, resolve_classes, resolve_conditions
@@ -17,6 +15,8 @@ from score_sde.data import Data, Split, load_data, shrink
 from score_sde.data.captions import Text
 from score_sde.data.codecs import PixelCodec
 from score_sde.models.base import Estimate, ScoreModel
+from studies import cascades, prompts
+from studies.prompts import Words
 from tests.tasks.test_cascades import stages
 
 assert stages  # a fixture

@@ -1,4 +1,4 @@
-"""``python -m benchmarks.guidance [--data cifar10 --path FOLDER] [--fill]``: what guidance does, measured.
+"""``python -m studies.guidance [--data cifar10 --path FOLDER] [--fill]``: what guidance does, measured.
 
 Samples of each class in turn, by every kind of guidance and scale, are shown to a classifier of clean real images that
 had no part in drawing them: how often it names the class that was asked for, and how far the samples lie from the
@@ -27,7 +27,9 @@ from matplotlib.figure import Figure
 from sklearn.neural_network import MLPClassifier
 from torch import Tensor, nn
 
-from examples.pages import DOCS, cell, fill, picture, table
+from benchmarks.judges import Judge, Training, convolutions, judge, train
+from benchmarks.pages import DOCS, cell, fill, picture, table
+from benchmarks.timing import machine
 from score_sde import classifier, guide, load, load_classifier, recommended, sample
 from score_sde.data import Data, Split, load_data
 from score_sde.data.codecs import PixelCodec
@@ -35,9 +37,6 @@ from score_sde.machine.progress import Progress
 from score_sde.models.base import ScoreModel
 from score_sde.models.classifier import NoisyClassifier
 from score_sde.tasks.pictures import grid
-
-from .judges import Judge, Training, convolutions, judge, train
-from .timing import machine
 
 EVALUATIONS = 20
 BATCH = 1 << 17  # numbers in the states that are sampled together: more do not fit a processor's cache
@@ -257,7 +256,7 @@ def samples(parts: Parts, data: Data, scales: Sequence[float] = (0, 1, 2, 4, 8))
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser("python -m benchmarks.guidance", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser("python -m studies.guidance", description=__doc__.splitlines()[0])
     p.add_argument("--data", choices=tuple(SCALES), default="digits")
     p.add_argument("--path", help="where the data lie")
     p.add_argument(
