@@ -1,4 +1,4 @@
-"""The commands of examples, studies and benchmarks: --help answers before any work, and docs/ changes only where a command is told so."""
+"""The commands of examples, studies and benchmarks: --help answers at once, and docs/ changes only on request."""
 
 import runpy
 import sys
