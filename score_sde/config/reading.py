@@ -23,6 +23,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from . import rules
+from .catalogue import find
 from .keys import KEYS, MOVED, check, default_config, explain, nearest, refuse_unknown
 
 
@@ -30,18 +31,14 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
     """The validated, locked config of a file, with some keys overridden.
 
     Args:
-        path: a Python file with ``get_config()``, or a `config.json` as training leaves it in a workdir.
+        path: a Python file with ``get_config()``, a `config.json` as training leaves it in a workdir, or the bare name
+            of a config of the package or of the current folder.
         overrides: dotted key to value, as the command line spells them: ``{"training.n_iters": "1000"}``.
 
-    Raises FileNotFoundError for a missing file and ValueError for whatever is wrong in it or in the overrides.
+    Raises FileNotFoundError where there is none, and ValueError where two files of that name differ, and for whatever
+    is wrong in the file or in the overrides.
     """
-    path = Path(path)
-    if not path.is_file():
-        there = {p.stem: p for p in sorted([*Path("configs").glob("*.py"), *path.parent.glob("*.py")])}
-        near = nearest(path.stem, list(there))
-        others = ", ".join(map(str, there.values()))
-        hint = f"did you mean {there[near]}?" if near else f"there are {others}" if others else "give the path of one"
-        raise FileNotFoundError(f"there is no config file {path}; {hint}")
+    path = find(path)
     stated = from_json(path) if path.suffix == ".json" else _run(path)
     return overridden(stated, overrides or {}, f"{path}: ")
 

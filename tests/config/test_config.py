@@ -269,7 +269,7 @@ def test_a_config_may_come_from_scratch_and_lists_are_tuples(tmp_path: Path) -> 
 def test_missing_files_and_foreign_json_are_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no config file .*vp_cifr.py; did you mean .*vp_cifar.py\?"):
         load(VP.with_name("vp_cifr.py"))
-    with pytest.raises(FileNotFoundError, match="no config file .*; there are .*vp_digits.py"):
+    with pytest.raises(FileNotFoundError, match="no config file .*; `score_sde configs` lists those"):
         load(VP.with_name("zzz.py"))
     path = tmp_path / "config.json"
     with pytest.raises(FileNotFoundError, match="no config .*config.json"):
