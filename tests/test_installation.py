@@ -1,11 +1,13 @@
 """What is installed: the files of a wheel and of an sdist, and what an empty folder can do with them."""
 
 import logging
+import os
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import venv
 import zipfile
 from configparser import ConfigParser
 from email import message_from_string
@@ -54,6 +56,57 @@ def metadata(built: tuple[Path, Path]) -> Message:
     with zipfile.ZipFile(built[1]) as wheel:
         name = next(name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
         return message_from_string(wheel.read(name).decode())
+
+
+@pytest.fixture(scope="module")
+def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The programs of a fresh environment with the wheel in it, which takes what it depends on from this one's."""
+    folder = tmp_path_factory.mktemp("environment")
+    venv.create(folder)
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    pip = [sys.executable, "-m", "pip", "--python", str(programs / "python"), "install", "--quiet", "--no-compile"]
+    subprocess.run([*pip, "--no-deps", "--no-index", "--ignore-installed", str(built[1])], check=True)
+    place = Path(subprocess.check_output([programs / "python", "-c", PLACE], text=True).strip())
+    (place / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
+    return programs
+
+
+PLACE = "import sysconfig; print(sysconfig.get_path('purelib'))"
+# What the digits' network is in a test: ten steps, and samples and likelihoods in a few evaluations.
+SMALL = (
+    "--config.model.nf=8 --config.model.ch_mult=1,1 --config.model.num_res_blocks=1 --config.training.n_iters=10 "
+    "--config.training.batch_size=8 --config.training.snapshot_sampling=false --config.sampling.num_samples=2 "
+    "--config.sampling.steps=3 --config.sampling.method=heun --config.eval.num_images=2 --config.eval.rtol=1 "
+    "--config.eval.atol=1 --config.eval.check_images=0"
+)
+USE = """
+import faulthandler, runpy, sys
+from pathlib import Path
+script, *commands = sys.argv[1:]
+for command in commands:
+    sys.argv = [script, *command.split()]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    except SystemExit as ended:
+        assert ended.code == 0, command
+import score_sde
+assert Path(sys.prefix) in Path(score_sde.__file__).parents and faulthandler.is_enabled()
+"""
+
+
+def test_an_installed_package_trains_samples_and_evaluates_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
+    commands = [
+        f"--mode train --config vp_digits {SMALL}",
+        "--mode sample --workdir runs/vp_digits",
+        "--mode likelihood --workdir runs/vp_digits",
+    ]
+    program = [installed / "python", "-c", USE, installed / "score_sde", *commands]  # in one process, which saves time
+    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    ran = subprocess.run(program, cwd=tmp_path, env=outside, capture_output=True, text=True)
+    assert ran.returncode == 0 and ran.stderr.count("workdir: runs/vp_digits") == 3, ran.stderr
+    run = tmp_path / "runs" / "vp_digits"
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["000000010.safetensors"]
+    assert list(run.glob("samples/*/samples.npz")) and list(run.glob("likelihood/*/*.json"))
 
 
 def test_a_wheel_holds_the_package_and_its_configs_and_nothing_else(built: tuple[Path, Path]) -> None:
