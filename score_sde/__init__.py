@@ -35,6 +35,7 @@ from .models.classifier import NoisyClassifier
 from .models.guidance import classifier, clip, guide, threshold
 from .models.rules import Preconditioned
 from .models.traces import projections
+from .moved import install
 from .ode.integrators import Solver
 from .samplers import (
     DDIM,
@@ -66,6 +67,8 @@ from .sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 from .sdes.noise_levels import NoiseLevels
 from .sdes.nonlinear import Diffusion, backward, paths
 from .tasks.checkpoint import load, load_autoencoder, load_classifier
+
+install()
 
 __all__ = [
     "DDIM",

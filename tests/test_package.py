@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 import score_sde
+from score_sde.moved import MOVED
 from tests import ROOT
 from tests.rooms import PACKAGE, arrows, files, floors, imports
 
@@ -20,7 +21,7 @@ SETUP.read(ROOT / "setup.cfg")
 
 # What may import what: a room imports from the rows above its own, and from nothing else.
 ROWS = [
-    {"machine", "noise", "metrics"},
+    {"machine", "noise", "metrics", "moved"},
     {"sdes", "networks"},
     {"models"},
     {"losses", "ode", "data", "foreign"},
@@ -131,3 +132,12 @@ def test_readme_s_library_example_runs_and_says_the_truth(capsys: pytest.Capture
 def test_make_alone_explains_itself() -> None:
     out = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert all(f"make {target}" in out for target in ("demo", "test", "lint", "bench"))
+
+
+def test_names_that_pages_of_version_0_1_imported_still_work_and_say_where_they_are() -> None:
+    with pytest.warns(DeprecationWarning, match="score_sde.model is score_sde.models.base and score_sde.models.rules"):
+        from score_sde.model import Preconditioned, ScoreModel
+    assert ScoreModel is score_sde.ScoreModel and Preconditioned is score_sde.Preconditioned
+    for old, places in MOVED.items():
+        assert not (PACKAGE / old).exists() and not (PACKAGE / f"{old}.py").exists()
+        assert all((PACKAGE / f"{place.replace('.', '/')}.py").is_file() for place in places)
