@@ -13,6 +13,7 @@ from torch import Tensor
 
 Noise = Callable[[Tensor], Tensor]  # noise(like): standard normal numbers in the shape of `like`
 
+
 def natural(value: Any, name: str, remedy: str = "") -> int:
     """`value`, any kind of integer, as an int. Raises ValueError for what is none, or below 0."""
     try:

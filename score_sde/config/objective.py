@@ -32,7 +32,7 @@ Loss = Callable[[ScoreModel, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    return losses.denoising(model, x0, t, z, losses.simple)
+    return losses.noise_error(model, x0, t, z)
 
 
 def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: Law) -> Loss:

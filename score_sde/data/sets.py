@@ -169,12 +169,18 @@ def batch(
     `part` is what this process takes of the batch of `batch_size`: joined, the parts are the whole, mirrored alike.
     """
     x, y = split[batch_indices(len(split), batch_size, step, seed)[part]]
-    if flip:
-        if x.ndim != 4:
-            raise ValueError(f"examples of shape {split.shape} are no images to mirror: set data.random_flip=False")
-        mirrored = torch.from_numpy(np.random.default_rng([_FLIPS, seed, step]).random(batch_size) < 0.5)[part]
-        x = torch.where(sent(mirrored, x.device)[:, None, None, None], x.flip(-1), x)
-    return x, y
+    return mirrored(x, step, batch_size, seed, part) if flip else x, y
+
+
+def mirrored(x: Tensor, step: int, batch_size: int, seed: int, part: slice = slice(None)) -> Tensor:
+    """The images of `part` of batch `step`, (B, C, H, W), each mirrored with probability 1/2.
+
+    Raises ValueError for examples that are no images.
+    """
+    if x.ndim != 4:
+        raise ValueError(f"examples of shape {tuple(x.shape[1:])} are no images to mirror: set data.random_flip=False")
+    chosen = torch.from_numpy(np.random.default_rng([_FLIPS, seed, step]).random(batch_size) < 0.5)[part]
+    return torch.where(sent(chosen, x.device)[:, None, None, None], x.flip(-1), x)
 
 
 @lru_cache(maxsize=4)

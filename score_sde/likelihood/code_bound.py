@@ -12,7 +12,6 @@ does not see: the bound does not depend on the statistics, its second and third 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from ..data.codecs import AutoencoderCodec
 from ..models.autoencoder import entropy
 from ..models.pixel_levels import bits
 from ..noise import noise_source
+from ..sdes.linear import normal_log_prob
 from .exact import Likelihood
 
 _APART = 2_000_003  # added to the seed: the posterior's noise is not that of a bound's state
@@ -93,5 +93,5 @@ def in_bits(bound: LatentBound, dimensions: int) -> dict[str, Tensor]:
 
 def of_standard_normal(y: Tensor) -> Likelihood:
     """log N(y; 0, I): the prior under which an autoencoder was trained."""
-    log_prob = -(y.square() + math.log(2 * math.pi)).flatten(1).sum(1) / 2
+    log_prob = normal_log_prob(y)
     return Likelihood(log_prob, torch.zeros_like(log_prob), y, 0)

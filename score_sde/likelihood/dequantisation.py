@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 from ..data.codecs import PixelCodec
-from ..losses.denoising import denoising, simple
+from ..losses.denoising import noise_error
 from ..losses.time_laws import log_snr, low_discrepancy
 from ..machine.devices import widest
 from ..models.base import ScoreModel
@@ -292,7 +292,7 @@ def dequantisation_loss(
     sde = model.sde
     t, weight = log_snr(replace(sde, t_min=dequantiser.t_min), v)
     rate = (1 - dequantiser.t_min) * weight * (sde.g(t) / sde.sigma(t)) ** 2
-    diffusion = x[0].numel() / 2 * rate.to(x) * denoising(model, x, t, z, simple)
+    diffusion = x[0].numel() / 2 * rate.to(x) * noise_error(model, x, t, z)
     start, end = torch.tensor([dequantiser.t_min, 1.0], dtype=torch.float64)
     ends = prior_divergence(sde, x, end) + reconstruction(sde, x, start, z, "gaussian")
     return ends + diffusion + log_q.flatten(1).sum(1)
@@ -348,5 +348,3 @@ def fit_dequantiser(
         for p, wanted in frozen.items():
             p.requires_grad_(wanted)
     return dequantiser.eval().requires_grad_(False)
-
-

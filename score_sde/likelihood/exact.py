@@ -1,6 +1,6 @@
 """Exact log-likelihoods of score models: their probability flow as a normalizing flow (Song et al. 2021, eq. 39).
 
-The velocity is v = f x + g²/(2 sigma) noise(x, t), and log p(x at t_min) = log p_1(x at 1) + integral of div v dt, as
+The velocity is v = f x - g² score / 2, and log p(x at t_min) = log p_1(x at 1) + integral of div v dt, as
 `flows` solves it.
 """
 

@@ -30,7 +30,7 @@ from ..models.traces import Probe, differentiable, draw_probes, of_rows, product
 from ..noise import Noise, noise_source
 from ..ode.circle import Circle, Slopes, carry
 from ..ode.integrators import EACH, Solver, integrate
-from ..sdes.linear import SDE, WrongShape, like
+from ..sdes.linear import SDE, WrongShape, normal_log_prob
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (t, x) -> dx/dt of x's shape, with t () in x's dtype and on its device
 DEFAULT = Solver()
@@ -51,7 +51,7 @@ class Evaluation(NamedTuple):
 
 
 class ProbabilityFlow(nn.Module):
-    """f x + g²/(2 sigma) noise(x, t): the velocity with the marginals of the model's SDE (Song et al. 2021, eq. 13).
+    """`SDE.velocity` with the model's score: the ODE with the marginals of the model's SDE (Song et al. 2021, eq. 13).
 
     Raises ValueError where x asks for a gradient and the model has none in x.
     """
@@ -61,10 +61,10 @@ class ProbabilityFlow(nn.Module):
         self.model = model
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
-        sde, noise = self.model.sde, self.model(x, t).noise
-        if x.requires_grad and not noise.requires_grad:  # the velocity would have f's gradient alone
+        e = self.model(x, t)
+        if x.requires_grad and not e.noise.requires_grad:  # the velocity would have f's gradient alone
             raise ValueError("the score has no gradient in x, and a density needs its Jacobian")
-        return like(sde.f(t), x) * x + like(sde.g(t) ** 2 / (2 * sde.sigma(t)), x) * noise.to(x.dtype)
+        return self.model.sde.velocity(x, t, e.score.to(x.dtype))
 
 
 class NetworkVelocity(nn.Module):
@@ -81,12 +81,6 @@ class NetworkVelocity(nn.Module):
 
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         return self.network(in_precision_of(self.network, x), self.scale * t[None])
-
-
-def normal_log_prob(z: Tensor) -> Tensor:
-    """Log density of N(0, I) in nats, (B,)."""
-    flat = z.reshape(len(z), math.prod(z.shape[1:]))
-    return -flat.square().sum(1) / 2 - flat.shape[1] / 2 * math.log(2 * math.pi)
 
 
 def normal_draw(shape: Sequence[int], noise: Noise) -> Tensor:

@@ -23,7 +23,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from ..losses.denoising import denoising, simple
+from ..losses.denoising import noise_error
 from ..losses.time_laws import TimeLaw
 from ..losses.time_laws import log_snr as uniform_log_snr
 from ..machine.devices import sent
@@ -121,7 +121,7 @@ def variational_bound(
             )
     last = reconstruction(sde, x, end, noise(), decoder)
     rate = sent(rate, x.device, x.dtype)
-    terms = torch.stack([d / 2 * rate[k] * denoising(model, x, t[k], noise(), simple) for k in range(draws)])
+    terms = torch.stack([d / 2 * rate[k] * noise_error(model, x, t[k], noise()) for k in range(draws)])
     check_finite(terms.T, t.T, "the bound")
     error = stratified_error(terms.T / draws)
     return ContinuousBound(prior_divergence(sde, x, torch.ones_like(end)), terms.mean(0), last, error, d)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.base import ScoreModel
+from ..models.base import Estimate, ScoreModel
 from ..models.pixel_levels import bits
 from ..models.reverse import Variance, chain_term
 from ..sdes.linear import SDE, like
@@ -36,52 +36,41 @@ def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weigh
 
     Raises ValueError where t or z does not fit x0.
     """
+    error = noise_error(model, x0, t, z, **condition)
+    return like(weight(model.sde, t), error) * error
+
+
+def noise_error(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, **condition: Any) -> Tensor:
+    """`denoising` without a weight, or with the weight 1 of `simple`: E (noise error)² over dimensions, (B,)."""
     if t.shape != x0.shape[:1] or z.shape != x0.shape:
         raise ValueError(
             f"t must have shape ({x0.shape[0]},) and z {tuple(x0.shape)}, got {tuple(t.shape)} and {tuple(z.shape)}"
         )
-    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
-    error = (estimate.noise - z).square().flatten(1).mean(1)
-    return like(weight(model.sde, t), error) * error
+    return _error(model(model.sde.perturb(x0, t, z), t, **condition), z)
 
 
 def variational(
-    model: ScoreModel,
-    x0: Tensor,
-    t: Tensor,
-    z: Tensor,
-    variance: Variance = "learned",
-    levels: int | None = None,
-    width: float = 2.0,
-    **condition: Any,
+    model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, variance: Variance = "learned", **options: Any
 ) -> Tensor:
     """L_vlb of a chain, (B,) bits per dimension: N times the bound's term at t = (i + 1)/N, whose mean over i it is.
 
     The bound but for its prior, which no model can change (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1; with
-    t from `time_laws.SecondMoments`, section 3.3). `variance`, `levels` and `width` are those of `bounds.chain_bound`.
+    t from `time_laws.SecondMoments`, section 3.3). `variance` and the options `levels` and `width` are those of
+    `chain_bound`; other options are passed on to the model.
     """
-    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
-    return _bits(model.sde, x0, chain_term(model.sde, estimate, x0, t, variance, levels, width))
+    return _chain_terms(model, x0, t, z, variance, False, **options)[1]
 
 
 def hybrid(
-    model: ScoreModel,
-    x0: Tensor,
-    t: Tensor,
-    z: Tensor,
-    variance: Variance = "learned",
-    levels: int | None = None,
-    width: float = 2.0,
-    **condition: Any,
+    model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, variance: Variance = "learned", **options: Any
 ) -> Tensor:
     """L_simple + 0.001 L_vlb, (B,): the first trains the mean of the reverse steps, the second their variances alone.
 
-    Nichol & Dhariwal 2021, eq. 16, with L_vlb in bits per dimension and no gradient to the mean, as in their code.
+    Nichol & Dhariwal 2021, eq. 16, with L_vlb in bits per dimension and no gradient to the mean, as in their code. The
+    options are those of `variational`.
     """
-    estimate = model(model.sde.perturb(x0, t, z), t, **condition)
-    error = (estimate.noise - z).square().flatten(1).mean(1)
-    frozen = estimate._replace(data=estimate.data.detach())
-    return error + 0.001 * _bits(model.sde, x0, chain_term(model.sde, frozen, x0, t, variance, levels, width))
+    error, bound = _chain_terms(model, x0, t, z, variance, True, **options)
+    return error + 0.001 * bound
 
 
 def simple(sde: SDE, t: Tensor) -> Tensor:
@@ -102,6 +91,19 @@ def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     return 1 + (sde.sigma(t) / (sde.alpha(t) * sigma_data)) ** 2
 
 
-def _bits(sde: SDE, x0: Tensor, term: Tensor) -> Tensor:
-    """N times a chain's term in nats, in bits per dimension."""
-    return (sde.steps or 0) * bits(term, x0[0].numel())
+def _error(estimate: Estimate, z: Tensor) -> Tensor:
+    return (estimate.noise - z).square().flatten(1).mean(1)
+
+
+def _chain_terms(
+    model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, variance: Variance, frozen: bool,
+    levels: int | None = None, width: float = 2.0, **condition: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The error of the noise, and N times the chain's term in bits per dimension, with its mean `frozen` or not."""
+    sde = model.sde
+    estimate = model(sde.perturb(x0, t, z), t, **condition)
+    error = _error(estimate, z)
+    if frozen:
+        estimate = estimate._replace(data=estimate.data.detach())
+    term = chain_term(sde, estimate, x0, t, variance, levels, width)
+    return error, (sde.steps or 0) * bits(term, x0[0].numel())

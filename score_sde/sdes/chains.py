@@ -8,6 +8,7 @@ the grid `times`. Index i lies at t = (i + 1)/N; t = 0 is clean data.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +16,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .linear import SDE, VESDE, VPSDE, like
+from .linear import SDE, VESDE, VPSDE, VariancePreserving, like
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -74,30 +75,20 @@ class Piecewise(SDE):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class DDPMCurves(Piecewise):
+class DDPMCurves(Piecewise, VariancePreserving):
     """DDPM in continuous time: a VP SDE with log alpha_bar linear in each step, so beta(t) is constant there.
 
     The knots are -log alpha_bar, which is the integral of beta.
     """
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.exp(-self._value(t) / 2)
+    def beta(self, t: Tensor) -> Tensor:
+        return self._slope(t)
 
-    def sigma(self, t: Tensor) -> Tensor:
-        return torch.sqrt(-torch.expm1(-self._value(t)))
+    def _integral(self, t: Tensor) -> Tensor:
+        return self._value(t)
 
-    def f(self, t: Tensor) -> Tensor:
-        return -self._slope(t) / 2
-
-    def g(self, t: Tensor) -> Tensor:
-        return torch.sqrt(self._slope(t))
-
-    def time(self, log_snr: Tensor) -> Tensor:
-        return self._inverse(torch.nn.functional.softplus(-log_snr))  # alpha² = sigmoid(log_snr)
-
-    @property
-    def prior_std(self) -> float:
-        return 1.0
+    def _time(self, integral: Tensor) -> Tensor:
+        return self._inverse(integral)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -121,13 +112,41 @@ class SMLDCurves(Piecewise):
 
 
 @dataclass(frozen=True)
-class DDPM:
+class Chain(ABC):
+    """N steps, each given by one of the `values`: DDPM's betas or NCSN's noise levels."""
+
+    values: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @property
+    def times(self) -> Tensor:
+        """(N + 1,) float64: 1 .. 0, the grid on which samplers run the chain backwards."""
+        return torch.arange(len(self), -1, -1, dtype=torch.float64) / len(self)
+
+    @abstractmethod
+    def perturb(self, x0: Tensor, i: Tensor | int, z: Tensor) -> Tensor:
+        """x_i given x_0, for standard normal z of x0's shape and integer i of shape () or (B,)."""
+
+    def posterior(self, x_i: Tensor, x0: Tensor, i: Tensor | int) -> tuple[Tensor, Tensor]:
+        """(mean, variance) of x_{i-1} | x_i, x_0, where x_{-1} is x_0 itself.
+
+        Ho et al. 2020, eq. 6-7; for NCSN's levels Song et al. 2021, appendix F.
+        """
+        return self.as_sde().posterior(x_i, x0, *_interval(i, len(self)))
+
+    @abstractmethod
+    def as_sde(self) -> SDE:
+        """The chain's curves in continuous time, equal to the chain's at t = (i + 1)/N."""
+
+
+@dataclass(frozen=True, init=False, repr=False)
+class DDPM(Chain):
     """x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z_i (Ho et al. 2020, eq. 2), for N values beta_i in (0, 1).
 
     Raises ValueError for a beta outside (0, 1): the step would lose or invert the signal.
     """
-
-    values: tuple[float, ...]
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
         values = _table(betas, "betas")
@@ -162,9 +181,6 @@ class DDPM:
     def __repr__(self) -> str:
         return f"DDPM(N={len(self)}, betas={self.values[0]:g}..{self.values[-1]:g})"
 
-    def __len__(self) -> int:
-        return len(self.values)
-
     @property
     def betas(self) -> Tensor:
         """(N,) float64."""
@@ -179,34 +195,22 @@ class DDPM:
     def _log_alpha_bar(self) -> Tensor:
         return torch.log1p(-self.betas).cumsum(0)
 
-    @property
-    def times(self) -> Tensor:
-        """(N + 1,) float64: 1 .. 0, the grid on which samplers run the chain backwards."""
-        return torch.arange(len(self), -1, -1, dtype=torch.float64) / len(self)
-
     def perturb(self, x0: Tensor, i: Tensor | int, z: Tensor) -> Tensor:
         """x_i = sqrt(alpha_bar_i) x_0 + sqrt(1 - alpha_bar_i) z, i of shape () or (B,) (Ho et al., eq. 4)."""
         log = self._log_alpha_bar[_index(i, len(self))]
         return like(torch.exp(log / 2), x0) * x0 + like(torch.sqrt(-torch.expm1(log)), x0) * z
 
-    def posterior(self, x_i: Tensor, x0: Tensor, i: Tensor | int) -> tuple[Tensor, Tensor]:
-        """(mean, variance) of x_{i-1} | x_i, x_0, where x_{-1} is x_0 itself (Ho et al. 2020, eq. 6-7)."""
-        return self.as_sde().posterior(x_i, x0, *_interval(i, len(self)))
-
     def as_sde(self) -> DDPMCurves:
-        """The chain's curves in continuous time, equal to the chain's at t = (i + 1)/N."""
         return DDPMCurves(knots=(0.0, *(-self._log_alpha_bar).tolist()))
 
 
-@dataclass(frozen=True)
-class SMLD:
+@dataclass(frozen=True, init=False, repr=False)
+class SMLD(Chain):
     """x_i = x_{i-1} + sqrt(sigma_i² - sigma_{i-1}²) z_i: NCSN's noise levels as a chain (Song et al. 2021, eq. 8).
 
     `sigmas` are N values that increase from above 0; sigma_{-1} = 0. (NCSN's papers list them from large to small.)
     Raises ValueError for a value that is not above the one before it.
     """
-
-    values: tuple[float, ...]
 
     def __init__(self, sigmas: Sequence[float] | Tensor) -> None:
         values = _table(sigmas, "sigmas")
@@ -228,29 +232,16 @@ class SMLD:
     def __repr__(self) -> str:
         return f"SMLD(N={len(self)}, sigmas={self.values[0]:g}..{self.values[-1]:g})"
 
-    def __len__(self) -> int:
-        return len(self.values)
-
     @property
     def sigmas(self) -> Tensor:
         """(N,) float64, increasing."""
         return torch.tensor(self.values, dtype=torch.float64)
 
-    @property
-    def times(self) -> Tensor:
-        """(N + 1,) float64: 1 .. 0."""
-        return torch.arange(len(self), -1, -1, dtype=torch.float64) / len(self)
-
     def perturb(self, x0: Tensor, i: Tensor | int, z: Tensor) -> Tensor:
         """x_i = x_0 + sigma_i z, for integer i of shape () or (B,)."""
         return x0 + like(self.sigmas[_index(i, len(self))], x0) * z
 
-    def posterior(self, x_i: Tensor, x0: Tensor, i: Tensor | int) -> tuple[Tensor, Tensor]:
-        """(mean, variance) of x_{i-1} | x_i, x_0, where x_{-1} is x_0 itself (Song et al. 2021, appendix F)."""
-        return self.as_sde().posterior(x_i, x0, *_interval(i, len(self)))
-
     def as_sde(self) -> SMLDCurves:
-        """The chain's curves in continuous time, equal to the chain's at t = (i + 1)/N."""
         return SMLDCurves(knots=(0.0, *self.sigmas.square().tolist()))
 
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,6 +83,12 @@ def _as_number(weight: Tensor | float) -> Tensor | float:
         return weight
 
 
+def normal_log_prob(x: Tensor, std: float = 1.0) -> Tensor:
+    """log N(x; 0, std² I) in nats, (B,), of states (B, *shape)."""
+    d = math.prod(x.shape[1:])
+    return -(x / std).square().reshape(len(x), d).sum(1) / 2 - d * math.log(math.sqrt(2 * math.pi) * std)
+
+
 def some(mask: Tensor) -> bool:
     """Whether any is true; also where nobody can tell, as of times that torch.func.vmap has mapped."""
     try:
@@ -91,8 +97,23 @@ def some(mask: Tensor) -> bool:
         return True
 
 
+class Reversible:
+    """``dx = drift(x, t) dt + diffusion(t) dw``, and what takes it back with a score."""
+
+    drift: Callable[[Tensor, Tensor], Tensor]
+    diffusion: Callable[[Tensor], Tensor]
+
+    def velocity(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
+        """Probability flow, f - g² score / 2: the ODE with the SDE's marginals (Song et al. 2021, eq. 13 and 37)."""
+        return self.drift(x, t) - like(self.diffusion(t) ** 2 / 2, x) * score
+
+    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
+        """Drift of the time-reversed SDE, f - g² score (Anderson 1982; Song et al. 2021, eq. 6)."""
+        return self.drift(x, t) - like(self.diffusion(t) ** 2, x) * score
+
+
 @dataclass(frozen=True, kw_only=True)
-class SDE(ABC):
+class SDE(Reversible, ABC):
     """``dx = f(t) x dt + g(t) dw``, given by its curves `alpha`, `sigma`, `f` and `g`, all elementwise in t.
 
     `t_min` is where sampling and training stop: the score diverges at t = 0, where all the noise is gone.
@@ -185,45 +206,24 @@ class SDE(ABC):
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
         """Log density of the prior N(0, prior_std² I) in nats, shape (B,)."""
-        d, std = math.prod(x.shape[1:]), self.prior_std
-        return -(x / std).square().reshape(len(x), d).sum(1) / 2 - d * math.log(math.sqrt(2 * math.pi) * std)
-
-    def velocity(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
-        """Probability flow, f x - g² score / 2: the ODE with the SDE's marginals (Song et al. 2021, eq. 13)."""
-        return like(self.f(t), x) * x - like(self.g(t) ** 2 / 2, x) * score
-
-    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
-        """Drift of the time-reversed SDE, f x - g² score (Anderson 1982; Song et al. 2021, eq. 6)."""
-        return like(self.f(t), x) * x - like(self.g(t) ** 2, x) * score
+        return normal_log_prob(x, self.prior_std)
 
 
 @dataclass(frozen=True, kw_only=True)
-class VPSDE(SDE):
-    """Variance preserving: ``dx = -beta(t)/2 x dt + sqrt(beta(t)) dw``, beta linear in t; the limit of DDPM.
+class VariancePreserving(SDE):
+    """``dx = -beta(t)/2 x dt + sqrt(beta(t)) dw``, so that alpha² + sigma² = 1, for a beta whose integral is known."""
 
-    log alpha = -t² (beta_max - beta_min)/4 - t beta_min/2, sigma² = 1 - alpha² (Song et al. 2021, eq. 11, 29, 32-33).
-    """
-
-    beta_min: float = 0.1
-    beta_max: float = 20.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not (self.beta_min > 0 and self.beta_max > 0):
-            raise ValueError(f"beta_min and beta_max must be positive, got {self.beta_min} and {self.beta_max}")
-
+    @abstractmethod
     def beta(self, t: Tensor) -> Tensor:
-        """Rate at which noise comes in, beta_min at t = 0 and beta_max at t = 1."""
-        return self.beta_min + t * (self.beta_max - self.beta_min)
+        """Rate at which noise comes in."""
 
+    @abstractmethod
     def _integral(self, t: Tensor) -> Tensor:
         """Integral of beta from 0 to t, which is -2 log alpha."""
-        return t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
 
+    @abstractmethod
     def _time(self, integral: Tensor) -> Tensor:
-        """Inverse of `_integral`: the root of a quadratic, in the form without cancellation."""
-        slope = self.beta_max - self.beta_min
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        """Inverse of `_integral`."""
 
     def alpha(self, t: Tensor) -> Tensor:
         return torch.exp(-self._integral(t) / 2)
@@ -242,8 +242,36 @@ class VPSDE(SDE):
 
     @property
     def prior_std(self) -> float:
-        """1: what VP converges to, and what the papers sample from (sigma(1) is 2e-5 less)."""
+        """1: what VP converges to, and what the papers sample from (sigma(1) of `VPSDE` is 2e-5 less)."""
         return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VPSDE(VariancePreserving):
+    """Variance preserving: ``dx = -beta(t)/2 x dt + sqrt(beta(t)) dw``, beta linear in t; the limit of DDPM.
+
+    log alpha = -t² (beta_max - beta_min)/4 - t beta_min/2, sigma² = 1 - alpha² (Song et al. 2021, eq. 11, 29, 32-33).
+    """
+
+    beta_min: float = 0.1
+    beta_max: float = 20.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.beta_min > 0 and self.beta_max > 0):
+            raise ValueError(f"beta_min and beta_max must be positive, got {self.beta_min} and {self.beta_max}")
+
+    def beta(self, t: Tensor) -> Tensor:
+        """Rate at which noise comes in, beta_min at t = 0 and beta_max at t = 1."""
+        return self.beta_min + t * (self.beta_max - self.beta_min)
+
+    def _integral(self, t: Tensor) -> Tensor:
+        return t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
+
+    def _time(self, integral: Tensor) -> Tensor:
+        # the root of a quadratic, in the form without cancellation
+        slope = self.beta_max - self.beta_min
+        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
 
 
 @dataclass(frozen=True, kw_only=True)

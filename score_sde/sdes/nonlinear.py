@@ -18,11 +18,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .linear import SDE, like
+from .linear import SDE, Reversible, like
 
 
 @dataclass(frozen=True, kw_only=True)
-class Diffusion:
+class Diffusion(Reversible):
     """``dx = drift(x, t) dt + diffusion(t) dw``: drift of x's shape, diffusion of t's; x is (B, *shape), t () or (B,).
 
     Without a diffusion that depends on x the Itô and Stratonovich readings agree, and the reverse drift has no
@@ -31,14 +31,6 @@ class Diffusion:
 
     drift: Callable[[Tensor, Tensor], Tensor]
     diffusion: Callable[[Tensor], Tensor]
-
-    def velocity(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
-        """Probability flow, f - g² score / 2: the ODE with the SDE's marginals (Song et al. 2021, eq. 37)."""
-        return self.drift(x, t) - like(self.diffusion(t) ** 2 / 2, x) * score
-
-    def reverse_drift(self, x: Tensor, t: Tensor, score: Tensor) -> Tensor:
-        """Drift of the time-reversed SDE, f - g² score (Anderson 1982; Song et al. 2021, eq. 6)."""
-        return self.drift(x, t) - like(self.diffusion(t) ** 2, x) * score
 
 
 def paths(sde: Diffusion | SDE, x0: Tensor, times: Tensor, generator: torch.Generator) -> Tensor:

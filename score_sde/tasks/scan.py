@@ -25,6 +25,7 @@ from ..data.codecs import Codec, VectorCodec
 from ..data.sets import Data, Split
 from ..likelihood.exact import Likelihood
 from ..models.pixel_levels import COARSE
+from ..sdes.linear import normal_log_prob
 from ..sdes.noise_levels import NoiseLevels
 from .class_names import class_name
 
@@ -180,7 +181,7 @@ def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
     if failed:
         raise ValueError(f"the covariance of {len(covariance)} dimensions is singular: fit it to more examples")
     z = torch.linalg.solve_triangular(factor, (x - mean).flatten(1).T, upper=False)
-    return -z.square().sum(0) / 2 - factor.diagonal().log().sum() - len(covariance) * math.log(2 * math.pi) / 2
+    return normal_log_prob(z.T) - factor.diagonal().log().sum()
 
 
 def largest_distance(k: Tensor, codec: Codec) -> tuple[float, bool]:

@@ -34,7 +34,7 @@ from ..config.objective import PARTS, PROJECTED, build_objective, importance_wei
 from ..data.captions import Text
 from ..data.codecs import AutoencoderCodec, Codec
 from ..data.files import Stream
-from ..data.sets import Data, Split, batch, batch_indices
+from ..data.sets import Data, Split, batch_indices, mirrored
 from ..losses import time_laws
 from ..losses.time_laws import SecondMoments, TimeLaw
 from ..machine.devices import sent
@@ -161,7 +161,10 @@ def draw(
     `text` is of the data's captions, for a model that takes them.
     """
     n, seed = config.training.batch_size, config.seed
-    k, _ = batch(split, step, n, seed, flip, part)
+    index = batch_indices(len(split), n, step, seed)[part]
+    k, _ = split[index]
+    if flip:
+        k = mirrored(k, step, n, seed, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
     source, truncation = generator(seed, step, purpose), config.training.soft_truncation
     law, drawn = law or time_law(config), numbers(n, source)
@@ -176,13 +179,12 @@ def draw(
     x0 = codec.encode(k, u).to(floats)
     if split.std is not None:  # examples are laws of codes, of which each step has a draw of its own
         source = generator(seed, step, _CODES + purpose, k.device)
-        index = sent(batch_indices(len(split), n, step, seed)[part], k.device)
-        x0 = x0 + split.std[index] * _normal_part(x0, n, part, source)
+        x0 = x0 + split.std[sent(index, k.device)] * _normal_part(x0, n, part, source)
     m = config.training.projections if config.training.objective in PROJECTED else 0
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
-    condition = of_data(config, split, batch_indices(len(split), n, step, seed)[part], text)
+    condition = of_data(config, split, index, text)
     if purpose == _TRAINING and condition and not is_classifier(config):
         u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part]
         condition = left_out(condition, u < config.training.condition_dropout)
@@ -319,7 +321,7 @@ def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n:
     z = torch.randn(x0.shape, generator=generator(0, 0, _FLOOR + 1), dtype=x0.dtype)
     parts = zip(*(v.split(2_000) for v in (x0, t, z)))  # a mixture of many components takes memory
     with torch.no_grad():
-        error = [losses.denoising(exact, x0_, t_, z_, losses.simple) for x0_, t_, z_ in parts]
+        error = [losses.noise_error(exact, x0_, t_, z_) for x0_, t_, z_ in parts]
     return by_noise_level(sde, t, torch.cat(error))
 
 
