@@ -33,7 +33,7 @@ from .data.codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, codec_
 from .data.images import Pixels
 from .data.sets import Data, Split, leave_out, load_data
 from .likelihood.dequantisation import fit_dequantiser
-from .machine import parallel
+from .machine import own_code, parallel
 from .machine.lock import held
 from .machine.parallel import Elsewhere, NoDevice, Processes
 from .machine.progress import Progress
@@ -524,6 +524,8 @@ def _data(config: ConfigDict, processes: Processes) -> Data:
     d = config.data
 
     def read() -> Data:
+        if own_code.is_own(d.dataset):
+            own_code.check_unchanged(d.dataset, "data.dataset", d.dataset_sha256)
         size, channels = d.image_size or None, d.num_channels or None
         form = {"image_size": size, "num_channels": channels, "length": d.length, "pixels": Pixels.of(d)}
         data = load_data(d.dataset, d.path or None, **form)

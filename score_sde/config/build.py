@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from ..data.captions import encoder_hash, widths
+from ..machine import own_code
 from ..models import rules
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
@@ -47,15 +48,19 @@ from ..sdes.chains import DDPM, SMLD
 from ..sdes.learned import LearnedVPSDE, MonotoneSchedule
 from ..sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 
-SDES: dict[str, Callable[[ConfigDict], SDE]] = {
-    "vpsde": lambda m: VPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
-    "subvpsde": lambda m: SubVPSDE(beta_min=m.beta_min, beta_max=m.beta_max, t_min=m.t_min),
-    "vesde": lambda m: VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
-    "cosine": lambda m: CosineSDE(t_min=m.t_min),
-    "edm": lambda m: EDMSDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, t_min=m.t_min),
-    "learned": lambda m: LearnedVPSDE(
-        schedule=MonotoneSchedule(m.gamma_min, m.gamma_max, learn_ends=m.learn_ends), t_min=m.t_min
-    ),
+
+def _learned(gamma_min: float, gamma_max: float, learn_ends: bool, t_min: float) -> LearnedVPSDE:
+    return LearnedVPSDE(schedule=MonotoneSchedule(gamma_min, gamma_max, learn_ends=learn_ends), t_min=t_min)
+
+
+# What makes an SDE, called with the keys of the section model that its arguments have the names of.
+SDES: dict[str, Callable[..., SDE]] = {
+    "vpsde": VPSDE,
+    "subvpsde": SubVPSDE,
+    "vesde": VESDE,
+    "cosine": CosineSDE,
+    "edm": EDMSDE,
+    "learned": _learned,
 }
 CHAINS: dict[str, Callable[[ConfigDict], DDPM | SMLD]] = {
     "vpsde": lambda m: DDPM.from_sde(VPSDE(beta_min=m.beta_min, beta_max=m.beta_max), m.num_scales),
@@ -114,7 +119,14 @@ FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
 
 def build_sde(config: ConfigDict) -> SDE:
     """The forward SDE; for a discrete model its chain's curves in continuous time."""
-    return SDES[config.training.sde](config.model) if config.training.continuous else build_chain(config).as_sde()
+    t = config.training
+    if not t.continuous:
+        return build_chain(config).as_sde()
+    if own_code.is_own(t.sde):
+        own_code.check_unchanged(t.sde, "training.sde", t.sde_sha256)
+        sde: SDE = own_code.make(t.sde, "training.sde", SDE, config.model)
+        return sde
+    return own_code.with_values(SDES[t.sde], config.model)
 
 
 def build_chain(config: ConfigDict) -> DDPM | SMLD:
@@ -130,15 +142,35 @@ def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     Raises ValueError where network and shape do not fit.
     """
     m = config.model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        if own_code.is_own(m.name):
+            return _own_network(config, shape)
+        _check_rank(m.name, shape)
+        return NETWORKS[m.name](config, shape)
+
+
+def _check_rank(name: str, shape: tuple[int, ...]) -> None:
     wanted, ranks = {
         "mlp": ("vectors, (D,)", (1,)),
         **{name: ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4)) for name in UNETS},
-    }.get(m.name, ("images, (C, H, W)", (3,)))
+    }.get(name, ("images, (C, H, W)", (3,)))
     if len(shape) not in ranks:
-        raise ValueError(f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        return NETWORKS[m.name](config, shape)
+        raise ValueError(f"model.name={name} is for {wanted}, but the data have shape {tuple(shape)}")
+
+
+def _own_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The network that model.name=FILE.py:NAME makes, whose answer to one example has the right shape."""
+    m = config.model
+    own_code.check_unchanged(m.name, "model.name", m.name_sha256)
+    network: nn.Module = own_code.make(m.name, "model.name", nn.Module, {**m, "shape": shape})
+    wanted = (1, 2 * shape[0] if m.learned_variance else shape[0], *shape[1:])
+    with torch.no_grad():
+        answer = network.eval()(torch.zeros(1, *shape), torch.full((1,), 0.5))
+    if not isinstance(answer, Tensor) or answer.shape != wanted:
+        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
+        raise ValueError(f"model.name={m.name} must answer x and time of one example by {wanted}, got {got}")
+    return network.train()
 
 
 def _mlp(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:

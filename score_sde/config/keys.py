@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, NoReturn, get_args
 from ml_collections import ConfigDict
 
 from ..data.sets import DATASETS
+from ..machine import own_code
 from ..models.reverse import Variance
 from ..models.traces import Law, Probe
 from ..networks.blocks import BlockKind
@@ -44,7 +45,8 @@ class Key:
     """A key of the config: its default, what it means, and what it may be.
 
     `may` are the names that it may have, or a limit of its number; None: anything of the default's type. `most` is the
-    largest size of its number, 0 for `LARGEST`. With `classes` it also takes names of classes.
+    largest size of its number, 0 for `LARGEST`. With `classes` it also takes names of classes, and with `own` also
+    FILE.py:NAME, code of the user's own; the sha256 of that file is in the key of the same name with _sha256.
     """
 
     default: Any
@@ -52,6 +54,7 @@ class Key:
     may: Sequence[str] | Limit | None = None
     most: int = 0
     classes: bool = False
+    own: bool = False
 
     @property
     def kind(self) -> type:
@@ -67,7 +70,7 @@ class Key:
     def allowed(self) -> str:
         """What it may be, in words."""
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(self.choices)}" + (", or FILE.py:NAME of your own" if self.own else "")
         return f"{self._kind}, {self.may.words}" if isinstance(self.may, Limit) else self._kind
 
     @property
@@ -91,7 +94,7 @@ class Key:
         most = self.most or LARGEST[float if self.kind is float else int]
         if any(abs(number) > most for number in parts if not isinstance(number, str)):
             raise ValueError(f"must be at most {most} in size, got {brief(value)}")
-        if self.choices and value not in self.choices:
+        if self.choices and value not in self.choices and not (self.own and own_code.is_own(value)):
             near = nearest(value.lower(), self.choices)
             hint = f"; did you mean '{near}'?" if near else ""
             raise ValueError(f"must be {self.allowed}, got {brief(value)}{hint}")
@@ -121,7 +124,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "device": Key("auto", "auto: a GPU where there is one; else a name of torch's: cpu, cuda, cuda:1, mps"),
     },
     "training": {
-        "sde": Key("vpsde", "what noise does to data", tuple(SDES)),
+        "sde": Key("vpsde", "what noise does to data", tuple(SDES), own=True),
+        "sde_sha256": Key("", "sha256 of the file, where sde is FILE.py:NAME; filled in as the config is read"),
         "continuous": Key(True, "False: train on the num_scales steps of DDPM (vpsde, cosine) or SMLD (vesde)"),
         "n_iters": Key(1_300_000, "training stops after this many steps", AT_LEAST_1, INT64),
         "batch_size": Key(128, "examples per step, in total over all processes and accumulated parts", AT_LEAST_1),
@@ -280,7 +284,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "data": {
         "dataset": Key("cifar10", "files: a folder or zip of images, a folder of .wav, a .npy or .npz at data.path",
-            DATASETS),
+            DATASETS, own=True),
+        "dataset_sha256": Key("", "sha256 of the file, where dataset is FILE.py:NAME; filled in as the config is read"),
         "path": Key("", "where the data lie; empty: the usual place, data/"),
         "image_size": Key(32, "files are cropped to a square of this size, other images shrunk to it; 0: left as they "
             "are", AT_LEAST_0),
@@ -298,7 +303,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "uniform_dequantization": Key(False, "train on (k + u)/levels instead of k/(levels - 1)"),
     },
     "model": {
-        "name": Key("ncsnpp", "the network; ncsnpp is DDPM++ and NCSN++, and mlp is for vectors", tuple(NETWORKS)),
+        "name": Key("ncsnpp", "the network; ncsnpp is DDPM++ and NCSN++, mlp for vectors", tuple(NETWORKS), own=True),
+        "name_sha256": Key("", "sha256 of the file, where name is FILE.py:NAME; filled in as the config is read"),
         "rule": Key("noise", "what the network's output means", RULES),
         "learned_variance": Key(False, "the network has twice the channels: the other half sets the reverse steps' "
             "variance"),

@@ -22,9 +22,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from ..machine import own_code
 from . import rules
 from .catalogue import find
 from .keys import KEYS, MOVED, check, default_config, explain, nearest, refuse_unknown
+
+# Keys that may name code of the user's own, and those of its sha256.
+OWN = {key: f"{key}_sha256" for key, known in KEYS.items() if known.own}
 
 
 def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDict:
@@ -39,8 +43,10 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
     is wrong in the file or in the overrides.
     """
     path = find(path)
-    stated = from_json(path) if path.suffix == ".json" else _run(path)
-    return overridden(stated, overrides or {}, f"{path}: ")
+    if path.suffix == ".json":
+        return overridden(from_json(path), overrides or {}, f"{path}: ")
+    stated = {key: value for key, value in flat(_run(path)).items() if key not in OWN.values()}
+    return _overridden(stated, overrides or {}, f"{path}: ")
 
 
 def overridden(stated: ConfigDict, overrides: dict[str, str], where: str = "") -> ConfigDict:
@@ -48,13 +54,31 @@ def overridden(stated: ConfigDict, overrides: dict[str, str], where: str = "") -
 
     Raises ValueError for whatever is wrong in them; `where` is said before what is wrong in `stated`.
     """
+    return _overridden(flat(stated), overrides, where)
+
+
+def _overridden(stated: dict[str, Any], overrides: dict[str, str], where: str) -> ConfigDict:
     config = default_config()
-    for key, value in flat(stated).items():
+    for key, value in stated.items():
         put(config, key, value, where)
     for key, text in overrides.items():
         put(config, key, parse(key, text))
+        if key in OWN:  # which the user names now, whatever it was before
+            put(config, OWN[key], "")
+    _seal(config)
     validate(config)
     return config
+
+
+def _seal(config: ConfigDict) -> None:
+    """Put the sha256 of files of the user's own into the config where it has none. FileNotFoundError for no file."""
+    for key, sealed in OWN.items():
+        section, name = key.split(".")
+        value, known = config[section][name], config[section][sealed.split(".")[1]]
+        if not own_code.is_own(value):
+            put(config, sealed, "")
+        elif not known:
+            put(config, sealed, own_code.file_hash(value, key))
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -90,7 +114,9 @@ def validate(config: ConfigDict) -> None:
 
 
 def to_json(config: ConfigDict) -> str:
-    """The config as JSON text; `from_json` gives back an equal config."""
+    """The config as JSON text, with the sha256 of files of the user's own; `from_json` gives back an equal config."""
+    config = config.copy_and_resolve_references()
+    _seal(config)
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
@@ -130,6 +156,10 @@ def from_text(text: str, where: str) -> ConfigDict:
                 + (f"; or did you mean '{near}'?" if near else "")
             )
         put(config, key, value, f"{where}: ")
+    for key, sealed in OWN.items():
+        section, name = key.split(".")
+        if own_code.is_own(config[section][name]) and not config[section][sealed.split(".")[1]]:
+            raise ValueError(f"{where}: {key}={config[section][name]} is without {sealed}, and so not used")
     return config
 
 
@@ -208,18 +238,13 @@ _PARSERS: dict[type, Callable[[str], Any]] = {
 def _run(path: Path) -> ConfigDict:
     """What get_config() of a Python file returns; slips in it are reported with their line."""
     try:
-        module = runpy.run_path(str(path))
-        if not callable(module.get("get_config")):
-            raise ValueError(f"{path} defines no get_config(); a config file is Python with get_config() -> ConfigDict")
-        config = module["get_config"]()
-    except SyntaxError as error:
-        where = f"{error.filename}, line {error.lineno}" if error.filename else str(path)
-        raise ValueError(f"{where}: {error.msg}") from None
-    except (NameError, ImportError) as error:
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        if not lines:
-            raise
-        raise ValueError(f"{path}, line {lines[-1]}: {error}") from None
+        with own_code.slips(path):
+            module = runpy.run_path(str(path))
+            if not callable(module.get("get_config")):
+                raise ValueError(
+                    f"{path} defines no get_config(); a config file is Python with get_config() -> ConfigDict"
+                )
+            config = module["get_config"]()
     except (AttributeError, KeyError, TypeError) as error:
         _explain(error.__traceback__, path)
         raise

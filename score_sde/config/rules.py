@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from ..data.images import Pixels
 from ..data.toys import TOYS
+from ..machine import own_code
 from ..samplers.stochastic import check_flow
 from .build import AUTOENCODE, CHAINS, CLASSIFY, FITTABLE, FITTED, build_sde
 from .objective import DECODED, TWICE
@@ -171,7 +172,7 @@ def _conditions(config: ConfigDict) -> None:
     )
     networks = ("ddpm", "ncsnpp", "adm", "dit")
     refuse(
-        (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks,
+        (m.super_resolution > 0 or bool(m.text_encoder)) and m.name not in networks and not own_code.is_own(m.name),
         f"model.super_resolution and model.text_encoder are for {' and '.join(networks)}, not model.name={m.name}",
     )
     refuse(
@@ -303,7 +304,7 @@ def _noise(config: ConfigDict) -> None:
 def _network(config: ConfigDict) -> None:
     """The network, what it is told of the noise, and the data that it is for."""
     t, d, m = config.training, config.data, config.model
-    discrete = not t.continuous
+    discrete, own = not t.continuous, own_code.is_own(m.name)
     refuse(
         (m.label == "index" or m.rule == "mean") and not discrete,
         "model.label=index and model.rule=mean need the steps of a chain: set training.continuous=False",
@@ -328,11 +329,11 @@ def _network(config: ConfigDict) -> None:
     )
     fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "dit", "ncsn", "ncsnv2")
     refuse(
-        fourier and m.label != "sigma",
+        fourier and not own and m.label != "sigma",
         f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}",
     )
     refuse(
-        not fourier and m.label == "sigma" and m.name != "ncsnv2",
+        not fourier and not own and m.label == "sigma" and m.name != "ncsnv2",
         "model.embedding_type=positional expects labels of the size of 999 t: set model.label=log_sigma, not 'sigma'",
     )
     refuse(
@@ -352,11 +353,11 @@ def _network(config: ConfigDict) -> None:
         f"model.ch_mult must hold positive integers, one per level, got {m.ch_mult}",
     )
     refuse(
-        m.name == "mlp" and (d.dataset not in TOYS and d.dataset != "files"),
+        m.name == "mlp" and not (d.dataset in TOYS or d.dataset == "files" or own_code.is_own(d.dataset)),
         f"model.name=mlp is for vectors; for the images of data.dataset={d.dataset} use ncsnpp or ddpm",
     )
     refuse(
-        m.name != "mlp" and d.dataset in TOYS,
+        m.name != "mlp" and not own and d.dataset in TOYS,
         f"model.name={m.name} is for images; for the vectors of data.dataset={d.dataset} use mlp",
     )
     refuse(

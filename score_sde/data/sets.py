@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..machine import own_code
 from ..machine.devices import sent
 from . import cifar10, files, recordings
 from .files import Stream
@@ -122,7 +123,10 @@ def load_data(
     memory: int = 4 << 30,
     pixels: Pixels = AS_THEY_ARE,
 ) -> Data:
-    """The data set `name`, in any case: a row of `_BUILT_IN`, or "files" for what you have at `path`.
+    """The data set `name`: a row of `_BUILT_IN`, "files" for what you have at `path`, or a function FILE.py:NAME.
+
+    That function returns `Data`, and is called with those of path, image_size, num_channels and length that it has
+    arguments for.
 
     Args:
         path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
@@ -138,6 +142,9 @@ def load_data(
     FileNotFoundError for those that are missing.
     """
     path = Path(path).expanduser() if path else None
+    if own_code.is_own(name):
+        values = {"path": path, "image_size": image_size, "num_channels": num_channels, "length": length}
+        return _checked(own_code.make(name, "data.dataset", Data, values), f"data.dataset={name}")
     if name.lower() in _BUILT_IN:
         data = _BUILT_IN[name.lower()](path)
         return _shrunk(data, image_size or None) if len(data.shape) == 3 else data
@@ -224,6 +231,18 @@ def shrink(images: Tensor, factor: int) -> Tensor:
         raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} cannot be shrunk by a factor of {factor}")
     parts = [F.avg_pool2d(part.float(), factor).round().to(images.dtype) for part in images.split(5_000)]
     return torch.cat(parts)
+
+
+def _checked(data: Data, name: str) -> Data:
+    """The data, if its splits have examples of one shape, and of the type that its levels ask for."""
+    for split in (data.train, data.test):
+        if len(split) == 0 or split.shape != data.shape:
+            raise ValueError(f"{name} has {len(split)} examples of shape {split.shape} beside others of {data.shape}")
+    kinds = (torch.float32,) if data.levels is None else (torch.uint8, torch.int32)
+    kind = data.train[torch.tensor([0])][0].dtype
+    if kind not in kinds:
+        raise ValueError(f"{name} has {kind} examples and levels={data.levels}: floats are float32, with levels=None")
+    return _with_empty_classes(data)
 
 
 def _shrunk(data: Data, size: int | None) -> Data:

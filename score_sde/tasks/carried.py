@@ -21,7 +21,7 @@ from .conditions import RESTORING, check_conditions
 
 # Of the section model: without a say in what its network and its noise are, or found by themselves.
 _SILENT = ("dropout", "ema_rate", "ema_halflife", "text_encoder")
-_FOUND = ("num_classes", "image_channels", "text_width", "pooled_width", "text_sha256")
+_FOUND = ("name_sha256", "num_classes", "image_channels", "text_width", "pooled_width", "text_sha256")
 
 log = logging.getLogger("score_sde")
 
