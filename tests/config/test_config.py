@@ -202,7 +202,7 @@ SLIPS = [
     ("model.ch_mult", "1,b", "model.ch_mult must be integers such as 1,2,2, got '1,b'"),
     ("model.ch_mult", "1.5,2", "model.ch_mult must be integers such as 1,2,2, got (1.5, 2)"),
     ("model.ch_mult", "", "one per level, got ()"),
-    ("training.sde", "vpsd", "one of vpsde, subvpsde, vesde, cosine, edm, learned, got 'vpsd'; did you mean 'vpsde'?"),
+    ("training.sde", "vpsd", "learned, or FILE.py:NAME of your own, got 'vpsd'; did you mean 'vpsde'?"),
     ("data.dataset", "CIFAR10", "got 'CIFAR10'; did you mean 'cifar10'?"),
     ("seed", "-1", "seed must be at least 0, got -1"),
     ("training.soft_truncation", "-1", "training.soft_truncation must be at least 0, got -1.0"),
