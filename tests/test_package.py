@@ -98,25 +98,6 @@ def test_packages_that_are_imported_are_dependencies() -> None:
     assert {called.get(name, name) for name in imported} <= asked
 
 
-def readme_table() -> dict[str, str]:
-    """Config -> text of its row in the README's table."""
-    rows = re.findall(
-        r"^\| \[`(\w+)`\]\(configs/(\w+)\.py\) \|(.*)\|$", (ROOT / "README.md").read_text(), flags=re.MULTILINE
-    )
-    assert all(name == file for name, file, _ in rows)
-    return {name: text for name, _, text in rows}
-
-
-def test_readme_lists_the_configs_that_exist() -> None:
-    assert sorted(readme_table()) == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-
-
-def test_readme_names_files_that_exist() -> None:
-    text = (ROOT / "README.md").read_text()
-    named = set(re.findall(r"(?<![\w/.])((?:configs|score_sde|benchmarks|docs|examples|tests)/[\w./-]+\.\w+)", text))
-    assert named and [name for name in sorted(named) if not (ROOT / name).exists()] == []
-
-
 def test_readme_s_library_example_runs_and_says_the_truth(capsys: pytest.CaptureFixture[str]) -> None:
     example = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)[0]
     scope: dict[str, Any] = {}
