@@ -1,4 +1,4 @@
-"""Examples in .npy and .npz files: which array is what, of which kind, and that all its values can be meant."""
+"""Data in .npy and .npz files: which array holds examples or labels, its layout, and a check of its values."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from .images import Pixels
 from .labels import as_float32
 
 _EXAMPLES, _LABELS = ("arr_0", "x", "images", "data"), ("arr_1", "y", "labels")
-_PARTS = ("x_train", "y_train", "x_test", "y_test")
-_CHUNK = 1 << 26  # bytes that are looked at together
+_SPLITS = ("x_train", "y_train", "x_test", "y_test")
+_CHUNK = 1 << 26  # bytes that are checked together
 
 
 @dataclass(frozen=True)
 class Named:
-    """Examples and labels, to train on and held out, and the names of arrays that are neither."""
+    """Examples and labels of both splits, and the names of all other arrays."""
 
     x: np.ndarray
     y: np.ndarray | None = None
@@ -29,114 +29,114 @@ class Named:
 
 
 def load_npy(path: Path, memory: int) -> np.ndarray:
-    """The array of a .npy; of more than `memory` bytes it is mapped from disk. Raises ValueError for no such file."""
+    """Load a .npy file; one of more than `memory` bytes is mapped from disk. Raises ValueError for any other file."""
     with _reading(path):
-        found = np.load(path, mmap_mode="r" if path.stat().st_size > memory else None, allow_pickle=False)
-    if not isinstance(found, np.ndarray):
-        raise ValueError(f"{path} holds several arrays: name it .npz")
-    return found
+        array = np.load(path, mmap_mode="r" if path.stat().st_size > memory else None, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+        raise ValueError(f"{path} holds several arrays: rename it to .npz")
+    return array
 
 
 def load_npz(path: Path) -> Named:
-    """Arrays by name: x_train, y_train, x_test, y_test, or one of _EXAMPLES and of _LABELS, or a single array.
+    """Load a .npz file: x_train, y_train, x_test, y_test, or one of _EXAMPLES and one of _LABELS, or a single array.
 
-    Raises ValueError for no such file, and for one without examples.
+    Raises ValueError for any other file, and for one without examples.
     """
     with path.open("rb") as file:
         if file.read(6) == b"\x93NUMPY":
-            raise ValueError(f"{path} holds one array: name it .npy")
-    with _reading(path), np.load(path, allow_pickle=False) as found:
-        keys = list(found.keys())
-        chosen = _PARTS if "x_train" in keys else _examples_and_labels(keys, path)
-        arrays = [found[key] if key in keys else None for key in chosen]
-    return Named(*arrays, unread=tuple(key for key in keys if key not in chosen))  # type: ignore[arg-type, misc]
+            raise ValueError(f"{path} holds one array: rename it to .npy")
+    with _reading(path), np.load(path, allow_pickle=False) as arrays:
+        keys = list(arrays.keys())
+        chosen = _SPLITS if "x_train" in keys else _examples_and_labels(keys, path)
+        loaded = [arrays[key] if key in keys else None for key in chosen]
+    return Named(*loaded, unread=tuple(key for key in keys if key not in chosen))  # type: ignore[arg-type, misc]
 
 
 def examples(array: np.ndarray, num_channels: int | None, where: str) -> tuple[np.ndarray, list[str]]:
-    """Pixels as (N, C, H, W), uint8 or uint16, and floats (N, *shape); and what is to be said of them.
+    """Examples as pixels (N, C, H, W), uint8 or uint16, or floats (N, *shape), with notes for the user.
 
-    Raises ValueError for anything else, with the first row of floats that float32 cannot hold.
+    Raises ValueError for any other array, and names the first row that float32 cannot hold.
     """
     if array.ndim < 2 or array.size == 0:
-        raise ValueError(f"{where} should hold examples (N, ...), got an array of shape {array.shape}")
+        raise ValueError(f"{where} must hold examples of shape (N, ...), got shape {array.shape}")
     if array.dtype.kind == "u" and array.dtype.itemsize <= 2:
         return _channels_second(array, num_channels, where), []
     if not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{where} holds {array.dtype}: save pixels as uint8 or uint16 and vectors as float32")
+        raise ValueError(f"{where} holds {array.dtype}: save pixels as uint8 or uint16, vectors as float32")
     _check_floats(array, where)
     if array.ndim == 4 and _channels_are_last(array.shape, num_channels):
-        return np.moveaxis(array, -1, 1), [f"floats of shape {array.shape} are read as images with their channels last"]
+        return np.moveaxis(array, -1, 1), [f"floats of shape {array.shape} are read as images with channels last"]
     if array.ndim == 3 and (array.shape[1] == array.shape[2] or array.shape[1] > 4):
         height, width = array.shape[1:]
         return array, [
-            f"floats of shape {array.shape} are read as signals of {height} channels: save grey images as "
+            f"floats of shape {array.shape} are read as signals with {height} channels: save grey images as "
             f"(N, 1, {height}, {width})"
         ]
     return array, []
 
 
 def bits_used(array: np.ndarray, pixels: Pixels, where: str) -> int:
-    """How many bits the numbers of pixels use. Raises ValueError as `Pixels.bits_used` does."""
-    return max(pixels.bits_used(part, 8 * array.dtype.itemsize, where) for part in _parts(array))
+    """The number of bits that the pixels use. Raises ValueError as `Pixels.bits_used` does."""
+    return max(pixels.bits_used(rows, 8 * array.dtype.itemsize, where) for rows in _chunks(array))
 
 
 def _examples_and_labels(keys: Sequence[str], path: Path) -> tuple[str, ...]:
-    alone = keys[0] if len(keys) == 1 and keys[0] not in (*_LABELS, *_PARTS) else None
+    alone = keys[0] if len(keys) == 1 and keys[0] not in (*_LABELS, *_SPLITS) else None
     x = alone or next((key for key in _EXAMPLES if key in keys), None)
     if x is None:
-        raise ValueError(f"{path} holds {', '.join(keys) or 'nothing'}: name the examples {' or '.join(_EXAMPLES)}")
+        raise ValueError(f"{path} holds {', '.join(keys) or 'no arrays'}: name the examples {' or '.join(_EXAMPLES)}")
     return (x, *[key for key in _LABELS if key in keys][:1])
 
 
 def _check_floats(array: np.ndarray, where: str) -> None:
-    row, low, high, off = 0, np.inf, -np.inf, 0.0
-    for part in _parts(array):
-        single = as_float32(part, where, row)
-        row += len(part)
+    row, low, high, error = 0, np.inf, -np.inf, 0.0
+    for rows in _chunks(array):
+        rounded = as_float32(rows, where, row)
+        row += len(rows)
         if array.dtype.itemsize > 4:
-            low, high = min(low, part.min()), max(high, part.max())
-            off = max(off, float(np.abs(part - single).max()))
-    if 1e3 * off > high - low > 0:
+            low, high = min(low, rows.min()), max(high, rows.max())
+            error = max(error, float(np.abs(rows - rounded).max()))
+    if 1e3 * error > high - low > 0:
         raise ValueError(
             f"{where} has values from {low:.9g} to {high:.9g}, which float32 cannot tell apart: subtract their mean"
         )
 
 
-def _parts(array: np.ndarray) -> Iterator[np.ndarray]:
+def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     rows = max(1, _CHUNK // max(1, array[0].size * 8))
     for start in range(0, len(array), rows):
         yield array[start : start + rows]
 
 
 def _channels_are_last(shape: tuple[int, ...], num_channels: int | None) -> bool:
-    """Whether floats (N, a, b, c) are images (N, H, W, C) rather than (N, C, H, W), which stay as they are."""
+    """Whether floats (N, a, b, c) are images (N, H, W, C) and not (N, C, H, W)."""
     known = (1, 3, 4, num_channels)
     return shape[-1] in known and shape[1] not in known
 
 
 def _channels_second(array: np.ndarray, num_channels: int | None, where: str) -> np.ndarray:
-    """Pixels (N, H, W), (N, H, W, C) or (N, C, H, W) as the last of these; where both fit, channels are last."""
+    """Pixels (N, H, W), (N, H, W, C) or (N, C, H, W) as (N, C, H, W); where both fit, the last axis is the channels."""
     if array.ndim == 3:
         return array[:, None]
     if array.ndim != 4:
-        raise ValueError(f"{where} holds {array.dtype} of shape {array.shape}, no images: save vectors as float32")
+        raise ValueError(f"{where} holds {array.dtype} of shape {array.shape}, not images: save vectors as float32")
     channels = (num_channels,) if num_channels else (1, 3, 4)
     if array.shape[-1] in channels:
         return np.moveaxis(array, -1, 1)
     if array.shape[1] in channels:
         return array
     raise ValueError(
-        f"{where} has shape {array.shape}, with {' or '.join(map(str, channels))} channels neither last nor second: "
-        f"say how many there are, --config.data.num_channels=C"
+        f"{where} has shape {array.shape}, and neither its last nor its second axis has "
+        f"{' or '.join(map(str, channels))} channels: set --config.data.num_channels=C"
     )
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever numpy and zipfile raise for a damaged file, in one sentence with its name."""
+    """Turn whatever numpy and zipfile raise for a damaged file into one sentence with its name."""
     try:
         yield
     except (MemoryError, OverflowError) as error:
-        raise ValueError(f"{path} says that it holds more than memory can ({error})") from error
+        raise ValueError(f"{path} needs more memory than there is, or is damaged ({error})") from error
     except Exception as error:  # among them zlib.error, RuntimeError (encrypted) and NotImplementedError (compression)
         raise ValueError(f"{path} cannot be read as arrays of numbers ({error})") from error

@@ -1,7 +1,7 @@
-"""Captions, and what a network is told of them: the tokens of a frozen text encoder, and one vector for the whole.
+"""Text embeddings of captions by a frozen text encoder: tokens, and one pooled vector per caption.
 
-Any callable from captions to `Text` is an encoder. `HuggingFaceEncoder` makes one of a folder that `transformers`
-reads, such as those of CLIP, T5 or MiniLM; `pip install score_sde[text]` brings the library.
+An encoder is any callable from captions to `Text`. `HuggingFaceEncoder` reads one from a folder in the format of
+`transformers`, such as CLIP, T5 or MiniLM; `pip install score_sde[text]` installs the library.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ _BATCH = 64  # captions encoded together
 
 
 class Text(NamedTuple):
-    """Of N captions: tokens (N, L, D), mask (N, L), True where there is a token, and pooled (N, P), of the whole."""
+    """Embeddings of N captions: tokens (N, L, D), mask (N, L), True at tokens, and pooled (N, P), one per caption."""
 
     tokens: Tensor
     mask: Tensor
     pooled: Tensor
 
     def condition(self, index: Tensor) -> dict[str, Tensor]:
-        """What a model is given of the captions at `index`, (B,): ``model.given(**text.condition(index))``."""
+        """The conditions for the captions at `index`, (B,): ``model.given(**text.condition(index))``."""
         return {"text": self.tokens[index], "mask": self.mask[index], "pooled": self.pooled[index]}
 
     def to(self, device: torch.device | str) -> Text:
-        """The same there."""
+        """The same embeddings on another device."""
         return Text(*(value.to(device) for value in self))
 
 
 class TextEncoder(Protocol):
-    """Captions to `Text`, always the same for the same captions; `sha256` tells encoders apart."""
+    """A function from captions to `Text`, the same for the same captions; `sha256` identifies the encoder."""
 
     sha256: str
 
@@ -46,14 +46,14 @@ class TextEncoder(Protocol):
 
 
 class HuggingFaceEncoder:
-    """The text encoder in a folder as `transformers` saves them: CLIP's, T5's, or one of BERT's kind such as MiniLM.
+    """A text encoder from a folder that `transformers` saved: CLIP, T5, or a BERT-like model such as MiniLM.
 
-    Tokens are the last hidden states. `pooled` is what CLIP makes of its last token, and of others the mean over
-    tokens, as sentence encoders are trained with. Weights are read from safetensors alone; no code of the folder is
-    run. Captions longer than `length` tokens are cut.
+    Tokens are the last hidden states. `pooled` is CLIP's projection of its last token; for other models it is the mean
+    over tokens, the pooling that sentence encoders are trained with. Weights are read only from safetensors, and no
+    code in the folder is run. Captions are cut to `length` tokens.
 
-    The model is read when it is first asked, and a folder that holds no text encoder is then refused with ValueError.
-    Raises FileNotFoundError for a folder that is not there, and ImportError without `transformers`.
+    The first call loads the model and raises ValueError if the folder holds no text encoder. The constructor raises
+    FileNotFoundError for a missing folder, and ImportError without `transformers`.
     """
 
     def __init__(self, folder: str | Path, *, length: int = 32, device: torch.device | str = "cpu") -> None:
@@ -62,7 +62,7 @@ class HuggingFaceEncoder:
         self.sha256 = encoder_hash(self.folder)
 
     @cached_property
-    def parts(self) -> tuple[Any, Any]:
+    def loaded(self) -> tuple[Any, Any]:
         """The tokenizer and the model."""
         import transformers
 
@@ -71,38 +71,38 @@ class HuggingFaceEncoder:
         options = {"local_files_only": True, "trust_remote_code": False}
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(self.folder, **options)
-            made = getattr(transformers, kinds.get(self.kind, "AutoModel"))
-            model = made.from_pretrained(self.folder, use_safetensors=True, **options)
+            cls = getattr(transformers, kinds.get(self.kind, "AutoModel"))
+            model = cls.from_pretrained(self.folder, use_safetensors=True, **options)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
             raise ValueError(f"{self.folder} holds no text encoder that transformers can read: {error}") from error
         return tokenizer, model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def __call__(self, captions: Sequence[str]) -> Text:
-        tokenizer, model = self.parts
-        places = getattr(model.config, "max_position_embeddings", self.length)
-        length = min(self.length, tokenizer.model_max_length, places)
+        tokenizer, model = self.loaded
+        positions = getattr(model.config, "max_position_embeddings", self.length)
+        length = min(self.length, tokenizer.model_max_length, positions)
         batch = tokenizer(
             list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).to(self.device)
-        found = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
-        tokens, mask = found.last_hidden_state, batch["attention_mask"].bool()
+        output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+        tokens, mask = output.last_hidden_state, batch["attention_mask"].bool()
         if self.kind.startswith("clip"):
-            pooled = found.pooler_output
+            pooled = output.pooler_output
         else:
             pooled = (tokens * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
         return Text(tokens * mask[..., None], mask, pooled)
 
 
 def widths(folder: str | Path) -> tuple[int, int]:
-    """(D, P) of the encoder in a folder, read from its config alone. Raises what `HuggingFaceEncoder` does."""
+    """Widths (D, P) of an encoder's tokens and pooled vector, from its config. Raises as `HuggingFaceEncoder` does."""
     config = _config(Path(folder)).get_text_config()
     width = int(config.hidden_size)
     return width, width
 
 
 def encoder_hash(folder: Path) -> str:
-    """sha256 over an encoder's weights, config and tokenizer."""
+    """sha256 of an encoder's weights, config and tokenizer."""
     digest = hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".json", ".txt", ".model")):
         digest.update(path.name.encode())
@@ -115,8 +115,8 @@ def encoder_hash(folder: Path) -> str:
 def _config(folder: Path) -> Any:
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(
-            f"there is no text encoder in {folder}: it is a folder with config.json, tokenizer and model.safetensors, "
-            "as `huggingface-cli download NAME --local-dir FOLDER` makes of those of Hugging Face"
+            f"there is no text encoder in {folder}: it needs config.json, a tokenizer and model.safetensors; "
+            "`huggingface-cli download NAME --local-dir FOLDER` fetches one from Hugging Face"
         )
     try:
         from transformers import AutoConfig
@@ -126,20 +126,20 @@ def _config(folder: Path) -> Any:
 
 
 def embed(encoder: TextEncoder, captions: Sequence[str], cache: Path | None = None) -> Text:
-    """`Text` of the captions, on the CPU, each encoded once: those in the file `cache` are read, new ones join it.
+    """Encode captions to `Text` on the CPU, each once; the file `cache` keeps embeddings for later calls.
 
-    As many tokens are kept as the longest caption has. Raises ValueError for no captions, or what is not text.
+    L is the number of tokens of the longest caption. Raises ValueError for an empty list or for what is no string.
     """
     captions = list(captions)
     if not captions or not all(isinstance(caption, str) for caption in captions):
-        raise ValueError(f"captions must be one string or more, got {captions[:3]!r}")
+        raise ValueError(f"captions must be a list of at least one string, got {captions[:3]!r}")
     known = _read(cache, encoder.sha256) if cache is not None else {}
     new = [caption for caption in dict.fromkeys(captions) if caption not in known]
     for first in range(0, len(new), _BATCH):
-        part = new[first : first + _BATCH]
-        found = encoder(part).to("cpu")
-        for i, caption in enumerate(part):
-            known[caption] = (found.tokens[i][found.mask[i]].float(), found.pooled[i].float())
+        batch = new[first : first + _BATCH]
+        text = encoder(batch).to("cpu")
+        for i, caption in enumerate(batch):
+            known[caption] = (text.tokens[i][text.mask[i]].float(), text.pooled[i].float())
     if new and cache is not None:
         _write(cache, encoder.sha256, known)
     chosen = [known[caption] for caption in captions]
@@ -149,17 +149,17 @@ def embed(encoder: TextEncoder, captions: Sequence[str], cache: Path | None = No
     return Text(tokens, mask, torch.stack([pooled for _, pooled in chosen]))
 
 
-Known = dict[str, tuple[Tensor, Tensor]]
+Known = dict[str, tuple[Tensor, Tensor]]  # caption -> its tokens (L, D) and pooled (P,)
 
 
 def _read(path: Path, sha256: str) -> Known:
-    """The captions in a cache that this encoder wrote; none of another's, or where it cannot be read."""
+    """Embeddings from a cache file; {} if another encoder wrote it or it cannot be read."""
     try:
         if read_header(path).get("encoder") != sha256:
             return {}
-        found = read_tensors(path)
-        tokens, pooled = found["tokens"], found["pooled"]
-        lengths, text = found["lengths"].tolist(), bytes(found["captions"].numpy()).decode()
+        saved = read_tensors(path)
+        tokens, pooled = saved["tokens"], saved["pooled"]
+        lengths, text = saved["lengths"].tolist(), bytes(saved["captions"].numpy()).decode()
     except (FileNotFoundError, ValueError, KeyError):
         return {}
     return dict(zip(text.split("\0"), zip(tokens.split(lengths), pooled, strict=True), strict=True))

@@ -1,8 +1,8 @@
 """CIFAR-10 (Krizhevsky 2009) from its official files: 50,000 training and 10,000 test images, 3 x 32 x 32, ten classes.
 
-Both official layouts are read, as folders or straight from their archives. Each of the `python` version's files is a
-pickled dict whose arrays Python 2 wrote; since a pickle can call anything, ours may call only what rebuilds arrays.
-The `binary` version is rows of 3073 bytes: a label, then the red, green and blue planes.
+It reads both official layouts, from folders or directly from their archives. Files of the `python` version are pickled
+dicts with arrays written by Python 2. A pickle can call any function, so our unpickler only calls those that rebuild
+arrays. Files of the `binary` version are rows of 3073 bytes: a label, then the red, green and blue planes.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _ARCHIVES = ("cifar-10-python.tar.gz", "cifar-10-binary.tar.gz")
 _TRAIN, _TEST = tuple(f"data_batch_{i}" for i in range(1, 6)), ("test_batch",)
 
 
-class Part(NamedTuple):
-    """Images uint8 (N, 3, 32, 32), labels int64 (N,), and the file names, of which the binary version has none."""
+class Images(NamedTuple):
+    """Images uint8 (N, 3, 32, 32), labels int64 (N,), and the file names; the binary version has no names."""
 
     x: Tensor
     y: Tensor
@@ -44,34 +44,33 @@ class Part(NamedTuple):
 
 
 def caption(name: str) -> str:
-    """A file's own word as a caption: "a tabby cat" of `tabby_cat_s_000001.png`, "an airbus" of `airbus_s_...`."""
+    """A caption from a file name: "a tabby cat" from `tabby_cat_s_000001.png`, "an airbus" from `airbus_s_...`."""
     noun = name.rsplit("_s_", 1)[0].replace("_", " ").lower()
-    vowel = noun[:1] in "aeiou" and not noun.startswith(("eu", "uni"))  # as they sound: a european elk
+    vowel = noun[:1] in "aeiou" and not noun.startswith(("eu", "uni"))  # by sound: a european elk
     return f"{'an' if vowel else 'a'} {noun}"
 
 
-def read(path: Path, url: str = URL, md5: str = MD5) -> tuple[Part, Part]:
-    """(train, test) of the files at `path`: one of the official folders or archives, or a folder that holds one.
+def read(path: Path, url: str = URL, md5: str = MD5) -> tuple[Images, Images]:
+    """Read CIFAR-10, (train, test), from `path`: an official folder or archive, or a folder that holds one.
 
-    Where a folder holds none, or there is none, the archive is downloaded into it.
+    If the folder is missing or holds neither, the archive is downloaded into it.
 
-    Raises FileNotFoundError where files are missing and cannot be downloaded, ValueError where they are damaged or not
-    what they should be.
+    Raises FileNotFoundError if files are missing and cannot be downloaded, ValueError if they are damaged or wrong.
     """
     source = _find(path)
     if source is None:
         if path.name.endswith((".gz", ".tgz", ".tar")):
-            raise FileNotFoundError(f"there is no file {path}: get it from {url}")
+            raise FileNotFoundError(f"there is no file {path}: download it from {url}")
         source = path / _ARCHIVES[0]
         download(url, source, md5)
     contents = _folder(source) if source.is_dir() else _archive(source)
-    return _part(contents, source, _TRAIN), _part(contents, source, _TEST)
+    return _images(contents, source, _TRAIN), _images(contents, source, _TEST)
 
 
 def download(url: str, target: Path, md5: str) -> None:
-    """Fetch `url` to `target` with a progress bar; the file gets its name only when whole and of the right md5.
+    """Download `url` to `target` with a progress bar; the file appears there only when complete and its md5 is right.
 
-    Raises FileNotFoundError, saying what to put where, if the address cannot be reached, ValueError for a wrong md5.
+    Raises FileNotFoundError, with what to put where, if the address cannot be reached, ValueError for a wrong md5.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(target.parent)
@@ -86,20 +85,20 @@ def download(url: str, target: Path, md5: str) -> None:
                     bar.update(len(block))
             if digest.hexdigest() != md5:
                 raise ValueError(
-                    f"{url} gave an incomplete or altered file, md5 {digest.hexdigest()} instead of {md5}: start again "
+                    f"{url} sent an incomplete or altered file, md5 {digest.hexdigest()} instead of {md5}: try again, "
                     f"or put the right {target.name} into {target.parent}/"
                 )
-    except OSError as error:  # urllib's errors, and those of a connection that breaks off
+    except OSError as error:  # errors of urllib and of a broken connection
         reason = getattr(error, "reason", error)
         reason = getattr(reason, "strerror", None) or reason
         raise FileNotFoundError(
             f"CIFAR-10 is not in {target.parent}/ and cannot be downloaded ({reason}): put {target.name} from {url} "
-            f"there, or its folder {_FOLDERS[0]}, or say where it is, --config.data.path=DIR"
+            f"there, or its folder {_FOLDERS[0]}, or set --config.data.path=DIR"
         ) from error
 
 
 def _find(path: Path) -> Path | None:
-    """What to read at `path`, if anything is there."""
+    """The folder or archive to read at `path`, or None."""
     if path.is_file() or any((path / f"data_batch_1{end}").exists() for end in ("", ".bin")):
         return path
     return next((path / name for name in (*_FOLDERS, *_ARCHIVES) if (path / name).exists()), None)
@@ -113,16 +112,16 @@ def _folder(path: Path) -> Contents:
 
 
 def _archive(path: Path) -> Contents:
-    """An archive's files by the last part of their names, all read in one pass and never unpacked to disk."""
+    """Files of an archive by the last part of their names, read in one pass and never unpacked to disk."""
     try:
         with tarfile.open(path) as archive:
             files = {Path(m.name).name: archive.extractfile(m).read() for m in archive if m.isfile()}  # type: ignore[union-attr]
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
-        raise ValueError(f"{path} is damaged or no archive ({error}): delete it and get it again from {URL}") from error
+        raise ValueError(f"{path} is damaged or no archive ({error}): delete it and download {URL}") from error
     return files.get
 
 
-def _part(contents: Contents, source: Path, names: tuple[str, ...]) -> Part:
+def _images(contents: Contents, source: Path, names: tuple[str, ...]) -> Images:
     batches = []
     for name in names:
         if (python := contents(name)) is not None:
@@ -132,8 +131,8 @@ def _part(contents: Contents, source: Path, names: tuple[str, ...]) -> Part:
         else:
             raise FileNotFoundError(f"{source} holds no {name} or {name}.bin: unpack the archive from {URL} again")
     images, labels = (np.concatenate(arrays) for arrays in zip(*(batch[:2] for batch in batches), strict=True))
-    named = [name for batch in batches for name in batch[2]]
-    return Part(torch.from_numpy(images).reshape(-1, 3, 32, 32), torch.from_numpy(labels), named)
+    file_names = [name for batch in batches for name in batch[2]]
+    return Images(torch.from_numpy(images).reshape(-1, 3, 32, 32), torch.from_numpy(labels), file_names)
 
 
 def _python_batch(pickled: bytes, name: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -143,11 +142,11 @@ def _python_batch(pickled: bytes, name: str) -> tuple[np.ndarray, np.ndarray, li
         images, labels = fields["data"], np.asarray(fields["labels"], dtype=np.int64)
         names = [n.decode() if isinstance(n, bytes) else str(n) for n in fields.get("filenames", [])]
     except Refused as error:
-        raise ValueError(f"{name} asks to load {error}, which no file of CIFAR-10 does: it is refused") from None
+        raise ValueError(f"{name} asks to load {error}, which no file of CIFAR-10 does: download {URL}") from None
     except Exception as error:  # a damaged pickle can raise anything
         raise ValueError(f"{name} is no batch of CIFAR-10 ({type(error).__name__}: {error})") from error
     if len(names) not in (0, len(labels)):
-        raise ValueError(f"{name} should hold as many file names as labels, got {len(names)} and {len(labels)}")
+        raise ValueError(f"{name} must hold as many file names as labels, got {len(names)} and {len(labels)}")
     return (*_checked(images, labels, name), names)
 
 
@@ -162,19 +161,19 @@ def _checked(images: Any, labels: np.ndarray, name: str) -> tuple[np.ndarray, np
     shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
     if dtype != np.uint8 or shape != (*labels.shape, 3072):
         raise ValueError(
-            f"{name} should hold uint8 images (N, 3072) and N labels, got {dtype} {shape} and {labels.shape}"
+            f"{name} must hold uint8 images (N, 3072) and N labels, got {dtype} {shape} and {labels.shape}"
         )
     if len(labels) and not 0 <= labels.min() <= labels.max() <= 9:
-        raise ValueError(f"{name} should hold labels 0 to 9, got {labels.min()} to {labels.max()}")
+        raise ValueError(f"{name} must hold labels 0 to 9, got {labels.min()} to {labels.max()}")
     return images, labels
 
 
 class Refused(Exception):
-    """Named by a pickle, not admitted by us."""
+    """A pickle names something that is not in `_ADMITTED`."""
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Rebuilds numpy arrays, and what needs no name (numbers, strings, lists, dicts), and nothing else."""
+    """Unpickles only numpy arrays and what needs no name: numbers, strings, lists and dicts."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ADMITTED:

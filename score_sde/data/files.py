@@ -30,7 +30,7 @@ from torch import Tensor
 from . import arrays, images
 from .folders import Layout, about_classes, classes_of, hidden, lay_out, listing, once_each, root_of
 from .images import AS_THEY_ARE, Picture, Pixels
-from .labels import beside_image, labels_of, named_labels, read_captions, read_dataset_json
+from .labels import caption_file, labels_of, named_labels, read_captions, read_dataset_json
 
 IMAGES = images.ENDINGS
 _SAMPLE = 64  # images that are looked at where a set stays on disk
@@ -287,7 +287,7 @@ def _images(
 
     parts = part(train), part(test) if test else None
     read_by_now = sum(len(p.x) if isinstance(p.x, Tensor) else min(_SAMPLE, len(p.x)) for p in parts if p is not None)
-    beside = {*images, *(beside_image(n) for n in train + test if captions), listed}
+    beside = {*images, *(caption_file(n) for n in train + test if captions), listed}
     rest = [n for n in names if n not in beside and not n.endswith("metadata.jsonl")]
     notes = (*layout.notes, *unused, *unread(rest, skipped), *source.notes(first.bits, read_by_now))
     return Found(*parts, levels, notes)

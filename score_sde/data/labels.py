@@ -1,6 +1,6 @@
-"""What goes with examples: labels in arrays and in `dataset.json`, captions in text files and in `metadata.jsonl`.
+"""Labels from arrays and `dataset.json`, captions from text files and `metadata.jsonl`.
 
-Everything that was written by somebody else is checked here, and an error names the file, and the line or the entry.
+Users write these files, so everything is checked here; an error names the file and the line or entry.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 _CAPTIONS = ("text", "caption", "prompt")  # keys of metadata.jsonl
-_CLASSES = 10_000  # more than so many, and than there are examples, are none
+_CLASSES = 10_000  # labels may be this large, or as large as the number of examples
 _ROW = '{"file_name": "cat.png", "text": "a cat"}'
 _ENTRIES = '{"labels": [["cat.png", 3], ...]}'
 
@@ -23,16 +23,16 @@ Contents = Callable[[str], bytes]
 
 
 def labels_of(y: np.ndarray, n: int, where: str) -> Tensor:
-    """int64 (N,) of classes or float32 (N, K) of conditions, for n examples.
+    """Labels of n examples: classes, int64 (N,), or conditions, float32 (N, K).
 
-    Whole numbers are classes, of whatever type, in (N,) or (N, 1); any other floats conditions.
-    Raises ValueError, with the first row that is wrong.
+    Whole numbers of any type in (N,) or (N, 1) are classes; all other floats are conditions.
+    Raises ValueError and names the first wrong row.
     """
     integers, floats = np.issubdtype(y.dtype, np.integer) or y.dtype == bool, np.issubdtype(y.dtype, np.floating)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
     if y.shape[:1] != (n,) or not (integers or floats) or y.ndim > (1 if integers else 2) or y.size == 0:
-        raise ValueError(f"{where} should hold {n} labels, ints or rows of floats, got {y.dtype} of shape {y.shape}")
+        raise ValueError(f"{where} must hold {n} labels, ints or rows of floats, got {y.dtype} of shape {y.shape}")
     if floats:
         as_float32(y, f"{where}, labels,")
     if integers or (y.ndim == 1 and bool((y == np.round(y)).all())):
@@ -41,126 +41,120 @@ def labels_of(y: np.ndarray, n: int, where: str) -> Tensor:
 
 
 def as_float32(x: np.ndarray, where: str, first: int = 0) -> np.ndarray:
-    """Floats (N, ...) as float32. Raises ValueError, with the first row, for what is not finite or too large for it.
+    """Floats (N, ...) as float32; `first` is the number of row 0.
 
-    `first` is the number of the first row.
+    Raises ValueError and names the first row whose values are not finite or are too large for float32.
     """
     with np.errstate(over="ignore"):
-        found = np.ascontiguousarray(x, dtype=np.float32)
-    wrong = ~np.isfinite(found)
+        rounded = np.ascontiguousarray(x, dtype=np.float32)
+    wrong = ~np.isfinite(rounded)
     if wrong.any():
         row = int(wrong.reshape(len(wrong), -1).any(1).argmax())
         value = x[row][wrong[row]].flat[0] if x.ndim > 1 else x[row]
-        why = "which float32 cannot hold" if np.isfinite(value) else "which is not finite"
-        raise ValueError(
-            f"{where} row {first + row} (from 0), holds {value}, {why}: leave such examples out or mend them"
-        )
-    return found
+        reason = "which float32 cannot hold" if np.isfinite(value) else "which is not finite"
+        raise ValueError(f"{where} row {first + row} (from 0), holds {value}, {reason}: remove or repair such examples")
+    return rounded
 
 
 def read_dataset_json(content: bytes, where: str) -> dict[str, Any]:
-    """{name: label} of EDM's dataset.json, an int or a list of floats each; nothing where it has none.
+    """Labels in a dataset.json as EDM writes it: {name: label}, each an int or a list of floats; {} for `null`.
 
-    Raises ValueError, with the entry, for anything else.
+    Raises ValueError and names the wrong entry.
     """
-    found = _json(content, where)
-    if not isinstance(found, dict):
-        raise ValueError(f"{where} should be like {_ENTRIES}, got a {type(found).__name__} at its top")
-    listed = found.get("labels")
-    if listed is None:
+    top = _json(content, where)
+    if not isinstance(top, dict):
+        raise ValueError(f"{where} must look like {_ENTRIES}, got a {type(top).__name__} at the top")
+    entries = top.get("labels")
+    if entries is None:
         return {}
-    if not isinstance(listed, list):
-        raise ValueError(f"{where}: labels should be a list [[name, label], ...], got {_short(listed)}")
+    if not isinstance(entries, list):
+        raise ValueError(f"{where}: labels must be a list [[name, label], ...], got {_short(entries)}")
     labels: dict[str, Any] = {}
-    for i, entry in enumerate(listed):
+    for i, entry in enumerate(entries):
+        place = f"{where}, entry {i} of labels (from 0),"
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise ValueError(f"{where}, entry {i} of labels (from 0), should be [name, label], got {_short(entry)}")
+            raise ValueError(f"{place} must be [name, label], got {_short(entry)}")
         name, label = _normal(entry[0]), entry[1]
         if not (_is_number(label, int) or (isinstance(label, list) and label and all(_is_number(v) for v in label))):
-            raise ValueError(
-                f"{where}, entry {i} of labels (from 0), should have an integer or a list of floats for {name}, "
-                f"got {_short(label)}"
-            )
+            raise ValueError(f"{place} must give {name} an integer or a list of floats, got {_short(label)}")
         if name in labels:
-            raise ValueError(f"{where}, entry {i} of labels (from 0), names {name} a second time")
+            raise ValueError(f"{place} names {name} a second time")
         first = next(iter(labels.values()), label)
         if _length(first) != _length(label):
-            raise ValueError(
-                f"{where}, entry {i} of labels (from 0), is {_short(label)}, and the first {_short(first)}"
-            )
+            raise ValueError(f"{place} is {_short(label)}, but the first is {_short(first)}: give all the same length")
         labels[name] = label
     return labels
 
 
 def named_labels(label: Mapping[str, Any], names: Sequence[str], where: str) -> Tensor:
-    """Labels of the examples of these names, as `labels_of`. Raises ValueError for one that has none."""
+    """Labels of the named examples, as from `labels_of`. Raises ValueError for an example without a label."""
     missing = next((n for n in names if n not in label), None)
     if missing is not None:
-        raise ValueError(f"{where} has no label for {missing}")
+        raise ValueError(f"{where} has no label for {missing}: add one")
     chosen = [label[n] for n in names]
-    floats = isinstance(chosen[0], list)  # also those that are written without a point
+    floats = isinstance(chosen[0], list)  # a list means floats, even when they are written without a point
     return labels_of(np.array(chosen, dtype=np.float64 if floats else None), len(names), where)
 
 
 def read_captions(contents: Contents, names: Sequence[str], images: Sequence[str], where: str) -> dict[str, str]:
-    """The caption of every image; nothing where none has one.
+    """Captions of images, {name: caption}; {} if no image has one.
 
-    Raises ValueError for an image without one, where others have one, and for what cannot be read.
+    Raises ValueError for an image without a caption where others have one, and for files that cannot be read.
     """
-    found: dict[str, str] = {}
+    caption: dict[str, str] = {}
     for name in names:
         if name.rsplit("/", 1)[-1] == "metadata.jsonl":
-            found |= _metadata(contents(name), name.removesuffix("metadata.jsonl"), f"{name} in {where}")
-    beside, there = {n: beside_image(n) for n in images}, set(names)
-    found |= {n: _text(contents(t), f"{t} in {where}").strip() for n, t in beside.items() if t in there}
-    missing = next((n for n in images if n not in found), None)
-    if found and missing is not None:
-        raise ValueError(f"{missing} in {where} has no caption, and others have: give it one in {beside[missing]}")
-    return found
+            caption |= _metadata(contents(name), name.removesuffix("metadata.jsonl"), f"{name} in {where}")
+    text_file, existing = {n: caption_file(n) for n in images}, set(names)
+    caption |= {n: _text(contents(t), f"{t} in {where}").strip() for n, t in text_file.items() if t in existing}
+    missing = next((n for n in images if n not in caption), None)
+    if caption and missing is not None:
+        raise ValueError(f"{missing} in {where} has no caption, but other images do: write one in {text_file[missing]}")
+    return caption
 
 
-def beside_image(name: str) -> str:
-    """Name of the text file with an image's caption."""
+def caption_file(name: str) -> str:
+    """Name of the text file with the caption of an image."""
     return name.rsplit(".", 1)[0] + ".txt"
 
 
 def _classes(y: np.ndarray, where: str) -> Tensor:
-    """int64 of whole numbers, which have to be few enough to be classes."""
+    """Whole numbers as classes, int64; raises ValueError for a number too large to be a class."""
     limit, low, high = max(_CLASSES, len(y)), int(y.min()), int(y.max())
     if low < 0:
-        raise ValueError(f"{where} should number its classes from 0, got label {low} in row {int(y.argmin())} (from 0)")
+        raise ValueError(f"{where} must number its classes from 0, got label {low} in row {int(y.argmin())} (from 0)")
     if high >= limit:
         raise ValueError(
-            f"{where} has the label {high} in row {int(y.argmax())} (from 0), and {len(y)} examples are not of so many "
-            f"classes: number them from 0 without gaps"
+            f"{where} has the label {high} in row {int(y.argmax())} (from 0), too large for a class of {len(y)} "
+            f"examples: number the classes from 0 without gaps"
         )
     return torch.from_numpy(y.astype(np.int64))
 
 
 def _metadata(content: bytes, folder: str, where: str) -> dict[str, str]:
-    """{image: caption} of a metadata.jsonl; rows without a caption are none."""
-    found: dict[str, str] = {}
+    """Captions in a metadata.jsonl, {image: caption}; rows without a caption are ignored."""
+    captions: dict[str, str] = {}
     for number, line in enumerate(_text(content, where).split("\n"), 1):
         if not line.strip():
             continue
-        row = _json(line.encode(), f"{where}, line {number}, should be like {_ROW}:")
+        row = _json(line.encode(), f"{where}, line {number}, must look like {_ROW}:")
         if not isinstance(row, dict):
-            raise ValueError(f"{where}, line {number}, should be like {_ROW}, got {_short(row)}")
+            raise ValueError(f"{where}, line {number}, must look like {_ROW}, got {_short(row)}")
         key = next((key for key in _CAPTIONS if row.get(key) is not None), None)
         if key is None:
             continue
         name, caption = row.get("file_name"), row[key]
         if not isinstance(name, str) or not isinstance(caption, str):
-            raise ValueError(f"{where}, line {number}, should be like {_ROW}, got {_short(row)}")
+            raise ValueError(f"{where}, line {number}, must look like {_ROW}, got {_short(row)}")
         name = _normal(folder + name)
-        if name in found:
+        if name in captions:
             raise ValueError(f"{where}, line {number}, names {name} a second time")
-        found[name] = caption
-    return found
+        captions[name] = caption
+    return captions
 
 
 def _normal(name: str) -> str:
-    """A name as somebody else wrote it, with slashes and without ./ in it."""
+    """A file name from a user's file, with slashes and without ./ in it."""
     return posixpath.normpath(name.replace("\\", "/"))
 
 
@@ -180,11 +174,11 @@ def _json(content: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON (line {error.lineno}, column {error.colno}: {error.msg})") from None
     except RecursionError:
-        raise ValueError(f"{where} is not JSON that can be read: it is nested too deeply") from None
+        raise ValueError(f"{where} cannot be read: its JSON is nested too deeply") from None
 
 
 def _is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
-    """Whether it is one that numpy can hold; `bool` and JSON's NaN are none."""
+    """Whether a value is a number that numpy can hold; `bool` and JSON's NaN are not."""
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 2**62  # type: ignore[arg-type]
 
 

@@ -262,9 +262,9 @@ def _shrunk(data: Data, size: int | None) -> Data:
 
 def _cifar10(path: Path | None) -> Data:
     train, test = cifar10.read(path or Path("data"))
-    named = [[cifar10.caption(name) for name in part.names] or None for part in (train, test)]
+    captions = [[cifar10.caption(name) for name in split.names] or None for split in (train, test)]
     data = Data(Split(train.x, train.y), Split(test.x, test.y), 256, 10, class_names=cifar10.CLASSES)
-    return _captioned(data, *named)
+    return _captioned(data, *captions)
 
 
 def _captioned(data: Data, train: Sequence[str] | None, test: Sequence[str] | None) -> Data:

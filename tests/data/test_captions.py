@@ -192,11 +192,11 @@ def test_some_images_without_captions_are_named(tmp_path: Path) -> None:
     for i, image in enumerate(pixels(3, 4, 4)):
         save(tmp_path / f"{i}.png", image)
     (tmp_path / "0.txt").write_text("one")
-    with pytest.raises(ValueError, match=r"1\.png in .* has no caption, and others have: give it one in 1\.txt"):
+    with pytest.raises(ValueError, match=r"1\.png in .* has no caption, but other images do: write one in 1\.txt"):
         load_data("files", tmp_path)
     (tmp_path / "0.txt").unlink()
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a"}\n{"text": "b"}')
-    with pytest.raises(ValueError, match=r"metadata\.jsonl in .*, line 2, should be like"):
+    with pytest.raises(ValueError, match=r"metadata\.jsonl in .*, line 2, must look like"):
         load_data("files", tmp_path)
 
 

@@ -263,11 +263,11 @@ def test_arrays_that_do_not_fit_say_why(tmp_path):
     refused("holds x_test: name the examples arr_0", x_test=images)  # which would be trained on
     refused("holds y: name the examples arr_0", y=images)
     refused("holds int64: save pixels as uint8", x=images.astype(np.int64))
-    refused(r"examples \(N, \.\.\.\), got an array of shape \(4,\)", x=np.zeros(4))
-    refused(r"holds uint8 of shape \(4, 9\), no images: save vectors as float32", x=pixels(4, 9))
-    refused(r"should hold 4 labels, .* got int64 of shape \(3,\)", x=images, y=np.arange(3))
+    refused(r"must hold examples of shape \(N, \.\.\.\), got shape \(4,\)", x=np.zeros(4))
+    refused(r"holds uint8 of shape \(4, 9\), not images: save vectors as float32", x=pixels(4, 9))
+    refused(r"must hold 4 labels, .* got int64 of shape \(3,\)", x=images, y=np.arange(3))
     refused("number its classes from 0, got label -1", x=images, y=np.array([0, -1, 1, 2]))
-    refused(r"1 or 3 or 4 channels neither last nor second: .*data\.num_channels=C", x=pixels(4, 5, 6, 7))
+    refused(r"nor its second axis has 1 or 3 or 4 channels: .*data\.num_channels=C", x=pixels(4, 5, 6, 7))
     refused(r"a\.npz cannot be read as arrays of numbers", x=np.array([{}, {}, {}, {}]))
     np.save(tmp_path / "a.npy", np.array([{}, {}]))
     with pytest.raises(ValueError, match=r"a\.npy cannot be read as arrays of numbers"):
@@ -339,7 +339,7 @@ def test_float_images_with_channels_last_are_recognised_and_that_is_said(tmp_pat
     for channels in (None, 3, 1):
         data = load(values(tmp_path, x=array), num_channels=channels)
         assert torch.equal(everything(data)[0], expected(array.transpose(0, 3, 1, 2)))
-        assert data.notes == ("floats of shape (20, 8, 8, 3) are read as images with their channels last",)
+        assert data.notes == ("floats of shape (20, 8, 8, 3) are read as images with channels last",)
     for kept in (array.transpose(0, 3, 1, 2), np.zeros((20, 4, 4, 4)), np.zeros((20, 16, 5, 7))):
         data = load(values(tmp_path, x=kept))
         assert data.shape == kept.shape[1:] and data.notes == ()
@@ -364,10 +364,10 @@ def test_arrays_of_the_other_byte_order_and_of_the_other_ending(tmp_path):
     assert torch.equal(*(load(values(tmp_path, x=a.astype(kind))).train.x for kind in (">u2", "<u2")))
     np.save(tmp_path / "b.npy", a)
     (tmp_path / "b.npy").rename(tmp_path / "b.npz")
-    with pytest.raises(ValueError, match=r"b\.npz holds one array: name it \.npy"):
+    with pytest.raises(ValueError, match=r"b\.npz holds one array: rename it to \.npy"):
         load(tmp_path / "b.npz")
     (tmp_path / "a.npz").rename(tmp_path / "a.npy")
-    with pytest.raises(ValueError, match=r"a\.npy holds several arrays: name it \.npz"):
+    with pytest.raises(ValueError, match=r"a\.npy holds several arrays: rename it to \.npz"):
         load(tmp_path / "a.npy")
 
 
