@@ -1,10 +1,18 @@
-"""Whose random numbers are whose: every stream of the package is named here."""
+"""Whose random numbers are whose: every stream of the package is named here, and made of its key alone.
+
+A stream's key is (seed, index, stream): what belongs to example `index` of a result is an `ExampleStream`, what belongs
+to a step of training a `StepStream`. So a result depends neither on the batch nor on the processes it was made with,
+and a run that is resumed goes on with the numbers of the steps to come. The values below are fixed, as checkpoints and
+finished results go on with them. (A network's weights are torch's own stream of the config's seed, and a function that
+takes a `torch.Generator` in place of a seed draws from that.)
+"""
 
 from __future__ import annotations
 
 import math
 import operator
 from collections.abc import Callable, Iterator
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
@@ -12,6 +20,49 @@ import torch
 from torch import Tensor
 
 Noise = Callable[[Tensor], Tensor]  # noise(like): standard normal numbers in the shape of `like`
+
+
+class ExampleStream(IntEnum):
+    """What the numbers of one example are for: the last part of the key (seed, index of the example, stream)."""
+
+    STATE = 0  # the prior's draw and a sampler's steps; the probes, draws and dequantisation of a likelihood
+    TERMS = 1  # which terms of a chain's bound are evaluated
+    START = 2  # the noise of an image from which sampling starts
+    AUGMENTATION = 3  # the noise of a smaller image on which the sample is conditioned
+    CODE = 4  # a draw of an autoencoder's posterior
+    OBSERVATION = 5  # the noise of what is observed of an image
+    PARTICLE = 6  # which of an example's particles is the result
+
+
+class StepStream(IntEnum):
+    """What the numbers of one batch are for: the last part of the key (seed, step, stream).
+
+    A batch of held-out data adds HELD_OUT to its streams, which are TIMES, NOISE, both of AUGMENTATION and CODES.
+    """
+
+    TIMES = 0
+    NOISE = 1  # and projections, and dequantisation
+    DROPOUT = 2  # torch's own, of (seed, step, DROPOUT, rank)
+    HELD_OUT = 3
+    FLOOR = 5  # times of the irreducible error
+    FLOOR_NOISE = 6
+    CONDITION = 7  # whose condition is left out
+    AUGMENTATION = 8  # how much noise a smaller image gets
+    AUGMENTATION_NOISE = 9
+    CODES = 13  # draws of an autoencoder's posterior
+
+
+class DataStream(IntEnum):
+    """What decides on the examples of a batch: the first part of the key (stream, seed, epoch or step)."""
+
+    ORDER = 0  # of an epoch
+    FLIPS = 1  # of a step: which images are mirrored
+
+
+def generator(seed: int, index: int, stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """The stream of one key, as torch's."""
+    state = np.random.SeedSequence([seed, index, stream]).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(state >> 1))
 
 
 def natural(value: Any, name: str, remedy: str = "") -> int:
@@ -25,33 +76,42 @@ def natural(value: Any, name: str, remedy: str = "") -> int:
     return found
 
 
-def example_generators(seed: int, first: int, count: int, device: torch.device) -> list[torch.Generator]:
-    """One generator per example, seeded by a hash of (seed, first + i) alone.
+def example_generators(
+    seed: int, first: int, count: int, device: torch.device | str = "cpu", stream: ExampleStream = ExampleStream.STATE
+) -> list[torch.Generator]:
+    """One generator per example: that of (seed, first + i, stream).
 
     Raises ValueError for what is no seed.
     """
-    seed, first = (
-        natural(seed, "seed", " (or where a whole batch may share one, a torch.Generator)"),
-        natural(first, "first"),
-    )
-    generators = []
-    for i in range(first, first + count):
-        state = np.random.SeedSequence([seed, i]).generate_state(1, np.uint64)[0]
-        generators.append(torch.Generator(device).manual_seed(int(state >> 1)))
-    return generators
+    seed = natural(seed, "seed", " (or where a whole batch may share one, a torch.Generator)")
+    first = natural(first, "first")
+    return [generator(seed, i, stream, device) for i in range(first, first + count)]
+
+
+def example_numbers(
+    seed: int, first: int, count: int, stream: ExampleStream = ExampleStream.STATE
+) -> list[np.random.Generator]:
+    """The same streams as NumPy's."""
+    seed, first = natural(seed, "seed"), natural(first, "first")
+    return [np.random.default_rng([seed, i, stream]) for i in range(first, first + count)]
 
 
 def noise_source(
-    shape: tuple[int, ...], seed: int | torch.Generator, first: int, dtype: torch.dtype, device: torch.device
+    shape: tuple[int, ...],
+    seed: int | torch.Generator,
+    first: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    stream: ExampleStream = ExampleStream.STATE,
 ) -> Noise:
-    """The source of standard normal states of shape `shape`: example i's depend on (seed, first + i) alone.
+    """The source of standard normal states of shape `shape`: example i's depend on (seed, first + i, stream) alone.
 
     A draw of an example costs a call, so small states are drawn several ahead, as many as fit in 16 kB.
     A torch.Generator in place of the seed gives one stream for the whole batch.
     """
     if isinstance(seed, torch.Generator):
         return lambda like: torch.randn(shape, generator=seed, dtype=dtype, device=seed.device).to(device)
-    generators = example_generators(seed, first, shape[0], device)
+    generators = example_generators(seed, first, shape[0], device, stream)
     ahead = min(max(2**12 // max(math.prod(shape[1:]), 1), 1), 16)
 
     def draws() -> Iterator[Tensor]:
@@ -61,5 +121,5 @@ def noise_source(
                 row.normal_(generator=generator)
             yield from (block[:, i].contiguous() for i in range(ahead))
 
-    stream = draws()
-    return lambda like: next(stream)
+    source = draws()
+    return lambda like: next(source)

@@ -24,13 +24,11 @@ from torch import Tensor
 
 from ..machine import own_code
 from ..machine.devices import sent
+from ..noise import DataStream
 from . import cifar10, files, recordings
 from .files import Stream
 from .images import AS_THEY_ARE, Pixels
 from .toys import TOYS
-
-# A random stream's key begins with what it is for.
-_ORDER, _FLIPS = 0, 1
 
 
 @dataclass(frozen=True)
@@ -186,13 +184,13 @@ def mirrored(x: Tensor, step: int, batch_size: int, seed: int, part: slice = sli
     """
     if x.ndim != 4:
         raise ValueError(f"examples of shape {tuple(x.shape[1:])} are no images to mirror: set data.random_flip=False")
-    chosen = torch.from_numpy(np.random.default_rng([_FLIPS, seed, step]).random(batch_size) < 0.5)[part]
+    chosen = torch.from_numpy(np.random.default_rng([DataStream.FLIPS, seed, step]).random(batch_size) < 0.5)[part]
     return torch.where(sent(chosen, x.device)[:, None, None, None], x.flip(-1), x)
 
 
 @lru_cache(maxsize=4)
 def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    return np.random.default_rng([_ORDER, seed, epoch]).permutation(n)
+    return np.random.default_rng([DataStream.ORDER, seed, epoch]).permutation(n)
 
 
 def digest(*tensors: Tensor) -> str:

@@ -31,7 +31,7 @@ from ..machine.devices import sent
 from ..models.base import ScoreModel, check_finite
 from ..models.pixel_levels import bits, half_bin
 from ..models.reverse import Variance, decode, decoder_log_variance, divergence, ends, prior_divergence
-from ..noise import noise_source
+from ..noise import ExampleStream, example_numbers, noise_source
 from ..sdes.linear import SDE, as_grid, check_first, like
 
 
@@ -174,7 +174,7 @@ def _strata(steps: int, terms: int, batch: int, seed: int | torch.Generator, fir
     if isinstance(seed, torch.Generator):
         u = torch.rand(batch, terms, generator=seed, dtype=torch.float64, device=seed.device).cpu()
     else:
-        rows = [np.random.default_rng([seed, first + i, 1]).random(terms) for i in range(batch)]
+        rows = [numbers.random(terms) for numbers in example_numbers(seed, first, batch, ExampleStream.TERMS)]
         u = torch.from_numpy(np.stack(rows) if rows else np.zeros((0, terms)))
     return (edges[:-1] + (u * size).floor()).long(), size
 

@@ -21,11 +21,9 @@ from torch import Tensor
 from ..data.codecs import AutoencoderCodec
 from ..models.autoencoder import entropy
 from ..models.pixel_levels import bits
-from ..noise import noise_source
+from ..noise import ExampleStream, noise_source
 from ..sdes.linear import normal_log_prob
 from .exact import Likelihood
-
-_APART = 2_000_003  # added to the seed: the posterior's noise is not that of a bound's state
 
 
 class LatentBound(NamedTuple):
@@ -79,7 +77,7 @@ def latent_bound(
             "autoencoder whose encode returns standard deviations above 0"
         )
     if noise is None:
-        noise = noise_source(tuple(mean.shape), seed + _APART, first, mean.dtype, mean.device)(mean)
+        noise = noise_source(tuple(mean.shape), seed, first, mean.dtype, mean.device, ExampleStream.CODE)(mean)
     y = mean + std * noise
     found = log_prob(y)
     return LatentBound(-codec.log_prob(k, y), -found.log_prob, entropy(std), found.std_error, found.nfe)

@@ -39,7 +39,7 @@ from ..machine.devices import widest
 from ..models.base import ScoreModel
 from ..models.pixel_levels import bits, half_bin
 from ..models.reverse import prior_divergence
-from ..noise import natural
+from ..noise import example_numbers
 from ..sdes.linear import SDE
 from .exact import log_likelihood
 from .sde_bound import reconstruction
@@ -220,8 +220,7 @@ def log_mean_exp(draws: Tensor) -> Tensor:
 
 def uniform_numbers(shape: tuple[int, ...], samples: int, seed: int, first: int = 0) -> Tensor:
     """(samples, *shape) float32 numbers in [0, 1) for a batch of `shape`; example i's depend on (seed, first + i)."""
-    seed, first = natural(seed, "seed"), natural(first, "first")
-    rows = [np.random.default_rng([seed, first + i]).random((samples, *shape[1:]), np.float32) for i in range(shape[0])]
+    rows = [each.random((samples, *shape[1:]), np.float32) for each in example_numbers(seed, first, shape[0])]
     return torch.from_numpy(np.stack(rows, axis=1) if rows else np.zeros((samples, *shape), np.float32))
 
 

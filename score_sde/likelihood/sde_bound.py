@@ -95,7 +95,7 @@ def variational_bound(
     sde, d, end = model.sde, math.prod(x.shape[1:]), torch.tensor(t_min, dtype=torch.float64)
     if not bool(sde.sigma(end) > 0):
         raise ValueError(f"{sde} has no noise at t_min = {t_min:g}, where the bound is infinite; 1e-5 is usual")
-    generators = example_generators(seed, first, len(x), torch.device("cpu"))
+    generators = example_generators(seed, first, len(x))
 
     def drawn(kind: Callable[..., Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         rows = torch.empty(len(x), *shape, dtype=dtype)

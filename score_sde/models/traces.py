@@ -66,7 +66,7 @@ def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.
     if isinstance(seed, torch.Generator):
         z = torch.randn(count, *x.shape, generator=seed, device=seed.device).to(x)
     else:
-        generators = example_generators(seed, first, len(x), torch.device("cpu"))
+        generators = example_generators(seed, first, len(x))
         rows = [torch.randn(count, *x.shape[1:], generator=g) for g in generators]
         z = torch.stack(rows, dim=1).to(x) if rows else x.new_zeros(count, *x.shape)
     return projections(z, probe)

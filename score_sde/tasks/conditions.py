@@ -18,15 +18,13 @@ from ..data.sets import Split, digest
 from ..models.base import ScoreModel
 from ..models.classifier import NoisyClassifier
 from ..models.guidance import classifier, guide
-from ..noise import noise_source
+from ..noise import ExampleStream, noise_source
 from ..sdes.linear import SDE
 from . import checkpoint
 from .batches import augmented, low_resolution, of_data
 
 RESTORING = ("inpaint", "colorize", "superresolve", "deblur")  # modes
 CPU = torch.device("cpu")
-# added to the seed, so that an image's noise is not that of the state to which it is told, or of the steps from there
-_AUGMENTATION, _START = 1_000_003, 1_000_033
 
 
 # What a model may be told: by which key of the section model, in words, and under which names.
@@ -198,7 +196,8 @@ class Wanted(NamedTuple):
         k = self.changed[torch.arange(first, first + count) % len(self.changed)][0].cpu()
         middle = torch.full(k.shape, 0.5) if config.data.uniform_dequantization else None
         x0 = codec.encode(k, middle).to(torch.float32)
-        noise = noise_source(tuple(x0.shape), config.sampling.seed + _START, first, torch.float32, CPU)
+        seed, stream = config.sampling.seed, ExampleStream.START
+        noise = noise_source(tuple(x0.shape), seed, first, torch.float32, CPU, stream)
         return sde.perturb(x0, t, noise(x0))
 
     def of(
@@ -223,8 +222,8 @@ class Wanted(NamedTuple):
                 else dict.fromkeys(("text", "mask", "pooled"))
             )
         if self.images is not None:
-            seed = config.sampling.seed + _AUGMENTATION
-            noise = noise_source((count, *self.images.shape[1:]), seed, first, torch.float32, CPU)
+            seed, stream = config.sampling.seed, ExampleStream.AUGMENTATION
+            noise = noise_source((count, *self.images.shape[1:]), seed, first, torch.float32, CPU, stream)
             level = torch.full((count,), config.sampling.augmentation, dtype=torch.float64)
             small = codec.encode(self.images[first : first + count])
             image = augmented(small, sde, level, lambda like: noise(level[0]))

@@ -37,7 +37,7 @@ from ..inverse import (
 from ..machine.parallel import Processes
 from ..metrics import psnr
 from ..models.base import ScoreModel
-from ..noise import example_generators, noise_source
+from ..noise import ExampleStream, example_generators, noise_source
 from ..samplers import Sampler, sample
 from .conditions import Guides, Wanted, about, check_number, conditional, in_turn
 from .evaluate import Counted, about_examples, about_grid, held
@@ -47,7 +47,6 @@ from .results import Arrays, channels_last, in_batches, mean_and_error, once, wr
 from .stamps import asked, keys_of, stamp
 
 _SHOWN = 32  # images in the grid
-_APART = 2**40  # added to a seed for numbers that are not to be the samples'
 
 Guidance = Callable[[ScoreModel, Observation, ConfigDict], ScoreModel]
 GUIDED: dict[str, Guidance] = {
@@ -167,7 +166,7 @@ def restore(
             first=first,
             device=device,
         )
-        generators = example_generators(s.seed + _APART, first, len(found.x), torch.device("cpu"))
+        generators = example_generators(s.seed, first, len(found.x), stream=ExampleStream.PARTICLE)
         weights = found.log_weights.exp().cpu()
         chosen = [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
         return found.x[torch.arange(len(found.x)), torch.cat(chosen)]
@@ -280,7 +279,8 @@ def run_restoring(
             return Observation(operator, codec.encode(k, u), noise)
         y = operator.apply(as_trained(k, codec, config, first))
         if i.noise > 0 and not own:
-            y = y + codec.width * i.noise * noise_source(tuple(y.shape), e.seed + _APART, first, y.dtype, y.device)(y)
+            draws = noise_source(tuple(y.shape), e.seed, first, y.dtype, y.device, ExampleStream.OBSERVATION)
+            y = y + codec.width * i.noise * draws(y)
         return Observation(operator, y, noise)
 
     def compute(first: int, count: int) -> Arrays:

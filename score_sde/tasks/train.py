@@ -42,14 +42,12 @@ from ..machine.parallel import Processes
 from ..machine.whole_files import remove_leftovers
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
+from ..noise import StepStream, generator
 from ..sdes.linear import SDE, like
 from . import checkpoint
 from .batches import left_out, low_resolution, of_data
 from .ema import ema_decay, ema_update
 from .origin import check_origin, take_weights
-
-# What a random stream is for: times come from `purpose`, noise from `purpose` + 1.
-_TRAINING, _DROPOUT, _EVALUATION, _FLOOR, _CONDITION, _AUGMENTATION, _CODES = 0, 2, 3, 5, 7, 8, 13
 
 
 @dataclass
@@ -137,12 +135,6 @@ def learning_rate(config: ConfigDict, step: int) -> float:
     return o.lr * rise * max(fall, 0.0)
 
 
-def generator(seed: int, step: int, purpose: int, device: torch.device | str = "cpu") -> torch.Generator:
-    """The random stream of one step for one purpose."""
-    state = np.random.SeedSequence([seed, step, purpose]).generate_state(1, np.uint64)[0]
-    return torch.Generator(device).manual_seed(int(state >> 1))
-
-
 def draw(
     config: ConfigDict,
     split: Split,
@@ -152,7 +144,7 @@ def draw(
     part: slice,
     *,
     flip: bool,
-    purpose: int = _TRAINING,
+    held_out: bool = False,
     law: TimeLaw | None = None,
     text: Text | None = None,
 ) -> Batch:
@@ -166,31 +158,32 @@ def draw(
     if flip:
         k = mirrored(k, step, n, seed, part)
     numbers = time_laws.low_discrepancy if config.training.low_discrepancy else time_laws.uniform_numbers
-    source, truncation = generator(seed, step, purpose), config.training.soft_truncation
+    apart = StepStream.HELD_OUT if held_out else 0
+    source, truncation = generator(seed, step, StepStream.TIMES + apart), config.training.soft_truncation
     law, drawn = law or time_law(config), numbers(n, source)
-    if truncation > 0 and purpose == _TRAINING:  # a held-out loss is one over all times
+    if truncation > 0 and not held_out:  # a held-out loss is one over all times
         law = time_laws.soft_truncation(law, truncation, time_laws.uniform_numbers(1, source)[0])
     times = law(sde, drawn)
-    noise = generator(seed, step, purpose + 1, k.device)
+    noise = generator(seed, step, StepStream.NOISE + apart, k.device)
     shape, floats = (n, *k.shape[1:]), torch.float32
     u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
     of_noise = (n, *code_shape(config, split.shape)) if is_autoencoder(config) else shape
     z = torch.randn(of_noise, generator=noise, device=k.device, dtype=floats)[part]
     x0 = codec.encode(k, u).to(floats)
     if split.std is not None:  # examples are laws of codes, of which each step has a draw of its own
-        source = generator(seed, step, _CODES + purpose, k.device)
+        source = generator(seed, step, StepStream.CODES + apart, k.device)
         x0 = x0 + split.std[sent(index, k.device)] * _normal_part(x0, n, part, source)
     m = config.training.projections if config.training.objective in PROJECTED else 0
     v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
     if config.training.channels_last and x0.ndim == 4:
         x0, z = (v.contiguous(memory_format=torch.channels_last) for v in (x0, z))
     condition = of_data(config, split, index, text)
-    if purpose == _TRAINING and condition and not is_classifier(config):
-        u = time_laws.uniform_numbers(n, generator(seed, step, _CONDITION))[part]
+    if not held_out and condition and not is_classifier(config):
+        u = time_laws.uniform_numbers(n, generator(seed, step, StepStream.CONDITION))[part]
         condition = left_out(condition, u < config.training.condition_dropout)
     if config.model.super_resolution:
-        u = time_laws.uniform_numbers(n, generator(seed, step, _AUGMENTATION + purpose))[part]
-        source = generator(seed, step, _AUGMENTATION + purpose + 1, k.device)
+        u = time_laws.uniform_numbers(n, generator(seed, step, StepStream.AUGMENTATION + apart))[part]
+        source = generator(seed, step, StepStream.AUGMENTATION_NOISE + apart, k.device)
         spread = partial(_normal_part, n=n, part=part, generator=source)
         level = config.training.augmentation * u
         condition |= low_resolution(k, config.model.super_resolution, codec, sde, level, spread)
@@ -204,7 +197,7 @@ def _normal_part(like: Tensor, n: int, part: slice, generator: torch.Generator) 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
     """Seed torch's own generator, the only one that dropout knows, for one step of one process."""
-    state = int(np.random.SeedSequence([seed, step, _DROPOUT, processes.rank]).generate_state(1)[0])
+    state = int(np.random.SeedSequence([seed, step, StepStream.DROPOUT, processes.rank]).generate_state(1)[0])
     torch.default_generator.manual_seed(state)
     if processes.device.type == "cuda":
         torch.cuda.manual_seed(state)
@@ -316,9 +309,9 @@ def by_noise_level(sde: SDE, t: Tensor, error: Tensor) -> dict[str, float]:
 
 def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n: int = 20_000) -> dict[str, float]:
     """The irreducible error E|z - E[z|x_t]|² per dimension in each bin, for data whose exact model is known."""
-    t = time_laws.log_snr(sde, time_laws.low_discrepancy(n, generator(0, 0, _FLOOR))).t
+    t = time_laws.log_snr(sde, time_laws.low_discrepancy(n, generator(0, 0, StepStream.FLOOR))).t
     x0 = sample(n).double()
-    z = torch.randn(x0.shape, generator=generator(0, 0, _FLOOR + 1), dtype=x0.dtype)
+    z = torch.randn(x0.shape, generator=generator(0, 0, StepStream.FLOOR_NOISE), dtype=x0.dtype)
     parts = zip(*(v.split(2_000) for v in (x0, t, z)))  # a mixture of many components takes memory
     with torch.no_grad():
         error = [losses.noise_error(exact, x0_, t_, z_) for x0_, t_, z_ in parts]
@@ -340,7 +333,7 @@ def evaluate_loss(
     training.precision; all have the whole batch's numbers, to the rounding of sums.
     """
     sde, part = sde_of(state.ema, config), slice(None) if processes is None else part_of(config, processes)
-    whole = draw(config, split, codec, sde, 0, part, flip=False, purpose=_EVALUATION, text=text)
+    whole = draw(config, split, codec, sde, 0, part, flip=False, held_out=True, text=text)
     objective = build_objective(state.ema, config, codec)
     with in_precision(config, whole.x0.device):
         found = [loss_of(objective, b, config) for b in whole.parts(config.training.accumulate)]

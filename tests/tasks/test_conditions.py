@@ -182,7 +182,7 @@ def test_training_draws_labels_and_leaves_some_out() -> None:
     assert torch.equal(label[known], all_of.condition["label"][known])
     config.training.condition_dropout = 1.0
     assert bool((draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"] == -1).all())
-    held_out = draw(config, data.test, codec, SDE, 3, slice(None), flip=False, purpose=3)
+    held_out = draw(config, data.test, codec, SDE, 3, slice(None), flip=False, held_out=True)
     assert bool((held_out.condition["label"] >= 0).all())
     config.training.objective, config.model.class_conditional = "cross_entropy", False
     of_classifier = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"]
