@@ -1,5 +1,7 @@
 """The rooms of the package and the arrows between them, read from the imports: ``python tests/rooms.py`` prints them.
 
+With ``--page docs/architecture.md`` it draws the picture of that page anew.
+
 A room is a folder or a file of `score_sde/`; an arrow goes from a room to one that it imports from, wherever in a file
 the import stands.
 """
@@ -7,12 +9,28 @@ the import stands.
 from __future__ import annotations
 
 import ast
+import sys
 from collections import defaultdict
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 PACKAGE = Path(__file__).parents[1] / "score_sde"
+
+# What may import what: a room imports from the rows above its own, and from nothing else.
+ROWS = [
+    {"machine", "noise", "metrics", "moved"},
+    {"sdes", "networks"},
+    {"models"},
+    {"losses", "ode", "data", "foreign"},
+    {"samplers", "likelihood"},
+    {"inverse", "config"},
+    {"tasks"},
+    {"cli", "__init__"},
+    {"__main__"},
+]
+BEGIN, END = "<!-- rooms: picture -->\n", "<!-- /rooms -->\n"  # around the picture
+MATHEMATICS = {"noise", "metrics", "sdes", "networks", "models", "losses", "ode", "samplers", "likelihood", "inverse"}
 
 
 class Import(NamedTuple):
@@ -71,7 +89,22 @@ def floors(needs: dict[str, set[str]]) -> dict[str, int]:
     return floor
 
 
+def picture() -> str:
+    """The rows, the highest first: the mathematics on the left, the rest on the right."""
+    head = ("mathematics: tensors in, tensors out", "files, configs, commands")
+    lines = [
+        tuple("   ".join(sorted(side)) for side in (row & MATHEMATICS, row - MATHEMATICS)) for row in reversed(ROWS)
+    ]
+    drawn = [f"    {left:^40} | {right:^40}".rstrip() for left, right in [head, ("-" * 38, "-" * 38), *lines]]
+    return "\n".join(["", *drawn, ""]) + "\n"
+
+
 def main() -> None:
+    if sys.argv[1:2] == ["--page"]:
+        page = Path(sys.argv[2])
+        before, rest = page.read_text().split(BEGIN)
+        page.write_text(before + BEGIN + picture() + END + rest.split(END, 1)[1])
+        return
     needs = arrows()
     floor = floors(needs)
     for room in sorted(needs, key=lambda name: (-floor[name], name)):

@@ -14,24 +14,11 @@ import pytest
 import score_sde
 from score_sde.moved import MOVED
 from tests import ROOT
-from tests.rooms import PACKAGE, arrows, files, floors, imports
+from tests.rooms import MATHEMATICS, PACKAGE, ROWS, arrows, files, floors, imports
 
 SETUP = configparser.ConfigParser()
 SETUP.read(ROOT / "setup.cfg")
 
-# What may import what: a room imports from the rows above its own, and from nothing else.
-ROWS = [
-    {"machine", "noise", "metrics", "moved"},
-    {"sdes", "networks"},
-    {"models"},
-    {"losses", "ode", "data", "foreign"},
-    {"samplers", "likelihood"},
-    {"inverse", "config"},
-    {"tasks"},
-    {"cli", "__init__"},
-    {"__main__"},
-]
-MATHEMATICS = {"noise", "metrics", "sdes", "networks", "models", "losses", "ode", "samplers", "likelihood", "inverse"}
 # The mathematics may ask where tensors are, show a bar, and turn stored values into a model's; no more of the world.
 OF_THE_WORLD = {("machine", "devices"), ("machine", "progress"), ("data", "codecs")}
 

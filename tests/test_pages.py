@@ -21,7 +21,7 @@ from score_sde.config import default_config
 from score_sde.machine import parallel
 from score_sde.tasks.options import MODES
 from tests import ROOT
-from tests.rooms import PACKAGE, files
+from tests.rooms import BEGIN, END, PACKAGE, files, picture
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "configs" / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXT = {str(page.relative_to(ROOT)): page.read_text(encoding="utf-8") for page in PAGES}
@@ -133,7 +133,7 @@ def read(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all("=" in word or word in targets for word in words[1:]), line
     elif words[0] == "torchrun" or words[:2] == ["python", "main.py"] or words[0] == "score_sde":
         _command_line(words[words.index("main.py") + 1 :] if "main.py" in words else words[1:], line)
-    elif words[0] == "python":
+    elif words[0].rpartition("/")[2] == "python":
         _module(words[1:], monkeypatch)
     else:
         assert words[0] in OTHERS, line
@@ -155,7 +155,8 @@ def _module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping)
     name, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
     monkeypatch.setattr(sys, "argv", [name, *arguments])
-    if name in ("pip", "pytest", "build"):
+    if name in ("pip", "pytest"):
+        assert all((ROOT / word).exists() for word in arguments if "/" in word), arguments
         return
     with pytest.raises((Parsed, SystemExit)) as stopped:
         if words[0] == "-m":
@@ -301,3 +302,24 @@ def test_the_list_of_configs_is_complete() -> None:
     rows = re.findall(r"^\| \[`(\w+)`\]\((\w+)\.py\) \| (.+) \|$", TEXT["configs/README.md"], flags=re.MULTILINE)
     assert all(name == file for name, file, _ in rows)
     assert sorted(name for name, _, _ in rows) == sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
+
+
+# --- the page of the architecture
+
+
+def test_every_file_has_its_line() -> None:
+    rows = re.findall(r"^\| `([\w/]+\.py)` \| .+ \|$", TEXT["docs/architecture.md"], flags=re.MULTILINE)
+    paths = [path.relative_to(PACKAGE) for path in PACKAGE.rglob("*.py")]
+    assert sorted(rows) == sorted(str(path) for path in paths if path.parent == Path() or path.name != "__init__.py")
+
+
+def test_the_picture_is_that_of_the_rows() -> None:
+    assert BEGIN + picture() + END in TEXT["docs/architecture.md"]  # python tests/rooms.py --page draws it anew
+
+
+def test_the_tables_of_names_that_the_page_sends_to_exist() -> None:
+    named = re.findall(r"`(_?[A-Z_]{4,})` of `([\w/]+\.py)`", TEXT["docs/architecture.md"])
+    assert len(named) > 8
+    for table, file in named:
+        path = ROOT / file if file.startswith("tests/") else PACKAGE / file
+        assert re.search(rf"^{table}\b.* = ", path.read_text(), flags=re.MULTILINE), (table, file)
