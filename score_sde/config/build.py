@@ -173,135 +173,103 @@ def _own_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     return network.train()
 
 
-def _mlp(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:
-    """The MLP, with some of its arguments in place of the config's."""
+def _options(config: ConfigDict, shape: tuple[int, ...], names: str) -> dict[str, Any]:
+    """Options of the networks' constructors by their names there, with the values that the config gives them."""
     m = config.model
-    given: dict[str, Any] = dict(
-        width=m.hidden,
-        depth=m.depth,
-        embedding=EMBEDDINGS[m.embedding_type],
-        fourier_scale=m.fourier_scale,
-        dropout=m.dropout,
-        out_features=2 * shape[0] if m.learned_variance else None,
-        classes=m.num_classes,
-    )
-    return MLP(shape[0], **{**given, **options})
-
-
-def _ddpm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """Ho et al. 2020's U-Net, with GroupNorm of 32 groups."""
-    return _unet(
-        config,
-        shape,
-        block="ddpm",
-        embedding="sinusoidal" if config.model.conditional else None,
-        skip_rescale=False,
-        groups=32,
-    )
-
-
-def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """DDPM++ and NCSN++ of Song et al. 2021, appendix H."""
-    m = config.model
-    return _unet(
-        config,
-        shape,
-        block=m.resblock_type,
-        embedding=EMBEDDINGS[m.embedding_type] if m.conditional else None,
-        fourier_scale=m.fourier_scale,
-        fir=m.fir_kernel if m.fir else None,
-        skip_rescale=m.skip_rescale,
-        progressive=m.progressive,
-        progressive_input=m.progressive_input,
-        combine=m.progressive_combine,
-        init_scale=m.init_scale,
-    )
-
-
-def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The U-Net of Dhariwal & Nichol 2021, section 3, with adaptive group normalisation always."""
-    return _unet(
-        config,
-        shape,
-        embedding="transformer" if config.model.conditional else None,
-        scale_shift=True,
-        attend_each=True,
-        skip_rescale=False,
-        project=False,
-        norm_eps=1e-5,
-        init_scale=config.model.init_scale,
-    )
-
-
-def _unet(config: ConfigDict, shape: tuple[int, ...], **options: Any) -> nn.Module:
-    """What all of them have in common, and the options in which they differ."""
-    m = config.model
-    shared: dict[str, Any] = dict(
+    every: dict[str, Any] = dict(
         dimensions=len(shape) - 1,
         width=m.nf,
         multipliers=m.ch_mult,
         blocks=m.num_res_blocks,
         attention=m.attn_resolutions,
-        image_size=max(shape[1:]),
+        image_size=max(shape[1:], default=0),
         dropout=m.dropout,
         activation=m.nonlinearity,
-        resample_conv=m.resamp_with_conv,
         centered=config.data.centered,
-        fourier_features=m.fourier_features,
         checkpoint_activations=config.training.checkpoint_activations,
-        out_channels=2 * shape[0] if m.learned_variance else None,
+        block=m.resblock_type,
+        resample_conv=m.resamp_with_conv,
+        fir=m.fir_kernel if m.fir else None,
+        skip_rescale=m.skip_rescale,
+        init_scale=m.init_scale,
         scale_shift=m.scale_shift,
         heads=m.num_heads,
         head_channels=m.head_channels,
         attend_each=m.attend_each,
+        embedding=EMBEDDINGS[m.embedding_type],
+        fourier_scale=m.fourier_scale,
+        fourier_features=m.fourier_features,
+        progressive=m.progressive,
+        progressive_input=m.progressive_input,
+        combine=m.progressive_combine,
+        depth=m.depth,
+        patch=m.patch_size,
+        out_channels=2 * shape[0] if m.learned_variance else None,
         classes=m.num_classes,
         image_channels=m.image_channels,
         text_width=m.text_width,
         pooled_width=m.pooled_width,
     )
-    return UNet(shape[0], **{**shared, **options})
+    return {name: every[name] for name in names.split()}
+
+
+_STAGES = "width multipliers activation centered checkpoint_activations"
+_LEVELS = "width multipliers activation centered blocks attention image_size dropout resample_conv heads"
+_CONDITIONS = "classes image_channels text_width pooled_width"
+_UNET = (
+    f"{_LEVELS} {_CONDITIONS} checkpoint_activations dimensions scale_shift head_channels attend_each fourier_features "
+    "out_channels"
+)
+_SONG = "block fir skip_rescale"  # of Song et al. 2021, as are these
+_PYRAMIDS = "progressive progressive_input combine"
+
+
+def _ddpm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """Ho et al. 2020's U-Net, with GroupNorm of 32 groups."""
+    own: dict[str, Any] = dict(block="ddpm", skip_rescale=False, groups=32, embedding=_embedding(config, "sinusoidal"))
+    return UNet(shape[0], **_options(config, shape, _UNET), **own)
+
+
+def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """DDPM++ and NCSN++ of Song et al. 2021, appendix H."""
+    options = _options(config, shape, f"{_UNET} {_SONG} {_PYRAMIDS} fourier_scale init_scale")
+    return UNet(shape[0], **options, embedding=_embedding(config, EMBEDDINGS[config.model.embedding_type]))
+
+
+def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The U-Net of Dhariwal & Nichol 2021, section 3, with adaptive group normalisation always."""
+    own: dict[str, Any] = dict(scale_shift=True, attend_each=True, skip_rescale=False, project=False, norm_eps=1e-5)
+    own["embedding"] = _embedding(config, "transformer")
+    return UNet(shape[0], **{**_options(config, shape, f"{_UNET} init_scale"), **own})
+
+
+def _embedding(config: ConfigDict, name: str) -> str | None:
+    return name if config.model.conditional else None
 
 
 def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The transformer of Peebles & Xie 2023."""
     m = config.model
-    return DiT(
-        shape[0],
-        patch=m.patch_size,
-        width=m.hidden,
-        depth=m.depth,
-        heads=m.hidden // m.head_channels if m.head_channels else m.num_heads,
-        dropout=m.dropout,
-        centered=config.data.centered,
-        checkpoint_activations=config.training.checkpoint_activations,
-        out_channels=2 * shape[0] if m.learned_variance else None,
-        classes=m.num_classes,
-        image_channels=m.image_channels,
-        text_width=m.text_width,
-        pooled_width=m.pooled_width,
-    )
+    heads = m.hidden // m.head_channels if m.head_channels else m.num_heads
+    names = f"patch depth dropout centered checkpoint_activations out_channels {_CONDITIONS}"
+    return DiT(shape[0], width=m.hidden, heads=heads, **_options(config, shape, names))
 
 
 def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
-    return NCSN(shape[0], levels=config.model.num_scales, **_refinenet(config))
+    return NCSN(shape[0], levels=config.model.num_scales, **_options(config, shape, _STAGES))
 
 
 def _ncsnv2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The RefineNet of Song & Ermon 2020."""
-    return NCSNv2(shape[0], **_refinenet(config))
+    return NCSNv2(shape[0], **_options(config, shape, _STAGES))
 
 
-def _refinenet(config: ConfigDict) -> dict[str, Any]:
-    """What both have in common."""
+def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The MLP of vectors."""
     m = config.model
-    return dict(
-        width=m.nf,
-        multipliers=m.ch_mult,
-        activation=m.nonlinearity,
-        centered=config.data.centered,
-        checkpoint_activations=config.training.checkpoint_activations,
-    )
+    options = _options(config, shape, "depth embedding fourier_scale dropout classes")
+    return MLP(shape[0], width=m.hidden, out_features=2 * shape[0] if m.learned_variance else None, **options)
 
 
 UNETS = ("ddpm", "ncsnpp", "adm")
@@ -362,41 +330,26 @@ def takes_labels(config: ConfigDict) -> bool:
 
 def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassifier:
     """The classifier of noisy examples of `shape`, with a fresh network: the MLP, or the U-Net's way down."""
-    m, network = config.model, Encoder if len(shape) == 3 else MLP
-    if (m.name == "mlp") != (network is MLP):
+    m = config.model
+    if (m.name == "mlp") != (len(shape) != 3):
         raise ValueError(f"model.name={m.name} does not classify examples of shape {tuple(shape)}: use mlp for vectors")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        own = {"out_features": m.num_classes, "classes": 0}
-        made = _mlp(config, shape, **own) if network is MLP else _encoder(config, shape)
-    scale = partial(rules.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else rules.unscaled
-    return NoisyClassifier(made, build_sde(config), m.num_classes, LABELS[m.label](m), scale)
+        network = (_judge if m.name == "mlp" else _encoder)(config, shape)
+    return NoisyClassifier(network, build_sde(config), m.num_classes, LABELS[m.label](m), _scale(config))
+
+
+def _judge(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """The MLP, to a number for each class."""
+    m = config.model
+    options = _options(config, shape, "depth embedding fourier_scale dropout")
+    return MLP(shape[0], width=m.hidden, out_features=m.num_classes, **options)
 
 
 def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The way down of `_ncsnpp`, without its pyramids."""
-    m = config.model
-    return Encoder(
-        shape[0],
-        m.num_classes,
-        width=m.nf,
-        multipliers=m.ch_mult,
-        blocks=m.num_res_blocks,
-        attention=m.attn_resolutions,
-        image_size=max(shape[1:]),
-        dropout=m.dropout,
-        block=m.resblock_type,
-        embedding=EMBEDDINGS[m.embedding_type],
-        fourier_scale=m.fourier_scale,
-        fir=m.fir_kernel if m.fir else None,
-        resample_conv=m.resamp_with_conv,
-        skip_rescale=m.skip_rescale,
-        activation=m.nonlinearity,
-        init_scale=m.init_scale,
-        centered=config.data.centered,
-        scale_shift=m.scale_shift,
-        heads=m.num_heads,
-    )
+    names = f"{_LEVELS} {_SONG} embedding fourier_scale init_scale scale_shift checkpoint_activations"
+    return Encoder(shape[0], config.model.num_classes, **_options(config, shape, names))
 
 
 def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -415,22 +368,7 @@ def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 def build_autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> ConvolutionalAutoencoder:
     """The autoencoder of images of `shape`, with fresh networks of `_ncsnpp`'s blocks."""
-    m, codes = config.model, code_shape(config, shape)
-    options: dict[str, Any] = dict(
-        width=m.nf,
-        multipliers=m.ch_mult,
-        blocks=m.num_res_blocks,
-        attention=m.attn_resolutions,
-        image_size=max(shape[1:]),
-        dropout=m.dropout,
-        block=m.resblock_type,
-        fir=m.fir_kernel if m.fir else None,
-        resample_conv=m.resamp_with_conv,
-        skip_rescale=m.skip_rescale,
-        activation=m.nonlinearity,
-        heads=m.num_heads,
-        centered=config.data.centered,
-    )
+    codes, options = code_shape(config, shape), _options(config, shape, f"{_LEVELS} {_SONG} checkpoint_activations")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         encoder = CodeEncoder(shape[0], 2 * codes[0], **options)
@@ -451,15 +389,20 @@ def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Trainable:
 def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
     """The score model with a fresh network for examples of `shape`."""
     m = config.model
-    edm = m.rule == "edm"
     return Preconditioned(
         build_network(config, shape),
         build_sde(config),
-        rule=partial(rules.predict_edm, sigma_data=m.sigma_data) if edm else m.rule,
+        rule=partial(rules.predict_edm, sigma_data=m.sigma_data) if m.rule == "edm" else m.rule,
         label=LABELS[m.label](m),
-        scale=partial(rules.unit_variance, sigma_data=m.sigma_data) if edm else rules.unscaled,
+        scale=_scale(config),
         learned_variance=m.learned_variance,
     )
+
+
+def _scale(config: ConfigDict) -> TimeMap:
+    """What the network's input is multiplied by."""
+    m = config.model
+    return partial(rules.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else rules.unscaled
 
 
 def build_sampler(config: ConfigDict) -> Sampler:

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
-from .blocks import BlockKind, Head, Style
-from .layers import ACTIVATIONS, Activation, conv
-from .levels import Middle, Stage, step_down, step_up, take
-from .resample import Taps
+from .blocks import Head, Style
+from .levels import LevelOptions, Middle, Stage, step_down, step_up, take
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodeOptions(LevelOptions):
+    """The options of both halves: those of the levels and the blocks; the decoder's `image_size` is the images' too."""
+
+    multipliers: Sequence[float] = (1, 2, 4)
+    blocks: int = 2
+    attention: Sequence[int] = ()
+    dropout: float = 0.0
 
 
 class CodeEncoder(nn.Module):
@@ -17,42 +27,22 @@ class CodeEncoder(nn.Module):
 
     Levels of residual blocks, each at half the resolution of the one before, the U-Net's bottom, norm, activation and
     a convolution (Rombach et al. 2022, arXiv:2112.10752, appendix G; Esser et al. 2021, arXiv:2012.09841, table 7).
-    Arguments are `UNet`'s.
+    The options are `CodeOptions`, `LevelOptions` and `Style`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        outputs: int,
-        *,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 4),
-        blocks: int = 2,
-        attention: Sequence[int] = (),
-        image_size: int = 32,
-        dropout: float = 0.0,
-        block: BlockKind = "biggan",
-        fir: Taps | None = None,
-        resample_conv: bool = True,
-        skip_rescale: bool = True,
-        activation: Activation = "swish",
-        heads: int = 1,
-        centered: bool = True,
-    ) -> None:
+    def __init__(self, channels: int, outputs: int, **options: Any) -> None:
         super().__init__()
-        style = _style(block, activation, dropout, skip_rescale, fir, resample_conv, heads)
-        widths = [width * m for m in multipliers]
-        self.centered = centered
-        self.first = conv(channels, widths[0], 3)
+        o = CodeOptions(**options)
+        self.centered = o.centered
+        h = o.levels[0][0]
+        self.first = o.conv(channels, h, 3)
         self.levels = nn.ModuleList()
-        inputs = widths[0]
-        for i, outer in enumerate(widths):
-            last = i == len(widths) - 1
-            step = None if last else step_down(outer, style)
-            self.levels.append(_Level(inputs, outer, blocks, image_size // 2**i in attention, step, style))
-            inputs = outer
-        self.middle = Middle(inputs, style)
-        self.head = Head(inputs, outputs, style, 1.0)
+        for i, (outer, attend) in enumerate(o.levels, start=1):
+            step = step_down(outer, o) if i < len(o.levels) else None
+            self.levels.append(_Level(h, outer, o.blocks, attend, step, o))
+            h = outer
+        self.middle = Middle(h, o)
+        self.head = Head(h, outputs, o, 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x if self.centered else 2 * x - 1)
@@ -64,41 +54,22 @@ class CodeEncoder(nn.Module):
 class CodeDecoder(nn.Module):
     """F(z): codes (B, inputs, h, w) to images (B, channels, f h, f w), `CodeEncoder`'s levels in the other order.
 
-    Centred images are around 0, others around 1/2. Arguments are `CodeEncoder`'s, `image_size` the images' too.
+    Centred images are around 0, others around 1/2. The options are `CodeEncoder`'s.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        inputs: int,
-        *,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 4),
-        blocks: int = 2,
-        attention: Sequence[int] = (),
-        image_size: int = 32,
-        dropout: float = 0.0,
-        block: BlockKind = "biggan",
-        fir: Taps | None = None,
-        resample_conv: bool = True,
-        skip_rescale: bool = True,
-        activation: Activation = "swish",
-        heads: int = 1,
-        centered: bool = True,
-    ) -> None:
+    def __init__(self, channels: int, inputs: int, **options: Any) -> None:
         super().__init__()
-        style = _style(block, activation, dropout, skip_rescale, fir, resample_conv, heads)
-        widths = [width * m for m in multipliers]
-        self.centered = centered
-        self.first = conv(inputs, widths[-1], 3)
-        self.middle = Middle(widths[-1], style)
+        o = CodeOptions(**options)
+        self.centered = o.centered
+        h = o.levels[-1][0]
+        self.first = o.conv(inputs, h, 3)
+        self.middle = Middle(h, o)
         self.levels = nn.ModuleList()
-        h = widths[-1]
-        for i, outer in reversed(list(enumerate(widths))):
-            step = step_up(outer, style) if i else None
-            self.levels.append(_Level(h, outer, blocks + 1, image_size // 2**i in attention, step, style))
+        for i, (outer, attend) in reversed(list(enumerate(o.levels))):
+            step = step_up(outer, o) if i else None
+            self.levels.append(_Level(h, outer, o.blocks + 1, attend, step, o))
             h = outer
-        self.head = Head(h, channels, style, 1.0)
+        self.head = Head(h, channels, o, 1.0)
 
     def forward(self, z: Tensor) -> Tensor:
         h = self.middle(self.first(z), None, None)
@@ -122,27 +93,3 @@ class _Level(nn.Module):
         for stage in self.stages:
             h = stage(h, None, None)
         return h if self.step is None else take(self.step, h, None)
-
-
-def _style(
-    block: BlockKind,
-    activation: Activation,
-    dropout: float,
-    skip_rescale: bool,
-    fir: Taps | None,
-    resample_conv: bool,
-    heads: int,
-) -> Style:
-    return Style(
-        block=block,
-        label_width=None,
-        activation=ACTIVATIONS[activation],
-        groups=None,
-        dropout=dropout,
-        init_scale=0.0,
-        skip_rescale=skip_rescale,
-        fir=fir,
-        resample_conv=resample_conv,
-        recompute=False,
-        heads=heads,
-    )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import Convolution, Dropout, conv, group_norm, linear, recomputed
+from .layers import ACTIVATIONS, Activation, Convolution, Dropout, conv, group_norm, linear, recomputed
 from .resample import Repeat, Taps
 
 BlockKind = Literal["ddpm", "biggan"]
@@ -19,25 +19,54 @@ BlockKind = Literal["ddpm", "biggan"]
 
 @dataclass(frozen=True, kw_only=True)
 class Style:
-    """What all blocks of one network share."""
+    """The options that all blocks of one network share.
 
-    block: BlockKind
-    label_width: int | None  # None: blocks without a label
-    activation: Callable[[Tensor], Tensor]
-    groups: int | None
-    dropout: float
-    init_scale: float
-    skip_rescale: bool
-    fir: Taps | None
-    resample_conv: bool  # DDPM's blocks only: whether a convolution resamples
-    recompute: bool  # activation checkpointing
-    scale_shift: bool = False  # the label scales the second norm's output as well as shifting it
-    heads: int = 1  # of attention
-    head_channels: int = 0  # of a head, which then says how many there are; 0: `heads` says
+    Args:
+        block: the resolution changes in a block ("biggan") or between ("ddpm"; by a convolution if `resample_conv`).
+        fir: taps of the resampling filter, such as (1, 3, 3, 1); None: means and repetition.
+        skip_rescale: divide sums of two branches by sqrt(2).
+        groups: of group normalisation; None is min(channels // 4, 32).
+        init_scale: of the last convolution of every branch, relative to the others.
+        checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
+        scale_shift: the label scales the features as well as shifting them.
+        heads, head_channels: of self-attention, how many, or how wide each is; 0: as `heads` says.
+        project: blocks that resample have a convolution in the shortcut even where the number of channels stays.
+        norm_eps: added to the variances of group normalisation.
+        dimensions: 1: signals (B, C, L), 2: images (B, C, H, W), 3: volumes (B, C, D, H, W).
+        text_width: of the tokens that attention looks at beside the pixels; 0: none.
+        label_width: of the embedded label; None: blocks without a label. Networks set it.
+
+    Raises ValueError for a name that an option does not have.
+    """
+
+    block: BlockKind = "biggan"
+    activation: Activation = "swish"
+    dropout: float = 0.1
+    fir: Taps | None = None
+    resample_conv: bool = True
+    skip_rescale: bool = True
+    groups: int | None = None
+    init_scale: float = 0.0
+    checkpoint_activations: bool = False
+    scale_shift: bool = False
+    heads: int = 1
+    head_channels: int = 0
+    project: bool = True
     norm_eps: float = 1e-6
-    project: bool = True  # the shortcut of a block that resamples has a convolution even where the widths agree
-    dimensions: int = 2  # 1: signals (B, C, L), 2: images (B, C, H, W), 3: volumes (B, C, D, H, W)
-    text_width: int = 0  # of the tokens that attention looks at beside the pixels; 0: none
+    dimensions: int = 2
+    text_width: int = 0
+    label_width: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            value, names = getattr(self, name), get_args(kind)
+            if get_origin(kind) is Literal and value not in names:
+                raise ValueError(f"unknown {name} {value!r}; use one of {', '.join(map(repr, names))}")
+
+    @property
+    def act(self) -> Callable[[Tensor], Tensor]:
+        """The activation as a function."""
+        return ACTIVATIONS[self.activation]
 
     def norm(self, channels: int) -> nn.GroupNorm:
         """Group normalisation by the network's rule."""
@@ -168,10 +197,10 @@ class ResidualBlock(nn.Module):
         self.style = style
 
     def forward(self, x: Tensor, label: Tensor | None) -> Tensor:
-        return recomputed(self.block, x, label) if self.style.recompute else self.block(x, label)
+        return recomputed(self.block, x, label) if self.style.checkpoint_activations else self.block(x, label)
 
     def block(self, x: Tensor, label: Tensor | None) -> Tensor:
-        activation = self.style.activation
+        activation = self.style.act
         h = activation(self.norm1(x))
         if isinstance(self.resample, Repeat):  # a 1x1 convolution may as well come first, on a quarter of the pixels
             h, x = self.resample.convolve(h, self.conv1), self.resample(self.shortcut(x))
@@ -248,7 +277,7 @@ class Head(nn.Module):
         super().__init__()
         self.norm = style.norm(inputs)
         self.conv = style.conv(inputs, outputs, 3, scale=scale)
-        self.activation = style.activation
+        self.activation = style.act
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(self.activation(self.norm(x)))

@@ -2,84 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .blocks import BlockKind, Fourier, LabelEmbedding, Sinusoidal, Style
-from .layers import ACTIVATIONS, Activation, conv, linear
-from .levels import DownLevel, Middle, step_down
+from .blocks import Fourier, LabelEmbedding, Sinusoidal
+from .layers import linear, padded
+from .levels import DownLevel, LevelOptions, Middle, step_down
 from .pyramid import NoPyramid
-from .resample import Taps
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions(LevelOptions):
+    """The options of an `Encoder`: those of the levels and the blocks, and the embedding of the time as in `UNet`."""
+
+    blocks: int = 2
+    dropout: float = 0.0
+    scale_shift: bool = True
+    embedding: Literal["sinusoidal", "fourier"] = "sinusoidal"
+    fourier_scale: float = 16.0
 
 
 class Encoder(nn.Module):
     """F(x, time) -> (B, outputs) of images (B, channels, H, W) and times (B,), 0 for every output at first.
 
     The U-Net's levels on the way down and its bottom; then norm, activation, the mean over all places and a linear
-    layer (Dhariwal & Nichol 2021, section 4.3, whose attention over places is a mean here). Arguments are `UNet`'s.
+    layer (Dhariwal & Nichol 2021, section 4.3, whose attention over places is a mean here). The options are
+    `EncoderOptions`, `LevelOptions` and `Style`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        outputs: int,
-        *,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        blocks: int = 2,
-        attention: Sequence[int] = (16,),
-        image_size: int = 32,
-        dropout: float = 0.0,
-        block: BlockKind = "biggan",
-        embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
-        fourier_scale: float = 16.0,
-        fir: Taps | None = None,
-        resample_conv: bool = True,
-        skip_rescale: bool = True,
-        activation: Activation = "swish",
-        init_scale: float = 0.0,
-        centered: bool = True,
-        scale_shift: bool = True,
-        heads: int = 1,
-    ) -> None:
+    def __init__(self, channels: int, outputs: int, **options: Any) -> None:
         super().__init__()
-        style = Style(
-            block=block,
-            label_width=4 * width,
-            activation=ACTIVATIONS[activation],
-            groups=None,
-            dropout=dropout,
-            init_scale=init_scale,
-            skip_rescale=skip_rescale,
-            fir=fir,
-            resample_conv=resample_conv,
-            recompute=False,
-            scale_shift=scale_shift,
-            heads=heads,
-        )
-        self.centered, self.activation = centered, ACTIVATIONS[activation]
-        self.multiple = 2 ** (len(multipliers) - 1)
-        waves = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
-        self.embed = LabelEmbedding(waves, 4 * width, self.activation)
-        self.first = conv(channels, width, 3)
+        o = EncoderOptions(**options)
+        o = replace(o, label_width=4 * o.width)
+        self.centered, self.activation, self.multiple = o.centered, o.act, o.multiple
+        waves = Sinusoidal(o.width) if o.embedding == "sinusoidal" else Fourier(o.width, o.fourier_scale)
+        self.embed = LabelEmbedding(waves, 4 * o.width, o.act)
+        self.first = o.conv(channels, o.width, 3)
         self.down = nn.ModuleList()
-        inputs = width
-        for i, outer in enumerate(width * m for m in multipliers):
-            attend, last = image_size // 2**i in attention, i == len(multipliers) - 1
-            step = None if last else step_down(outer, style)
-            self.down.append(DownLevel(inputs, outer, blocks, attend, step, NoPyramid(), style))
+        inputs = o.width
+        for i, (outer, attend) in enumerate(o.levels, start=1):
+            step = step_down(outer, o) if i < len(o.levels) else None
+            self.down.append(DownLevel(inputs, outer, o.blocks, attend, step, NoPyramid(), o))
             inputs = outer
-        self.middle = Middle(inputs, style)
-        self.norm = style.norm(inputs)
+        self.middle = Middle(inputs, o)
+        self.norm = o.norm(inputs)
         self.out = linear(inputs, outputs, scale=0.0)
 
     def forward(self, x: Tensor, time: Tensor, /) -> Tensor:
-        excess = (-x.shape[-1] % self.multiple, -x.shape[-2] % self.multiple)
-        if any(excess):
-            x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
+        x = padded(x, self.multiple)
         if not self.centered:
             x = 2 * x - 1
         embedded = self.embed(time)
@@ -87,4 +59,4 @@ class Encoder(nn.Module):
         for level in self.down:
             h, _ = level(h, embedded, None, x, skips)
         h = self.activation(self.norm(self.middle(h, embedded, None)))
-        return self.out(h.mean((2, 3)))
+        return self.out(h.mean(tuple(range(2, h.ndim))))

@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from .blocks import Attention, ResidualBlock, Style, Text
 from .resample import ConvDown, ConvUp, down, up
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelOptions(Style):
+    """The options of a network of levels, each at half the resolution of the one before, and those of its blocks.
+
+    Args:
+        width: channels of the first convolution; level i has width * multipliers[i] and 1/2^i of the resolution.
+        blocks: residual blocks of a level on the way down; one more on the way up.
+        attention, image_size: there is self-attention in the levels i where image_size // 2^i is in `attention`.
+        centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
+    """
+
+    width: int = 128
+    multipliers: Sequence[float] = (1, 2, 2, 2)
+    blocks: int = 4
+    attention: Sequence[int] = (16,)
+    image_size: int = 32
+    centered: bool = True
+
+    @property
+    def levels(self) -> list[tuple[int, bool]]:
+        """Channels of each level, and whether it has attention."""
+        widths = enumerate(round(self.width * m) for m in self.multipliers)
+        return [(width, self.image_size // 2**i in self.attention) for i, width in widths]
+
+    @property
+    def multiple(self) -> int:
+        """What lengths are padded to multiples of."""
+        return 2 ** (len(self.multipliers) - 1)
 
 
 class DownLevel(nn.Module):

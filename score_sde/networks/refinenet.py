@@ -12,14 +12,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ACTIVATIONS, Activation, layer_norm, recomputed
+from .layers import ACTIVATIONS, Activation, cropped, layer_norm, padded, recomputed
 
 Norm = Callable[[int], nn.Module]  # channels -> a module (x, level) -> a tensor of x's shape
+Pool = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +31,7 @@ class RefineStyle:
     activation: Callable[[Tensor], Tensor]
     norm: Norm  # of the encoder and the head
     refine_norm: Norm  # of the decoder
-    pool: Callable[[Tensor], Tensor]  # of the decoder; keeps height and width
+    pool: Pool  # of the decoder; keeps height and width
 
 
 class RefineNet(nn.Module):
@@ -39,6 +41,8 @@ class RefineNet(nn.Module):
     border, and the output is cropped.
 
     Args:
+        norms: of the encoder and the head, and of the decoder.
+        pool: of the decoder; keeps height and width.
         width: stage i has width * multipliers[i] channels; at least 2, for the norms compare channels.
         multipliers: one per stage, at least 3; all stages but the first and the last two halve the resolution.
         centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
@@ -50,18 +54,21 @@ class RefineNet(nn.Module):
     def __init__(
         self,
         channels: int,
-        style: RefineStyle,
+        norms: tuple[Norm, Norm],
+        pool: Pool,
         *,
-        width: int,
-        multipliers: Sequence[int],
-        centered: bool,
-        checkpoint_activations: bool,
+        width: int = 128,
+        multipliers: Sequence[int] = (1, 2, 2, 2),
+        activation: Activation = "elu",
+        centered: bool = True,
+        checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
         if len(multipliers) < 3:
             raise ValueError(f"a RefineNet has at least 3 stages, the last two dilated, got multipliers {multipliers}")
         if width < 2:
             raise ValueError(f"width must be at least 2, for InstanceNorm++ compares channels, got {width}")
+        style = RefineStyle(activation=_activation(activation), norm=norms[0], refine_norm=norms[1], pool=pool)
         self.style, self.centered, self.recompute = style, centered, checkpoint_activations
         widths = [width * m for m in multipliers]
         halvings = len(widths) - 3
@@ -80,10 +87,8 @@ class RefineNet(nn.Module):
         self.last = nn.Conv2d(widths[0], channels, 3, padding=1)
 
     def forward(self, x: Tensor, label: Tensor, /) -> Tensor:
-        height, width = x.shape[-2:]
-        excess = (-width % self.multiple, -height % self.multiple)
-        if any(excess):
-            x = F.pad(x, (0, excess[0], 0, excess[1]), mode="replicate")
+        size = x.shape[2:]
+        x = padded(x, self.multiple)
         if not self.centered:
             x = 2 * x - 1
         level = self.level(label, x)
@@ -96,8 +101,7 @@ class RefineNet(nn.Module):
         below = None
         for refinement in self.refinements:
             below = self._run(refinement, features.pop(), below, level)
-        out = self.last(self.style.activation(self.norm(below, level)))
-        return out[..., :height, :width] if any(excess) else out
+        return cropped(self.last(self.style.activation(self.norm(below, level))), size)
 
     def level(self, label: Tensor, x: Tensor) -> Tensor | None:
         """What the norms are told of the label."""
@@ -112,30 +116,12 @@ class NCSN(RefineNet):
 
     The label (B,) is the index of the noise level, 0..levels-1 in whatever order the caller has them; between two
     indices the parameters of the norms are interpolated, and outside they stay. Published: width 128 for CIFAR-10 with
-    10 levels. For the rest see `RefineNet`.
+    10 levels. The options are those of `RefineNet`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        levels: int,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        activation: Activation = "elu",
-        centered: bool = True,
-        checkpoint_activations: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, *, levels: int, **options: Any) -> None:
         norm = partial(ConditionalInstanceNormPlus, levels=levels)
-        pool = partial(F.avg_pool2d, kernel_size=5, stride=1, padding=2)
-        super().__init__(
-            channels,
-            RefineStyle(activation=_activation(activation), norm=norm, refine_norm=norm, pool=pool),
-            width=width,
-            multipliers=multipliers,
-            centered=centered,
-            checkpoint_activations=checkpoint_activations,
-        )
+        super().__init__(channels, (norm, norm), partial(F.avg_pool2d, kernel_size=5, stride=1, padding=2), **options)
         self.levels = levels
 
     def level(self, label: Tensor, x: Tensor) -> Tensor:
@@ -150,28 +136,12 @@ class NCSNv2(RefineNet):
 
     Its output is sigma times the score: technique 3, which is a rule and no part of the network. Published multipliers:
     (1, 2, 2, 2) up to 64x64 pixels, (1, 2, 2, 4, 4) for 128x128, (1, 2, 2, 2, 4, 4) for 256x256, of width 128.
-    For the rest see `RefineNet`.
+    The options are those of `RefineNet`.
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        activation: Activation = "elu",
-        centered: bool = True,
-        checkpoint_activations: bool = False,
-    ) -> None:
+    def __init__(self, channels: int, **options: Any) -> None:
         pool = partial(F.max_pool2d, kernel_size=5, stride=1, padding=2)
-        super().__init__(
-            channels,
-            RefineStyle(activation=_activation(activation), norm=InstanceNormPlus, refine_norm=Unnormalised, pool=pool),
-            width=width,
-            multipliers=multipliers,
-            centered=centered,
-            checkpoint_activations=checkpoint_activations,
-        )
+        super().__init__(channels, (InstanceNormPlus, Unnormalised), pool, **options)
 
 
 class Stage(nn.Module):

@@ -20,18 +20,7 @@ from tests.oracles import numbers
 TAPS = pytest.mark.parametrize(
     "taps", [(1, 3, 3, 1), (1, 2, 1), (1, 1), (1,), (1, 4, 6, 4, 1), (1, 2, 5), (1, 3, 2, 5)], ids=str
 )
-STYLE = Style(
-    block="biggan",
-    label_width=None,
-    activation=F.silu,
-    groups=None,
-    dropout=0.0,
-    init_scale=1.0,
-    skip_rescale=True,
-    fir=None,
-    resample_conv=True,
-    recompute=False,
-)
+STYLE = Style(dropout=0.0, init_scale=1.0)
 
 
 def small(**options) -> UNet:
