@@ -58,8 +58,8 @@ class Judge:
 
     def __str__(self) -> str:
         return (
-            f"the {self.real.shape[1]} features of {self.what} that is right of {100 * self.accuracy:.1f} % of "
-            f"{len(self.test)} held-out images"
+            f"the {self.real.shape[1]} features of {self.what} that names {100 * self.accuracy:.1f} % of "
+            f"{len(self.test)} held-out images correctly"
         )
 
 
