@@ -259,7 +259,7 @@ def _explain(trace: TracebackType | None, path: Path) -> None:
     refusals = [
         frame.f_locals
         for frame, _ in traceback.walk_tb(trace)
-        if isinstance(frame.f_locals.get("self"), ConfigDict) and frame.f_locals.keys() & {"key", "attribute"}
+        if isinstance(frame.f_locals.get("self"), ConfigDict) and {"key", "attribute"} & {*frame.f_locals}
     ]
     if not lines or not refusals:
         return
