@@ -1,11 +1,11 @@
-"""Your own data: a folder or a zip of images, a single one, a .npy or a .npz.
+"""Your own data: a folder or zip of images, a single image, a .npy or a .npz file.
 
-Images may lie at any depth. What lies under `train/` is for training, and under `test/` held out; where there is no
-`train/`, all are one set (`folders`). Where all images lie in sub-folders, and these are two or more, the sub-folders
-are the classes, numbered by name. A `dataset.json` at the top, as in EDM's zips, gives labels instead: {"labels":
-[["00000/img00000000.png", 6], ...]}, ints or lists of floats, or null. Captions are in text files beside the images,
-`cat.txt` beside `cat.png`, or in a `metadata.jsonl` of lines {"file_name": "cat.png", "text": "a cat"}, with names from
-where it lies. Nothing here unpickles anything.
+Images may lie at any depth. Those under `train/` are for training, those under `test/` are held out; without `train/`
+all are one set (`folders`). If all images lie in two or more sub-folders, these are the classes, numbered by name. A
+`dataset.json` at the top, as in EDM's zips, gives labels instead: {"labels": [["00000/img00000000.png", 6], ...]},
+ints or lists of floats, or null. Captions are in text files beside the images, `cat.txt` beside `cat.png`, or in a
+`metadata.jsonl` of lines {"file_name": "cat.png", "text": "a cat"}, with names relative to its folder. Nothing here
+unpickles a file.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ import torch
 from torch import Tensor
 
 from . import arrays, images
-from .folders import Layout, about_classes, classes_of, hidden, lay_out, listing, once_each, root_of
+from .folders import Layout, class_notes, classes_of, hidden, lay_out, listing, once_each, root_of
 from .images import AS_THEY_ARE, Picture, Pixels
 from .labels import caption_file, labels_of, named_labels, read_captions, read_dataset_json
 
 IMAGES = images.ENDINGS
-_SAMPLE = 64  # images that are looked at where a set stays on disk
-_LARGEST = 1 << 30  # bytes of a zip's member, unpacked
+_SAMPLE = 64  # images that are checked at once of a set that stays on disk
+_LARGEST = 1 << 30  # bytes of one unpacked file in a zip
 
 
 @dataclass(frozen=True)
 class Stream:
-    """Examples on disk: `shape` is (N, *example), `read` gives those at some indices, of the type that a part has.
+    """Examples that stay on disk: `shape` is (N, *example), `read` returns those at the given indices.
 
-    `identity` changes with the files that they are read from and with what is made of them: see `identity_of`. Where it
-    is empty, whoever wants to know has to read them all.
+    `identity` changes with the files and with how they are read: see `identity_of`. If it is empty, only reading all
+    examples shows whether they changed.
     """
 
     shape: tuple[int, ...]
@@ -56,17 +56,17 @@ class Stream:
         return self.read(index.tolist())
 
 
-def identity_of(files: Iterable[tuple[str, Path]], *about: object) -> str:
-    """sha256 hex of the names, sizes and modification times (ns) of files, in their order, and of what else is told."""
-    whole = hashlib.sha256(repr(about).encode())
+def identity_of(files: Iterable[tuple[str, Path]], *options: object) -> str:
+    """sha256 hex of the names, sizes and modification times (ns) of files, in order, and of the reading options."""
+    digest = hashlib.sha256(repr(options).encode())
     for name, path in files:
         status = path.stat()
-        whole.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\0".encode())
-    return whole.hexdigest()
+        digest.update(f"{name}\0{status.st_size} {status.st_mtime_ns}\0".encode())
+    return digest.hexdigest()
 
 
-class Part(NamedTuple):
-    """Examples, the labels and captions that they have, and the classes' names where folders are the classes."""
+class FileSplit(NamedTuple):
+    """Examples of one split, their labels and captions if any, and the names of the classes if these are folders."""
 
     x: Tensor | Stream
     y: Tensor | None = None
@@ -74,14 +74,14 @@ class Part(NamedTuple):
     class_names: tuple[str, ...] = ()
 
 
-class Found(NamedTuple):
-    """What lies at a path: `test` is None where nothing says what is held out, `levels` where values are floats.
+class FileData(NamedTuple):
+    """Data read from a path: `test` is None if the files name no held-out split, `levels` is None for floats.
 
-    `notes` are sentences on what was not read, and on what was made of the rest.
+    `notes` are sentences for the user: files that were not read, and how the others were read.
     """
 
-    train: Part
-    test: Part | None = None
+    train: FileSplit
+    test: FileSplit | None = None
     levels: int | None = None
     notes: tuple[str, ...] = ()
 
@@ -92,38 +92,38 @@ def read(
     num_channels: int | None = None,
     memory: int = 4 << 30,
     pixels: Pixels = AS_THEY_ARE,
-) -> Found:
-    """What lies at `path`.
+) -> FileData:
+    """Read the data at `path`.
 
     Images are (N, C, H, W), uint8 up to 256 levels and int32 above, other arrays float32 (N, *shape); labels int64 (N,)
-    or float32 (N, K). A part of more than `memory` bytes stays on disk if it is of images or a .npy.
+    or float32 (N, K). A split of images or of a .npy stays on disk if it has more than `memory` bytes.
 
-    Raises FileNotFoundError if nothing is there, and ValueError for what cannot be read or does not fit together.
+    Raises FileNotFoundError if `path` does not exist, and ValueError for files that cannot be read or do not match.
     """
     if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}: say where your data are, --config.data.path=PATH")
+        raise FileNotFoundError(f"there is no file or folder {path}: set --config.data.path=PATH")
     if path.is_dir():
         root = root_of(path)
-        found = listing(root)
+        files = listing(root)
         source = _Images(path, lambda n: (root / n).read_bytes(), lambda n: root / n, image_size, num_channels, pixels)
-        return _images(source, found.names, memory, found.skipped, lambda layout: once_each(root, layout))
-    ending = path.suffix.lower()
-    if path.is_file() and ending in IMAGES:
-        one = _Images(path.parent, lambda n: path.read_bytes(), lambda n: path, image_size, num_channels, pixels)
-        return _images(one, [path.name], memory)
-    if path.is_file() and ending == ".zip":
+        return _images(source, files.names, memory, files.skipped, lambda layout: once_each(root, layout))
+    ending = path.suffix.lower() if path.is_file() else ""
+    if ending in IMAGES:
+        single = _Images(path.parent, lambda n: path.read_bytes(), lambda n: path, image_size, num_channels, pixels)
+        return _images(single, [path.name], memory)
+    if ending == ".zip":
         archive = _Archive(path)
         zipped = _Images(path, archive.read, lambda n: path, image_size, num_channels, pixels)
         return _images(zipped, archive.names, memory)
-    if path.is_file() and ending == ".npy":
+    if ending == ".npy":
         return _arrays(arrays.Named(arrays.load_npy(path, memory)), num_channels, pixels, path)
-    if path.is_file() and ending == ".npz":
+    if ending == ".npz":
         return _arrays(arrays.load_npz(path), num_channels, pixels, path)
-    raise ValueError(f"{path} is neither a folder nor an image, nor a .zip, .npy or .npz file")
+    raise ValueError(f"{path} is no folder, image, .zip, .npy or .npz file: set --config.data.path to one")
 
 
 class _Archive:
-    """A zip's files by name. Raises ValueError, as `read` does, for what is damaged, encrypted or oversized."""
+    """Files of a zip by name. `__init__` and `read` raise ValueError for a damaged, encrypted or oversized one."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -134,10 +134,10 @@ class _Archive:
         self.members: dict[str, zipfile.ZipInfo] = {}
         for member in self.archive.infolist():
             name = posixpath.normpath(member.filename.replace("\\", "/")).lstrip("/")
-            if member.is_dir() or any(hidden(part) for part in name.split("/")):
+            if member.is_dir() or any(hidden(folder) for folder in name.split("/")):
                 continue
             if name in self.members:
-                raise ValueError(f"{path} holds {name} twice: pack it anew")
+                raise ValueError(f"{path} holds {name} twice: create the zip again")
             self.members[name] = member
 
     @property
@@ -148,18 +148,18 @@ class _Archive:
         member = self.members[name]
         if member.file_size > _LARGEST:
             raise ValueError(
-                f"{name} in {self.path} is {member.file_size / 2**30:.1f} GiB unpacked: nothing here is so large"
+                f"{name} in {self.path} has {member.file_size / 2**30:.1f} GiB unpacked, more than 1 GiB: remove it"
             )
         if member.flag_bits & 1:
-            raise ValueError(f"{name} in {self.path} is encrypted: pack it anew without a password")
+            raise ValueError(f"{name} in {self.path} is encrypted: create the zip again without a password")
         try:
             return self.archive.read(member)
         except Exception as error:  # among them zlib.error, EOFError, and NotImplementedError for compressions
             raise ValueError(f"{name} in {self.path} is damaged or cannot be unpacked ({error})") from error
 
 
-class _Like(NamedTuple):
-    """What all images of a set have to be like: those that the first one tells."""
+class _First(NamedTuple):
+    """The first image of a set, whose shape and bits all others must have."""
 
     name: str
     shape: tuple[int, ...]
@@ -169,9 +169,9 @@ class _Like(NamedTuple):
 
 @dataclass(frozen=True)
 class _Images:
-    """Encoded images by name, and what they are to become.
+    """Encoded images by name, and the size, channels and pixels to decode them to.
 
-    `file` is where one lies, by itself or in a zip; `transparent` and `several` are those met that are so.
+    `file` is the path of an image or of its zip; `transparent` and `multi_frame` collect the names of such images.
     """
 
     path: Path
@@ -181,7 +181,7 @@ class _Images:
     channels: int | None
     pixels: Pixels
     transparent: set[str] = field(default_factory=set)
-    several: set[str] = field(default_factory=set)
+    multi_frame: set[str] = field(default_factory=set)
 
     def is_grey(self, name: str) -> bool:
         content = self.contents(name)
@@ -191,60 +191,71 @@ class _Images:
             raise ValueError(f"{name} in {self.path} {error}") from None
 
     def open(self, name: str) -> Picture:
-        """As the file has it, but for channels and background."""
+        """Decode an image to the wanted channels and background, at its own size and bits."""
         content = self.contents(name)
         try:
-            found = images.decode(content, self.channels == 1, self.pixels.colour)
+            picture = images.decode(content, self.channels == 1, self.pixels.colour)
         except ValueError as error:
             raise ValueError(f"{name} in {self.path} {error}") from None
-        if found.transparent:
+        if picture.transparent:
             self.transparent.add(name)
-        if found.frames > 1:
-            self.several.add(name)
-        return found
+        if picture.frames > 1:
+            self.multi_frame.add(name)
+        return picture
 
-    def finished(self, picture: Picture, name: str) -> tuple[np.ndarray, int]:
-        """(C, H, W) of the wanted size and bits, and how many levels that makes."""
+    def convert(self, picture: Picture, name: str) -> tuple[np.ndarray, int]:
+        """A picture as (C, H, W) of the wanted size and bits, and its number of levels."""
         used = self.pixels.bits_used(picture.array, picture.bits, f"{name} in {self.path}")
         array = images.square(picture.array, self.size, (1 << used) - 1) if self.size else picture.array
         return self.pixels.kept(array, used).transpose(2, 0, 1), self.pixels.levels(used)
 
-    def read(self, names: Sequence[str], like: _Like, index: Sequence[int]) -> Tensor:
-        """(len(index), *shape): the images names[i], which must all be like the first."""
-        out: np.ndarray = np.empty((len(index), *like.shape), dtype=like.dtype)
+    def load(self, names: Sequence[str], first: _First, memory: int) -> Tensor | Stream:
+        """The images as a tensor, or as a stream of more than `memory` bytes, of which it checks a sample now."""
+        read = partial(self.read, names, first)
+        if len(names) * math.prod(first.shape) * np.dtype(first.dtype).itemsize <= memory:
+            return read(range(len(names)))
+        read(range(0, len(names), max(1, len(names) // _SAMPLE)))
+        files = ((name, self.file(name)) for name in names)
+        return Stream((len(names), *first.shape), read, identity_of(files, self.size, self.channels, self.pixels))
+
+    def read(self, names: Sequence[str], first: _First, index: Sequence[int]) -> Tensor:
+        """The images names[i] for i in `index`, (len(index), *shape); all must match the first."""
+        out: np.ndarray = np.empty((len(index), *first.shape), dtype=first.dtype)
 
         def place(row: int, i: int) -> None:
-            name = names[i]
-            picture = self.open(name)
-            if picture.bits != like.bits and not self.pixels.bits:
-                remedy = "give them apart" if self.pixels.mixed else "cut all to 8 with --config.data.bits=8"
-                raise ValueError(
-                    f"{name} in {self.path} has {picture.bits} bits per number, but {like.name} {like.bits}: {remedy}"
-                )
-            image, _ = self.finished(picture, name)
-            if image.shape != like.shape:
-                height, width = image.shape[1:]
-                raise ValueError(
-                    f"{name} in {self.path} is {height} x {width} but others are {like.shape[1]} x {like.shape[2]}: "
-                    f"crop and resize all with --config.data.image_size=SIZE"
-                )
-            out[row] = image
+            out[row] = self._matching(names[i], first)
 
         with ThreadPoolExecutor() as pool:
             list(pool.map(place, range(len(index)), index))
         return torch.from_numpy(out)
 
-    def notes(self, bits: int, of: int) -> list[str]:
-        """What is to be said of so many images, which were met by now."""
-        found = []
-        if self.transparent:
-            found.append(
-                f"{len(self.transparent)} of {of} images are transparent somewhere: they lie over "
-                f"data.background={self.pixels.background}"
+    def _matching(self, name: str, first: _First) -> np.ndarray:
+        picture = self.open(name)
+        if picture.bits != first.bits and not self.pixels.bits:
+            remedy = "read them separately" if self.pixels.mixed else "reduce all to 8 with --config.data.bits=8"
+            raise ValueError(
+                f"{name} in {self.path} has {picture.bits} bits per number, but {first.name} has {first.bits}: {remedy}"
             )
-        if self.several:
-            found.append(f"{len(self.several)} of {of} images have several frames, of which the first is read")
-        return found + _about_bits(self.pixels, bits)
+        image, _ = self.convert(picture, name)
+        if image.shape != first.shape:
+            (height, width), (first_height, first_width) = image.shape[1:], first.shape[1:]
+            raise ValueError(
+                f"{name} in {self.path} is {height} x {width}, but {first.name} is {first_height} x {first_width}: "
+                f"crop and resize all with --config.data.image_size=SIZE"
+            )
+        return image
+
+    def notes(self, bits: int, count: int) -> list[str]:
+        """Notes for the user on the `count` images that were read so far."""
+        notes = []
+        if self.transparent:
+            notes.append(
+                f"{len(self.transparent)} of {count} images have transparent pixels: "
+                f"data.background={self.pixels.background} shows through them"
+            )
+        if self.multi_frame:
+            notes.append(f"{len(self.multi_frame)} of {count} images have several frames: only the first is read")
+        return notes + _bit_notes(self.pixels, bits)
 
 
 def _images(
@@ -253,65 +264,59 @@ def _images(
     memory: int,
     skipped: Mapping[str, int] = MappingProxyType({}),
     narrow: Callable[[Layout], Layout] = lambda layout: layout,
-) -> Found:
+) -> FileData:
     if source.channels not in (None, 1, 3):
-        raise ValueError(f"images have 1 channel or 3, got {source.channels}: set --config.data.num_channels to 1 or 3")
+        raise ValueError(f"images have 1 or 3 channels, got {source.channels}: set --config.data.num_channels=1 or 3")
     where = str(source.path)
     images = [n for n in names if n.lower().endswith(IMAGES)]
     if not images:
-        raise ValueError(f"there are no images ({', '.join(IMAGES)}) in {where}" + _instead(names))
+        raise ValueError(f"there are no images ({', '.join(IMAGES)}) in {where}{_instead(names)}")
     layout = narrow(lay_out(images, where))
     train, test = layout.train, layout.test
     if source.channels is None:
         source = replace(source, channels=1 if source.is_grey(train[0]) else 3)
-    listed = _at_top("dataset.json", names, layout)
-    label, unused = _listed(source, listed) if listed else {}, list[str]()
-    classes: tuple[str, ...] = ()
+    label_file = _at_top("dataset.json", names, layout)
+    label = _labels_by_name(source, label_file) if label_file else {}
+    folder_notes: list[str] = []
+    class_names: tuple[str, ...] = ()
     if not label:
-        unused, (label, classes) = about_classes(layout), classes_of(layout, where)
+        folder_notes, (label, class_names) = class_notes(layout), classes_of(layout, where)
     captions = read_captions(source.contents, names, train + test, where)
-    first = source.open(train[0])
-    image, levels = source.finished(first, train[0])
-    like = _Like(train[0], image.shape, first.bits, np.uint8 if levels <= 256 else np.int32)
+    picture = source.open(train[0])
+    image, levels = source.convert(picture, train[0])
+    first = _First(train[0], image.shape, picture.bits, np.uint8 if levels <= 256 else np.int32)
 
-    def part(chosen: list[str]) -> Part:
-        load = partial(source.read, chosen, like)
-        on_disk = len(chosen) * math.prod(like.shape) * np.dtype(like.dtype).itemsize > memory
-        if on_disk:
-            load(range(0, len(chosen), max(1, len(chosen) // _SAMPLE)))
-            files = ((name, source.file(name)) for name in chosen)
-            identity = identity_of(files, source.size, source.channels, source.pixels)
-        x = Stream((len(chosen), *like.shape), load, identity) if on_disk else load(range(len(chosen)))
+    def split(chosen: list[str]) -> FileSplit:
         y = named_labels(label, chosen, f"dataset.json in {where}") if label else None
-        return Part(x, y, [captions[n] for n in chosen] if captions else None, classes)
+        captions_of = [captions[n] for n in chosen] if captions else None
+        return FileSplit(source.load(chosen, first, memory), y, captions_of, class_names)
 
-    parts = part(train), part(test) if test else None
-    read_by_now = sum(len(p.x) if isinstance(p.x, Tensor) else min(_SAMPLE, len(p.x)) for p in parts if p is not None)
-    beside = {*images, *(caption_file(n) for n in train + test if captions), listed}
-    rest = [n for n in names if n not in beside and not n.endswith("metadata.jsonl")]
-    notes = (*layout.notes, *unused, *unread(rest, skipped), *source.notes(first.bits, read_by_now))
-    return Found(*parts, levels, notes)
+    splits = split(train), split(test) if test else None
+    count = sum(len(s.x) if isinstance(s.x, Tensor) else min(_SAMPLE, len(s.x)) for s in splits if s is not None)
+    used = {*images, *(caption_file(n) for n in train + test if captions), label_file}
+    rest = [n for n in names if n not in used and not n.endswith("metadata.jsonl")]
+    notes = (*layout.notes, *folder_notes, *unread_notes(rest, skipped), *source.notes(picture.bits, count))
+    return FileData(*splits, levels, notes)
 
 
-def _listed(source: _Images, name: str) -> dict[str, Any]:
-    """Labels by name of a dataset.json, whose names are from where it lies."""
-    found = read_dataset_json(source.contents(name), f"{name} in {source.path}")
-    return {name.removesuffix("dataset.json") + image: label for image, label in found.items()}
+def _labels_by_name(source: _Images, name: str) -> dict[str, Any]:
+    """Labels in a dataset.json, by names relative to the data set instead of the file's folder."""
+    labels = read_dataset_json(source.contents(name), f"{name} in {source.path}")
+    return {name.removesuffix("dataset.json") + image: label for image, label in labels.items()}
 
 
 def _at_top(name: str, names: Sequence[str], layout: Layout) -> str:
-    """The file of this name in the folder that holds all images or in the nearest one above it; "" for none."""
-    above = layout.top.split("/")[:-1]
-    ways = ("/".join([*above[:depth], name]) for depth in range(len(above), -1, -1))
-    return next((way for way in ways if way in names), "")
+    """The file of this name in the top folder of all images or in the nearest folder above; "" if there is none."""
+    folders = layout.top.split("/")[:-1]
+    paths = ("/".join([*folders[:depth], name]) for depth in range(len(folders), -1, -1))
+    return next((path for path in paths if path in names), "")
 
 
-def unread(names: Sequence[str], skipped: Mapping[str, int]) -> list[str]:
-    """A sentence on files of these names, and on what `folders.listing` left out."""
-    files = Counter(_ending(name) for name in names)
-    parts = [f"{count} {ending}" for ending, count in sorted(files.items())]
-    parts += [f"{count} {kind}" for kind, count in sorted(skipped.items())]
-    return [f"not read: {', '.join(parts)}"] if parts else []
+def unread_notes(names: Sequence[str], skipped: Mapping[str, int]) -> list[str]:
+    """A note for the user: how many files of each ending were not read, and what `folders.listing` skipped."""
+    endings = Counter(_ending(name) for name in names)
+    counts = [f"{count} {kind}" for kinds in (endings, skipped) for kind, count in sorted(kinds.items())]
+    return [f"not read: {', '.join(counts)}"] if counts else []
 
 
 def _ending(name: str) -> str:
@@ -319,54 +324,50 @@ def _ending(name: str) -> str:
 
 
 def _instead(names: list[str]) -> str:
-    there = Counter(_ending(n) for n in names)
-    return f", but {', '.join(f'{count} {kind}' for kind, count in there.most_common(3))}" if there else ""
+    endings = Counter(_ending(n) for n in names)
+    return f", only {', '.join(f'{count} {kind}' for kind, count in endings.most_common(3))}" if endings else ""
 
 
-def _about_bits(pixels: Pixels, held: int) -> list[str]:
-    if held == 8 and not (pixels.bits or pixels.file_bits):
+def _bit_notes(pixels: Pixels, file_bits: int) -> list[str]:
+    if file_bits == 8 and not (pixels.bits or pixels.file_bits):
         return []
-    used = pixels.file_bits or held
-    cut = f", cut to {pixels.bits} (data.bits)" if pixels.bits else ""
-    return [f"pixels have {used} bits on file{cut}: {pixels.levels(used)} levels"]
+    used = pixels.file_bits or file_bits
+    reduced = f", reduced to {pixels.bits} (data.bits)" if pixels.bits else ""
+    return [f"pixels have {used} bits in the files{reduced}: {pixels.levels(used)} levels"]
 
 
-def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path: Path) -> Found:
-    held = [named.x.dtype] + ([] if named.x_test is None else [named.x_test.dtype])
-    if len({_kind(dtype) for dtype in held}) > 1:
-        raise ValueError(f"{path} has {held[0]} to train on but holds out {held[1]}: save both as one type")
+def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path: Path) -> FileData:
+    if named.x_test is not None and _kind(named.x.dtype) != _kind(named.x_test.dtype):
+        raise ValueError(
+            f"{path} has {named.x.dtype} for training but {named.x_test.dtype} held out: save both as one type"
+        )
 
-    def held_as(
-        x: np.ndarray, dtype: type, cut: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
-    ) -> Tensor | Stream:
-        """As a tensor; what is mapped from disk stays there."""
+    def load(x: np.ndarray, dtype: type, convert: Callable[[np.ndarray], np.ndarray]) -> Tensor | Stream:
+        """An array as a tensor; one that is mapped from disk stays there."""
         if not isinstance(x, np.memmap):
-            return torch.from_numpy(np.ascontiguousarray(cut(x), dtype=dtype))
+            return torch.from_numpy(np.ascontiguousarray(convert(x), dtype=dtype))
         identity = identity_of([(path.name, path)], num_channels, pixels)
-        return Stream(x.shape, lambda rows: torch.from_numpy(np.ascontiguousarray(cut(x[list(rows)]), dtype)), identity)
+        return Stream(
+            x.shape, lambda rows: torch.from_numpy(np.ascontiguousarray(convert(x[list(rows)]), dtype)), identity
+        )
 
-    def part(x: np.ndarray, y: np.ndarray | None, key: str) -> tuple[Part, int | None, list[str]]:
+    def split(x: np.ndarray, y: np.ndarray | None, key: str) -> tuple[FileSplit, int | None, list[str]]:
         where = f"{path}, {key}" if named.x_test is not None else str(path)
         x, notes = arrays.examples(x, num_channels, where)
+        labels = None if y is None else labels_of(y, len(x), where)
         if x.dtype.kind == "f":
-            return Part(held_as(x, np.float32), _labels(y, len(x), where)), None, notes
+            return FileSplit(load(x, np.float32, lambda rows: rows), labels), None, notes
         used = arrays.bits_used(x, pixels, where)
         levels = pixels.levels(used)
-        kept = held_as(x, np.uint8 if levels <= 256 else np.int32, partial(pixels.kept, used=used))
-        return Part(kept, _labels(y, len(x), where)), levels, notes + _about_bits(pixels, 8 * x.dtype.itemsize)
+        values = load(x, np.uint8 if levels <= 256 else np.int32, partial(pixels.kept, used=used))
+        return FileSplit(values, labels), levels, notes + _bit_notes(pixels, 8 * x.dtype.itemsize)
 
-    train, levels, notes = part(named.x, named.y, "x_train")
+    train, levels, notes = split(named.x, named.y, "x_train")
     if named.unread:
         notes.append(f"not read: the arrays {', '.join(named.unread)}")
-    if named.x_test is None:
-        return Found(train, None, levels, tuple(notes))
-    test, _, _ = part(named.x_test, named.y_test, "x_test")
-    return Found(train, test, levels, tuple(notes))
+    test = None if named.x_test is None else split(named.x_test, named.y_test, "x_test")[0]
+    return FileData(train, test, levels, tuple(notes))
 
 
 def _kind(dtype: np.dtype) -> str:
     return "float" if dtype.kind == "f" else dtype.name
-
-
-def _labels(y: np.ndarray | None, n: int, where: str) -> Tensor | None:
-    return None if y is None else labels_of(y, n, where)

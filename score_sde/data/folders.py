@@ -1,9 +1,10 @@
-"""Which files of a folder or a zip are read: each real folder once, what is for training and what is held out, classes.
+"""Splits and classes of a folder or zip: which files are for training, which are held out, and each file's class.
 
-Where all files lie in one top folder, that is taken off. What lies under `train` or `training` then is for training,
-and under `test` or `testing` held out, or, where there is neither, under `val`, `valid` or `validation`, in upper or
-lower case; nothing else is read. Without any of these all files are one set. A folder with a name of the held-out kind
-anywhere else is refused, since its images would be trained on, and so is a `test_set` beside a `train_set`.
+If all files lie in one top folder, its name is dropped. Below it, `train` or `training` is the training split, and
+`test` or `testing` is held out, or, if there is neither, `val`, `valid` or `validation`; case does not matter. Other
+files are then not read. Without such folders all files are one set. A folder with a held-out name anywhere else is
+refused, because its images would be used for training; so is a `test_set` beside a `train_set`. Each real folder is
+read once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _HELD_OUT = (*TEST, *VALIDATION)
 
 @dataclass(frozen=True)
 class Listing:
-    """Names of files, relative to a folder and with slashes, sorted; and what was left out, by kind."""
+    """Sorted names of files, relative to a folder and with slashes, and how many of each kind were skipped."""
 
     names: list[str]
     skipped: Counter[str]
@@ -31,7 +32,7 @@ class Listing:
 
 @dataclass(frozen=True)
 class Layout:
-    """Names to train on and to hold out, the top folder that is taken off all of them, and sentences on the rest."""
+    """Names of the training and the held-out files, the top folder that all share, and notes for the user."""
 
     train: list[str]
     test: list[str]
@@ -39,21 +40,21 @@ class Layout:
     notes: list[str]
 
     def class_folder(self, name: str) -> str | None:
-        """The folder that a file lies in, below the top and a split's, or None."""
+        """The first folder of a file below the top and its split's folder, or None."""
         inside = name.removeprefix(self.top).split("/")[1 if self.test or _is(name, self.top, TRAIN) else 0 :]
         return inside[0] if len(inside) > 1 else None
 
 
 def root_of(path: Path) -> Path:
-    """The folder that a data set's names are relative to: above a `train` with held-out files beside it."""
-    beside = [p.name.lower() for p in path.parent.iterdir() if p.is_dir()] if path.name.lower() in TRAIN else []
-    return path.parent if set(beside) & {*_HELD_OUT} else path
+    """The root folder of a data set: `path`, or its parent if `path` is a `train` with held-out files beside it."""
+    siblings = [p.name.lower() for p in path.parent.iterdir() if p.is_dir()] if path.name.lower() in TRAIN else []
+    return path.parent if set(siblings) & {*_HELD_OUT} else path
 
 
 def listing(root: Path) -> Listing:
-    """All files below a folder but hidden ones; each real folder once, under a name without links if it has one.
+    """List all files below a folder except hidden ones, each real folder once, by its own name before any link to it.
 
-    Raises ValueError for a folder that may not be read.
+    Raises ValueError for a folder that cannot be read.
     """
     names: list[str] = []
     skipped: Counter[str] = Counter()
@@ -63,18 +64,18 @@ def listing(root: Path) -> Listing:
     def walk(folder: Path, prefix: str) -> None:
         try:
             status = folder.stat()
-            inside = sorted(folder.iterdir(), key=lambda path: (not _is_split(path.name), path.name))
+            entries = sorted(folder.iterdir(), key=lambda path: (not _is_split(path.name), path.name))
         except OSError as error:
             raise ValueError(f"the folder {folder} cannot be read ({error.strerror})") from None
         if (status.st_dev, status.st_ino) in seen:
-            skipped["links to folders that are read already"] += 1
+            skipped["links to folders that are already read"] += 1
             return
         seen.add((status.st_dev, status.st_ino))
-        for path in inside:
+        for path in entries:
             if hidden(path.name):
                 continue
             if os.path.isdir(path):
-                # a split may be a link into a folder of everything; any other folder has its own name first
+                # a split may be a link into a larger folder; other links wait until all real folders are read
                 if path.is_symlink() and not _is_split(path.name):
                     links.append((path, f"{prefix}{path.name}/"))
                 else:
@@ -91,10 +92,7 @@ def listing(root: Path) -> Listing:
 
 
 def lay_out(names: Sequence[str], where: str) -> Layout:
-    """What is for training and what is held out of these files.
-
-    Raises ValueError where that is not clear.
-    """
+    """Split files into training and held-out ones by their folders. Raises ValueError where that is ambiguous."""
     top = _top(names)
     by_split: dict[str, list[str]] = {}
     for name in names:
@@ -105,59 +103,59 @@ def lay_out(names: Sequence[str], where: str) -> Layout:
     test = sorted(n for key in (kinds[0] if kinds else ()) for n in by_split.pop(key, []))
     if test and not train:
         raise ValueError(
-            f"{where} has the folder {test[0].removeprefix(top).split('/')[0]} and no train: put what is to be trained "
-            f"on into train, or rename that folder if it is a class"
+            f"{where} has a folder {test[0].removeprefix(top).split('/')[0]} but no folder train: put the data for "
+            f"training into train, or rename that folder if it is a class"
         )
-    rest = sorted(n for left in by_split.values() for n in left)
-    hidden_test = _hidden_test(train or rest, {part for n in test for part in n.removeprefix(top).split("/")[1:-1]})
+    rest = sorted(n for others in by_split.values() for n in others)
+    hidden_test = _hidden_test(train or rest, {folder for n in test for folder in n.removeprefix(top).split("/")[1:-1]})
     if hidden_test is not None:
         raise ValueError(
-            f"{hidden_test} in {where} lies in a folder of held-out data that would be trained on: let train and "
-            f"test be at the top, or rename that folder if it is a class"
+            f"{hidden_test} in {where} lies in a folder of held-out data but would be used for training: put train and "
+            f"test at the top, or rename that folder if it is a class"
         )
     if not train:
         return Layout(rest, [], top, [])
-    left = Counter(_first_folder(n.removeprefix(top)) for n in rest)
-    notes = [f"not read: {count} images {place}, since train is read" for place, count in sorted(left.items())]
-    return Layout(train, test, top, notes)
+    unread = Counter(_first_folder(n.removeprefix(top)) for n in rest)
+    reason = "because there is a train folder"
+    return Layout(train, test, top, [f"not read: {n} files {place}, {reason}" for place, n in sorted(unread.items())])
 
 
-def about_classes(layout: Layout) -> list[str]:
-    """A sentence where folders would be classes if all files lay in them."""
+def class_notes(layout: Layout) -> list[str]:
+    """A note for the user if folders are not classes only because some files lie outside of them."""
     outside = [n for n in layout.train if layout.class_folder(n) is None]
     folders = {layout.class_folder(n) for n in layout.train} - {None}
     if not outside or len(folders) < 2:
         return []
-    return [f"{len(folders)} folders are no classes, since {outside[0]} lies in none"]
+    return [f"{len(folders)} folders are not used as classes, because {outside[0]} lies in none of them"]
 
 
 def once_each(root: Path, layout: Layout) -> Layout:
-    """The layout without links to files that are in it already.
+    """The layout without links to files that it already has.
 
-    Raises ValueError where a file is for training and, by a link, held out.
+    Raises ValueError for a file that a link puts into both splits.
     """
     if not any(os.path.islink(root / name) for name in layout.train + layout.test):
         return layout
     first: dict[tuple[int, int], tuple[str, bool]] = {}
     kept: tuple[list[str], list[str]] = [], []
-    everything = [(name, held_out) for held_out, part in enumerate((layout.train, layout.test)) for name in part]
-    for name, held_out in sorted(everything, key=lambda pair: os.path.islink(root / pair[0])):
+    files = [(name, held_out) for held_out, names in enumerate((layout.train, layout.test)) for name in names]
+    for name, held_out in sorted(files, key=lambda pair: os.path.islink(root / pair[0])):
         status = (root / name).stat()
         before, was_held_out = first.setdefault((status.st_dev, status.st_ino), (name, bool(held_out)))
         if was_held_out != held_out:
-            raise ValueError(f"{name} and {before} in {root} are one file, to train on and held out: take one away")
+            raise ValueError(f"{name} and {before} in {root} are one file in both splits: remove one of them")
         if before == name:
             kept[held_out].append(name)
-    train, test = (sorted(part) for part in kept)
-    count = len(everything) - len(train) - len(test)
-    notes = [f"not read: {count} links to files that are read already"] if count else []
+    train, test = (sorted(names) for names in kept)
+    count = len(files) - len(train) - len(test)
+    notes = [f"not read: {count} links to files that are already read"] if count else []
     return Layout(train, test, layout.top, [*layout.notes, *notes])
 
 
 def classes_of(layout: Layout, where: str) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The class of every file, from the folder it lies in, and their names; nothing where these are no classes.
+    """The class of every file by its folder, and the names of the classes; ({}, ()) if the folders are not classes.
 
-    Raises ValueError for a held-out file that lies in no class's folder.
+    Raises ValueError for a held-out file outside of the class folders.
     """
     folder = {n: layout.class_folder(n) for n in layout.train + layout.test}
     classes = sorted({f for n in layout.train if (f := folder[n]) is not None})
@@ -165,32 +163,33 @@ def classes_of(layout: Layout, where: str) -> tuple[dict[str, int], tuple[str, .
         return {}, ()
     odd = next((n for n in layout.test if folder[n] not in classes), None)
     if odd is not None:
-        raise ValueError(f"{odd} in {where} lies in none of train/'s class folders, which are {', '.join(classes)}")
+        raise ValueError(
+            f"{odd} in {where} lies in none of train's class folders: move it into one of {', '.join(classes)}"
+        )
     number = {name: i for i, name in enumerate(classes)}
     return {n: number[f] for n, f in folder.items() if f is not None}, tuple(classes)
 
 
 def hidden(name: str) -> bool:
-    """Whether a file or folder is no data: hidden, or what macOS leaves in zips."""
+    """Whether a file or folder is hidden, or one that macOS adds to zips."""
     return name.startswith((".", "__MACOSX"))
 
 
 def _top(names: Sequence[str]) -> str:
-    """The folders that all names begin with, "" or "a/b/"; a split's name ends them."""
+    """The top folder that all names share, "" or "a/b/", up to a split's folder."""
     first, *others = {name.rpartition("/")[0]: None for name in names}
     shared = first.split("/") if first else []
     for folder in others:
         shared = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(shared, folder.split("/")))]
-    whole = list(takewhile(lambda part: not _is_split(part), shared))
-    return "".join(f"{part}/" for part in whole)
+    return "".join(f"{folder}/" for folder in takewhile(lambda folder: not _is_split(folder), shared))
 
 
 def _hidden_test(names: Sequence[str], classes: Container[str]) -> str | None:
     """The first file that lies in a folder of held-out data: `test`, or `test_set` where there is a `train_set`."""
-    parts = {name: [p.lower() for p in name.split("/")[:-1] if p not in classes] for name in names}
-    here = {p for inside in parts.values() for p in inside}
-    twins = {p for p in here for a in _HELD_OUT for b in TRAIN if a in p and p.replace(a, b) in here}
-    return next((name for name, inside in parts.items() if twins.union(_HELD_OUT) & set(inside)), None)
+    folders = {name: [f.lower() for f in name.split("/")[:-1] if f not in classes] for name in names}
+    known = {f for path in folders.values() for f in path}
+    twins = {f for f in known for a in _HELD_OUT for b in TRAIN if a in f and f.replace(a, b) in known}
+    return next((name for name, path in folders.items() if twins.union(_HELD_OUT) & set(path)), None)
 
 
 def _is(name: str, top: str, kind: Sequence[str]) -> bool:
@@ -207,4 +206,4 @@ def _is_split(folder: str) -> bool:
 
 def _first_folder(name: str) -> str:
     folder, slash, _ = name.partition("/")
-    return f"in {folder}/" if slash else "beside them"
+    return f"in {folder}/" if slash else "at the top"

@@ -1,9 +1,9 @@
-"""Data sets: a training and a held-out split of uint8 images or float vectors, and the order in which batches come.
+"""Data sets: a training and a held-out split of uint8 images or float vectors, and the order of batches.
 
-A set that fits in memory is one tensor, moved whole to the device and indexed there; a larger one stays on disk and is
-read by index. Which examples form batch `step` depends on (seed, step) alone: they are places step * batch_size + j of
-an endless row of permutations, one per epoch, each drawn from (seed, epoch). So a resumed run goes on exactly, and
-every process of a distributed one knows the whole batch and takes its part.
+A set that fits in memory is one tensor, which is moved to the device and indexed there; a larger one stays on disk and
+is read by index. Which examples form batch `step` depends only on (seed, step): they are places step * batch_size + j
+in an endless sequence of permutations, one per epoch, each drawn from (seed, epoch). A resumed run therefore continues
+exactly, and every process of a distributed run knows the whole batch and takes its share.
 
 Values are as stored: `codecs.py` scales them. A data set is a function path -> Data and one row in `_BUILT_IN`.
 """
@@ -33,11 +33,11 @@ from .toys import TOYS
 
 @dataclass(frozen=True)
 class Split:
-    """Examples x, uint8 (N, C, H, W), int32 where they have more than 256 levels, or float32 (N, *shape).
+    """One split: examples x, uint8 (N, C, H, W), int32 above 256 levels, or float32 (N, *shape), and their labels.
 
-    Labels y are int64 (N,), float32 (N, K) or none.
-    `caption` (N,) int64 are places in the data's `captions`, or none. With `std`, of x's shape, examples are the normal
-    laws N(x, std²) of an autoencoder's codes.
+    Labels y are int64 (N,), float32 (N, K) or None.
+    `caption` (N,) int64 are indices into the data's `captions`, or None. With `std`, of x's shape, examples are the
+    normal laws N(x, std²) of an autoencoder's codes.
     """
 
     x: Tensor | Stream
@@ -56,39 +56,38 @@ class Split:
 
     def __getitem__(self, index: Tensor) -> tuple[Tensor, Tensor | None]:
         """Examples and labels at `index`, (B,) int64 on the CPU, on this split's device."""
-        where = sent(index, self.device)
-        x = self.x[where] if isinstance(self.x, Tensor) else self.x[index].to(self.device)
-        return x, None if self.y is None else self.y[where]
+        there = sent(index, self.device)
+        x = self.x[there] if isinstance(self.x, Tensor) else self.x[index].to(self.device)
+        return x, None if self.y is None else self.y[there]
 
     def to(self, device: torch.device | str) -> Split:
-        """The same split with its tensors there; what a Stream reads will follow."""
+        """The split with its tensors on a device, where a Stream then puts what it reads."""
         x = self.x.to(device) if isinstance(self.x, Tensor) else self.x
         y, caption, std = (None if v is None else v.to(device) for v in (self.y, self.caption, self.std))
         return Split(x, y, device, caption, std)
 
     def digest(self, captions: Sequence[str] = ()) -> str:
-        """sha256 hex that changes with the examples, labels, places of captions and deviations, whatever the device.
+        """sha256 hex of the examples, labels, caption indices and deviations, the same on any device.
 
-        Of a Stream it is its `identity`: names, sizes and times of files, not what is in them. `captions` are the
-        data's, for whom their words matter, too.
+        A Stream counts by its `identity`: names, sizes and times of its files, not their content. Pass the data's
+        `captions` to include their words.
         """
         x = self.x
         if isinstance(x, Stream) and not x.identity:
-            each = [digest(x[index]) for index in torch.arange(len(x)).split(1_000)]
-            x = replace(x, identity=" ".join(each))
-        of = [digest(x) if isinstance(x, Tensor) else f"{x.shape} {x.identity}"]
-        of += ["" if v is None else digest(v) for v in (self.y, self.caption, self.std)]
-        return hashlib.sha256(repr([*of, *captions]).encode()).hexdigest()
+            digests = [digest(x[index]) for index in torch.arange(len(x)).split(1_000)]
+            x = replace(x, identity=" ".join(digests))
+        fields = [digest(x) if isinstance(x, Tensor) else f"{x.shape} {x.identity}"]
+        fields += ["" if v is None else digest(v) for v in (self.y, self.caption, self.std)]
+        return hashlib.sha256(repr([*fields, *captions]).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set: `levels` values per pixel, None for floats; `num_classes` is 0 unless its labels are classes.
+    """A data set: two splits; `levels` values per pixel, None for floats; `num_classes`, 0 unless labels are classes.
 
-    `class_names`, one for each class, are () where nothing names them; `empty_classes` have no example to train on.
-    `captions`, each once, are what the splits' `caption` names; () where examples have none.
-    `rate` is the sample rate of recordings. `notes` are sentences on files that were not read, and on what was made of
-    the others.
+    `class_names` has one name per class, or is (); `empty_classes` are those without a training example. `captions`
+    are the distinct captions that the splits' `caption` indexes, or (). `rate` is the sample rate of recordings.
+    `notes` are sentences for the user: files that were not read, and how the others were read.
     """
 
     train: Split
@@ -107,7 +106,7 @@ class Data:
         return self.train.shape
 
     def to(self, device: torch.device | str) -> Data:
-        """The same set with both splits there."""
+        """The data with both splits on a device."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
@@ -127,17 +126,16 @@ def load_data(
     arguments for.
 
     Args:
-        path: where CIFAR-10's files lie, or are put (default `data`); for "files" a folder or a zip of images, a
-            folder of .wav recordings, a .npy or a .npz. The others need none.
-        image_size: "files" crops images to their central square and resizes it to this, the others shrink theirs by
-            an integer factor; None or 0 keeps their size.
-        num_channels: "files" makes images grey (1) or RGB (3); None or 0 follows the first image.
-        length: "files" takes the first samples of recordings, this many; None or 0: all must have the same length.
-        memory: "files" of more bytes than this stay on disk and are read batch by batch.
-        pixels: how those of "files" are read: their bits, and what transparent ones lie over.
+        path: folder of CIFAR-10's files, downloaded if missing (default `data`); for "files" a folder or zip of images,
+            a folder of .wav recordings, a .npy or a .npz. The other sets need none.
+        image_size: "files" crops images to their central square and resizes it to this size; other sets shrink theirs
+            by an integer factor; None or 0 keeps the size.
+        num_channels: "files" converts images to grey (1) or RGB (3); None or 0 follows the first image.
+        length: "files" takes this many samples of each recording; None or 0: all must have the same length.
+        memory: "files" with a split of more bytes than this stays on disk and is read batch by batch.
+        pixels: how "files" reads pixels: their bits, and the background of transparent ones.
 
-    Raises ValueError for an unknown name, with the nearest one, and for files that are not what they should be;
-    FileNotFoundError for those that are missing.
+    Raises ValueError for an unknown name, with the nearest one, or for wrong files; FileNotFoundError for missing ones.
     """
     path = Path(path).expanduser() if path else None
     if own_code.is_own(name):
@@ -151,11 +149,13 @@ def load_data(
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
         return _files(path, image_size or None, num_channels or None, length or None, memory, pixels)
     near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, and all are {', '.join(DATASETS)}")
+    raise ValueError(
+        f"there is no data set {name!r}: the nearest name is {near!r}, and there are {', '.join(DATASETS)}"
+    )
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
-    """The examples, of n, in batch `step`: (batch_size,) int64.
+    """The indices, of n examples, that form batch `step`: (batch_size,) int64.
 
     Place p = step * batch_size + j is entry p % n of the permutation of epoch p // n: every epoch holds each example
     once, batches run over its end, and none is dropped.
@@ -167,24 +167,24 @@ def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:
 
 
 def batch(
-    split: Split, step: int, batch_size: int, seed: int, flip: bool = False, part: slice = slice(None)
+    split: Split, step: int, batch_size: int, seed: int, flip: bool = False, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor | None]:
     """Examples, as stored, and labels of batch `step`, on the split's device; `flip` mirrors each with probability 1/2.
 
-    `part` is what this process takes of the batch of `batch_size`: joined, the parts are the whole, mirrored alike.
+    `rows` is the share of this process in the batch of `batch_size`; all shares joined are the whole batch.
     """
-    x, y = split[batch_indices(len(split), batch_size, step, seed)[part]]
-    return mirrored(x, step, batch_size, seed, part) if flip else x, y
+    x, y = split[batch_indices(len(split), batch_size, step, seed)[rows]]
+    return mirrored(x, step, batch_size, seed, rows) if flip else x, y
 
 
-def mirrored(x: Tensor, step: int, batch_size: int, seed: int, part: slice = slice(None)) -> Tensor:
-    """The images of `part` of batch `step`, (B, C, H, W), each mirrored with probability 1/2.
+def mirrored(x: Tensor, step: int, batch_size: int, seed: int, rows: slice = slice(None)) -> Tensor:
+    """Mirror each of the images (B, C, H, W), which are these rows of batch `step`, with probability 1/2.
 
-    Raises ValueError for examples that are no images.
+    Raises ValueError for examples that are not images.
     """
     if x.ndim != 4:
-        raise ValueError(f"examples of shape {tuple(x.shape[1:])} are no images to mirror: set data.random_flip=False")
-    chosen = torch.from_numpy(np.random.default_rng([DataStream.FLIPS, seed, step]).random(batch_size) < 0.5)[part]
+        raise ValueError(f"examples of shape {tuple(x.shape[1:])} cannot be mirrored: set data.random_flip=False")
+    chosen = torch.from_numpy(np.random.default_rng([DataStream.FLIPS, seed, step]).random(batch_size) < 0.5)[rows]
     return torch.where(sent(chosen, x.device)[:, None, None, None], x.flip(-1), x)
 
 
@@ -194,23 +194,23 @@ def _permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def digest(*tensors: Tensor) -> str:
-    """sha256 of tensors, their types, shapes and numbers."""
-    whole = hashlib.sha256()
+    """sha256 hex of tensors: their types, shapes and values."""
+    sha = hashlib.sha256()
     for tensor in tensors:
-        whole.update(f"{tensor.dtype} {tuple(tensor.shape)}\0".encode())
-        whole.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return whole.hexdigest()
+        sha.update(f"{tensor.dtype} {tuple(tensor.shape)}\0".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
 
 
 def leave_out(data: Data, captions: Sequence[str]) -> Data:
-    """The data without the training examples that have one of these captions; the held-out ones stay.
+    """The data without the training examples of these captions; held-out examples stay.
 
     Raises ValueError for a caption that no example has.
     """
     for caption in captions:
         if caption not in data.captions:
             near = difflib.get_close_matches(caption, data.captions, n=1, cutoff=0.0)
-            hint = f"the nearest is {near[0]!r}" if near else "none has a caption"
+            hint = f"the nearest is {near[0]!r}" if near else "these data have no captions"
             raise ValueError(f"data.leave_out: no example has the caption {caption!r}: {hint}")
     if not captions:
         return data
@@ -223,16 +223,15 @@ def leave_out(data: Data, captions: Sequence[str]) -> Data:
 def shrink(images: Tensor, factor: int) -> Tensor:
     """Images (N, C, H, W) at 1/factor of their size: means of factor x factor pixels, rounded.
 
-    Raises ValueError where the factor divides height or width not.
+    Raises ValueError unless the factor divides height and width.
     """
     if any(size % factor for size in images.shape[2:]):
         raise ValueError(f"images of {images.shape[2]} x {images.shape[3]} cannot be shrunk by a factor of {factor}")
-    parts = [F.avg_pool2d(part.float(), factor).round().to(images.dtype) for part in images.split(5_000)]
-    return torch.cat(parts)
+    return torch.cat([F.avg_pool2d(k.float(), factor).round().to(images.dtype) for k in images.split(5_000)])
 
 
 def _checked(data: Data, name: str) -> Data:
-    """The data, if its splits have examples of one shape, and of the type that its levels ask for."""
+    """The data, if its splits have examples of one shape and of the type for its levels; else raises ValueError."""
     for split in (data.train, data.test):
         if len(split) == 0 or split.shape != data.shape:
             raise ValueError(f"{name} has {len(split)} examples of shape {split.shape} beside others of {data.shape}")
@@ -244,18 +243,18 @@ def _checked(data: Data, name: str) -> Data:
 
 
 def _shrunk(data: Data, size: int | None) -> Data:
-    """The data with square images of this size, where it is smaller than theirs."""
+    """The data with square images shrunk to this size, if they are larger."""
     own = data.shape[-1]
     if size is None or size >= own:
         return data
     if own % size:
         raise ValueError(f"data.image_size={size} must divide the images' size, {own}")
 
-    def part(split: Split) -> Split:
+    def shrunk(split: Split) -> Split:
         assert isinstance(split.x, Tensor)
         return replace(split, x=shrink(split.x, own // size))
 
-    return replace(data, train=part(data.train), test=part(data.test))
+    return replace(data, train=shrunk(data.train), test=shrunk(data.test))
 
 
 def _cifar10(path: Path | None) -> Data:
@@ -266,19 +265,19 @@ def _cifar10(path: Path | None) -> Data:
 
 
 def _captioned(data: Data, train: Sequence[str] | None, test: Sequence[str] | None) -> Data:
-    """The data with a caption for every example of a split, or none for None."""
-    known = {caption: i for i, caption in enumerate(sorted({*(train or ()), *(test or ())}))}
+    """The data with a caption for every example of a split, or None for a split without captions."""
+    number = {caption: i for i, caption in enumerate(sorted({*(train or ()), *(test or ())}))}
 
-    def part(split: Split, each: Sequence[str] | None) -> Split:
-        places = None if each is None else torch.tensor([known[caption] for caption in each], dtype=torch.int64)
-        return replace(split, caption=places)
+    def captioned(split: Split, captions: Sequence[str] | None) -> Split:
+        index = None if captions is None else torch.tensor([number[c] for c in captions], dtype=torch.int64)
+        return replace(split, caption=index)
 
-    return replace(data, train=part(data.train, train), test=part(data.test, test), captions=tuple(known))
+    return replace(data, train=captioned(data.train, train), test=captioned(data.test, test), captions=tuple(number))
 
 
 def _digits(path: Path | None) -> Data:
     """Scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak 1998), 1 x 8 x 8 of 17 levels; 300 are held out."""
-    from sklearn.datasets import load_digits  # slow to import, and needed here alone
+    from sklearn.datasets import load_digits  # slow to import, and needed only here
 
     digits = load_digits()
     x = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
@@ -287,7 +286,7 @@ def _digits(path: Path | None) -> Data:
 
 
 def _digits32(path: Path | None) -> Data:
-    """The same four times as large, 1 x 32 x 32: bilinear, with pixels as squares, rounded to the 17 levels."""
+    """The digits four times as large, 1 x 32 x 32: bilinear (align_corners=False), rounded to the 17 levels."""
     data = _digits(path)
 
     def enlarged(split: Split) -> Split:
@@ -299,39 +298,46 @@ def _digits32(path: Path | None) -> Data:
 
 
 def _toy(name: str) -> Callable[[Path | None], Data]:
-    """20,000 points to train on and 4,000 held out; new ones may be drawn from `TOYS` at will."""
+    """20,000 training and 4,000 held-out points of a toy; `TOYS` draws more."""
     return lambda path: Data(Split(TOYS[name](20_000, 0)), Split(TOYS[name](4_000, 1)), levels=None)
 
 
 def _files(
     path: Path, image_size: int | None, num_channels: int | None, length: int | None, memory: int, pixels: Pixels
 ) -> Data:
-    """What is at `path`; where nothing says what is held out, a tenth is, chosen by `_hold_out`."""
+    """The data at `path`; `_hold_out` chooses a tenth if the files have no held-out split."""
     rate, sounds = None, recordings.recordings(path) if path.is_dir() else None
     if sounds is not None:
-        found, rate = recordings.read(path, sounds, length)
+        loaded, rate = recordings.read(path, sounds, length)
     else:
-        found = files.read(path, image_size, num_channels, memory, pixels)
-    train, test = Split(*found.train[:2]), Split(*(found.test or found.train)[:2])
-    if found.test is None and len(train) < 2:
-        raise ValueError(f"{path} holds one example: at least two are needed, one to train on and one to hold out")
-    if test.shape != train.shape:
-        raise ValueError(f"{path} has examples of shape {train.shape} to train on but holds out {test.shape}")
-    if _kind_of_labels(train.y) != _kind_of_labels(test.y):
-        raise ValueError(
-            f"{path} has {_kind_of_labels(train.y)} to train on, but {_kind_of_labels(test.y)} for the held-out "
-            f"examples: label both alike"
-        )
+        loaded = files.read(path, image_size, num_channels, memory, pixels)
+    train, test = Split(*loaded.train[:2]), Split(*(loaded.test or loaded.train)[:2])
+    if loaded.test is None and len(train) < 2:
+        raise ValueError(f"{path} holds one example, but training needs at least two, of which one is held out")
+    _check_alike(train, test, path)
     classes = [int(y.max()) + 1 for y in (train.y, test.y) if y is not None and not y.is_floating_point()]
-    names, notes = found.train.class_names, found.notes
+    names, notes = loaded.train.class_names, loaded.notes
     if train.y is not None and train.y.is_floating_point():
-        notes += (f"labels are {_kind_of_labels(train.y)}, conditions that no network here takes: they are not used",)
-    data = Data(train, test, found.levels, max(classes, default=0), (), rate, names, notes)
-    data = _captioned(data, found.train.captions, (found.test or found.train).captions)
-    if found.test is None:
+        notes += (f"labels are {_kind_of_labels(train.y)}: they are not used, because no network here takes them",)
+    data = Data(train, test, loaded.levels, max(classes, default=0), (), rate, names, notes)
+    data = _captioned(data, loaded.train.captions, (loaded.test or loaded.train).captions)
+    if loaded.test is None:
         train, test = _hold_out(data.train, max(1, len(train) // 10))
         data = replace(data, train=train, test=test)
     return _with_empty_classes(data)
+
+
+def _check_alike(train: Split, test: Split, path: Path) -> None:
+    if test.shape != train.shape:
+        raise ValueError(
+            f"{path} has training examples of shape {train.shape} but held-out ones of shape {test.shape}: save all "
+            f"in one shape"
+        )
+    if _kind_of_labels(train.y) != _kind_of_labels(test.y):
+        raise ValueError(
+            f"{path} has {_kind_of_labels(train.y)} for training but {_kind_of_labels(test.y)} for the held-out "
+            f"examples: label both alike"
+        )
 
 
 def _with_empty_classes(data: Data) -> Data:
@@ -345,11 +351,11 @@ def _with_empty_classes(data: Data) -> Data:
 def _kind_of_labels(y: Tensor | None) -> str:
     if y is None:
         return "no labels"
-    return f"{y.shape[1]} floats each" if y.is_floating_point() else "classes"
+    return f"rows of {y.shape[1]} floats" if y.is_floating_point() else "classes"
 
 
 def _hold_out(split: Split, size: int) -> tuple[Split, Split]:
-    """(train, test): test is what the first `size` entries of numpy's permutation with seed 0 name, always the same."""
+    """(train, test): test is always the same, the first `size` entries of numpy's permutation with seed 0."""
     order = torch.from_numpy(np.random.default_rng(0).permutation(len(split)))
     return _subset(split, order[size:]), _subset(split, order[:size])
 
@@ -358,9 +364,9 @@ def _subset(split: Split, index: Tensor) -> Split:
     y, caption = (None if v is None else v[index] for v in (split.y, split.caption))
     if isinstance(split.x, Tensor):
         return Split(split.x[index], y, caption=caption)
-    stream, names = split.x, index.tolist()
+    stream, places = split.x, index.tolist()
     identity = f"{digest(index)} of {stream.identity}" if stream.identity else ""
-    x = Stream((len(names), *split.shape), lambda rows: stream.read([names[r] for r in rows]), identity)
+    x = Stream((len(places), *split.shape), lambda rows: stream.read([places[r] for r in rows]), identity)
     return Split(x, y, caption=caption)
 
 

@@ -1,10 +1,9 @@
-"""Densities in the plane: small enough to see, each with its exact model at every noise level.
+"""Toy data sets in the plane, each with its exact model at every noise level.
 
-`ring` is a Gaussian mixture and `checkerboard` uniform on squares. `moons` and `swiss_roll` are curves, uniform in an
-angle and blurred by a Gaussian: the density is an integral over the angle, which Gauss and Legendre's nodes turn into
-a mixture of as many Gaussians, exact to rounding once the nodes lie closer than the blur. `EXACT[name](sde)` is the
-model. Every sampler takes (n, seed), the seed an integer of at least 0, and returns float32 (n, 2) of unit order of
-magnitude.
+`ring` is a Gaussian mixture; `checkerboard` is uniform on squares. `moons` and `swiss_roll` are curves, uniform in an
+angle and blurred by a Gaussian: their density is an integral over the angle. Gauss-Legendre nodes turn it into a
+mixture with one Gaussian per node, which is exact to rounding once the nodes lie closer than the blur.
+`EXACT[name](sde)` is the model. Every sampler takes (n, seed), seed >= 0, and returns float32 (n, 2) of order 1.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ..sdes.linear import SDE
 
 
 def ring_mixture(components: int = 8, radius: float = 1.0, std: float = 0.1) -> tuple[Tensor, Tensor, Tensor]:
-    """Equal round Gaussians on a circle: weights (K,), means (K, 2), variances (K,), in float64."""
+    """Equal isotropic Gaussians on a circle: weights (K,), means (K, 2), variances (K,), float64."""
     angle = torch.arange(components, dtype=torch.float64) * (2 * math.pi / components)
     means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
     return (
@@ -33,7 +32,7 @@ def ring_mixture(components: int = 8, radius: float = 1.0, std: float = 0.1) -> 
 
 
 def ring(n: int, seed: int = 0) -> Tensor:
-    """n points of `ring_mixture()`."""
+    """Eight Gaussians on a circle: n points from `ring_mixture()`."""
     random = _random(seed)
     weights, means, variances = (a.numpy() for a in ring_mixture())
     k = random.choice(len(weights), n, p=weights)
@@ -48,7 +47,7 @@ def moons(n: int, seed: int = 0) -> Tensor:
 
 
 def moons_mixture(nodes: int = 128) -> tuple[Tensor, Tensor, float]:
-    """`moons` as weights (2 nodes,), means (2 nodes, 2) and one variance, float64."""
+    """`moons` as a Gaussian mixture: weights (2 nodes,), means (2 nodes, 2) and one variance, float64."""
     u, weights = _gauss_legendre(nodes)
     means = np.concatenate([_moons(math.pi * u, side) for side in (-1, 1)])
     return torch.from_numpy(np.tile(weights, 2) / 2), torch.from_numpy(means), 0.05**2
@@ -69,7 +68,7 @@ def checkerboard(n: int, seed: int = 0) -> Tensor:
 
 
 def checkerboard_boxes() -> tuple[Tensor, Tensor, Tensor]:
-    """`checkerboard` as weights (8,) and the lower and upper corners (8, 2) of its squares, float64."""
+    """`checkerboard` as boxes: weights (8,), lower and upper corners (8, 2) of its squares, float64."""
     low = torch.tensor([(2 * c + r % 2, r) for r in range(4) for c in range(2)], dtype=torch.float64) / 2 - 1
     return torch.full((8,), 1 / 8, dtype=torch.float64), low, low + 0.5
 
@@ -88,13 +87,13 @@ def swiss_roll(n: int, seed: int = 0) -> Tensor:
 
 
 def swiss_roll_mixture(nodes: int = 384) -> tuple[Tensor, Tensor, float]:
-    """`swiss_roll` as weights (nodes,), means (nodes, 2) and one variance, float64."""
+    """`swiss_roll` as a Gaussian mixture: weights (nodes,), means (nodes, 2) and one variance, float64."""
     u, weights = _gauss_legendre(nodes)
     return torch.from_numpy(weights), torch.from_numpy(_spiral(u)), 0.03**2
 
 
 def _spiral(u: np.ndarray) -> np.ndarray:
-    """The points (N, 2) of the spiral at shares u in [0, 1] of its angle."""
+    """The points (N, 2) of the spiral at fractions u in [0, 1] of its angle."""
     angle = 1.5 * math.pi * (1 + 2 * u)
     return np.stack([angle * np.cos(angle), angle * np.sin(angle)], axis=1) / (4.5 * math.pi)
 

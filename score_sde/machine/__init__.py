@@ -1,1 +1,1 @@
-"""What the computer gives: devices, processes, whole files, locks of folders, and bars of progress."""
+"""The machine: devices, processes, files written whole, locks of folders, progress bars, and the user's own code."""

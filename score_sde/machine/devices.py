@@ -1,4 +1,4 @@
-"""Where tensors are, and in what precision."""
+"""Devices and dtypes of tensors."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def sent(a: Tensor, device: torch.device | str, dtype: torch.dtype | None = None) -> Tensor:
-    """`a` on a device, in a dtype or its own; from the CPU without waiting.
+    """Move a tensor to a device and dtype (default: its own); copies from the CPU do not block.
 
-    A blocking copy of a few numbers would stop a GPU's queue, several times in every step.
+    A blocking copy of a few numbers would stall a GPU's queue several times per step.
     """
     return a.to(device, dtype, non_blocking=a.device.type == "cpu")
 
 
 def widest(a: Tensor) -> torch.dtype:
-    """float64, or float32 for a tensor on MPS, which knows nothing wider."""
+    """float64, or float32 for a tensor on MPS, which has no wider type."""
     return torch.float32 if a.device.type == "mps" else torch.float64

@@ -61,9 +61,9 @@ def test_what_is_not_read_is_counted_and_said(tmp_path):
     data = load(tmp_path)
     assert greys(data) == ([10, 11], [12])
     assert data.notes == (
-        "not read: 1 images beside them, since train is read",
-        "not read: 1 images in extra/, since train is read",
-        "not read: 2 images in val/, since train is read",
+        "not read: 1 files at the top, because there is a train folder",
+        "not read: 1 files in extra/, because there is a train folder",
+        "not read: 2 files in val/, because there is a train folder",
         "not read: 2 .gif, 1 .md, 1 files without ending",
     )
 
@@ -80,8 +80,8 @@ def test_train_alone_holds_out_a_tenth_and_its_folders_are_classes(tmp_path):
 @pytest.mark.parametrize(
     ("names", "words"),
     [
-        ("test/1.png test/2.png x/3.png", "has the folder test and no train: put what is to be trained"),
-        ("VAL/1.png test/2.png", "has the folder test and no train"),
+        ("test/1.png test/2.png x/3.png", "has a folder test but no folder train: put the data for training"),
+        ("VAL/1.png test/2.png", "has a folder test but no folder train"),
         ("cat/train/1.png cat/test/2.png dog/train/3.png", "cat/test/2.png in .* lies in a folder of held-out data"),
         ("top/train/1.png top/test/2.png 3.png", "top/test/2.png in .* lies in a folder of held-out data"),
         ("train/1.png train/a/Val/2.png test/3.png", "train/a/Val/2.png in .* lies in a folder of held-out data"),
@@ -114,7 +114,7 @@ def test_each_real_folder_is_read_once(tmp_path):
     data = load(tmp_path)
     assert sorted(greys(data)[0] + greys(data)[1]) == [10, 10, 11, 12]
     assert data.class_names == ("b", "c", "d")
-    assert data.notes == ("not read: 1 broken links, 3 links to folders that are read already",)
+    assert data.notes == ("not read: 1 broken links, 3 links to folders that are already read",)
 
 
 def test_splits_may_be_links_into_a_folder_of_everything(tmp_path):
@@ -123,7 +123,7 @@ def test_splits_may_be_links_into_a_folder_of_everything(tmp_path):
         (tmp_path / name).symlink_to(tmp_path / where)
     data = load(tmp_path)
     assert greys(data) == ([10], [11])
-    assert "1 images in all/" in data.notes[0]
+    assert "1 files in all/" in data.notes[0]
 
 
 def test_a_file_is_read_once_and_never_in_both_splits(tmp_path):
@@ -131,10 +131,10 @@ def test_a_file_is_read_once_and_never_in_both_splits(tmp_path):
     (tmp_path / "0.png").symlink_to(tmp_path / "2.png")
     data = load(tmp_path)
     assert sorted(greys(data)[0] + greys(data)[1]) == [10, 11, 12]
-    assert data.notes == ("not read: 1 links to files that are read already",)
+    assert data.notes == ("not read: 1 links to files that are already read",)
     save(tmp_path / "split", "train/1.png train/2.png test/3.png")
     (tmp_path / "split" / "test" / "0.png").symlink_to(tmp_path / "split" / "train" / "2.png")
-    with pytest.raises(ValueError, match=r"test/0\.png and train/2\.png in .* are one file, to train on and held out"):
+    with pytest.raises(ValueError, match=r"test/0\.png and train/2\.png in .* are one file in both splits"):
         load(tmp_path / "split")
 
 
@@ -147,18 +147,20 @@ def test_pipes_and_sockets_are_passed_by(tmp_path, monkeypatch):
         (tmp_path / "none.png").symlink_to("nowhere.png")
         data = load(tmp_path)
     assert data.notes == ("not read: 1 broken links, 2 pipes, sockets and devices",)
-    with pytest.raises(ValueError, match=r"pipe\.png is neither a folder nor an image"):
+    with pytest.raises(ValueError, match=r"pipe\.png is no folder, image"):
         load(tmp_path / "pipe.png")
 
 
 def test_no_images_but_others_says_which(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.gif").write_text("")
-    with pytest.raises(ValueError, match=r"no images \(\.png, .*\) in .*, but 3 \.gif"):
+    with pytest.raises(ValueError, match=r"no images \(\.png, .*\) in .*, only 3 \.gif"):
         load(tmp_path)
 
 
 def test_folders_that_are_no_classes_say_why(tmp_path):
     save(tmp_path, "a/1.png b/2.png 3.png")
     data = load(tmp_path)
-    assert data.num_classes == 0 and data.notes == ("2 folders are no classes, since 3.png lies in none",)
+    assert data.num_classes == 0 and data.notes == (
+        "2 folders are not used as classes, because 3.png lies in none of them",
+    )

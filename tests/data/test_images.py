@@ -110,7 +110,7 @@ def test_all_65536_levels_arrive(tmp_path, kind, channels):
     assert (data.shape, data.levels, data.train.x.dtype) == ((channels, 64, 512), 65536, torch.int32)
     want = torch.from_numpy(a.astype(np.int32)).permute(0, 3, 1, 2)
     assert torch.equal(both(data), want[np.lexsort(want.flatten(1).numpy().T)])
-    assert data.notes == ("pixels have 16 bits on file: 65536 levels",)
+    assert data.notes == ("pixels have 16 bits in the files: 65536 levels",)
 
 
 def test_a_png_of_16_bits_lies_over_the_background(tmp_path):
@@ -160,7 +160,7 @@ def test_bits_are_kept_from_the_top_of_those_that_are_used(tmp_path):
         assert (data.levels, data.train.x.dtype) == (2**bits, dtype)
         want = torch.from_numpy((a >> (16 - bits)).astype(np.int32)).permute(0, 3, 1, 2)
         assert torch.equal(both(data).int().sum((1, 2, 3)).sort().values, want.sum((1, 2, 3)).sort().values)
-        assert data.notes == (f"pixels have 16 bits on file, cut to {bits} (data.bits): {2**bits} levels",)
+        assert data.notes == (f"pixels have 16 bits in the files, reduced to {bits} (data.bits): {2**bits} levels",)
     twelve = a >> 4
     for i, image in enumerate(twelve):
         (tmp_path / f"{i}.png").write_bytes(png16(image))
@@ -170,13 +170,13 @@ def test_bits_are_kept_from_the_top_of_those_that_are_used(tmp_path):
     np.save(tmp_path / "a.npy", twelve)
     assert load(tmp_path / "a.npy", pixels=Pixels(file_bits=12, bits=8)).train.x.max() == twelve.max() >> 4
     with pytest.raises(
-        ValueError, match=r"0\.png in .* holds the value \d+, which has more than data\.file_bits=11 bits"
+        ValueError, match=r"0\.png in .* holds the value \d+, which needs more than 11 bits: raise data\.file_bits"
     ):
         load(tmp_path, pixels=Pixels(file_bits=11))
     with pytest.raises(ValueError, match=r"data\.bits=9 must not exceed data\.file_bits=8"):
         Pixels(file_bits=8, bits=9)
     Image.fromarray(np.zeros((8, 8), np.uint8)).save(tmp_path / "b.png")
-    with pytest.raises(ValueError, match=r"b\.png in .* has 8 bits per number: data\.bits=9 is more than that"):
+    with pytest.raises(ValueError, match=r"b\.png in .* has 8 bits per number: reduce data\.bits=9 to that or less"):
         load_data("files", tmp_path / "b.png", pixels=Pixels(bits=9))
 
 
@@ -210,10 +210,10 @@ def test_what_has_other_bits_is_refused():
         image.save(out, form, **options)
         return out.getvalue()
 
-    refused(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "numbers of 32 bits or with a sign")
-    refused(saved(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "numbers of 32 bits or with a sign")
+    refused(saved(Image.fromarray(np.ones((4, 4), np.float32)), "TIFF"), "numbers of 32 bits or signed ones")
+    refused(saved(Image.fromarray(np.ones((4, 4), np.int32)), "TIFF"), "numbers of 32 bits or signed ones")
     for deflate in (False, True):
-        refused(tiff16(random(4, 4, 3), planes=2, deflate=deflate), "has 16 bits per number in planes or in another")
+        refused(tiff16(random(4, 4, 3), planes=2, deflate=deflate), "has 16 bits per number in separate planes or in")
     refused(png16(random(4, 4, 3))[:90], r"cannot be read as an image \(")
     refused(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "cannot be read as an image")
 
@@ -248,8 +248,10 @@ def test_hidden_colours_never_become_data(tmp_path, mode):
         want = [round(np.dot(colour, [0.299, 0.587, 0.114]))] if grey else list(colour)
         assert x[:, :, 0, 0].unique(dim=0).tolist() == [want]
         assert x[:, :, 3, 3].unique(dim=0).tolist() == [[90] if grey else [200, 30, 30]]
-        assert data.notes == (f"12 of 12 images are transparent somewhere: they lie over data.background={background}",)
-    with pytest.raises(ValueError, match=r"data\.background='marble' is no colour"):
+        assert data.notes == (
+            f"12 of 12 images have transparent pixels: data.background={background} shows through them",
+        )
+    with pytest.raises(ValueError, match=r"data\.background='marble' is not a colour"):
         Pixels(background="marble")
 
 
@@ -277,7 +279,7 @@ def test_of_several_frames_the_first_is_read_and_that_is_said(tmp_path):
     Image.new("L", (4, 4), 30).save(tmp_path / "b.tif")
     data = load(tmp_path)
     assert sorted(both(data)[:, 0, 0, 0].tolist()) == [10, 30]
-    assert data.notes == ("1 of 2 images have several frames, of which the first is read",)
+    assert data.notes == ("1 of 2 images have several frames: only the first is read",)
 
 
 def test_a_model_of_16_bits_is_trained_sampled_and_evaluated(tmp_path):
@@ -348,7 +350,9 @@ def test_files_to_begin_with_use_the_bits_that_those_of_the_data_do(tmp_path):
     assert read_examples(tmp_path / "a", (1, 8, 8), PixelCodec(), Pixels(12, 8)).x.max() == k.max() >> 4
     Image.fromarray(np.full((8, 8), 255, np.uint8)).save(tmp_path / "white.png")
     assert (read_examples(tmp_path / "white.png", (1, 8, 8), codec, pixels).x == 4095).all()
-    with pytest.raises(ValueError, match=r"white\.png in .* has 8 bits per number, but a/0\.png 16: give them apart"):
+    with pytest.raises(
+        ValueError, match=r"white\.png in .* has 8 bits per number, but a/0\.png has 16: read them separately"
+    ):
         read_examples(tmp_path, (1, 8, 8), codec, pixels)
 
 

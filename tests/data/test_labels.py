@@ -46,7 +46,7 @@ def test_classes_may_have_no_examples_and_other_floats_are_conditions(tmp_path, 
     np.savez(tmp_path / "b.npz", x=x, y=np.array([0, 1, 2, 0.5, 1, 2]))
     data = load(tmp_path / "b.npz")
     assert data.num_classes == 0 and data.train.y.shape == (5, 1) and data.empty_classes == ()
-    assert data.notes == ("labels are 1 floats each, conditions that no network here takes: they are not used",)
+    assert data.notes == ("labels are rows of 1 floats: they are not used, because no network here takes them",)
     command = ["--config", "configs/vp_toy.py", "--mode", "train", "--workdir", str(tmp_path / "run")]
     command += ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'b.npz'}"]
     assert run([*command, "--config.model.class_conditional=true"]) == 2
@@ -88,9 +88,9 @@ def test_up_to_10000_classes_may_be_more_than_examples(tmp_path):
 
 def test_both_parts_are_labelled_alike(tmp_path):
     x, y = np.zeros((4, 2), np.float32), np.arange(4)
-    for more, words in (({}, "no labels"), ({"y_test": y + 0.5}, "1 floats each")):
+    for more, words in (({}, "no labels"), ({"y_test": y + 0.5}, "rows of 1 floats")):
         np.savez(tmp_path / "a.npz", x_train=x, y_train=y, x_test=x, **more)
-        with pytest.raises(ValueError, match=f"has classes to train on, but {words} for the held-out examples"):
+        with pytest.raises(ValueError, match=f"has classes for training but {words} for the held-out examples"):
             load(tmp_path / "a.npz")
 
 

@@ -69,12 +69,18 @@ def test_sub_folders_are_classes(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("second", "words"),
     [
-        ({"pcm": random(64), "rate": 16000}, "b.wav in .* has 16000 samples per second, but a.wav 8000"),
-        ({"pcm": random(63)}, "b.wav in .* has 63 samples, but a.wav 64: cut all with --config.data.length=SAMPLES"),
+        (
+            {"pcm": random(64), "rate": 16000},
+            "b.wav in .* has 16000 samples per second, but a.wav has 8000: convert all",
+        ),
+        (
+            {"pcm": random(63)},
+            "b.wav in .* has 63 samples, but a.wav has 64: cut or pad all with --config.data.length=SAMPLES",
+        ),
         ({"pcm": random(64) % 256, "width": 1}, "b.wav has 8 bits per sample: save it with 16"),
         ({"pcm": random(0)}, "b.wav holds no sound"),
         (None, "b.wav cannot be read as a PCM recording"),
-        ({"pcm": random(64), "lost": 20}, "b.wav was cut short: it has 108 of its 128 bytes of sound"),
+        ({"pcm": random(64), "lost": 20}, "b.wav is truncated: it has 108 of 128 bytes of sound"),
     ],
 )
 def test_recordings_that_do_not_fit_are_refused(tmp_path: Path, second: dict | None, words: str) -> None:

@@ -73,7 +73,7 @@ def test_parts_of_processes_join_to_the_whole_batch():
     split = images(21)
     for step in range(4):
         x, y = batch(split, step, 12, seed=1, flip=True)
-        parts = [batch(split, step, 12, seed=1, flip=True, part=slice(r * 3, r * 3 + 3)) for r in range(4)]
+        parts = [batch(split, step, 12, seed=1, flip=True, rows=slice(r * 3, r * 3 + 3)) for r in range(4)]
         assert torch.equal(x, torch.cat([p[0] for p in parts]))
         assert torch.equal(y, torch.cat([p[1] for p in parts]))
 
