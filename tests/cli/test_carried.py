@@ -7,8 +7,7 @@ import pytest
 
 from score_sde import cli
 from score_sde.cli import run
-from tests import ROOT
-from tests.cli.test_runs import TINY, line, results
+from tests.runs import TINY, line, results
 
 SMALL = {
     "training__n_iters": 1, "training__channels_last": "false", "data__dataset": "digits", "data__image_size": 8,
@@ -34,10 +33,8 @@ def stages(base: Path) -> dict[str, tuple[str, dict[str, object]]]:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdirs after a step."""
     base = tmp_path_factory.mktemp("runs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        for name, (config, changes) in stages(base).items():
-            assert run(line(config, "train", base / name, **changes)) == 0, name
+    for name, (config, changes) in stages(base).items():
+        assert run(line(config, "train", base / name, **changes)) == 0, name
     return base
 
 
@@ -57,7 +54,6 @@ def test_no_data_are_read(
     """The config and all that it builds on are carried: the same samples as with config and data at hand."""
     keys = {f"sampling.{k}": trained / str(v) if (trained / str(v)).is_dir() else v for k, v in others.items()}
     words, (config, changes) = ["--checkpoint", str(trained / name)], stages(trained)[name]
-    monkeypatch.chdir(ROOT)
     assert run(line(config, "sample", tmp_path / "one", *words, **changes, **keys)) == 0
     monkeypatch.chdir(tmp_path)
 

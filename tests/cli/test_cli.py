@@ -26,18 +26,9 @@ from score_sde.models.closed_form import Gaussian
 from score_sde.sdes import VPSDE
 from score_sde.tasks.checkpoint import find
 from tests import ROOT
-from tests.machine.test_nodes import two_nodes
+from tests.runs import two_nodes, words
 
 CONFIGS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if p.stem != "speech")  # in test_signals
-
-SHRUNK = {
-    "training.n_iters": 1, "training.batch_size": 4, "training.compile": "false", "training.precision": "float32",
-    "model.nf": 8, "model.ch_mult": "1,2", "model.num_res_blocks": 1, "model.attn_resolutions": "4",
-    "model.head_channels": 0, "model.hidden": 16, "model.num_scales": 25, "data.image_size": 8,
-    "sampling.steps": 3, "sampling.n_steps_each": 2, "sampling.num_samples": 5, "sampling.batch_size": 5,
-    "eval.num_images": 3, "eval.batch_size": 3, "eval.rtol": 1, "eval.atol": 1, "eval.steps": 5,
-    "eval.probe": "rademacher", "eval.check_images": 0, "sampling.rtol": 0.1, "sampling.atol": 0.1,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -49,27 +40,10 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def words(name: str, mode: str, workdir: Path, images: Path, **changes: object) -> list[str]:
-    settings = {**SHRUNK, **{key.replace("__", "."): value for key, value in changes.items()}}
-    if "ddpm_cifar" in name:
-        settings["model.nf"] = 32  # 32 groups of channels
-    if name.startswith("ncsn"):
-        settings["model.ch_mult"] = "1,1,1"
-    if name == "vp_digits":  # of most tests here
-        settings |= {"model.ch_mult": 1, "model.attn_resolutions": "()"}
-    if name == "vdm_digits":
-        settings["eval.terms"] = 3  # of the bound's five
-    if not any(data in name for data in ("digits", "toy")):
-        settings |= {"data.dataset": "files", "data.path": images}
-    overrides = [f"--config.{key}={value}" for key, value in settings.items()]
-    return ["--config", f"configs/{name}.py", "--mode", mode, "--workdir", str(workdir), *overrides]
-
-
 @pytest.fixture(scope="module", autouse=True)
-def in_the_repository() -> Iterator[None]:
-    """And grids of samples in training are of few, in few steps."""
+def small_grids() -> Iterator[None]:
+    """Grids of samples in training are of few, in few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
         patch.setattr("score_sde.tasks.show._PICTURES", 10)
         patch.setattr("score_sde.tasks.show._STEPS", 2)
         yield
@@ -132,7 +106,6 @@ def test_church_takes_a_step_on_a_folder_of_photographs(tmp_path: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory, images: Path) -> Path:
     """A tiny model of digits after 20 steps."""
     workdir = tmp_path_factory.mktemp("digits")
-    os.chdir(ROOT)
     assert run(words("vp_digits", "train", workdir, images, training__n_iters=20)) == 0
     return workdir
 

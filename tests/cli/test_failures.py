@@ -30,7 +30,6 @@ from score_sde.machine import parallel, progress
 from score_sde.machine.whole_files import whole
 from score_sde.tasks import evaluate, failures, show, train
 from score_sde.tasks.options import MODES
-from tests import ROOT
 
 TOY = {
     "training.n_iters": 4, "training.snapshot_freq": 2, "training.log_freq": 1, "training.batch_size": 4,
@@ -43,11 +42,6 @@ PIXELS = TOY | {
     "eval.heat_map": 1, "sampling.single_png": "true", "dequantizer.n_iters": 1, "dequantizer.hidden": 4,
     "dequantizer.layers": 1,
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 @cache
@@ -70,7 +64,6 @@ def command(mode: str, workdir: Path, *more: str, pixels: bool = False) -> list[
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a run of the plane, `toy`, one of digits, `digits`, and a mask."""
     base = tmp_path_factory.mktemp("runs")
-    os.chdir(ROOT)
     quick = "--config.training.snapshot_sampling=false"
     assert run(command("train", base / "toy", quick)) == 0
     assert run(command("train", base / "digits", quick, "--config.training.n_iters=1", pixels=True)) == 0

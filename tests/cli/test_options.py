@@ -8,7 +8,6 @@ from PIL import Image
 
 from score_sde.cli import _parser, run
 from score_sde.tasks.options import MODES, READ_BY
-from tests import ROOT
 
 TINY = {
     "training.n_iters": 1, "training.batch_size": 2, "training.snapshot_sampling": "false", "model.nf": 4,
@@ -26,20 +25,13 @@ READ = {
 }
 
 
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model of coloured images after a step, and these."""
     folder = tmp_path_factory.mktemp("run")
     np.save(folder / "images.npy", np.random.default_rng(0).integers(0, 256, (9, 8, 8, 3)).astype(np.uint8))
     Image.fromarray(np.tile(np.uint8([0, 255]), (8, 4))).save(folder / "mask.png")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert run(words("train", folder)) == 0
+    assert run(words("train", folder)) == 0
     return folder
 
 

@@ -14,44 +14,12 @@ from score_sde import cli
 from score_sde.cli import run
 from score_sde.machine import lock
 from score_sde.tasks import checkpoint
-from tests import RECORDED, ROOT
-
-TINY = {
-    "training.n_iters": 4, "training.batch_size": 4, "training.snapshot_freq": 2, "training.snapshot_sampling": "false",
-    "training.log_freq": 100, "training.eval_freq": 100, "training.compile": "false", "training.precision": "float32",
-    "model.hidden": 8, "model.nf": 8, "model.ch_mult": "1", "model.num_res_blocks": 1, "model.attn_resolutions": "8",
-    "model.dropout": 0, "sampling.steps": 2, "sampling.num_samples": 4, "sampling.batch_size": 4, "eval.num_images": 2,
-    "eval.check_images": 0, "eval.rtol": 0.5, "eval.atol": 0.5, "interpolation.pairs": 1, "interpolation.steps": 3,
-    "eval.probe": "rademacher",
-}  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
-def overrides(**changes: object) -> list[str]:
-    return [f"--config.{key.replace('__', '.')}={value}" for key, value in changes.items()]
-
-
-def line(name: str, mode: str, workdir: Path, *words: str, **changes: object) -> list[str]:
-    settings = {**TINY, **{key.replace("__", "."): value for key, value in changes.items()}}
-    command = ["--config", f"configs/{name}.py", "--mode", mode, "--workdir", str(workdir)]
-    return [*command, *(f"--config.{key}={value}" for key, value in settings.items()), *words]
+from tests import RECORDED
+from tests.runs import line, overrides, refused, results
 
 
 def last(workdir: Path) -> Path:
     return checkpoint.find(workdir)
-
-
-def refused(capsys: pytest.CaptureFixture[str], command: list[str]) -> str:
-    """The sentence with which a command is refused."""
-    capsys.readouterr()
-    assert run(command) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    return error
 
 
 def same(a: Path, b: Path) -> None:
@@ -65,9 +33,7 @@ def same(a: Path, b: Path) -> None:
 def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a model of points."""
     workdir = tmp_path_factory.mktemp("runs") / "points"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert run(line("vp_toy", "train", workdir)) == 0
+    assert run(line("vp_toy", "train", workdir)) == 0
     return workdir
 
 
@@ -75,9 +41,7 @@ def points(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def classes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The workdir of a class-conditional model of digits."""
     workdir = tmp_path_factory.mktemp("runs") / "classes"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert run(line("cond_digits", "train", workdir)) == 0
+    assert run(line("cond_digits", "train", workdir)) == 0
     return workdir
 
 
@@ -361,11 +325,6 @@ def test_a_checkpoint_of_score_sde_pytorch_is_trained_further(
 
 
 # -- a checkpoint is enough
-
-
-def results(workdir: Path, kind: str) -> dict[str, np.ndarray]:
-    (path,) = (workdir / kind).glob("*/*.npz")
-    return dict(np.load(path))
 
 
 def test_a_checkpoint_is_enough_to_sample_decode_and_interpolate(

@@ -10,25 +10,9 @@ import torch
 
 from score_sde.data import cifar10, load_data
 from score_sde.data.captions import HuggingFaceEncoder, Text, embed, encoder_hash, widths
-from tests.data.test_cifar10 import BATCHES, PY, contents, python2_pickle, write
-from tests.data.test_files import pixels, save
+from tests.files import BATCHES, BIN, PY, SMALL, WORDS, bert, binary, contents, pixels, python2_pickle, save, write
 
 transformers = pytest.importorskip("transformers")
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "an", "red", "cat", "dog", "airbus", "tabby"]
-SMALL = dict(num_hidden_layers=2, num_attention_heads=2, vocab_size=len(WORDS), attention_dropout=0.0)
-
-
-def bert(folder: Path, seed: int = 0) -> Path:
-    """A small BERT with a vocabulary of words, as transformers saves it."""
-    folder.mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    transformers.BertTokenizerFast.from_pretrained(folder).save_pretrained(folder)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = transformers.BertConfig(hidden_size=16, intermediate_size=32, max_position_embeddings=16, **SMALL)
-        transformers.BertModel(config).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -152,10 +136,8 @@ def test_cifar_10_s_file_names_are_captions(tmp_path: Path) -> None:
     data = load_data("cifar10", write(tmp_path / PY, python2_pickle))
     assert data.captions == ("a cat",)
     assert data.train.caption is not None and len(data.train.caption) == 5 * len(contents()[BATCHES[0]][1])
-    import tests.data.test_cifar10 as files
-
-    binary = load_data("cifar10", write(tmp_path / files.BIN, files.binary, ".bin"))
-    assert binary.captions == () and binary.train.caption is None
+    plain = load_data("cifar10", write(tmp_path / BIN, binary, ".bin"))
+    assert plain.captions == () and plain.train.caption is None
 
 
 def captions_of(data) -> list[tuple[int, str]]:  # type: ignore[no-untyped-def]

@@ -5,7 +5,6 @@ import io
 import os
 import pickle
 import re
-import struct
 import tarfile
 from pathlib import Path
 
@@ -18,52 +17,11 @@ from score_sde.data.codecs import PixelCodec
 from score_sde.machine import progress
 from score_sde.machine import whole_files as tensor_file
 from score_sde.tasks.scan import scan
-
-PY, BIN = "cifar-10-batches-py", "cifar-10-batches-bin"
-BATCHES = (*(f"data_batch_{i}" for i in range(1, 6)), "test_batch")
-SIZE = 4  # images per batch
-
-
-def contents() -> dict[str, tuple[np.ndarray, list[int]]]:
-    random = np.random.default_rng(0)
-    return {
-        n: (random.integers(0, 256, (SIZE, 3072), np.uint8), random.integers(0, 10, SIZE).tolist()) for n in BATCHES
-    }
-
-
-def python2_pickle(images: np.ndarray, labels: list[int]) -> bytes:
-    """Opcodes as Python 2's cPickle and its numpy wrote them (protocol 2), which Python 3 no longer can."""
-
-    def text(b: bytes) -> bytes:
-        return b"T" + struct.pack("<I", len(b)) + b  # BINSTRING, Python 2's str
-
-    def number(i: int) -> bytes:
-        return b"J" + struct.pack("<i", i)  # BININT
-
-    dtype = b"cnumpy\ndtype\n" + text(b"u1") + number(0) + number(1) + b"\x87R"
-    dtype += b"(" + number(3) + text(b"|") + b"NNN" + number(-1) + number(-1) + number(0) + b"tb"
-    array = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n" + number(0) + b"\x85" + text(b"b") + b"\x87R"
-    shape = b"".join(map(number, images.shape)) + b"\x86"
-    array += b"(" + number(1) + shape + dtype + b"\x89" + text(images.tobytes()) + b"tb"
-    label_list = b"](" + b"".join(map(number, labels)) + b"e"
-    names = b"](" + b"".join(text(b"cat_s_%06d.png" % i) for i in range(len(labels))) + b"e"
-    fields = {b"batch_label": text(b"a batch"), b"labels": label_list, b"data": array, b"filenames": names}
-    return b"\x80\x02}(" + b"".join(text(k) + v for k, v in fields.items()) + b"u."
+from tests.files import BATCHES, BIN, PY, SIZE, binary, contents, python2_pickle, write
 
 
 def python3_pickle(protocol: int):
     return lambda images, labels: pickle.dumps({b"data": images, b"labels": labels}, protocol)
-
-
-def binary(images: np.ndarray, labels: list[int]) -> bytes:
-    return b"".join(bytes([label]) + image.tobytes() for image, label in zip(images, labels))
-
-
-def write(folder: Path, encode=python2_pickle, ending: str = "") -> Path:
-    folder.mkdir(parents=True)
-    for name, batch in contents().items():
-        (folder / f"{name}{ending}").write_bytes(encode(*batch))
-    return folder
 
 
 def archive(path: Path, folder: Path) -> Path:

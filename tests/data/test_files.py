@@ -1,6 +1,5 @@
 """One's own data: folders, zips and arrays in every layout, labels, held-out parts, and clear errors."""
 
-import io
 import json
 import re
 import struct
@@ -17,21 +16,7 @@ from PIL import Image
 from score_sde.data import Data, load_data
 from score_sde.data.files import Stream
 from score_sde.data.images import Pixels
-
-
-def pixels(n: int, *shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (n, *shape), dtype=np.uint8)
-
-
-def png(image: np.ndarray) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, format="PNG")
-    return out.getvalue()
-
-
-def save(path: Path, image: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(png(image))
+from tests.files import pixels, png, save
 
 
 def load(path: Path, **options) -> Data:

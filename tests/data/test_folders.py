@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from score_sde.data import Data, load_data
-from tests.data.test_files import png
+from tests.files import png
 
 
 def save(root: Path, names: str) -> None:

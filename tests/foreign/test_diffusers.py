@@ -15,9 +15,8 @@ from score_sde.foreign import diffusers as interop_diffusers
 from score_sde.foreign.diffusers import load_network, network_from
 from score_sde.networks import DiT, UNet
 from score_sde.networks.dit import positions
-from tests import ROOT
-from tests.cli.test_runs import line
 from tests.oracles import numbers
+from tests.runs import line
 
 diffusers = pytest.importorskip("diffusers")
 
@@ -255,7 +254,6 @@ def test_a_folder_is_trained_further_and_the_keys_that_make_its_network_are_told
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A network's and a pipeline's; read by its scheduler's chain it is the model that training begins with."""
-    monkeypatch.chdir(ROOT)
     wide = {"block_out_channels": (32, 64), "norm_num_groups": 32, "sample_size": 8}
     theirs = diffusers.UNet2DModel(**{**UNETS["ddpm"], **wide})
     theirs.save_pretrained(tmp_path / "network")

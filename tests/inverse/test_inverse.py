@@ -53,8 +53,7 @@ from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.models.rules import Preconditioned
 from score_sde.networks import UNet
 from score_sde.samplers import EmbeddedODE
-from tests.oracles import SDES, name, numbers
-from tests.tasks.test_conditions import awake
+from tests.oracles import SDES, awake, name, numbers
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 

@@ -35,7 +35,7 @@ from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.networks import UNet
 from score_sde.tasks.train import noise_floor, train
 from tests.oracles import SDES, name, numbers
-from tests.tasks.test_train import ALONE, image_config, run_steps, toy_config
+from tests.runs import ALONE, image_config, run_steps, toy_config
 
 NOW = torch.tensor(0.3, dtype=torch.float64)
 Score = Callable[[Tensor, Tensor], Tensor]

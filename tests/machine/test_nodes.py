@@ -1,17 +1,13 @@
 """Two processes over gloo, as of two nodes: each with a workdir and a cache of its own, or with shared ones."""
 
-import os
 import shutil
 import socket
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as multiprocessing
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,35 +17,7 @@ from score_sde.machine import parallel
 from score_sde.machine.parallel import Elsewhere
 from score_sde.tasks import checkpoint
 from score_sde.tasks.codes import codes_of
-from tests import ROOT
-from tests.cli.test_runs import line, results
-from tests.tasks.test_codes import halves
-
-Node = Callable[[int, Path], Any]
-
-
-def _enter(rank: int, port: int, folder: Path, work: Node) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    torch.set_num_threads(1)
-    os.chdir(ROOT)
-    torch.save(work(rank, folder), folder / f"answer-{rank}")
-
-
-def two_nodes(folder: Path, work: Node) -> list[Any]:
-    """work(rank, folder) in two processes that torchrun might have started on two nodes; what they return."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    both = multiprocessing.start_processes(_enter, (port, folder, work), nprocs=2, join=False, start_method="fork")
-    deadline = time.monotonic() + 150
-    try:
-        while not both.join(timeout=1):
-            assert time.monotonic() < deadline, "the two wait for each other"
-    finally:
-        for process in both.processes:
-            process.kill()
-    return [torch.load(folder / f"answer-{rank}") for rank in range(2)]
+from tests.runs import halves, line, results, two_nodes
 
 
 def test_tensors_texts_and_refusals_reach_the_other_process(tmp_path: Path) -> None:
@@ -127,7 +95,7 @@ def test_a_node_with_another_workdir_goes_on_from_the_main_one_s_state(tmp_path:
 def test_classifiers_and_models_of_captions_are_of_two_processes_as_of_one(tmp_path: Path) -> None:
     """Trained and sampled, with captions that the main process alone encodes, guided by the classifier's workdir."""
     pytest.importorskip("transformers")
-    from tests.data.test_captions import bert
+    from tests.files import bert
 
     images = tmp_path / "images"
     images.mkdir()

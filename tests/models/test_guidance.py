@@ -18,20 +18,11 @@ from score_sde.models.rules import Preconditioned
 from score_sde.networks import MLP, Encoder, UNet
 from score_sde.noise import noise_source
 from score_sde.samplers import AdaptiveSDE, Ancestral, EmbeddedODE, Heun, Sampler
-from tests.tasks.test_conditions import MIXTURE, SDE, T, awake
+from tests.oracles import MIXTURE, T, awake, points, posterior
 
+SDE = MIXTURE.sde
 WEIGHTS = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64)
 SCALES = torch.tensor([0.0, 1.0, 2.5, 0.7], dtype=torch.float64)
-
-
-def posterior(x: Tensor, t: Tensor | None, label: Any, of: Mixture = MIXTURE) -> Tensor:
-    """log P(y | x_t) by Bayes' rule; log_prob of a label leaves out the weight."""
-    weight = of.log_weights[torch.as_tensor(label)]
-    return weight + of.log_prob(x, t, label=label) - of.log_prob(x, t)
-
-
-def points(n: int = 4) -> Tensor:
-    return torch.randn(n, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 
 
 @pytest.mark.parametrize("label", [1, torch.tensor([2, 0, 1, 2])])

@@ -12,9 +12,7 @@ from score_sde.models.base import absent
 from score_sde.models.rules import Preconditioned
 from score_sde.networks import MLP, DiT, UNet
 from score_sde.networks.blocks import Attention, Style, Text
-from tests.networks.test_unet import STYLE
-from tests.oracles import numbers
-from tests.tasks.test_conditions import awake
+from tests.oracles import STYLE, awake, numbers
 
 NETWORKS = {
     "unet": lambda **options: UNet(2, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, **options),

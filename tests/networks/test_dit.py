@@ -9,8 +9,7 @@ import torch.nn.functional as F
 
 from score_sde.networks import DiT
 from score_sde.networks.dit import DiTBlock, positions
-from tests.oracles import numbers
-from tests.tasks.test_conditions import awake
+from tests.oracles import awake, numbers
 
 
 def small(**options) -> DiT:

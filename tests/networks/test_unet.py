@@ -15,12 +15,11 @@ from score_sde.networks.blocks import Attention, Fourier, ResidualBlock, Sinusoi
 from score_sde.networks.layers import ACTIVATIONS, Dropout, conv, group_norm, variance_scaling_
 from score_sde.networks.resample import ConvDown, ConvUp, down, up
 from tests import RECORDED
-from tests.oracles import numbers
+from tests.oracles import STYLE, numbers
 
 TAPS = pytest.mark.parametrize(
     "taps", [(1, 3, 3, 1), (1, 2, 1), (1, 1), (1,), (1, 4, 6, 4, 1), (1, 2, 5), (1, 3, 2, 5)], ids=str
 )
-STYLE = Style(dropout=0.0, init_scale=1.0)
 
 
 def small(**options) -> UNet:

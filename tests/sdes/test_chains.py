@@ -31,8 +31,7 @@ from score_sde import (
 )
 from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.sdes import like
-from tests.oracles import CHAINS, name, numbers
-from tests.sdes.test_linear import CASES, golden
+from tests.oracles import CHAINS, TABLES, name, numbers, recorded
 
 EVERY = pytest.mark.parametrize("chain", CHAINS, ids=name)
 DDPMS = pytest.mark.parametrize("chain", [c for c in CHAINS if isinstance(c, DDPM)], ids=repr)
@@ -501,8 +500,8 @@ def test_a_chain_run_backwards_with_the_exact_model_converges_to_the_data(make):
 
 @pytest.mark.parametrize("case", ["vp_n1000", "ve_n1000", "ve_n7"])
 def test_golden_tables_and_discretisations(case):
-    sde, want = golden(case)
-    n, vp = CASES[case]["N"], CASES[case]["sde"] == "vpsde"
+    sde, want = recorded(case)
+    n, vp = TABLES[case]["N"], TABLES[case]["sde"] == "vpsde"
     chain = DDPM.from_sde(sde, n) if vp else SMLD.from_sde(sde, n)
     if vp:
         tables = {
@@ -546,7 +545,7 @@ def test_golden_tables_and_discretisations(case):
 
 def test_golden_score_multipliers_of_discrete_networks():
     """The reference divides a discrete VP network's output by the chain's deviation at floor(t (N - 1))."""
-    _, want = golden("vp_n1000")
+    _, want = recorded("vp_n1000")
     sde = DDPM.linear(1000).as_sde()
     deviation = sde.sigma(((want["t"] * 999).long() + 1) / exact(1000))
     torch.testing.assert_close((-1 / deviation).float(), want["score_multiplier.discrete"], rtol=1e-4, atol=0)
@@ -586,7 +585,7 @@ def test_curves_remember_their_tables_and_remain_values(chain):
 def test_too_few_steps_are_refused(n, beta):
     """score_sde's tables hold NaN for N = 7 and divide by 0 for N = 20."""
     if n == 7:
-        _, theirs = golden("vp_n7")
+        _, theirs = recorded("vp_n7")
         assert theirs["table.sqrt_alphas_cumprod"].isnan().any()
     with pytest.raises(ValueError, match=beta + r" lies outside \(0, 1\); take more steps"):
         DDPM.from_sde(VPSDE(), n)

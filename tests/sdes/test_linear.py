@@ -1,7 +1,6 @@
 """SDEs: the curves agree with the papers, with each other and with themselves in float32."""
 
 import copy
-import json
 import pickle
 from dataclasses import FrozenInstanceError, replace
 
@@ -14,8 +13,7 @@ from scipy.integrate import quad, solve_ivp
 from score_sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 from score_sde.models.rules import label_sigma, label_time
 from score_sde.sdes import like
-from tests import RECORDED
-from tests.oracles import CHAINS, SDES, name, numbers
+from tests.oracles import CHAINS, SDES, TABLES, name, numbers, recorded
 
 EVERY = pytest.mark.parametrize("sde", SDES, ids=name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -359,21 +357,9 @@ def test_impossible_parameters_are_refused(make, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Golden values of score_sde_pytorch
 
-CASES = json.loads((RECORDED / "sde_tables.json").read_text())
-
-
-def golden(case: str) -> tuple[SDE, dict[str, torch.Tensor]]:
-    known = CASES[case]
-    kinds = {"vpsde": VPSDE, "vesde": VESDE}
-    sde = kinds[known["sde"]](**{k: v for k, v in known.items() if k.split("_")[0] in ("beta", "sigma")})
-    with np.load(RECORDED / "sde_tables.npz") as file:
-        arrays = {k.removeprefix(case + "/"): torch.from_numpy(file[k]) for k in file if k.startswith(case + "/")}
-    return sde, arrays
-
-
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TABLES)
 def test_golden_curves_drifts_and_priors(case):
-    sde, want = golden(case)
+    sde, want = recorded(case)
     x, t, z = want["x"], want["t"], want["prior.z"]
     score = -0.7 * x + like(0.1 * (1 - t), x)
     close = {"rtol": 1e-6, "atol": 1e-6}
@@ -399,10 +385,10 @@ def test_golden_curves_drifts_and_priors(case):
     torch.testing.assert_close(sde.sigma(wide)[late], want["f64.marginal.std"][late], rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", TABLES)
 def test_golden_labels_of_continuous_networks(case):
-    sde, want = golden(case)
+    sde, want = recorded(case)
     t = want["t"].double()
-    label = {"vpsde": label_time, "vesde": label_sigma}[CASES[case]["sde"]]
+    label = {"vpsde": label_time, "vesde": label_sigma}[TABLES[case]["sde"]]
     got = label(sde.alpha(t), sde.sigma(t), t)
     torch.testing.assert_close(got.float(), want["labels.continuous"], rtol=1e-6, atol=0)

@@ -10,10 +10,9 @@ from score_sde import classifier, guide
 from score_sde.data import load_data
 from score_sde.models.closed_form import Mixture
 from studies.guidance import INTERVAL, KINDS, SCALES, TAUGHT, Parts, Results, curve, held_out, key_of, tables, taught
-from tests.models.test_guidance import points, posterior
-from tests.tasks.test_conditions import MIXTURE, SDE, T
+from tests.oracles import MIXTURE, T, points, posterior
 
-WEAK = Mixture(SDE, [0.3, 0.3, 0.4], torch.tensor([[-1.0, 0.3], [0.5, 0.5], [0.5, -1.0]]), 0.4)
+WEAK = Mixture(MIXTURE.sde, [0.3, 0.3, 0.4], torch.tensor([[-1.0, 0.3], [0.5, 0.5], [0.5, -1.0]]), 0.4)
 
 
 def test_every_kind_is_what_its_name_says() -> None:

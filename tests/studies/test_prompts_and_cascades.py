@@ -17,9 +17,6 @@ from score_sde.data.codecs import PixelCodec
 from score_sde.models.base import Estimate, ScoreModel
 from studies import cascades, prompts
 from studies.prompts import Words
-from tests.tasks.test_cascades import stages
-
-assert stages  # a fixture
 
 SDE = VPSDE()
 

@@ -20,8 +20,7 @@ from score_sde.data.codecs import PixelCodec, codec_of
 from score_sde.tasks.batches import augmented, low_resolution
 from score_sde.tasks.conditions import Wanted, conditional, load_guides
 from score_sde.tasks.train import draw
-from tests.data.test_captions import bert
-from tests.data.test_files import pixels, save
+from tests.files import bert, pixels, save
 
 pytest.importorskip("transformers")
 
@@ -117,16 +116,6 @@ def test_what_is_asked_for_is_the_same_in_any_batch() -> None:
 
 
 # Cascades
-
-
-@pytest.fixture(scope="module")
-def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A model of digits of 4 x 4, and one of 8 x 8 that is given these, both of classes."""
-    base, large = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("large")
-    assert modes("train", base, "--config.data.image_size=4", "--config.model.class_conditional") == 0
-    more = ("--config.model.super_resolution=2", "--config.training.augmentation=0.5")
-    assert modes("train", large, *more, *AWAKE, "--config.model.class_conditional") == 0
-    return base, large
 
 
 LARGE = ("--config.model.super_resolution=2", "--config.model.class_conditional")

@@ -43,8 +43,7 @@ from score_sde.tasks.checkpoint import (
 )
 from score_sde.tasks.train import make_state, train
 from tests import RECORDED, ROOT
-from tests.machine.test_nodes import two_nodes
-from tests.tasks.test_train import ALONE, toy_config
+from tests.runs import ALONE, toy_config, two_nodes
 
 CPU = torch.device("cpu")
 OLD = RECORDED / "checkpoints" / "mlp-0.1.0.safetensors"  # of 3 steps on the ring, by version 0.1.0
@@ -505,7 +504,6 @@ def words(command: list[str]) -> list[str]:
 
 def here(monkeypatch: pytest.MonkeyPatch, command: list[str]) -> int:
     """The exit code of a training command in this process, which spares what a process takes to begin."""
-    monkeypatch.chdir(ROOT)
     return cli.run(words(command))
 
 

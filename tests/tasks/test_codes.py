@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from score_sde import AutoencoderCodec, load, load_autoencoder, load_classifier
 from score_sde.cli import run
@@ -21,7 +21,7 @@ from score_sde.data import load_data, shrink
 from score_sde.data.codecs import PixelCodec, Statistics, codec_of
 from score_sde.tasks.codes import Source, as_asked, codec_from, codes_of, open_autoencoder
 from score_sde.tasks.train import draw, evaluate_loss, make_state, sde_of, train_step
-from tests import ROOT
+from tests.runs import Halves, halves
 
 SMALL = {
     "data.dataset": "digits",
@@ -54,11 +54,6 @@ TINY = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 def command(config: str, mode: str, workdir: Path, *more: str) -> int:
     one = ["--config.model.ch_mult=1"] if config.startswith("latent") else []
     return run(["--config", f"configs/{config}.py", "--mode", mode, "--workdir", str(workdir), *TINY, *one, *more])
@@ -68,11 +63,9 @@ def command(config: str, mode: str, workdir: Path, *more: str) -> int:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Workdirs of a tiny autoencoder of digits and of a model of its codes, after three steps each."""
     folder = tmp_path_factory.mktemp("latent")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        drawn = "--config.training.snapshot_sampling=true"
-        assert command("autoencoder_digits32", "train", folder / "autoencoder", drawn) == 0
-        assert command("latent_digits32", "train", folder / "model", of(folder / "autoencoder"), drawn) == 0
+    drawn = "--config.training.snapshot_sampling=true"
+    assert command("autoencoder_digits32", "train", folder / "autoencoder", drawn) == 0
+    assert command("latent_digits32", "train", folder / "model", of(folder / "autoencoder"), drawn) == 0
     return folder / "autoencoder", folder / "model"
 
 
@@ -81,9 +74,7 @@ def changed(trained: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
     """The autoencoder after a step more."""
     workdir = tmp_path_factory.mktemp("latent") / "changed"
     shutil.copytree(trained[0], workdir)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert command("autoencoder_digits32", "train", workdir, "--config.training.n_iters=4") == 0
+    assert command("autoencoder_digits32", "train", workdir, "--config.training.n_iters=4") == 0
     return workdir
 
 
@@ -164,27 +155,6 @@ def test_what_a_checkpoint_is_not_is_said(trained: tuple[Path, Path]) -> None:
 
 
 # Data sets of codes.
-
-
-class Halves(nn.Module):
-    """The code of an image is the means of its 2x2 squares, with a large deviation that grows with them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(3.0))
-        self.asked = 0
-
-    def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self.asked += len(x)
-        mean = self.scale * nn.functional.avg_pool2d(x, 2)
-        return mean, 0.5 + 0.2 * mean.abs()
-
-    def decode(self, z: Tensor) -> Tensor:
-        return nn.functional.interpolate(z / self.scale, scale_factor=2.0)
-
-
-def halves(sha256: str = "a" * 64) -> Source:
-    return Source(Halves().requires_grad_(False), PixelCodec(17), (1, 4, 4), sha256, "halves")
 
 
 def test_codes_have_the_statistics_of_their_draws_and_are_kept(tmp_path: Path) -> None:
@@ -298,7 +268,7 @@ def test_codes_that_do_not_vary_are_refused(tmp_path: Path) -> None:
 
 def test_an_autoencoder_from_a_python_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
-    text = "from tests.tasks.test_codes import Halves as Mine\ndef get_autoencoder():\n    return Mine()\n"
+    text = "from tests.runs import Halves as Mine\ndef get_autoencoder():\n    return Mine()\n"
     path.write_text(text)
     source = open_autoencoder(path, 17, (1, 8, 8))
     assert source.shape == (1, 4, 4) and source.pixels == PixelCodec(17)
@@ -321,7 +291,7 @@ def test_an_autoencoder_of_other_images_is_refused(trained: tuple[Path, Path], t
         open_autoencoder(trained[0], None, (2,))
     path = tmp_path / "mine.py"
     path.write_text(
-        "from tests.tasks.test_codes import Halves\nclass Odd(Halves):\n    def decode(self, z):\n        return z\n"
+        "from tests.runs import Halves\nclass Odd(Halves):\n    def decode(self, z):\n        return z\n"
         "def get_autoencoder():\n    return Odd()\n"
     )
     with pytest.raises(ValueError, match=r"of that \(1, 4, 4\): .*images come back in their shape"):

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from score_sde import VPSDE, Observation, ScoreModel, classifier, guide, load, load_classifier, sample, times
+from score_sde import Observation, ScoreModel, classifier, guide, load, load_classifier, sample, times
 from score_sde.cli import run
 from score_sde.config import load as load_config
 from score_sde.config.build import build_times
@@ -27,20 +27,10 @@ from score_sde.tasks.conditions import Guides, conditional
 from score_sde.tasks.latents import as_trained
 from score_sde.tasks.restore import restore
 from score_sde.tasks.train import draw
-from tests.tasks.test_train import image_config
+from tests.oracles import MIXTURE, T, awake
+from tests.runs import image_config
 
-SDE = VPSDE()
-MIXTURE = Mixture(SDE, [0.2, 0.5, 0.3], torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.0, -1.0]]), [0.02, 0.05, 0.1])
-T = torch.tensor(0.4, dtype=torch.float64)
-
-
-def awake(network: torch.nn.Module) -> torch.nn.Module:
-    """A network whose branches do not start at nothing."""
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in network.parameters():
-            p += 0.2 * torch.randn(p.shape, generator=g)
-    return network
+SDE = MIXTURE.sde
 
 
 NETWORKS = {

@@ -51,10 +51,7 @@ def check(name: str, workdir: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", REACHED)
-def test_a_digits_config_trained_in_full_reaches_what_is_stated(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(ROOT)
+def test_a_digits_config_trained_in_full_reaches_what_is_stated(name: str, tmp_path: Path) -> None:
     check(name, tmp_path / name)
 
 

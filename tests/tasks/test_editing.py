@@ -159,19 +159,12 @@ def words(workdir: Path, mode: str, *more: str, **changes: object) -> list[str]:
     return ["--config", "configs/vp_digits.py", "--mode", mode, "--workdir", str(workdir), *more, *overrides]
 
 
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model of digits after a step, and three of them."""
     folder = tmp_path_factory.mktemp("digits")
     np.save(folder / "own.npy", np.random.default_rng(0).integers(0, 17, (3, 8, 8, 1)).astype(np.uint8))
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(ROOT)
-        assert run(words(folder, "train")) == 0
+    assert run(words(folder, "train")) == 0
     return folder
 
 

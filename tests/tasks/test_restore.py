@@ -1,7 +1,6 @@
 """The modes inpaint, colorize, superresolve and deblur: as a user meets them, on tiny models."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +18,8 @@ from score_sde.metrics import psnr
 from score_sde.models.closed_form import Gaussian
 from score_sde.tasks.restore import METHODS, read_mask, restore, shown
 from tests import ROOT
-from tests.cli.test_cli import words
 from tests.oracles import numbers
+from tests.runs import words
 
 STEPS = {
     "sampling__steps": 4,
@@ -28,11 +27,6 @@ STEPS = {
     "eval__num_images": 3,
     "sampling__predictor": "ancestral_sampling",
 }
-
-
-@pytest.fixture(autouse=True)
-def in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +39,6 @@ def colours(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def workdirs(tmp_path_factory: pytest.TempPathFactory, colours: Path) -> dict[str, Path]:
     """Networks after two steps, of digits and of colourful images."""
-    os.chdir(ROOT)
     found = {}
     for name in ("vp_digits", "vp_cifar_small"):
         found[name] = tmp_path_factory.mktemp(name)

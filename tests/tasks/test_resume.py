@@ -14,7 +14,7 @@ from score_sde.data.captions import Text
 from score_sde.data.codecs import codec_of
 from score_sde.tasks import checkpoint
 from score_sde.tasks.train import make_state, train
-from tests.tasks.test_train import ALONE, image_config, toy_config
+from tests.runs import ALONE, image_config, toy_config
 
 CHAIN = {"training__continuous": False, "model__num_scales": 4, "model__beta_max": 3.0, "model__label": "index"}
 VARIANCE = {**CHAIN, "model__learned_variance": True}

@@ -30,7 +30,6 @@ from score_sde.tasks import latents as latent_modes
 from score_sde.tasks import restore as inverse_modes
 from score_sde.tasks.conditions import Guides, Wanted, sampled_labels
 from score_sde.tasks.stamps import KEYS, asked
-from tests import ROOT
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 IMAGE = (1, 4, 4)
@@ -350,7 +349,6 @@ def test_the_same_command_on_other_data_is_another_result(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Other data by their name, and a file that was overwritten between two runs."""
-    monkeypatch.chdir(ROOT)
 
     def run(mode: str, dataset: str) -> str:
         settings = {

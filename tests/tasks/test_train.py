@@ -43,51 +43,9 @@ from score_sde.tasks.train import (
     update,
 )
 from tests import RECORDED
+from tests.runs import ALONE, image_config, run_steps, toy_config
 
 NETS = RECORDED / "nets"
-ALONE = Processes(0, 1, torch.device("cpu"))
-
-
-def toy_config(**changes: object) -> ConfigDict:
-    """A few steps of a small MLP on the ring."""
-    config = default_config()
-    config.data.dataset = "ring"
-    config.model.name = "mlp"
-    config.model.hidden = 32
-    config.model.dropout = 0.0
-    config.data.random_flip = False
-    config.training.batch_size = 16
-    config.training.n_iters = 6
-    config.optim.warmup = 0
-    config.training.snapshot_sampling = False
-    with config.unlocked():
-        for key, value in changes.items():
-            section, name = key.split("__")
-            config[section][name] = value
-    return config
-
-
-def image_config(**changes: object) -> ConfigDict:
-    """A tiny U-Net on 8x8 digits, with attention."""
-    config = toy_config(
-        data__dataset="digits", model__name="ncsnpp", model__nf=8, model__ch_mult=(1, 2), model__num_res_blocks=1,
-        model__attn_resolutions=(4,), training__batch_size=4,
-    )  # fmt: skip
-    for key, value in changes.items():
-        section, name = key.split("__")
-        config[section][name] = value
-    return config
-
-
-def run_steps(config: ConfigDict, data: Data, steps: int = 3) -> tuple[State, list[Record]]:
-    state = make_state(config, data.shape, torch.device("cpu"))
-    objective = Objective(state.model, config)
-    codec = codec_of(data.levels, config.data.centered)
-    records = []
-    for _ in range(steps):
-        b = draw(config, data.train, codec, state.model.sde, state.step, slice(None), flip=False)
-        records.append(train_step(state, objective, b, config))
-    return state, records
 
 
 def parameters(state: State) -> dict[str, torch.Tensor]:

@@ -1,0 +1,31 @@
+"""What every test finds: the repository as the working folder, and trained runs that several files ask for."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+
+
+@pytest.fixture(scope="session", autouse=True)
+def in_the_repository() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield
+
+
+@pytest.fixture(scope="session")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Workdirs of a model of digits of 4 x 4, and of one of 8 x 8 that is conditioned on these, both of classes."""
+    from score_sde.cli import run
+    from tests.runs import line
+
+    base, large = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("large")
+    few = {"training__n_iters": 2, "training__batch_size": 8, "model__class_conditional": True}
+    few |= {"sampling__method": "heun", "sampling__steps": 3}
+    assert run(line("vp_digits", "train", base, data__image_size=4, **few)) == 0
+    few |= {"model__super_resolution": 2, "training__augmentation": 0.5}
+    few |= {"optim__warmup": 0, "optim__lr": 0.05, "model__init_scale": 1}  # conditions matter after two steps
+    assert run(line("vp_digits", "train", large, **few)) == 0
+    return base, large
