@@ -1,10 +1,10 @@
-"""One process at a time works in a folder: a file `.lock` in it says which, and goes when that process is done.
+"""Lock of a folder: one process at a time works there, named by a file `.lock` that it removes when it is done.
 
-On one machine the kernel decides (flock): a lock whose process is gone, by whatever signal, is free at once, and what
-is left of its file is taken over. The file tells the others who holds it: machine, host, process, since when, doing
-what. Where the file system knows no flock, the process is looked for by its number and beginning. And where the file
-names another machine, whose locks and processes may not be seen from here, it is watched: its holder renews the file's
-time every `BEAT` seconds, and who has not done so for `SILENCE` is gone. A machine started again is another one.
+On one machine the kernel decides (flock): a lock is free as soon as its process ends, by whatever signal, and the next
+process takes the file over. The file tells others who holds the lock: machine, host, process, since when, doing what.
+If the file system has no flock, we look for the process by its number and start time. If the file names another
+machine, whose locks and processes may be invisible here, we watch the file: its holder renews the file's time every
+`BEAT` seconds, and a holder that does not do so for `SILENCE` seconds is gone. A restarted machine counts as another.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import IO, Any
 
 try:
     import fcntl
-except ImportError:  # pragma: no cover (no such thing on Windows)
+except ImportError:  # pragma: no cover (Windows has none)
     fcntl = None  # type: ignore[assignment]
 
 NAME = ".lock"
@@ -33,26 +33,26 @@ SILENCE = 120.0
 log = logging.getLogger("score_sde")
 
 
-Record = dict[str, Any]  # of a process that holds a lock
+Record = dict[str, Any]  # describes the process that holds a lock
 
 
 class Busy(ValueError):
-    """Another process works in the folder."""
+    """Another process holds the lock of the folder."""
 
 
 @contextmanager
 def held(folder: Path, doing: str) -> Iterator[None]:
-    """Work in `folder` (made if it is not there) alone; `doing` says what, such as "training", to those that come.
+    """Hold the lock of `folder`, created if missing; `doing`, such as "training", tells other processes why.
 
-    A lock that a process left behind as it died is taken over, which is logged. Raises Busy, which names the process
-    that holds it, its host and when it began.
+    It takes over the lock of a process that died, and logs that. Raises Busy with the process that holds the lock, its
+    host and since when.
     """
-    made = not folder.exists()
+    created = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / NAME
-    file = _taken(path)
+    file = _acquire(path)
     try:
-        _write(file, _own(doing))
+        _write(file, _own_record(doing))
         done = threading.Event()
         beat = threading.Thread(target=_renew, args=(path, done), daemon=True)
         beat.start()
@@ -62,27 +62,27 @@ def held(folder: Path, doing: str) -> Iterator[None]:
             done.set()
             beat.join()
     finally:
-        path.unlink(missing_ok=True)  # before it is closed, so that nobody can hold it yet
+        path.unlink(missing_ok=True)  # while we hold it: once closed it may be another's
         file.close()
-        if made:
+        if created:
             with suppress(OSError):
-                folder.rmdir()  # nothing came of it, if it is empty
+                folder.rmdir()  # if it is still empty
 
 
-def _taken(path: Path) -> IO[str]:
-    """The lock file, open, and held by this process."""
+def _acquire(path: Path) -> IO[str]:
+    """Open the lock file and lock it. Raises Busy if another process holds it."""
     while True:
         file = path.open("a+")
         try:
-            known = _flock(file)
+            granted = _flock(file)
             if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                left = _read(file)
-                if left and _at_work(left, path, known):
-                    raise Busy(_refusal(path.parent, left))
-                if left:
-                    log.warning("%s is gone: its lock of %s is taken over", _told(left), path.parent)
+                holder = _read(file)
+                if holder and _alive(holder, path, granted):
+                    raise Busy(_refusal(path.parent, holder))
+                if holder:
+                    log.warning("%s is gone: taking over its lock of %s", _describe(holder), path.parent)
                 return file
-            file.close()  # its holder was done, and took it away, between open and lock
+            file.close()  # between open and lock its holder finished and removed it: try again
         except BlockingIOError:
             holder = _read(file)
             file.close()
@@ -93,7 +93,7 @@ def _taken(path: Path) -> IO[str]:
 
 
 def _flock(file: IO[str]) -> bool:
-    """Lock the file, if its file system can. Raises BlockingIOError where another process holds it."""
+    """Lock the file; False if its file system cannot. Raises BlockingIOError if another process holds the lock."""
     if fcntl is None:  # pragma: no cover
         return False
     try:
@@ -105,69 +105,69 @@ def _flock(file: IO[str]) -> bool:
     return True
 
 
-def _at_work(record: Record, path: Path, known: bool) -> bool:
-    """Whether the process of a record still holds the lock; `known` where flock was granted."""
+def _alive(record: Record, path: Path, granted: bool) -> bool:
+    """Whether the process of a record still works; `granted` if we got the lock from flock."""
     if record["machine"] == _machine():
-        return not known and _began(record["pid"]) == record["began"]
-    log.info("%s has left a lock in %s: waiting up to %.0f s for a sign of it", _told(record), path.parent, SILENCE)
-    since, seen = time.monotonic(), _changed(path)
-    while time.monotonic() - since < SILENCE:
+        return not granted and _start_time(record["pid"]) == record["began"]
+    log.info("%s holds %s: waiting up to %.0f s for a sign that it still works", _describe(record), path, SILENCE)
+    start, last = time.monotonic(), _modified(path)
+    while time.monotonic() - start < SILENCE:
         time.sleep(min(1.0, SILENCE / 10))
-        if _changed(path) != seen:
+        if _modified(path) != last:
             return True
     return False
 
 
-def _changed(path: Path) -> int:
-    """When the file was renewed, as its server knows it: network file systems look anew when a file is opened."""
+def _modified(path: Path) -> int:
+    """When the file was renewed, in ns by its server's clock: opening it makes network file systems look again."""
     try:
         with path.open() as file:
             return os.fstat(file.fileno()).st_mtime_ns
     except FileNotFoundError:
-        return 0  # its holder was at work, and is done
+        return 0  # its holder has just finished
 
 
 def _refusal(folder: Path, record: Record) -> str:
-    who = f"{_told(record)} works there" if record else "another process works there"
-    return f"{folder} is in use: {who}; wait for it, stop it, or choose another folder"
+    holder = _describe(record) if record else "another process"
+    return f"{folder} is in use: {holder} works there; wait for it, stop it, or choose another folder"
 
 
-def _told(record: Record) -> str:
+def _describe(record: Record) -> str:
     return f"process {record['pid']} on {record['host']} ({record['doing']} since {record['since']})"
 
 
-def _own(doing: str) -> Record:
-    """What this process writes into its lock."""
+def _own_record(doing: str) -> Record:
+    """What this process writes into its lock file."""
     since, pid = time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid()
     return {
         "host": socket.gethostname(),
         "machine": _machine(),
         "pid": pid,
-        "began": _began(pid),
+        "began": _start_time(pid),
         "since": since,
         "doing": doing,
     }
 
 
 def _machine() -> str:
-    """What tells this machine, since it was last started, from all others: Linux' boot id, elsewhere its name."""
+    """Identity of this machine since its last start: the boot id on Linux, elsewhere the host name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
 
 
-def _began(pid: int) -> str | None:
-    """When a process of this machine began (in ticks since the machine did), "" if that is unknown, None: no process.
+def _start_time(pid: int) -> str | None:
+    """When a process of this machine started, in ticks since boot; "" if unknown, None if there is no such process.
 
-    Numbers of processes are used again; a number and its beginning are not.
+    Process numbers are reused, but not together with a start time.
     """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return None
     except PermissionError:
-        pass  # somebody else's
+        pass  # it is another user's
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:
@@ -184,16 +184,17 @@ def _renew(path: Path, done: threading.Event) -> None:
 
 
 def _write(file: IO[str], record: Record) -> None:
-    file.truncate(0)  # it is open for appending
+    file.truncate(0)  # it was opened for appending
     file.write(json.dumps(record))
     file.flush()
 
 
 def _read(file: IO[str]) -> Record:
-    """The record in a lock file, {} where there is none that can be read: a process died as it wrote it."""
+    """The record in a lock file; {} if it cannot be read because a process died while writing it."""
     file.seek(0)
     try:
-        found = json.loads(file.read())
+        record = json.loads(file.read())
     except ValueError:
         return {}
-    return found if isinstance(found, dict) and {*_own("")} <= found.keys() and isinstance(found["pid"], int) else {}
+    complete = isinstance(record, dict) and {*_own_record("")} <= record.keys() and isinstance(record["pid"], int)
+    return record if complete else {}

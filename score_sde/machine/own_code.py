@@ -1,7 +1,7 @@
-"""Code of the user's own, which a config names as ``FILE.py:NAME``: a network, an SDE or a data set.
+"""The user's own code, which a config names as ``FILE.py:NAME``: a network, an SDE or a data set.
 
-What is named so runs when it is needed, and is called with those values that its arguments have the names of. A
-checkpoint carries the file's sha256 beside its name, never the code: it is used with that very file, or not at all.
+The file is run when it is needed, and NAME is called with the values that its arguments name. A checkpoint stores the
+name and the file's sha256, never the code, and can only be used with that same file.
 """
 
 from __future__ import annotations
@@ -27,37 +27,37 @@ log = logging.getLogger("score_sde")
 
 
 def is_own(name: str) -> bool:
-    """Whether a name is FILE.py:NAME."""
+    """Whether a name has the form FILE.py:NAME."""
     return _NAMED.fullmatch(name) is not None
 
 
 def file_hash(name: str, key: str) -> str:
-    """sha256 of the file in FILE.py:NAME, which `key` of the config is. Raises FileNotFoundError where none is."""
+    """sha256 of the file in FILE.py:NAME, the value of config key `key`. Raises FileNotFoundError if it is missing."""
     return hashlib.sha256(_file(name, key).read_bytes()).hexdigest()
 
 
 def check_unchanged(name: str, key: str, sha256: str) -> None:
-    """Raise ValueError where the file in FILE.py:NAME is not the one of this hash, and FileNotFoundError for none.
+    """Raise ValueError if the file in FILE.py:NAME does not have this hash, FileNotFoundError if it is missing.
 
-    A hash of "" is of any file: the user has just named it.
+    A hash of "" allows any file: the user has just named it.
     """
     now = file_hash(name, key)
     if sha256 not in ("", now):
         raise ValueError(
             f"{key}={name}: the file is not the one that was trained with (sha256 {sha256[:12]}... then, {now[:12]}... "
-            f"now): give it back as it was, or train on with it as it is now, by --mode train --config.{key}={name}"
+            f"now): restore it, or continue training with the new one by --mode train --config.{key}={name}"
         )
 
 
 def make(name: str, key: str, kind: type, values: Mapping[str, Any]) -> Any:
-    """What NAME of FILE.py returns, called with those of the `values` that it has arguments for.
+    """Call NAME of FILE.py with those of the `values` that it has arguments for, and return its result.
 
     Args:
-        key: the config's key that has this name; errors name it.
-        kind: what must be returned.
+        key: the config key with this name, for errors.
+        kind: type of the result.
 
-    Raises FileNotFoundError for no such file, and ValueError for no such name in it, an argument that is no value, a
-    result that is not of `kind`, and a slip such as a wrong import.
+    Raises FileNotFoundError for a missing file, and ValueError for a missing name, an argument without a value, a
+    result of another type, and a slip such as a wrong import.
     """
     path, (_, attribute) = _file(name, key), _parts(name)
     with slips(path):
@@ -71,13 +71,13 @@ def make(name: str, key: str, kind: type, values: Mapping[str, Any]) -> Any:
 
 
 def with_values(target: Callable[..., T], values: Mapping[str, Any]) -> T:
-    """`target`, called with those of the values that it has arguments for."""
+    """Call `target` with those of the values that it has arguments for."""
     return target(**_arguments(target, str(target), values))
 
 
 @contextmanager
 def slips(path: Path) -> Iterator[None]:
-    """Within it a slip in the file at `path`, in syntax, names or imports, is a ValueError that tells the line."""
+    """Turn a slip in the file at `path`, in syntax, names or imports, into a ValueError with its line."""
     try:
         yield
     except SyntaxError as error:
@@ -102,21 +102,21 @@ def _file(name: str, key: str) -> Path:
     path = Path(_parts(name)[0]).expanduser()
     if not path.is_file():
         raise FileNotFoundError(
-            f"{key}={name}: there is no file {path}, which is code of the user's own; give its path from the folder "
-            "where you are, or go to the folder that it was named from"
+            f"{key}={name}: there is no file {path} with your code: give its path from this folder, or change to the "
+            "folder where the path holds"
         )
     return path
 
 
-@cache  # run once, that classes stay the same
+@cache  # run once, so that classes stay the same
 def _module(path: Path, sha256: str) -> ModuleType:
-    """The file at `path`, run as a module. Its hash is looked at so that a file that has changed is run again."""
+    """Run the file at `path` as a module. Its hash is an argument so that a changed file is run again."""
     log.info("code of your own: %s, sha256 %s...", path, sha256[:12])
     name = f"own_code_{sha256[:16]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # where dataclasses look for the names in annotations
+    sys.modules[name] = module  # dataclasses look up names of annotations there
     spec.loader.exec_module(module)
     return module
 
@@ -127,7 +127,7 @@ def _arguments(target: Callable[..., Any], what: str, values: Mapping[str, Any])
     for p in named:
         if p.name not in values and p.default is p.empty:
             raise ValueError(
-                f"{what} has an argument {p.name}, for which there is no value: give it a default, or take some of "
+                f"{what} has an argument {p.name}, for which there is no value: give it a default, or use only "
                 f"{', '.join(sorted(values))}"
             )
     return {p.name: values[p.name] for p in named if p.name in values}

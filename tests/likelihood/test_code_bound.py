@@ -179,5 +179,5 @@ def test_statistics_of_another_autoencoder_are_refused() -> None:
     with pytest.raises(ValueError, match="deviations above 0"):
         AutoencoderCodec(OnePixel(), Statistics((0.0,), (0.0,), 0.3), PixelCodec(5))
     codec = AutoencoderCodec(OnePixel(), Statistics((0.0, 0.0), (1.0, 1.0), 0.3), PixelCodec(5))
-    with pytest.raises(ValueError, match="codes have 1 channels and their statistics 2: this is another autoencoder"):
+    with pytest.raises(ValueError, match="codes have 1 channels, but their statistics have 2: give the autoencoder"):
         codec.decode(torch.zeros(1, 1, 1, 1))

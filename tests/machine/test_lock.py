@@ -32,7 +32,7 @@ def another(folder: Path) -> "subprocess.Popen[str]":
 def record(folder: Path, **changes: object) -> None:
     """What a process has left in the folder's lock."""
     folder.mkdir(exist_ok=True)
-    (folder / lock.NAME).write_text(json.dumps(lock._own("training") | changes))
+    (folder / lock.NAME).write_text(json.dumps(lock._own_record("training") | changes))
 
 
 def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
