@@ -146,7 +146,7 @@ def test_a_config_file_names_own_code_anew_and_json_keeps_its_hash(folder: Path)
 @pytest.mark.parametrize(
     ("key", "value", "text", "words"),
     [
-        ("model.name", "gone.py:Net", "", "model.name=gone.py:Net: there is no file gone.py, which is code of the"),
+        ("model.name", "gone.py:Net", "", "model.name=gone.py:Net: there is no file gone.py with your code"),
         ("model.name", "gone.py", "", "model.name must be one of ddpm, .* or FILE.py:NAME of your own, got 'gone.py'"),
         ("model.name", "bad.py:Net", "", "model.name=bad.py:Net: bad.py defines no function or class Net"),
         ("model.name", "bad.py:Net", "def Net(shape): return 3", "must return an instance of Module, got int"),
