@@ -42,7 +42,7 @@ def fill(page: Path, blocks: dict[str, str]) -> None:
 def page_for(given: Path | None, original: Path, folder: Path) -> Path:
     """The page to fill: `given`, or one in `folder`, which unless it is the original itself begins as a copy of it.
 
-    So a command changes what is in docs/ only where it is told to.
+    So a command changes docs/ only on request.
     """
     page = given or folder / original.name
     if page.resolve() != original.resolve():

@@ -92,7 +92,7 @@ def mixture_problem(name: str, model: Mixture, count: int = PATHS, *, chosen: bo
 
 
 class Trained(NamedTuple):
-    """A trained model, the SDE to the t at which sampling ends, as the demo's does, and the data that it is of."""
+    """A trained model, the SDE to the t at which sampling ends, as the demo's does, and its data set."""
 
     model: ScoreModel
     sde: SDE

@@ -1,6 +1,7 @@
 """A classifier of noisy CIFAR-10 images, for classifier guidance of vp_cifar_small and its like.
 
-The way down of a U-Net (Dhariwal & Nichol 2021, section 4.3), told the noise level; SDE and law of t are the model's.
+The way down of a U-Net (Dhariwal & Nichol 2021, section 4.3), conditioned on the noise level; SDE and law of t
+are those of the model.
 """
 
 from pathlib import Path

@@ -1,7 +1,8 @@
 """A classifier of noisy digits, for classifier guidance (Song et al. 2021, section 5; Dhariwal & Nichol 2021).
 
-The way down of vp_digits' U-Net, told the noise level; its SDE and law of t are the model's. Trained in a minute:
-`--mode sample --config configs/vp_digits.py --config.sampling.classifier=runs/classifier_digits` samples by it.
+The way down of vp_digits' U-Net, conditioned on the noise level; SDE and law of t are those of the model. It trains
+in a minute. To sample with it:
+`--mode sample --config configs/vp_digits.py --config.sampling.classifier=runs/classifier_digits`.
 """
 
 from pathlib import Path

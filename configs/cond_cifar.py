@@ -1,4 +1,4 @@
-"""DDPM++ with the VP SDE, on CIFAR-10, told the class: vp_cifar with the paper's hyperparameters otherwise."""
+"""DDPM++ with the VP SDE, on CIFAR-10, conditioned on the class; otherwise vp_cifar."""
 
 from pathlib import Path
 

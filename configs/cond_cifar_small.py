@@ -1,4 +1,4 @@
-"""CIFAR-10 of a chosen class in 25 minutes on a CPU: vp_cifar_small told the class, and trained for less long.
+"""CIFAR-10 of a chosen class in 25 minutes on a CPU: vp_cifar_small conditioned on the class, with fewer steps.
 
 The class enters with the time, by adaptive group norm (Dhariwal & Nichol 2021, section 3.1); a tenth of the examples
 are trained on without theirs (Ho & Salimans 2022).

@@ -1,4 +1,4 @@
-"""Handwritten digits of a chosen class, 8x8: vp_digits told the class.
+"""Handwritten digits of a chosen class, 8x8: vp_digits conditioned on the class.
 
 The class enters with the time, by adaptive group norm (Dhariwal & Nichol 2021, section 3.1); a tenth of the examples
 are trained on without theirs, so that one network is the conditional and the unconditional model, and can be guided

@@ -4,7 +4,7 @@ Karras et al. 2022 (arXiv:2206.00364): table 1, column "ours"; table 2, configur
 Log-normal noise, their preconditioning and weight, Adam, 200 million images in batches of 512. Sampling is theirs for
 CIFAR-10: Heun's method in 17 steps without churn, and the estimate of the clean data, which is their 18th; 35
 evaluations. Departures: no augmentation but mirroring, where they have twelve geometric operations, whose parameters
-the network is told; no gradient is replaced where it is not finite.
+condition the network; no gradient is replaced where it is not finite.
 """
 
 from ml_collections import ConfigDict

@@ -3,8 +3,8 @@
 Nichol & Dhariwal 2021 (arXiv:2102.09672), table 2 (500,000 iterations), with the flags that the README of
 openai/improved-diffusion gives for its CIFAR-10 model. For their L_vlb set training.objective=vlb and
 training.time=second_moment; for sampling in fewer steps, which their section 4 does without loss, sampling.steps=100.
-52.5 million parameters. Departures: DDPM's initialisation and time embedding; the network is told 999 t, where theirs
-is told 1000 (t - 1/4000); convolutions of stride 2 pad below and to the right alone. The whole bound takes 4000
+52.5 million parameters. Departures: DDPM's initialisation and time embedding; the network's label is 999 t,
+theirs is 1000 (t - 1/4000); convolutions of stride 2 pad below and to the right alone. The whole bound takes 4000
 evaluations per image; eval.terms=100 draws 100 of them.
 """
 

@@ -1,7 +1,7 @@
 """Latent diffusion on CIFAR-10: the codes of autoencoder_cifar, 8 x 8 x 8, by the VP SDE and a small U-Net.
 
 Rombach et al. 2022 (arXiv:2112.10752): first `--mode train --config configs/autoencoder_cifar.py`. Codes have unit
-variance in each channel, and EDM's preconditioning (Karras et al. 2022) is told so.
+variance in each channel, which EDM's preconditioning (Karras et al. 2022) uses.
 """
 
 from pathlib import Path

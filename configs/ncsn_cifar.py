@@ -1,4 +1,4 @@
-"""NCSN on CIFAR-10: ten noise levels, a RefineNet that is told which, annealed Langevin dynamics.
+"""NCSN on CIFAR-10: ten noise levels, a RefineNet conditioned on the level, annealed Langevin dynamics.
 
 Song & Ermon 2019 (arXiv:1907.05600), table 1 and appendices A and B. Follows ermongroup/ncsn's configs/anneal.yml with
 its entries for CIFAR-10: sigma from 1 to 0.01, 200,000 steps of 128 images, Adam with rate 1e-3, pixels (k + u)/256,

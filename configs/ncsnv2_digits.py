@@ -8,7 +8,7 @@ learning rate 2e-3 that rises over 100 steps and falls to 0 over the last four f
 
 It reaches 2.259 bits/dim by the ODE, and 31 % of samples that look like digits by a classifier that is more than 90 %
 sure (a Gaussian's: 10 %); five Langevin steps on a level give 11 %, and 30 of the size that technique 4 has for 30,
-7.27e-6, give 16 %. The network is told no noise level, and in these minutes it learns less than ncsn_digits'.
+7.27e-6, give 16 %. The network is not conditioned on the level, and in these minutes it learns less than ncsn_digits'.
 """
 
 from pathlib import Path

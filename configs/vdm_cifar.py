@@ -3,7 +3,7 @@
 Kingma et al. 2021 (arXiv:2107.00630), table 1, CIFAR-10 not augmented (at most 2.65 bits/dim); sizes and optimizer
 of their appendix B.1 and of the open configs/cifar10.py: 32 residual blocks down and 33 up at full resolution, 128
 channels, attention in the middle alone, dropout 0.1, AdamW, t of low discrepancy, ends of the log SNR learned from 13.3
-and -5. Departures: the network is told 50 gamma instead of 1000 (gamma + 13.3)/18.3; the label joins each block by a
+and -5. Departures: the network's label is 50 gamma instead of 1000 (gamma + 13.3)/18.3; the label joins each block by a
 projection with a bias that starts like any other layer, where theirs has none and starts from 0; convolutions start as
 DDPM's; the pixel k enters as k/255 instead of (k + 1/2)/256. The schedule starts as a line whose units are spread over
 it; its shape is learned by the gradient of the loss's second moment at given noise levels, theirs by that through the

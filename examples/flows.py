@@ -89,7 +89,7 @@ def train_flow(
 ) -> tuple[Flow, float]:
     """A flow fitted by maximum likelihood, backwards through four Runge-Kutta steps, and the CPU seconds.
 
-    Its network is told `scale` t.
+    The time label of its network is `scale` t.
     """
     torch.manual_seed(seed)
     kinetic, jacobian = regularisers
@@ -108,7 +108,7 @@ def train_flow(
 
 
 def new_score_model(seed: int = 0) -> ScoreModel:
-    """An untrained one, told twice the log of sigma/alpha, from about -9 to 10, in which its flow is smooth."""
+    """An untrained score model. Its label, 2 log(sigma/alpha), runs from about -9 to 10; its flow is smooth in it."""
     torch.manual_seed(seed)
     return Preconditioned(MLP(2, width=64, depth=2), SDE, label=lambda alpha, sigma, t: 2 * torch.log(sigma / alpha))
 

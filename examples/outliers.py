@@ -1,4 +1,4 @@
-"""Which score tells digits from what is none? After `make demo`: ``python -m examples.outliers [--workdir DIR]``.
+"""Which score separates digits from other images? After `make demo`: ``python -m examples.outliers [--workdir DIR]``.
 
 Held-out digits against the same images changed, by AUROC: 0.5 is chance, below it the changed ones look *more* like
 digits. Typicality takes its mean from other held-out digits than those that it is tried on.

@@ -67,8 +67,8 @@ def draw(stage: Stage, small: Tensor | None, label: Tensor, level: float, levels
     images = []
     for first in range(0, len(label), 250):
         count = min(250, len(label) - first)
-        told = Wanted([], images=small).of(first, count, config, codec, stage.model.sde)[0]
-        model = stage.model.given(label=label[first : first + count], **told)
+        condition = Wanted([], images=small).of(first, count, config, codec, stage.model.sde)[0]
+        model = stage.model.given(label=label[first : first + count], **condition)
         x = sample(model, sampler, (count, *stage.shape), times, seed=seed, first=first, denoise=True)
         images.append(codec.decode(x))
     return torch.cat(images)

@@ -7,7 +7,7 @@ trained on samples alone is asked about real held-out images (classification acc
 arXiv:1905.10887).
 
 The model is class-conditional and was trained with dropout of its labels, so that it is the unconditional model, too.
-The classifier of noisy images guides that one; the weaker model of autoguidance is told the labels.
+The classifier of noisy images guides that one; the weaker model of autoguidance is conditioned on the labels.
 """
 
 from __future__ import annotations
@@ -79,17 +79,18 @@ class Parts(NamedTuple):
 
     def given(self, kind: str, scale: float, label: Tensor) -> ScoreModel:
         """The model guided so, of examples of these classes, (B,)."""
-        told, untold = self.model.given(label=label), self.model.given(label=None)
+        conditional, unconditional = self.model.given(label=label), self.model.given(label=None)
         if kind == "no label":
-            return untold
+            return unconditional
         if kind == "unguided":
-            return told
+            return conditional
         if kind == "classifier":
-            return classifier(untold, self.noisy, scale, label=label)
+            return classifier(unconditional, self.noisy, scale, label=label)
         if kind == "autoguidance":
-            return guide(told, self.weak.given(label=label), scale)
+            return guide(conditional, self.weak.given(label=label), scale)
         low, high = INTERVAL if kind == "in an interval" else (0.0, float("inf"))
-        return guide(told, untold, scale, low=low, high=high, rescale=RESCALE if kind == "rescaled" else 0.0)
+        rescale = RESCALE if kind == "rescaled" else 0.0
+        return guide(conditional, unconditional, scale, low=low, high=high, rescale=rescale)
 
 
 def draw(parts: Parts, data: Data, kind: str, scale: float, count: int, seed: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """``python -m studies.prompts [--path FOLDER] [--fill]``: does an image match its prompt better than other prompts?
 
 Samples of CIFAR-10's words at several scales of guidance are shown to a classifier of real images that had no part in
-drawing them: how often it names the class that the word is of, for words that the model was trained on and for those
+drawing them: how often it names the class of the word, for words that the model was trained on and for those
 that were left out. Beside them stand real images of the same words, shown at the same size, the same samples beside
 other prompts than their own, and samples without a prompt.
 """
@@ -47,7 +47,7 @@ SHOWN = (
 
 
 class Words(NamedTuple):
-    """Captions, and the class that each is of."""
+    """Captions, and the class of each."""
 
     captions: list[str]
     label: Tensor
@@ -68,8 +68,8 @@ def draw(model: ScoreModel, words: Words, shape: tuple[int, ...], scale: float, 
     images = []
     for first in range(0, count, 250):
         index = torch.arange(first, min(first + 250, count)) % len(words.captions)
-        told = model.given(**words.text.condition(index))
-        guided = told if scale == 1 else guide(told, model, scale)
+        conditional = model.given(**words.text.condition(index))
+        guided = conditional if scale == 1 else guide(conditional, model, scale)
         x = sample(guided, sampler, (len(index), *shape), times, seed=seed, first=first, denoise=True)
         images.append(PixelCodec().decode(x))
     return torch.cat(images)

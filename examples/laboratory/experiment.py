@@ -1,6 +1,6 @@
 """One experiment: train with one objective on one data set, then measure what was learned; all of it on disk.
 
-Every measure is of y = x_t/alpha = x_0 + r z, data with noise of a level r = sigma/alpha, so that models of any SDE are
+Every measure takes y = x_t/alpha = x_0 + r z, data with noise of a level r = sigma/alpha, so that models of any SDE are
 asked the same. They end where r is `SMALLEST`, about a hundredth of the data's size, and samples, densities and
 likelihoods are of y there, whose exact density is known.
 """
@@ -60,7 +60,7 @@ TERMS = 100  # of a chain's bound, drawn for each image
 
 @dataclass(frozen=True)
 class Job:
-    """One experiment; the seed is of the initial weights, the order of the data, times and noise."""
+    """One experiment; the seed decides initial weights, order of the data, times and noise."""
 
     data: str
     objective: str
