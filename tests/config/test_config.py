@@ -351,7 +351,7 @@ CONTRADICTIONS = [
     ("eval.estimate=bound eval.heat_map=2", "leave eval.dequantization, eval.importance_samples and eval.heat_map"),
     ("data.uniform_dequantization=1 eval.dequantization=truncated_normal", "data.uniform_dequantization=False, and"),
     ("eval.estimate=sde_bound eval.dequantization=truncated_normal", "eval.estimate=ode"),
-    ("training.continuous=0 eval.estimate=sde_bound", "eval.estimate=sde_bound is of a continuous model"),
+    ("training.continuous=0 eval.estimate=sde_bound", "eval.estimate=sde_bound is for a continuous model"),
     ("eval.estimate=sde_bound eval.importance_samples=2", "bounds log p alone"),
     ("eval.dequantization=gaussian", "truncated_normal"),
     ("eval.importance_samples=0", "eval.importance_samples must be at least 1, got 0"),

@@ -110,7 +110,7 @@ def test_a_slip_in_a_config_file_has_its_line(line: str, words: str, tmp_path: P
         ("training.log_freq=0", "training.log_freq must be at least 1"),
         ("sampling.batch_size=0", "sampling.batch_size must be at least 1"),
         ("eval.batch_size=0", "eval.batch_size must be at least 1"),
-        ("model.class_conditional=1 training.condition_dropout=1", "never tells the model its label or caption"),
+        ("model.class_conditional=1 training.condition_dropout=1", "never gives the model its label or caption"),
         ("sampling.negative_label=-2", "sampling.negative_label must be at least -1, got -2"),
         ("sampling.rtol=1e30", "sampling.rtol must be above 0 and at most 1"),
         ("eval.rtol=1e30", "eval.rtol must be above 0 and at most 1"),
