@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from ml_collections import ConfigDict
@@ -87,22 +87,34 @@ CORRECTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
     "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
     "none": lambda s: None,
 }
-METHODS: dict[str, Callable[[ConfigDict], Sampler]] = {
-    "pc": lambda s: _predictor_corrector(PREDICTORS[s.predictor](s), CORRECTORS[s.corrector](s)),
-    "ode": lambda s: (
-        FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
-    ),
-    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
-    "ddim": lambda s: DDIM(eta=s.eta),
-    "heun": lambda s: Heun(),
-    "edm": lambda s: Churn(s.churn, s.churn_low, s.churn_high, s.churn_inflate),
-    "dpm_solver": lambda s: DPMSolver(s.order, s.predict),
-    "dpm_solver++": lambda s: Multistep(s.order, eta=s.eta),
-    "deis": lambda s: Multistep(s.order, "noise"),
-    "unipc": lambda s: UniPC(s.order, s.unipc_variant, s.predict),
-    "fast": lambda s: fast(s.steps),
-    "embedded": lambda s: EmbeddedODE(s.rtol, s.atol),
-    "adaptive_sde": lambda s: AdaptiveSDE(s.sde_rtol, s.sde_atol),
+
+
+class Method(NamedTuple):
+    """What makes a sampler of the section sampling, and on which times it walks."""
+
+    make: Callable[[ConfigDict], Sampler]
+    fitted: bool = False  # whether a grid can be fitted to it, which takes a solver without noise
+    grid: str = ""  # in place of sampling.grid; "ends": it chooses its own steps between these
+
+
+def _ode(s: ConfigDict) -> Sampler:
+    return FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
+
+
+METHODS = {
+    "pc": Method(lambda s: _predictor_corrector(PREDICTORS[s.predictor](s), CORRECTORS[s.corrector](s))),
+    "ode": Method(_ode),
+    "ald": Method(lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each)),
+    "ddim": Method(lambda s: DDIM(eta=s.eta), fitted=True),
+    "heun": Method(lambda s: Heun(), fitted=True),
+    "edm": Method(lambda s: Churn(s.churn, s.churn_low, s.churn_high, s.churn_inflate)),
+    "dpm_solver": Method(lambda s: DPMSolver(s.order, s.predict), fitted=True),
+    "dpm_solver++": Method(lambda s: Multistep(s.order, eta=s.eta), fitted=True),
+    "deis": Method(lambda s: Multistep(s.order, "noise"), fitted=True),
+    "unipc": Method(lambda s: UniPC(s.order, s.unipc_variant, s.predict), fitted=True),
+    "fast": Method(lambda s: fast(s.steps), grid="arcsinh"),
+    "embedded": Method(lambda s: EmbeddedODE(s.rtol, s.atol), grid="ends"),
+    "adaptive_sde": Method(lambda s: AdaptiveSDE(s.sde_rtol, s.sde_atol), grid="ends"),
 }
 GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
     "uniform": times.uniform,
@@ -114,7 +126,6 @@ GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
 CLASSIFY = "cross_entropy"  # the objective of classifiers
 AUTOENCODE = "autoencoder"  # that of autoencoders
 FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
-FITTABLE = ("ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc")
 
 
 def build_sde(config: ConfigDict) -> SDE:
@@ -410,7 +421,7 @@ def build_sampler(config: ConfigDict) -> Sampler:
     s = config.sampling
     if s.step_lr > 0:  # NCSN's h = step_lr (sigma/sigma_min)² is h = 2 (snr sigma)²
         s = ConfigDict({**s, "snr": math.sqrt(s.step_lr / 2) / config.model.sigma_min})
-    return METHODS[s.method](s)
+    return METHODS[s.method].make(s)
 
 
 def steps_together(config: ConfigDict) -> bool:
@@ -421,9 +432,8 @@ def steps_together(config: ConfigDict) -> bool:
 def grid_name(config: ConfigDict) -> str:
     """Which grid `build_times` makes: "ends" for adaptive solvers, whose steps are their own."""
     s = config.sampling
-    if s.method in ("embedded", "adaptive_sde") or steps_together(config):
-        return "ends"
-    return "arcsinh" if s.method == "fast" and config.training.continuous else s.grid
+    own = "ends" if steps_together(config) else METHODS[s.method].grid
+    return own if own == "ends" or (own and config.training.continuous) else s.grid
 
 
 def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, shape: tuple[int, ...] = ()) -> Tensor:

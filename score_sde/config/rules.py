@@ -17,7 +17,7 @@ from ..data.images import Pixels
 from ..data.toys import TOYS
 from ..machine import own_code
 from ..samplers.stochastic import check_flow
-from .build import AUTOENCODE, CHAINS, CLASSIFY, FITTABLE, FITTED, build_sde
+from .build import AUTOENCODE, CHAINS, CLASSIFY, FITTED, METHODS, build_sde
 from .objective import DECODED, TWICE
 
 Rules = Iterator[tuple[bool, str]]  # whether it is broken, and what is to be said then
@@ -205,8 +205,8 @@ def _images_and_texts(config: ConfigDict) -> Rules:
     )
     yield (
         max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"),
-        "model.image_channels, model.text_width and model.pooled_width are for networks conditioned on images or texts: "
-        f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}",
+        "model.image_channels, model.text_width and model.pooled_width are for networks conditioned on images or texts"
+        f": set model.name to ddpm, ncsnpp, adm or dit, not {m.name}",
     )
 
 
@@ -439,9 +439,9 @@ def _sampler(config: ConfigDict) -> Rules:
         "it to 0",
     )
     yield (
-        s.grid == FITTED and (s.method not in FITTABLE or s.eta > 0),
+        s.grid == FITTED and (not METHODS[s.method].fitted or s.eta > 0),
         f"sampling.grid=fitted places the steps of a solver without noise: set sampling.method to one of "
-        f"{', '.join(FITTABLE)}, and sampling.eta=0",
+        f"{', '.join(name for name, method in METHODS.items() if method.fitted)}, and sampling.eta=0",
     )
     yield (
         s.method == "pc" and s.predictor == s.corrector == "none",
@@ -535,8 +535,8 @@ def _likelihood(config: ConfigDict) -> Rules:
     )
     yield (
         e.estimate == "sde_bound" and (discrete or e.importance_samples > 1 or e.heat_map > 0),
-        "eval.estimate=sde_bound is for a continuous model and bounds log p alone: set eval.estimate=ode (or bound) for "
-        "training.continuous=False, eval.importance_samples or eval.heat_map",
+        "eval.estimate=sde_bound is for a continuous model and bounds log p alone: set eval.estimate=ode (or bound) "
+        "for training.continuous=False, eval.importance_samples or eval.heat_map",
     )
     terms = (e.steps or m.num_scales) - 1 if discrete else e.steps or 1000
     yield (e.terms > terms, f"eval.terms must be at most the bound's {terms} diffusion terms, got {e.terms}")

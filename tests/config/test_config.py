@@ -326,7 +326,7 @@ def test_overrides_are_taken_out_of_the_arguments() -> None:
 CONTRADICTIONS = [
     ("training.accumulate=3", "not divisible"),
     ("training.sde=learned", "training.sde=learned has a loss whose mean its shape must leave"),
-    ("training.sde=learned training.likelihood_weighting=1", "tell the network the noise level by model.label=log_s"),
+    ("training.sde=learned training.likelihood_weighting=1", "give the network the noise level by model.label=log_s"),
     ("training.sde=learned training.likelihood_weighting=1 model.label=log_sigma training.time=importance", "=uniform"),
     ("model.gamma_min=5", "model.gamma_min=5 must be below model.gamma_max=5"),
     ("training.soft_truncation=1 training.time=log_snr", "training.time=uniform or importance (which is log_snr with"),
