@@ -20,7 +20,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
-from score_sde.config.build import SDES, build_network
+from score_sde.config.build import build_network, build_sde
 from score_sde.data import load_data
 from score_sde.likelihood import log_likelihood
 from score_sde.models.base import ScoreModel
@@ -107,7 +107,7 @@ def trained_likelihood(config: ConfigDict, workdir: Path, clock: Clock, peer: Pe
 def likelihood(config: ConfigDict, shape: tuple[int, ...], clock: Clock, peer: Peer | None) -> Table:
     """Milliseconds an image, evaluations, and mean absolute error in bits/dim."""
     e, batch = config.eval, config.training.batch_size
-    sde = SDES[config.training.sde](config.model)
+    sde = build_sde(config)
     d = math.prod(shape)
     variances = torch.linspace(*VARIANCES, d, dtype=torch.float64).reshape(shape)
     data = Gaussian(sde, torch.full(shape, MEAN, dtype=torch.float64), variances)
