@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from score_sde import SDE, VESDE, VPSDE, CosineSDE, EmbeddedODE, Multistep, ScoreModel, Solver, SubVPSDE, UniPC, times
-from score_sde import config as configs
 from score_sde.data.toys import EXACT
 from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.noise import noise_source
 from score_sde.ode import integrate
 from score_sde.samplers.deterministic import velocity
 from score_sde.sdes import EDMSDE
-from score_sde.tasks.checkpoint import find, load, read_card
+from score_sde.tasks.checkpoint import find
 
 PATHS, IMAGES, LARGE_IMAGES = 126, 33, 15  # multiples of three: a third of them is a repetition
 CHOSEN_ON = "digits"  # the trained model that had a part in the choice
@@ -104,9 +103,10 @@ class Trained(NamedTuple):
 
 def trained(workdir: Path) -> Trained:
     """Vectors' models in float64."""
-    card = read_card(find(workdir))
-    data = configs.from_text(card.config, str(workdir)).data
-    model = load(workdir).double() if len(card.shape) == 1 else load(workdir)
+    checkpoint = find(workdir)
+    card, data, model = checkpoint.card, checkpoint.config.data, checkpoint.model()
+    assert card is not None
+    model = model.double() if len(card.shape) == 1 else model
     sde = replace(model.sde, t_min=max(model.sde.t_min, 1e-3))
     return Trained(model, sde, data.dataset, data.path, data.centered, card.shape)
 

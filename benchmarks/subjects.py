@@ -29,8 +29,8 @@ from score_sde import (
     UniPC,
     times,
 )
+from score_sde.models.base import Counted
 from score_sde.models.closed_form import Gaussian
-from score_sde.tasks.evaluate import Counted
 
 from .peer import Peer
 from .peer_samplers import PeerODE, PeerPC, known

@@ -17,7 +17,7 @@ from score_sde.config.objective import build_objective
 from score_sde.data import Split
 from score_sde.data.codecs import codec_of
 from score_sde.tasks.ema import ema_decay, ema_update
-from score_sde.tasks.train import draw, make_state, sde_of, train_step, update
+from score_sde.tasks.step import Batches, make_state, sde_of, train_step, update
 
 from .peer import Peer, config_for, parameters
 from .timing import Clock, Table, Times, milliseconds, ratio
@@ -125,7 +125,7 @@ def _ours(
     objective, sde = build_objective(state.model, config), sde_of(state.model, config)
 
     def whole() -> None:
-        b = draw(config, split, codec, sde, state.step, slice(None), flip=config.data.random_flip)
+        b = Batches(config, codec, sde).draw(split, state.step, flip=config.data.random_flip)
         train_step(state, objective, b, config)
 
     return network, optimize, whole, parameters(net)

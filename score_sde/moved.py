@@ -31,7 +31,7 @@ MOVED = {
     "signals": ("data.recordings",),
     "time_laws": ("losses.time_laws",),
     "toys": ("data.toys",),
-    "train": ("tasks.train",),
+    "train": ("tasks.train", "tasks.step"),
 }
 
 

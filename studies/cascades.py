@@ -24,7 +24,7 @@ from benchmarks.judges import judge
 from benchmarks.pages import DOCS, cell, fill, picture, table
 from benchmarks.timing import machine
 from score_sde import config as configs
-from score_sde import load, recommended, sample
+from score_sde import recommended, sample
 from score_sde.data import Data, load_data, shrink
 from score_sde.data.codecs import PixelCodec
 from score_sde.machine.progress import with_progress
@@ -53,9 +53,9 @@ class Stage(NamedTuple):
 
 
 def read(workdir: Path) -> Stage:
-    path = checkpoint.find(workdir)
-    card = checkpoint.read_card(path)
-    return Stage(load(path), configs.from_text(card.config, str(path)), card.shape)
+    trained = checkpoint.find(workdir)
+    assert trained.card is not None
+    return Stage(trained.model(), trained.config, trained.card.shape)
 
 
 def draw(stage: Stage, small: Tensor | None, label: Tensor, level: float, levels: int, seed: int) -> Tensor:
@@ -100,7 +100,7 @@ def measure(stages: list[Stage], single: Stage, data: Data, path: str | None, na
     """Everything that is not in the results yet; the table."""
     who, levels = judge(name, path), data.levels
     assert levels is not None and isinstance(data.test.x, Tensor)
-    hashes = [checkpoint.file_hash(checkpoint.find(w)) for w in (*o.stages, o.single)]
+    hashes = [checkpoint.find(w).sha256 for w in (*o.stages, o.single)]
     results = Results(o.results or Path(f"runs/cascades_{name}.json"), {"count": o.count, "models": hashes})
     label, best = torch.arange(o.count) % data.num_classes, stages[-1].config.sampling.augmentation
 

@@ -32,8 +32,7 @@ from score_sde.data.codecs import PixelCodec
 from score_sde.inverse import Average, Blur, Grey, Mask, Observation, Spectral, observe
 from score_sde.metrics import psnr
 from score_sde.models.base import ScoreModel
-from score_sde.tasks.checkpoint import find
-from score_sde.tasks.latents import as_trained
+from score_sde.tasks.latents import as_in_training
 from score_sde.tasks.restore import METHODS, restore, shown
 
 Look = Callable[[Tensor], Tensor]  # uint8 levels (N, C, H, W) -> (N, D)
@@ -99,7 +98,7 @@ def measure(
         raise ValueError(f"these are tasks of images, and data.dataset={d.dataset} holds floats")
     codec, features = PixelCodec(data.levels, d.centered), features_of(d.dataset, d.path)
     truth = data.test[torch.arange(images)][0]
-    x0 = as_trained(truth, codec, config, 0)
+    x0 = as_in_training(truth, codec, config, 0)
     grid, listed = build_times(config, model.sde, model, data.shape), tasks(config, data.shape)
     found: dict[tuple[str, str], Scores] = {}
     seconds: dict[str, list[float]] = {}
@@ -165,7 +164,7 @@ def main(arguments: list[str]) -> None:
     p.add_argument("--save", type=Path, help="an .npz for all results")
     options = p.parse_args(rest)
     config = configs.load(options.config, overrides)
-    model = load(find(options.workdir), ema=config.eval.weights == "ema")
+    model = load(options.workdir, ema=config.eval.weights == "ema")
     torch.set_num_threads(1)
     print(machine(torch.device("cpu")))
     for table in measure(model, config, options.methods, options.images, options.seeds, options.save):

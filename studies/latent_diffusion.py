@@ -38,11 +38,12 @@ from score_sde.models.base import ScoreModel
 from score_sde.tasks import checkpoint
 from score_sde.tasks.codes import codec_from, open_autoencoder
 from score_sde.tasks.demo import confidence
-from score_sde.tasks.evaluate import run_likelihood
+from score_sde.tasks.job import Job
+from score_sde.tasks.likelihood import run_likelihood
 from score_sde.tasks.pictures import grid, write_png
 from score_sde.tasks.results import mean_and_error
 from score_sde.tasks.scan import gaussian_fit
-from score_sde.tasks.train import draw, make_state, train_step
+from score_sde.tasks.step import Batches, make_state, train_step
 
 AUTOENCODER, LATENT, PIXELS = "autoencoder_digits32", "latent_digits32", "vp_digits32"
 CPU = torch.device("cpu")
@@ -65,7 +66,7 @@ def train(name: str, runs: Path, *more: str) -> Trained:
     line = ["--config", f"configs/{name}.py", "--workdir", str(workdir), *overrides]
     config = configs.load(f"configs/{name}.py", configs.split_arguments(overrides)[1])
     found = checkpoint.newest(workdir)[0]
-    if found is None or checkpoint.read_card(found).step < config.training.n_iters:
+    if found is None or found.card is None or found.card.step < config.training.n_iters:
         began = time.process_time()
         code = cli.run([*line, "--mode", "train"])
         before += time.process_time() - began
@@ -84,7 +85,7 @@ def steps_in(seconds: float, name: str, data: Data) -> int:
     assert isinstance(state.model, ScoreModel)
     for step in range(13):
         began = time.process_time()
-        b = draw(config, data.train, codec, state.model.sde, step, slice(None), flip=False)
+        b = Batches(config, codec, state.model.sde).draw(data.train, step)
         train_step(state, objective, b, config)
         taken.append(time.process_time() - began)
     return max(int(seconds / statistics.median(taken[3:])), 1)
@@ -122,9 +123,10 @@ def bits(trained: Trained, model: ScoreModel, codec: Codec, data: Data, images: 
     config = trained.config
     with config.unlocked():
         config.eval.update(num_images=images, batch_size=25, check_images=5, rtol=1e-3, atol=1e-3)
-    path = checkpoint.find(trained.workdir)
-    base, one = trained.workdir / "likelihood", Processes(0, 1, CPU)
-    return run_likelihood(model, config, data.test, codec, path, base, one)[1]
+    found, one = checkpoint.find(trained.workdir), Processes(0, 1, CPU)
+    assert found.card is not None
+    job = Job(model, config, codec, found, found.card.shape, trained.workdir, one)
+    return run_likelihood(job, data.test)[1]
 
 
 def autoencoder_alone(codec: AutoencoderCodec, data: Data, images: int) -> dict[str, tuple[float, float]]:

@@ -21,8 +21,7 @@ from torch import Tensor
 from benchmarks.judges import Judge, judge
 from benchmarks.pages import DOCS, cell, fill, picture, table
 from benchmarks.timing import machine
-from score_sde import config as configs
-from score_sde import guide, load, recommended, sample
+from score_sde import guide, recommended, sample
 from score_sde.data import Data, load_data
 from score_sde.data.captions import HuggingFaceEncoder, Text, embed
 from score_sde.data.codecs import PixelCodec
@@ -125,9 +124,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> None:
     o = parser().parse_args()
-    path = checkpoint.find(o.model)
-    config = configs.from_text(checkpoint.read_card(path).config, str(path))
-    model, size, m = load(path), config.data.image_size, config.model
+    trained = checkpoint.find(o.model)
+    config = trained.config
+    model, size, m = trained.model(), config.data.image_size, config.model
     data, who = load_data("cifar10", o.path, image_size=size), judge("cifar10", o.path, size=size)
     encoder, classes = HuggingFaceEncoder(m.text_encoder, length=m.text_length), class_of(data)
     out = config.data.leave_out.split(",")
@@ -138,7 +137,7 @@ def main() -> None:
         index = torch.tensor([data.captions.index(caption) for caption in captions])
         return Words(captions, torch.tensor([classes[c] for c in captions]), Text(*(part[index] for part in text)))
 
-    about: dict[str, object] = {"count": o.count, "model": checkpoint.file_hash(path), "judge": str(who)}
+    about: dict[str, object] = {"count": o.count, "model": trained.sha256, "judge": str(who)}
     results = Results(o.results, about)
     for seed in with_progress(range(o.seeds), "seeds", o.seeds, "seed"):
         for name, captions in groups.items():

@@ -21,7 +21,7 @@ from score_sde.data import Data
 from score_sde.data.codecs import PixelCodec, codec_of
 from score_sde.machine.parallel import Processes
 from score_sde.tasks.codes import Source
-from score_sde.tasks.train import Record, State, draw, make_state, train_step
+from score_sde.tasks.step import Batches, Record, State, make_state, train_step
 from tests import ROOT
 
 TINY = {
@@ -124,7 +124,7 @@ def run_steps(config: ConfigDict, data: Data, steps: int = 3) -> tuple[State, li
     codec = codec_of(data.levels, config.data.centered)
     records = []
     for _ in range(steps):
-        b = draw(config, data.train, codec, state.model.sde, state.step, slice(None), flip=False)
+        b = Batches(config, codec, state.model.sde).draw(data.train, state.step)
         records.append(train_step(state, objective, b, config))
     return state, records
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import socket
 import threading
@@ -21,6 +20,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from .log import log
+
 try:
     import fcntl
 except ImportError:  # pragma: no cover (Windows has none)
@@ -29,9 +30,6 @@ except ImportError:  # pragma: no cover (Windows has none)
 NAME = ".lock"
 BEAT = 15.0  # seconds
 SILENCE = 120.0
-
-log = logging.getLogger("score_sde")
-
 
 Record = dict[str, Any]  # describes the process that holds a lock
 

@@ -1,12 +1,15 @@
-"""How far a loop has come, on standard error: a bar on a terminal, and a line every half minute in a log or a pipe."""
+"""How far a loop has come, on standard error: a bar on a terminal, and a line every half minute in a log or a pipe; and
+how it is stopped, by Ctrl-C."""
 
 from __future__ import annotations
 
 import math
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from types import FrameType
 from typing import ClassVar, TypeVar
 
 from tqdm import tqdm
@@ -117,6 +120,27 @@ def with_progress(items: Iterable[T], what: str, total: int | None, unit: str = 
         for item in items:
             yield item
             bar.update()
+
+
+class Stop:
+    """Within its `with` block, turns true on SIGINT or SIGTERM; a second one interrupts at once."""
+
+    def __enter__(self) -> Stop:
+        self.asked = False
+        self.before = {name: signal.signal(name, self._ask) for name in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for name, handler in self.before.items():
+            signal.signal(name, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __call__(self) -> bool:
+        return self.asked
 
 
 def write(text: str) -> None:

@@ -135,6 +135,18 @@ class Given(ScoreModel):
         return Given(self.model, {**self.condition, **condition})
 
 
+class Counted(ScoreModel):
+    """`model`, whose evaluations are counted in `nfe`."""
+
+    def __init__(self, model: ScoreModel) -> None:
+        super().__init__(model.sde)
+        self.model, self.nfe = model, 0
+
+    def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
+        self.nfe += 1
+        return self.model(x, t, **condition)
+
+
 @contextmanager
 def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
     """Within it, what `model` is given for each of `batch` examples is that of the examples `rows`.

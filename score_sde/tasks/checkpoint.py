@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +31,7 @@ from ..data.codecs import Codec, Statistics
 from ..data.sets import Data
 from ..foreign import diffusers
 from ..foreign.score_sde_pytorch import load_score_sde_file
+from ..machine.log import log
 from ..machine.whole_files import is_finite, read_header, read_tensors, write_tensors
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
@@ -42,7 +42,7 @@ SUFFIX = ".safetensors"
 _NAMED = re.compile(r"\d{9,}" + re.escape(SUFFIX), re.ASCII)
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW, beside their step
 
-log = logging.getLogger("score_sde")
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,88 @@ class DataCard:
         if not all(isinstance(name, str) for name in (*card.class_names, card.digest)):
             raise ValueError(f"class names and digest of a model's data are text, got {text[:60]!r}")
         return card
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A checkpoint, opened once: its file, what that says of itself, and the config that it was trained with.
+
+    `card` and `config` are None for a file of score_sde_pytorch, which says nothing of itself.
+    """
+
+    path: Path
+    card: Card | None = None
+    config: Any = None  # a ConfigDict
+
+    @classmethod
+    def open(cls, path: Path) -> Trained:
+        """The checkpoint in a file; errors as `read_card`, and ValueError for a config that cannot be read."""
+        if path.is_file() and path.suffix != SUFFIX:
+            return cls(path)
+        card = read_card(path)
+        return cls(path, card, configs.from_text(card.config, str(path)))
+
+    @cached_property
+    def sha256(self) -> str:
+        """The file's, for the stamps of what is made with it."""
+        return file_hash(self.path)
+
+    @cached_property
+    def data(self) -> DataCard | None:
+        """What its data were, if it says so."""
+        return DataCard.from_json(self.card.data) if self.card is not None and self.card.data else None
+
+    def network(self, ema: bool = True, device: str | torch.device = "cpu") -> Trainable:
+        """What a checkpoint of ours holds, a model, a classifier or an autoencoder, in eval mode.
+
+        Raises ValueError for a file that is broken.
+        """
+        assert self.card is not None
+        try:
+            model = build_trained(self.config, self.card.shape)
+        except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+            why = next(iter(str(error).splitlines()), "")
+            raise ValueError(f"{self.path}: its config and shape {self.card.shape} build no model: {why}") from error
+        prefix = "ema/" if ema else "model/"
+        stored = read_tensors(self.path, prefix)
+        expected = {prefix + name: value for name, value in model.state_dict().items()}
+        _compare(self.path, expected, stored)
+        for name, value in expected.items():
+            value.copy_(stored[name])
+        return model.to(device).eval().requires_grad_(False)
+
+    def model(self, ema: bool = True, device: str | torch.device = "cpu", config: Any = None) -> ScoreModel:
+        """The score model, in eval mode; `config` and errors are those of `load`."""
+        if self.card is None:
+            return load_score_sde_file(self.path, config, ema, device)
+        model = self.network(ema, device)
+        if isinstance(model, NoisyClassifier):
+            raise ValueError(
+                f"{self.path} is a classifier: sample from a model, with --config.sampling.classifier={self.path}"
+            )
+        if isinstance(model, ConvolutionalAutoencoder):
+            raise ValueError(
+                f"{self.path} is an autoencoder: train a model of its codes, with --config.data.autoencoder={self.path}"
+            )
+        return model
+
+    def classifier(self, ema: bool = True, device: str | torch.device = "cpu") -> NoisyClassifier:
+        """The classifier of noisy examples. Raises ValueError for a file that is broken or holds something else."""
+        return self._only(NoisyClassifier, ("no classifier", "cross_entropy", "classifier_digits"), ema, device)
+
+    def autoencoder(self, ema: bool = True, device: str | torch.device = "cpu") -> ConvolutionalAutoencoder:
+        """The autoencoder. Raises ValueError for a file that is broken or holds something else."""
+        other = ("no autoencoder", "autoencoder", "autoencoder_digits32")
+        return self._only(ConvolutionalAutoencoder, other, ema, device)
+
+    def _only(self, kind: type[M], other: tuple[str, str, str], ema: bool, device: str | torch.device) -> M:
+        held = self.network(ema, device) if self.card is not None else None
+        if not isinstance(held, kind):
+            name, objective, config = other
+            raise ValueError(
+                f"{self.path} is {name}: train one with training.objective={objective}, such as configs/{config}.py"
+            )
+        return held
 
 
 def save(
@@ -299,27 +381,29 @@ def prune(written: Path, keep_last: int, keep_every: int) -> None:
             path.unlink(missing_ok=True)
 
 
-def newest(workdir: Path) -> tuple[Path | None, list[str]]:
+def newest(workdir: Path) -> tuple[Trained | None, list[str]]:
     """The checkpoint of the highest step, by its card, that is whole, and a sentence for each later one that is broken.
 
     Whole means that every byte of it is as it was saved.
     """
     broken: list[tuple[int, str]] = []
-    steps: list[tuple[int, Path]] = []
+    cards: list[tuple[int, Path, Card]] = []
     for path in checkpoints(workdir):
         try:
-            steps.append((read_card(path).step, path))
+            card = read_card(path)
+            cards.append((card.step, path, card))
         except FileNotFoundError:  # pruned by a run in this moment
             continue
         except ValueError as error:
             broken.append((int(path.stem), f"skipped: {error}"))
-    for step, path in sorted(steps, reverse=True):
+    for step, path, card in sorted(cards, key=lambda each: each[:2], reverse=True):
         try:
+            trained = Trained(path, card, configs.from_text(card.config, str(path)))
             _check_whole(path)
         except ValueError as error:
             broken.append((step, f"skipped: {error}"))
         else:
-            return path, [sentence for at, sentence in sorted(broken, reverse=True) if at >= step]
+            return trained, [sentence for at, sentence in sorted(broken, reverse=True) if at >= step]
     return None, [sentence for _, sentence in sorted(broken, reverse=True)]
 
 
@@ -333,26 +417,28 @@ def _check_whole(path: Path) -> None:
     stamp = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
     if _whole.get(path) == stamp:
         return
-    configs.from_text(read_card(path).config, str(path))
     read_tensors(path)
     if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) > _APART:
         _whole[path] = stamp
 
 
-def find(path: str | Path) -> Path:
-    """The checkpoint that `path` means: itself, or the newest whole one of a workdir; a later one, broken, is told."""
-    path = Path(path)
+def find(where: str | Path) -> Trained:
+    """The checkpoint that `where` means, opened: a file, or the newest whole one of a workdir.
+
+    Warns of later ones that are broken. Raises FileNotFoundError where there is none, and ValueError for a broken file.
+    """
+    path = Path(where)
     if not path.exists() and not path.suffix:  # no name of a file
         raise FileNotFoundError(f"there is no checkpoint or workdir {path}: train it first with --mode train")
     if not path.is_dir():
-        return path
+        return Trained.open(path)
     if diffusers.is_folder(path):
         raise ValueError(
             f"{path} is a folder of diffusers': --mode train --checkpoint {path} trains it further, and the workdir of "
             "that run is one of ours; score_sde.load reads it in Python"
         )
-    found, skipped = newest(path)
-    if found is None:
+    trained, skipped = newest(path)
+    if trained is None:
         others = sorted(p.name for p in (path / "checkpoints").glob(f"*{SUFFIX}") if not p.name.startswith("."))
         named = [name for name in others if not _NAMED.fullmatch(name)]
         raise FileNotFoundError(
@@ -362,7 +448,7 @@ def find(path: str | Path) -> Path:
         )
     for sentence in skipped:
         _tell(sentence)
-    return found
+    return trained
 
 
 @cache
@@ -388,15 +474,7 @@ def load(
     """
     if diffusers.is_folder(path):
         return diffusers.load_folder(path, map_location)
-    path = find(path)
-    if path.suffix != SUFFIX:
-        return load_score_sde_file(path, config, ema, map_location)
-    model = open_trained(path, ema, map_location)
-    if isinstance(model, NoisyClassifier):
-        raise ValueError(f"{path} is a classifier: sample from a model, with --config.sampling.classifier={path}")
-    if isinstance(model, ConvolutionalAutoencoder):
-        raise ValueError(f"{path} is an autoencoder: train a model of its codes, with --config.data.autoencoder={path}")
-    return model
+    return find(path).model(ema, map_location, config)
 
 
 def load_classifier(path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu") -> NoisyClassifier:
@@ -404,14 +482,7 @@ def load_classifier(path: str | Path, ema: bool = True, map_location: str | torc
 
     Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds a model.
     """
-    path = find(path)
-    found = open_trained(path, ema, map_location)
-    if not isinstance(found, NoisyClassifier):
-        raise ValueError(
-            f"{path} is no classifier: train one with training.objective=cross_entropy, such as "
-            "configs/classifier_digits.py"
-        )
-    return found
+    return find(path).classifier(ema, map_location)
 
 
 def load_autoencoder(
@@ -421,35 +492,7 @@ def load_autoencoder(
 
     Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds none.
     """
-    path = find(path)
-    found = open_trained(path, ema, map_location)
-    if not isinstance(found, ConvolutionalAutoencoder):
-        raise ValueError(
-            f"{path} is no autoencoder: train one with training.objective=autoencoder, such as "
-            "configs/autoencoder_digits32.py"
-        )
-    return found
-
-
-def open_trained(path: Path, ema: bool = True, map_location: str | torch.device = "cpu") -> Trainable:
-    """What a checkpoint of ours holds, a model, a classifier or an autoencoder, in eval mode.
-
-    Raises FileNotFoundError where nothing is, and ValueError for a file that is broken.
-    """
-    card = read_card(path)
-    config = configs.from_text(card.config, str(path))
-    try:
-        model = build_trained(config, card.shape)
-    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
-        why = next(iter(str(error).splitlines()), "")
-        raise ValueError(f"{path}: its config and shape {card.shape} build no model: {why}") from error
-    prefix = "ema/" if ema else "model/"
-    found = read_tensors(path, prefix)
-    expected = {prefix + name: value for name, value in model.state_dict().items()}
-    _compare(path, expected, found)
-    for name, value in expected.items():
-        value.copy_(found[name])
-    return model.to(map_location).eval().requires_grad_(False)
+    return find(path).autoencoder(ema, map_location)
 
 
 def file_hash(path: Path) -> str:

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import re
 from collections.abc import Sequence
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from ..data.sets import Data
-from . import checkpoint
-
-log = logging.getLogger("score_sde")
+from ..machine.log import log
 
 
 def resolve_labels(config: ConfigDict, data: Data, restores: bool = False) -> None:
@@ -66,14 +62,6 @@ def class_name(label: int, names: Sequence[str]) -> str:
     if label < 0:
         return "no label"
     return names[label] if label < len(names) else str(label)
-
-
-def class_names_of(path: Path) -> tuple[str, ...]:
-    """The names of the classes of a checkpoint's model; () where it has none, or knows none."""
-    if path.suffix != checkpoint.SUFFIX:
-        return ()
-    card = checkpoint.read_card(path)
-    return checkpoint.DataCard.from_json(card.data).class_names if card.data else ()
 
 
 def _listed(classes: Sequence[int], names: Sequence[str]) -> str:

@@ -28,6 +28,7 @@ from ..machine.progress import Progress
 from ..machine.whole_files import read_header, read_tensors, write_tensors
 from ..models.autoencoder import Autoencoder
 from . import checkpoint
+from .checkpoint import Trained
 
 FORMAT = "score_sde codes 1"
 _TOGETHER = 250  # images encoded together
@@ -43,6 +44,41 @@ class Source:
     shape: tuple[int, ...]
     sha256: str
     where: str
+
+    def codec(self, statistics: Statistics) -> AutoencoderCodec:
+        """What is between the images and a model of codes of these statistics."""
+        return AutoencoderCodec(self.autoencoder, statistics, self.pixels)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An autoencoder that was read, whatever its images; a hash that changes with it, and where it lies."""
+
+    autoencoder: Autoencoder
+    sha256: str
+    where: Path
+    device: torch.device | str = "cpu"
+
+    @torch.no_grad()
+    def decoded_shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the images that it makes of codes of this shape. Raises ValueError where it makes none."""
+        try:
+            return tuple(self.autoencoder.decode(torch.zeros(1, *codes, device=self.device)).shape[1:])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(
+                f"data.autoencoder={self.where} cannot decode codes of shape {codes}: {error}; take the one that the "
+                "model was trained with"
+            ) from error
+
+    def source(self, levels: int | None, shape: tuple[int, ...]) -> Source:
+        """For uint8 images of `shape` (C, H, W) and so many levels.
+
+        Raises ValueError for an autoencoder of other images, and for data that are no images.
+        """
+        if levels is None or len(shape) != 3:
+            raise ValueError(f"data.autoencoder={self.where} is for images, and the data are floats of shape {shape}")
+        pixels = PixelCodec(levels, getattr(self.autoencoder, "centered", True))
+        return Source(self.autoencoder, pixels, _code_shape(self, pixels, shape), self.sha256, str(self.where))
 
 
 class DiffusersAutoencoder(nn.Module):
@@ -72,29 +108,12 @@ def open_autoencoder(
 
     Raises FileNotFoundError where none is, and ValueError for one of other images, or data that are no images.
     """
+    return opened(where, device).source(levels, shape)
+
+
+def opened(where: str | Path, device: torch.device | str = "cpu") -> Opened:
+    """The autoencoder at `where`, see `open_autoencoder`, on a device."""
     where = Path(where)
-    if levels is None or len(shape) != 3:
-        raise ValueError(f"data.autoencoder={where} is for images, and the data are floats of shape {shape}")
-    made, sha256 = _opened(where, device)
-    pixels = PixelCodec(levels, getattr(made, "centered", True))
-    return Source(made, pixels, _code_shape(made, pixels, shape, where, device), sha256, str(where))
-
-
-@torch.no_grad()
-def decoded_shape(where: str | Path, codes: tuple[int, ...], device: torch.device | str = "cpu") -> tuple[int, ...]:
-    """Shape of the images that the autoencoder at `where` makes of codes of shape `codes`; errors as above."""
-    made, _ = _opened(Path(where), device)
-    try:
-        return tuple(made.decode(torch.zeros(1, *codes, device=device)).shape[1:])
-    except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"data.autoencoder={where} cannot decode codes of shape {codes}: {error}; take the one that the model was "
-            "trained with"
-        ) from error
-
-
-def _opened(where: Path, device: torch.device | str) -> tuple[Any, str]:
-    """The autoencoder at `where`, and its hash."""
     if not where.exists():
         raise FileNotFoundError(
             f"data.autoencoder={where}: there is no such file or folder; train one there first, such as "
@@ -105,9 +124,9 @@ def _opened(where: Path, device: torch.device | str) -> tuple[Any, str]:
     elif (where / "config.json").is_file() and "_class_name" in json.loads((where / "config.json").read_text()):
         made, sha256 = _from_diffusers(where)
     else:
-        path = checkpoint.find(where)
-        made, sha256 = checkpoint.load_autoencoder(path), checkpoint.file_hash(path)
-    return made.to(device).eval().requires_grad_(False), sha256
+        trained = checkpoint.find(where)
+        made, sha256 = trained.autoencoder(), trained.sha256
+    return Opened(made.to(device).eval().requires_grad_(False), sha256, where, device)
 
 
 def _from_file(where: Path) -> tuple[Any, str]:
@@ -140,15 +159,13 @@ def _from_diffusers(where: Path) -> tuple[DiffusersAutoencoder, str]:
     return DiffusersAutoencoder(model), own.hexdigest()
 
 
-def _code_shape(
-    made: Autoencoder, pixels: PixelCodec, shape: tuple[int, ...], where: Path, device: torch.device | str
-) -> tuple[int, ...]:
+def _code_shape(made: Opened, pixels: PixelCodec, shape: tuple[int, ...]) -> tuple[int, ...]:
     """Shape of the code of a black image, which must come back as an image."""
-    black = pixels.encode(torch.zeros(1, *shape, dtype=torch.uint8)).to(device)
+    where, black = made.where, pixels.encode(torch.zeros(1, *shape, dtype=torch.uint8)).to(made.device)
     try:
         with torch.no_grad():
-            mean, std = made.encode(black)
-            back = made.decode(mean)
+            mean, std = made.autoencoder.encode(black)
+            back = made.autoencoder.decode(mean)
     except (RuntimeError, ValueError, TypeError) as error:
         raise ValueError(
             f"data.autoencoder={where} cannot encode and decode images of shape {shape}: {error}; take an autoencoder "
@@ -187,7 +204,6 @@ def codes_of(
     statistics = Statistics(
         tuple(found["mean"].tolist()), tuple(found["std"].tolist()), float(found["deviation"].item())
     )
-    codec = AutoencoderCodec(source.autoencoder, statistics, source.pixels)
     mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (statistics.mean, statistics.std))
 
     def part(split: Split, name: str) -> Split:
@@ -196,7 +212,8 @@ def codes_of(
         y, caption = (None if v is None else torch.cat([v] * times) for v in (split.y, split.caption))
         return Split(x, y, caption=caption, std=deviation)
 
-    coded = replace(data, train=part(data.train, "train"), test=part(data.test, "test"), levels=codec.levels)
+    levels = source.codec(statistics).levels
+    coded = replace(data, train=part(data.train, "train"), test=part(data.test, "test"), levels=levels)
     return coded, statistics
 
 
@@ -229,18 +246,23 @@ def codec_from(path: str | Path, source: Source) -> AutoencoderCodec:
 
     Raises ValueError where it is another, or the model has no codes.
     """
-    path = checkpoint.find(path)
-    check_codes(path, source.sha256, source.where)
-    return AutoencoderCodec(source.autoencoder, Statistics.from_json(checkpoint.read_card(path).codes), source.pixels)
+    return codec_of_codes(checkpoint.find(path), source)
 
 
-def check_codes(path: Path, sha256: str, where: str, statistics: Statistics | None = None) -> None:
+def codec_of_codes(trained: Trained, source: Source) -> AutoencoderCodec:
+    """`codec_from` of a checkpoint that is opened."""
+    check_codes(trained, source.sha256, source.where)
+    assert trained.card is not None
+    return source.codec(Statistics.from_json(trained.card.codes))
+
+
+def check_codes(trained: Trained, sha256: str, where: str, statistics: Statistics | None = None) -> None:
     """Raise ValueError where a checkpoint is not of the codes of the autoencoder at `where`, or of other statistics.
 
     `sha256` is that autoencoder's, '' where there is none and the model should be of pixels.
     """
-    card = checkpoint.read_card(path) if path.suffix == checkpoint.SUFFIX else None
-    theirs = configs.from_text(card.config, str(path)).data if card is not None else configs.default_config().data
+    path, card = trained.path, trained.card
+    theirs = (trained.config or configs.default_config()).data
     if theirs.autoencoder_sha256 != sha256:
         if not sha256 or not theirs.autoencoder_sha256:
             was, now = ("codes", "pixels") if theirs.autoencoder_sha256 else ("pixels", "codes")

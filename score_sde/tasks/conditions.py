@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from .. import config as configs
 from ..data.captions import Text
 from ..data.codecs import Codec
 from ..data.sets import Split, digest
@@ -22,6 +20,7 @@ from ..noise import ExampleStream, noise_source
 from ..sdes.linear import SDE
 from . import checkpoint
 from .batches import augmented, low_resolution, of_data
+from .checkpoint import Trained
 
 RESTORING = ("inpaint", "colorize", "superresolve", "deblur")  # modes
 CPU = torch.device("cpu")
@@ -52,43 +51,47 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
     s = config.sampling
     ema = s.weights == "ema"
     if s.classifier:
-        path = trained_at(s.classifier, "sampling.classifier", "a classifier (such as configs/classifier_digits.py)")
-        judge = checkpoint.load_classifier(path, ema, device)
-        _check_kin(path, "sampling.classifier", config, shape, judge.sde == model.sde)
-        return Guides(classifier=judge, about={"classifier_sha256": checkpoint.file_hash(path)})
+        trained = trained_at(s.classifier, "sampling.classifier", "a classifier (such as configs/classifier_digits.py)")
+        judge = trained.classifier(ema, device)
+        _check_kin(trained, "sampling.classifier", config, shape, judge.sde == model.sde)
+        return Guides(classifier=judge, about={"classifier_sha256": trained.sha256})
     if s.guidance_checkpoint:
-        path = trained_at(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
-        weak = checkpoint.load(path, ema=ema, map_location=device)
-        theirs = _check_kin(path, "sampling.guidance_checkpoint", config, shape, weak.sde == model.sde)
+        trained = trained_at(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
+        weak = trained.model(ema, device)
+        _check_kin(trained, "sampling.guidance_checkpoint", config, shape, weak.sde == model.sde)
         shared: tuple[str, ...] = ()
         for key, kind, names in _TOLD:
-            have, want = theirs.model[key], config.model[key]
+            have, want = trained.config.model[key], config.model[key]
             if have and have != want:
                 raise ValueError(
-                    f"sampling.guidance_checkpoint={path} is {kind}, and the model that it is to guide is not so: take "
-                    f"a weaker model with the same model.{key.replace('sha256', 'encoder')}, or without"
+                    f"sampling.guidance_checkpoint={trained.path} is {kind}, and the model that it is to guide is not "
+                    f"so: take a weaker model with the same model.{key.replace('sha256', 'encoder')}, or without"
                 )
             shared += names if have else ()
-        return Guides(reference=weak, reference_told=shared, about={"reference_sha256": checkpoint.file_hash(path)})
+        return Guides(reference=weak, reference_told=shared, about={"reference_sha256": trained.sha256})
     return Guides()
 
 
-def trained_at(where: str, key: str, what: str) -> Path:
-    """The checkpoint at `where`, which the config's `key` names. Raises FileNotFoundError, which says to train it."""
+def trained_at(where: str, key: str, what: str) -> Trained:
+    """The checkpoint of ours at `where`, which the config's `key` names.
+
+    Raises FileNotFoundError, which says to train it, and ValueError for a file of another project.
+    """
     try:
-        path = checkpoint.find(where)
-        checkpoint.read_card(path)
-        return path
+        trained = checkpoint.find(where)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{key}={where}: {error}; train {what} there first") from None
+    if trained.card is None:
+        raise ValueError(f"{key}={where} is no checkpoint of this package: train {what}, and name its workdir")
+    return trained
 
 
-def _check_kin(path: Path, key: str, config: ConfigDict, shape: tuple[int, ...], same_sde: bool) -> ConfigDict:
-    """The config of a checkpoint. Raises ValueError where it is not of the model's states."""
-    card = checkpoint.read_card(path)
-    theirs = configs.from_text(card.config, str(path))
+def _check_kin(trained: Trained, key: str, config: ConfigDict, shape: tuple[int, ...], same_sde: bool) -> None:
+    """Raise ValueError where a checkpoint is not of the model's states."""
+    assert trained.card is not None
+    theirs = trained.config
     pairs = [
-        ("examples of shape", card.shape, shape),
+        ("examples of shape", trained.card.shape, shape),
         ("data.dataset", theirs.data.dataset, config.data.dataset),
         ("data.centered", theirs.data.centered, config.data.centered),
         ("codes of data.autoencoder", theirs.data.autoencoder_sha256[:12], config.data.autoencoder_sha256[:12]),
@@ -98,21 +101,20 @@ def _check_kin(path: Path, key: str, config: ConfigDict, shape: tuple[int, ...],
     for what, have, want in pairs:
         if have != want:
             raise ValueError(
-                f"{key}={path} is of {what} {have}, and the model of {want}: train one on the model's data"
+                f"{key}={trained.path} is of {what} {have}, and the model of {want}: train one on the model's data"
             )
     if not same_sde:
-        raise ValueError(f"{key}={path} has another SDE than the model: train one with the model's training.sde")
-    return theirs
+        raise ValueError(
+            f"{key}={trained.path} has another SDE than the model: train one with the model's training.sde"
+        )
 
 
-def check_conditions(path: Path, config: ConfigDict, mode: str, scales: Sequence[float] = ()) -> None:
+def check_conditions(trained: Trained, config: ConfigDict, mode: str, scales: Sequence[float] = ()) -> None:
     """Raise ValueError where the checkpoint's model knows other conditions than the config, or than `mode` asks for.
 
     `scales` are of guidance, in place of sampling.guidance.
     """
-    if path.suffix != checkpoint.SUFFIX:
-        return
-    theirs = configs.from_text(checkpoint.read_card(path).config, str(path))
+    path, theirs = trained.path, trained.config
     m, s = theirs.model, config.sampling
     if m.class_conditional != config.model.class_conditional:
         raise ValueError(

@@ -1,16 +1,47 @@
-"""What the demo says at its end: how good the digits are, judged by a classifier of real ones, in plain words."""
+"""The mode demo: train, sample and likelihood in one go, and how good the digits are, judged by a classifier of real
+ones, in plain words."""
 
 from __future__ import annotations
 
+import argparse
+import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from ..data.codecs import Codec
 from ..data.sets import Data
+from ..machine.parallel import Processes
+from .conditions import load_guides
+from .inputs import read_for_training
+from .job import open_job
+from .likelihood import run_likelihood
+from .sample import run_sampling
 from .scan import scan
+from .train import reserve, run_training
+
+
+def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes) -> int:
+    """--mode demo: train, sample and likelihood one after the other, and what came of them in words."""
+    begin = time.perf_counter()
+    with ExitStack() as stack:
+        reserve(stack, options, config, workdir, processes)
+        data, codec = read_for_training(config, processes)
+        code = run_training(config, workdir, data, codec, processes)
+        if code:
+            return code
+        plain = argparse.Namespace(mode="sample", checkpoint=None, input=None, scales="")
+        job, _ = open_job(plain, config, None, workdir, processes)
+        folder, _ = run_sampling(job, load_guides(config, job.model, job.shape, processes.device))
+        _, result = run_likelihood(job, data.test)
+    if processes.main:
+        seconds, samples = time.perf_counter() - begin, np.load(folder / "samples.npz")
+        print(summary(data, codec, workdir, samples["arr_0"], folder, result, seconds))
+    return 0
 
 
 def confidence(data: Data, samples: np.ndarray, threshold: float = 0.9) -> tuple[float, float, int]:

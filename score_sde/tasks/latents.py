@@ -1,12 +1,14 @@
 """The modes encode, decode and interpolate: the probability flow both ways, with the solver of the section eval.
 
-Results are folders as those of `evaluate`: batches are on disk as they are done, and the stamp comes last.
+Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,148 +17,121 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from ..data.codecs import Codec, PixelCodec, requantised
-from ..data.files import read
-from ..data.images import AS_THEY_ARE, Pixels
-from ..data.sets import Split
+from ..data.codecs import AutoencoderCodec, Codec, PixelCodec
+from ..data.sets import Data, Split
 from ..likelihood.dequantisation import uniform_numbers
 from ..likelihood.latents import decode, encode, slerp
-from ..machine.parallel import Processes
-from ..models.base import ScoreModel
+from ..machine.log import log
+from ..models.base import Counted, ScoreModel
 from ..models.guidance import guide
 from ..noise import noise_source
 from ..ode.integrators import Solver
 from .checkpoint import file_hash
+from .codes import as_asked
 from .conditions import check_number, in_turn, labelled, sampled_labels, told
-from .evaluate import Counted, about_examples
-from .results import Arrays, channels_last, in_batches, once, read_arrays, write_arrays, write_pictures
-from .stamps import asked, keys_of, stamp
+from .inputs import number_of, own_examples, read_latents, split_of
+from .job import Job
+from .results import Arrays, channels_last, in_batches, once, write_arrays, write_pictures
+from .stamps import about_examples, keys_of, stamped
 
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
 
 
-def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, pixels: Pixels = AS_THEY_ARE) -> Split:
-    """The user's examples for a model of examples of `shape`, as a data set stores them; of a folder its train/ if any.
-
-    An image, or a folder or zip of them, is cropped, resized and made grey or RGB, laid over the background where it is
-    transparent, and its levels become those of the data; files of more bits than `Pixels.file_bits` use so many of
-    them, as those of the data do. Arrays of a .npy or .npz hold levels, or for vectors floats,
-    as they are.
-
-    Raises FileNotFoundError, and ValueError for what cannot be read or is of another kind or shape.
-    """
-    if not path.exists():
-        raise FileNotFoundError(f"there is no file or folder {path}: name what is to be read, --input FILE_OR_FOLDER")
-    square = len(shape) == 3 and shape[-1] == shape[-2]
-    channels = shape[0] if len(shape) == 3 else None
-    found = read(path, shape[-1] if square else None, channels, 2**62, replace(pixels, bits=0, mixed=True))
-    x = found.train.x
-    assert isinstance(x, Tensor)
-    if tuple(x.shape[1:]) != shape or (found.levels is None) == isinstance(codec, PixelCodec):
-        kind = f"{str(codec.dtype)[6:]} images" if isinstance(codec, PixelCodec) else "floats"
-        pictures = " (pictures such as PNGs would be cropped and resized)" if len(shape) == 3 else ""
-        raise ValueError(
-            f"{path} holds {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, and {kind} of shape "
-            f"{shape} are to be read{pictures}"
-        )
-    if isinstance(codec, PixelCodec) and found.levels is not None:
-        if path.suffix.lower() not in (".npy", ".npz"):
-            x = requantised(x, found.levels, codec)
-        elif int(x.max()) >= codec.levels:
-            raise ValueError(f"{path} holds the value {int(x.max())}, and the data have levels 0..{codec.levels - 1}")
-        x = x.to(codec.dtype)
-    return Split(x)
+def command(options: argparse.Namespace, job: Job, images: Data) -> None:
+    """The modes encode, decode and interpolate."""
+    config, m = job.config, job.config.model
+    if m.super_resolution or (m.text_encoder and config.eval.conditional):
+        what = "smaller images" if m.super_resolution else "captions, unless --config.eval.conditional=false"
+        raise ValueError(f"--mode {options.mode} keeps no {what}, which this model is given")
+    if options.mode == "decode":
+        folder, result = run_decoding(job, options.input)
+        log.info("%d latents decoded, NFE %.0f: %s", result["number"], result["nfe"], folder)
+        return
+    own = options.input is not None
+    split = _examples(options, job, images)
+    if options.mode == "encode":
+        folder, result = run_encoding(job, split, own)
+        log.info("%s: %s", round_trip(result), folder)
+        return
+    between = None if config.interpolation.between == "seeds" else split
+    folder, result = run_interpolation(job, between, own)
+    unit = " levels of a pixel" if job.codec.levels else ""
+    off = f"; the ends are off by {result['ends_rms_error']:.3g}{unit} (RMS)" if between is not None else ""
+    log.info("%d rows of %d, NFE %.0f%s: %s", result["pairs"], result["steps"], result["nfe"], off, folder)
 
 
-def read_latents(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-    """Latents (N, *shape) from the `latents.npz` of --mode encode, or another .npz of `latents`, or a .npy.
-
-    Beside them the `labels` (N,) with which they were encoded, if the file has any. Raises FileNotFoundError, and
-    ValueError for what holds no latents, or such of another shape.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no file {path}: give --input the latents.npz that --mode encode wrote")
-    arrays = {"latents": np.load(path, allow_pickle=False)} if path.suffix == ".npy" else read_arrays(path) or {}
-    found, labels = arrays.get("latents"), arrays.get("labels")
-    if found is None:
-        raise ValueError(f"{path} holds no array latents, such as --mode encode writes into its latents.npz")
-    if found.shape[1:] != shape or not np.issubdtype(found.dtype, np.floating) or len(found) == 0:
-        raise ValueError(f"{path} holds {found.dtype} of shape {found.shape}, and latents are floats (N, {shape})")
-    if not np.isfinite(found).all():
-        raise ValueError(f"{path} holds latents that are not finite")
-    if labels is not None and (labels.shape != found.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        raise ValueError(f"{path} holds labels {labels.dtype} of shape {labels.shape} for {len(found)} latents")
-    return torch.from_numpy(found.astype(np.float32)), None if labels is None else torch.from_numpy(labels)
+def _examples(options: argparse.Namespace, job: Job, images: Data) -> Split:
+    """The user's, or those of eval.split; of a model of codes as codes."""
+    device = job.processes.device
+    if options.input is not None:
+        return own_examples(options, job.config, images, job.codec, device)
+    data = as_asked(images, job.codec, device) if isinstance(job.codec, AutoencoderCodec) else images
+    return split_of(data, job.config)
 
 
-def run_encoding(
-    model: ScoreModel,
-    config: ConfigDict,
-    split: Split,
-    codec: Codec,
-    checkpoint: Path,
-    base: Path,
-    processes: Processes,
-    own: bool = False,
-) -> tuple[Path, dict[str, Any]]:
-    """Latents of a split's first eval.num_images examples, into a folder below `base`.
+def run_encoding(job: Job, split: Split, own: bool = False) -> tuple[Path, dict[str, Any]]:
+    """Latents of a split's first eval.num_images examples, into a folder below latents/.
 
     `latents.npz` has `latents` (N, *shape) and, each example's, `largest_error` and `rms_error` of decode(encode(x)),
     in levels of pixels, and of class-conditional models the `labels` that were given; the stamp has the errors of all,
     and the fraction of pixels that come back to their level. A grid shows the first images, each beside what its latent
     decodes to. `own` says that the split is the user's, of --input, and not that of eval.split.
     """
-    e = config.eval
-    n = min(e.num_images, len(split)) if e.num_images else len(split)
+    config, e, n = job.config, job.config.eval, number_of(split, job.config)
     source = "input" if own else e.split
-    about = {"mode": "encode", **about_examples(split, source, n), "number": n, **_road(model, config)}
-    made_from = stamp(checkpoint, e.weights, codec, config, keys_of("encode", config), about)
-    label, config = f"{checkpoint.stem}-{e.weights}-{source}", asked(config, keys_of("encode", config))
-    e, counted, split = config.eval, Counted(model), split.to(processes.device)
-
-    def compute(first: int, count: int) -> Arrays:
-        k, y = split[torch.arange(first, first + count)]
-        x = as_trained(k, codec, config, first)
-        model = labelled(config, counted, y)
-        counted.nfe = 0
-        z = encode(model, x, **_options(config))
-        there, counted.nfe = counted.nfe, 0
-        back = decode(model, z, **_options(config))
-        error = _in_levels(back - x, codec).flatten(1).double()
-        shown = max(0, min(count, _SHOWN - first))
-        found = {
-            "latents": z.to(torch.float32).cpu().numpy(),
-            "largest_error": error.abs().amax(1).cpu().numpy(),
-            "rms_error": error.square().mean(1).sqrt().cpu().numpy(),
-            "nfe": np.array([[there, counted.nfe]]),
-        }
-        if told(config) and y is not None:
-            found["labels"] = y.cpu().numpy()
-        if isinstance(codec, PixelCodec):
-            found["same"] = (codec.decode(back) == k).double().flatten(1).mean(1).cpu().numpy()
-        if codec.pixels is not None:  # of a code, what it decodes to beside what its latent does
-            image = k if isinstance(codec, PixelCodec) else codec.decode(k)
-            found["pairs"] = channels_last(torch.stack([image, codec.decode(back)], 1)[:shown].flatten(0, 1))
-        return found
+    about = {"mode": "encode", **about_examples(split, source, n), "number": n, **_road(job)}
+    label = f"{job.trained.path.stem}-{e.weights}-{source}"
+    limited, made_from = stamped(replace(job, model=Counted(job.model)), e.weights, keys_of("encode", config), about)
+    split = split.to(job.processes.device)
 
     def work(folder: Path) -> dict[str, Any]:
-        joined = in_batches(folder, n, e.batch_size, processes, compute, "encoding")
-        if processes.main:
+        batch = partial(_encoded, limited, split)
+        joined = in_batches(folder, n, limited.config.eval.batch_size, job.processes, batch, "encoding")
+        if job.processes.main:
             kept = ("latents", "largest_error", "rms_error", "labels")
             write_arrays(folder / "latents.npz", {name: joined[name] for name in kept if name in joined})
             if "pairs" in joined:
-                write_pictures(joined["pairs"], codec, folder, columns=min(8, len(joined["pairs"])))
+                write_pictures(joined["pairs"], job.codec, folder, columns=min(8, len(joined["pairs"])))
         deviation = float(np.sqrt((joined["latents"].astype(np.float64) ** 2).mean()))
         return {
-            "unit": "levels" if codec.levels else "data",
+            "unit": "levels" if job.codec.levels else "data",
             "largest_error": float(joined["largest_error"].max()),
             "rms_error": math.sqrt(float((joined["rms_error"] ** 2).mean())),
             "same_level": float(joined["same"].mean()) if "same" in joined else None,
-            "latent_deviation": deviation / model.sde.prior_std,
+            "latent_deviation": deviation / job.model.sde.prior_std,
             "nfe": joined["nfe"].mean(0).tolist(),
         }
 
-    return once(base, label, made_from, "latents.npz", processes, work)
+    return once(job.workdir / "latents", label, made_from, "latents.npz", job.processes, work)
+
+
+def _encoded(job: Job, split: Split, first: int, count: int) -> Arrays:
+    """Latents of the examples first to first + count - 1, and how far they come back."""
+    config, codec, counted = job.config, job.codec, job.model
+    assert isinstance(counted, Counted)
+    k, y = split[torch.arange(first, first + count)]
+    x = as_in_training(k, codec, config, first)
+    model = labelled(config, counted, y)
+    counted.nfe = 0
+    z = encode(model, x, **_options(config))
+    there, counted.nfe = counted.nfe, 0
+    back = decode(model, z, **_options(config))
+    error = _in_levels(back - x, codec).flatten(1).double()
+    arrays = {
+        "latents": z.to(torch.float32).cpu().numpy(),
+        "largest_error": error.abs().amax(1).cpu().numpy(),
+        "rms_error": error.square().mean(1).sqrt().cpu().numpy(),
+        "nfe": np.array([[there, counted.nfe]]),
+    }
+    if told(config) and y is not None:
+        arrays["labels"] = y.cpu().numpy()
+    if isinstance(codec, PixelCodec):
+        arrays["same"] = (codec.decode(back) == k).double().flatten(1).mean(1).cpu().numpy()
+    if codec.pixels is not None:  # of a code, what it decodes to beside what its latent does
+        image = k if isinstance(codec, PixelCodec) else codec.decode(k)
+        pairs = torch.stack([image, codec.decode(back)], 1)[: max(0, min(count, _SHOWN - first))]
+        arrays["pairs"] = channels_last(pairs.flatten(0, 1))
+    return arrays
 
 
 def round_trip(result: dict[str, Any]) -> str:
@@ -171,60 +146,43 @@ def round_trip(result: dict[str, Any]) -> str:
     )
 
 
-def run_decoding(
-    model: ScoreModel,
-    config: ConfigDict,
-    path: Path,
-    shape: tuple[int, ...],
-    codec: Codec,
-    checkpoint: Path,
-    base: Path,
-    processes: Processes,
-) -> tuple[Path, dict[str, Any]]:
-    """What the latents of a file decode to, times sampling.temperature: `samples.npz` as of --mode sample, a grid.
+def run_decoding(job: Job, path: Path) -> tuple[Path, dict[str, Any]]:
+    """What the latents of a file decode to, times sampling.temperature, into a folder below decoded/: `samples.npz` as
+    of --mode sample, and a grid.
 
     A class-conditional model is given the labels in the file. Raises ValueError where there are none.
     """
-    e, (latents, labels) = config.eval, read_latents(path, shape)
+    config, e, (latents, labels) = job.config, job.config.eval, read_latents(path, job.shape)
     if told(config) and labels is None:
         raise ValueError(
             f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
             "eval.conditional=False"
         )
-    about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_road(model, config)}
-    made_from = stamp(checkpoint, e.weights, codec, config, keys_of("decode", config), about)
-    label, config = f"{checkpoint.stem}-{e.weights}", asked(config, keys_of("decode", config))
-    e, counted = config.eval, Counted(model)
+    about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_road(job)}
+    label = f"{job.trained.path.stem}-{e.weights}"
+    limited, made_from = stamped(job, e.weights, keys_of("decode", config), about)
+    config, counted = limited.config, Counted(job.model)
 
-    def compute(first: int, count: int) -> Arrays:
+    def batch(first: int, count: int) -> Arrays:
         counted.nfe = 0
-        z = config.sampling.temperature * latents[first : first + count].to(processes.device)
+        z = config.sampling.temperature * latents[first : first + count].to(job.processes.device)
         y = None if labels is None else labels[first : first + count]
         x = decode(labelled(config, counted, y), z, **_options(config))
-        return {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
+        return {"arr_0": channels_last(job.codec.decode(x)), "nfe": np.array([counted.nfe])}
 
     def work(folder: Path) -> dict[str, Any]:
-        joined = in_batches(folder, len(latents), e.batch_size, processes, compute, "decoding")
-        if processes.main:
+        joined = in_batches(folder, len(latents), config.eval.batch_size, job.processes, batch, "decoding")
+        if job.processes.main:
             write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
-            write_pictures(joined["arr_0"], codec, folder)
+            write_pictures(joined["arr_0"], job.codec, folder)
         return {"nfe": float(joined["nfe"].mean())}
 
-    return once(base, label, made_from, "samples.npz", processes, work)
+    return once(job.workdir / "decoded", label, made_from, "samples.npz", job.processes, work)
 
 
-def run_interpolation(
-    model: ScoreModel,
-    config: ConfigDict,
-    split: Split | None,
-    shape: tuple[int, ...],
-    codec: Codec,
-    checkpoint: Path,
-    base: Path,
-    processes: Processes,
-    own: bool = False,
-) -> tuple[Path, dict[str, Any]]:
-    """From one latent to another on the sphere, decoded: `interpolations.npz` (`arr_0`, a row for each pair), a grid.
+def run_interpolation(job: Job, split: Split | None, own: bool = False) -> tuple[Path, dict[str, Any]]:
+    """From one latent to another on the sphere, decoded, into a folder below interpolations/: `interpolations.npz`
+    (`arr_0`, a row for each pair), and a grid.
 
     The latents are those of a split's examples, the first and second, the third and fourth, and so on; for a split of
     None draws from the prior, latent i from (sampling.seed, i) as in --mode sample. All are multiplied by
@@ -233,67 +191,85 @@ def run_interpolation(
     A class-conditional model is given the labels of a split's examples, or for draws sampling.labels in turn; between
     two labels its score goes along the line from one to the other.
     """
-    e, i = config.eval, config.interpolation
+    config, e, i = job.config, job.config.eval, job.config.interpolation
     pairs = i.pairs if split is None else min(i.pairs, len(split) // 2)
     if pairs < 1:
         remedy = "add another to --input" if own else f"eval.split={e.split} has no more, so give two, --input FOLDER"
         raise ValueError(f"an interpolation is between two images, and there is one: {remedy}")
     labels = sampled_labels(config) if split is None and told(config) else []
     if split is None:
-        check_number(
-            config.sampling.labels if labels else (), (), 2 * pairs, "the number of ends, twice interpolation.pairs"
-        )
-        ends = {"shape": list(shape), "labels": labels}
+        number = "the number of ends, twice interpolation.pairs"
+        check_number(config.sampling.labels if labels else (), (), 2 * pairs, number)
+        between = {"shape": list(job.shape), "labels": labels}
     else:
-        ends = about_examples(split, "input" if own else e.split, 2 * pairs)
-    about = {"mode": "interpolate", **ends, "pairs": pairs, "steps": i.steps, **_road(model, config)}
+        between = about_examples(split, "input" if own else e.split, 2 * pairs)
+    about = {"mode": "interpolate", **between, "pairs": pairs, "steps": i.steps, **_road(job)}
     keys = keys_of("interpolate" if split is not None else "interpolate seeds", config)
-    made_from = stamp(checkpoint, e.weights, codec, config, keys, about)
-    label, config = f"{checkpoint.stem}-{e.weights}-{i.between}", asked(config, keys)
-    e, i, temperature = config.eval, config.interpolation, config.sampling.temperature
-    split = None if split is None else split.to(processes.device)
-    counted, weights = Counted(model), torch.linspace(0, 1, i.steps, dtype=torch.float64, device=processes.device)
-
-    def compute(first: int, count: int) -> Arrays:
-        counted.nfe = 0
-        model: ScoreModel = counted
-        if split is None:
-            y: Tensor | None = in_turn(labels, 2 * first, 2 * count) if labels else None
-            noise = noise_source((2 * count, *shape), config.sampling.seed, 2 * first, torch.float32, processes.device)
-            z = model.sde.prior((2 * count, *shape), noise)
-        else:
-            k, y = split[torch.arange(2 * first, 2 * (first + count))]
-            x = as_trained(k, codec, config, 2 * first)
-            z = encode(labelled(config, counted, y), x, **_options(config))
-        between = temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
-        if told(config) and y is not None:
-            begin, end = (counted.given(label=half.repeat_interleave(i.steps)) for half in (y[0::2], y[1::2]))
-            model = guide(end, begin, weights.repeat(count))
-        decoded = decode(model, between.reshape(-1, *shape), **_options(config)).reshape(between.shape)
-        rows = channels_last(codec.decode(decoded.flatten(0, 1)))
-        found = {"arr_0": rows.reshape(count, i.steps, *rows.shape[1:])}
-        if split is not None:
-            error = _in_levels(torch.stack([decoded[:, 0] - x[0::2], decoded[:, -1] - x[1::2]], 1), codec).flatten(1)
-            found["error"] = error.double().square().mean(1).cpu().numpy()
-        return {**found, "nfe": np.array([counted.nfe])}
+    label = f"{job.trained.path.stem}-{e.weights}-{i.between}"
+    limited, made_from = stamped(replace(job, model=Counted(job.model)), e.weights, keys, about)
+    ends = _Ends(limited, None if split is None else split.to(job.processes.device), labels)
 
     def work(folder: Path) -> dict[str, Any]:
-        joined = in_batches(folder, pairs, max(1, e.batch_size // i.steps), processes, compute, "interpolating")
-        if processes.main:
+        steps = limited.config.interpolation.steps
+        size = max(1, limited.config.eval.batch_size // steps)
+        joined = in_batches(folder, pairs, size, job.processes, ends.rows, "interpolating")
+        if job.processes.main:
             rows = joined["arr_0"]
             write_arrays(folder / "interpolations.npz", {"arr_0": rows})
-            write_pictures(rows.reshape(-1, *rows.shape[2:]), codec, folder, columns=i.steps)
-        found: dict[str, Any] = {"nfe": float(joined["nfe"].mean())}
+            write_pictures(rows.reshape(-1, *rows.shape[2:]), job.codec, folder, columns=steps)
+        result: dict[str, Any] = {"nfe": float(joined["nfe"].mean())}
         if split is not None:
-            found |= {"unit": "levels" if codec.levels else "data", "ends_rms_error": math.sqrt(joined["error"].mean())}
-        return found
+            unit = "levels" if job.codec.levels else "data"
+            result |= {"unit": unit, "ends_rms_error": math.sqrt(joined["error"].mean())}
+        return result
 
-    return once(base, label, made_from, "interpolations.npz", processes, work)
+    return once(job.workdir / "interpolations", label, made_from, "interpolations.npz", job.processes, work)
 
 
-def _road(model: ScoreModel, config: ConfigDict) -> dict[str, Any]:
+@dataclass(frozen=True)
+class _Ends:
+    """Between what interpolations go: a split's examples, or draws with these labels in turn."""
+
+    job: Job
+    split: Split | None
+    labels: list[int]
+
+    def rows(self, first: int, count: int) -> Arrays:
+        """The rows first to first + count - 1, decoded."""
+        config, codec, counted = self.job.config, self.job.codec, self.job.model
+        assert isinstance(counted, Counted)
+        counted.nfe = 0
+        steps = config.interpolation.steps
+        x, y, z = self.latents(2 * first, 2 * count)
+        weights = torch.linspace(0, 1, steps, dtype=torch.float64, device=self.job.processes.device)
+        between = config.sampling.temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
+        model: ScoreModel = counted
+        if told(config) and y is not None:
+            begin, end = (counted.given(label=half.repeat_interleave(steps)) for half in (y[0::2], y[1::2]))
+            model = guide(end, begin, weights.repeat(count))
+        decoded = decode(model, between.reshape(-1, *self.job.shape), **_options(config)).reshape(between.shape)
+        rows = channels_last(codec.decode(decoded.flatten(0, 1)))
+        arrays = {"arr_0": rows.reshape(count, steps, *rows.shape[1:]), "nfe": np.array([counted.nfe])}
+        if x is not None:
+            error = _in_levels(torch.stack([decoded[:, 0] - x[0::2], decoded[:, -1] - x[1::2]], 1), codec).flatten(1)
+            arrays["error"] = error.double().square().mean(1).cpu().numpy()
+        return arrays
+
+    def latents(self, first: int, count: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
+        """(examples, labels, latents) of the ends first to first + count - 1; draws are of no examples."""
+        job, config = self.job, self.job.config
+        if self.split is None:
+            noise = noise_source((count, *job.shape), config.sampling.seed, first, torch.float32, job.processes.device)
+            z = job.model.sde.prior((count, *job.shape), noise)
+            return None, in_turn(self.labels, first, count) if self.labels else None, z
+        k, y = self.split[torch.arange(first, first + count)]
+        x = as_in_training(k, job.codec, config, first)
+        return x, y, encode(labelled(config, job.model, y), x, **_options(config))
+
+
+def _road(job: Job) -> dict[str, Any]:
     """What the stamp says of the ODE, beside its keys of the section eval."""
-    return {"sde": repr(model.sde), "given_labels": told(config)}
+    return {"sde": repr(job.model.sde), "given_labels": told(job.config)}
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:
@@ -301,7 +277,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
     return {"t_min": e.t_min, "solver": Solver(e.ode_method, e.rtol, e.atol)}
 
 
-def as_trained(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
+def as_in_training(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
     """Stored values as the model saw them, which if it was trained so is with uniform noise within a level.
 
     The noise is that of the likelihood, of (eval.seed, first + i). Without it an even surface would be encoded far from

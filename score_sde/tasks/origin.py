@@ -24,6 +24,7 @@ from ..models.base import ScoreModel
 from ..models.rules import Preconditioned
 from ..networks.blocks import Head
 from . import checkpoint
+from .checkpoint import Trained
 
 # Keys of the section model without a say in what a network computes from its weights: told where they are others.
 _READ_OTHERWISE = (
@@ -49,7 +50,7 @@ def origin_hash(path: Path) -> str:
     return whole.hexdigest()
 
 
-def find_origin(where: str) -> Path:
+def find_origin(where: str) -> Trained:
     """The checkpoint that training.origin means: a file, a workdir's newest, or a folder of diffusers'.
 
     Raises FileNotFoundError where there is none.
@@ -60,16 +61,16 @@ def find_origin(where: str) -> Path:
             f"there is no checkpoint {path} to begin from: name a checkpoint or a workdir (--checkpoint), or leave it "
             "out to begin anew, or to go on with the workdir's own run"
         )
-    return path if diffusers.is_folder(path) else checkpoint.find(path)
+    return Trained(path) if diffusers.is_folder(path) else checkpoint.find(path)
 
 
-def check_origin(config: ConfigDict, workdir: Path, begun: Path | None) -> None:
+def check_origin(config: ConfigDict, workdir: Path, begun: Trained | None) -> None:
     """Put the origin's hash into the config, and refuse one that the workdir's own run did not begin from.
 
     `begun` is that run's newest checkpoint, or None. Without an origin in the config, that of the run stays.
     """
     t = config.training
-    theirs = configs.from_text(checkpoint.read_card(begun).config, str(begun)).training if begun else None
+    theirs = begun.config.training if begun is not None else None
     if not t.origin:
         t.origin, t.origin_sha256 = (theirs.origin, theirs.origin_sha256) if theirs else ("", "")
         t.origin_weights = theirs.origin_weights if theirs else t.origin_weights
@@ -83,7 +84,7 @@ def check_origin(config: ConfigDict, workdir: Path, begun: Path | None) -> None:
         return  # the run's own config says so, and the file may be gone by now
     if not t.origin:
         return
-    t.origin_sha256 = origin_hash(find_origin(t.origin))
+    t.origin_sha256 = origin_hash(find_origin(t.origin).path)
     if theirs is not None and theirs.origin_sha256 != t.origin_sha256:
         was = f"began from {theirs.origin}, with other content" if theirs.origin_sha256 else "did not begin from a file"
         raise ValueError(
@@ -105,8 +106,9 @@ def take_weights(config: ConfigDict, model: Trainable, shape: tuple[int, ...]) -
     Returns what was done, in sentences. Raises FileNotFoundError, or ValueError for a checkpoint that does not fit;
     `model` is unchanged then.
     """
-    path, t = find_origin(config.training.origin), config.training
-    held, notes = (_ours if path.suffix == checkpoint.SUFFIX else _foreign)(path, config, shape)
+    trained, t = find_origin(config.training.origin), config.training
+    path, read = trained.path, _foreign if trained.card is None else _ours
+    held, notes = read(trained, config, shape)
     found, target = held.state_dict(), model.state_dict()
     anew = {_layer(name) for name, value in target.items() if name not in found or found[name].shape != value.shape}
     for name, value in target.items():
@@ -128,10 +130,10 @@ def foreign_config(config: ConfigDict, channels: int | None = None) -> dict[str,
     return given
 
 
-def _ours(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
+def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
     """What a checkpoint of ours holds, which fits the config but for classes and channels; and what is to be told."""
-    card = checkpoint.read_card(path)
-    theirs = configs.from_text(card.config, str(path))
+    path, card, theirs = trained.path, trained.card, trained.config
+    assert card is not None
     pairs = [
         ("", _kind(theirs), _kind(config)),
         ("data.autoencoder: ", _coded(theirs), _coded(config)),
@@ -150,7 +152,7 @@ def _ours(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Train
         bridge.model[key] = theirs.model[key]
     if config.model.super_resolution:
         bridge.model.image_channels = card.shape[0]
-    held = checkpoint.open_trained(path, config.training.origin_weights == "ema")
+    held = trained.network(config.training.origin_weights == "ema")
     example = _with_channels(shape, card.shape[0])
     fitting = _filled(path, build_trained(bridge, example), held.state_dict())
     others = [
@@ -168,8 +170,9 @@ def _ours(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Train
     return held, [f"warning: the weights were trained to be read otherwise: {line}" for line in lines]
 
 
-def _foreign(path: Path, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
+def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
     """What a file of score_sde_pytorch or a folder of diffusers' holds, in the model that the config makes of it."""
+    path = trained.path
     if is_classifier(config) or is_autoencoder(config):
         raise ValueError(f"{path} is of a score model, and the config trains {_kind(config)}: begin anew")
     bridge = ConfigDict(config.to_dict())

@@ -1,12 +1,14 @@
 """The modes inpaint, colorize, superresolve and deblur: the section inverse, on held-out images or on the user's.
 
-Results are folders as those of `evaluate`: batches are on disk as they are done, and the stamp comes last.
+Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,8 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ..config.build import build_sampler, build_times, grid_name
-from ..data.codecs import Codec, PixelCodec
-from ..data.images import Pixels, grey_and_alpha
+from ..data.codecs import PixelCodec
+from ..data.images import Pixels
 from ..data.sets import Data, Split, digest
 from ..inverse import (
     Average,
@@ -34,17 +36,20 @@ from ..inverse import (
     pigdm,
     twisted,
 )
-from ..machine.parallel import Processes
+from ..machine.log import log
 from ..metrics import psnr
-from ..models.base import ScoreModel
+from ..models.base import Counted, ScoreModel
 from ..noise import ExampleStream, example_generators, noise_source
 from ..samplers import Sampler, sample
-from .conditions import Guides, Wanted, about, check_number, conditional, in_turn
-from .evaluate import Counted, about_examples, about_grid, held
-from .latents import as_trained, read_examples
+from .conditions import Guides, Wanted, about, check_number, load_guides, sampled_labels
+from .inputs import number_of, read_examples, read_mask, split_of
+from .job import Job
+from .latents import as_in_training
 from .pictures import write_grid, write_png
 from .results import Arrays, channels_last, in_batches, mean_and_error, once, write_arrays
-from .stamps import asked, keys_of, stamp
+from .sample import Draws
+from .stamps import about_examples, about_grid, keys_of, stamped
+from .texts import with_prompts
 
 _SHOWN = 32  # images in the grid
 
@@ -69,50 +74,6 @@ OWN = {
 }
 
 
-def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
-    """bool (H, W) of an image file for examples of `shape`: white where they are known, black where they are not.
-
-    A mask drawn in transparency is known where it is opaque: such as a picture with a hole rubbed out.
-    Raises FileNotFoundError, and ValueError for no path or image, for another size, for other colours, and for a mask
-    that leaves nothing to do, or that could mean two things.
-    """
-    height, width = shape[1:]
-    if path is None:
-        raise ValueError(
-            f"--mode inpaint needs --mask FILE, an image of {height} x {width}, white where the images are known and "
-            "black where they are to be filled"
-        )
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no mask {path}")
-    try:
-        grey, alpha = grey_and_alpha(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"the mask {path} {error}") from None
-    if alpha.min() < 255:
-        if 0 in (shades := set(np.unique(grey[alpha == 255]).tolist())) and shades <= {0, 255}:
-            raise ValueError(
-                f"the mask {path} is drawn in black and in transparency, and either could be what is to be filled: "
-                "save it in black and white without transparency"
-            )
-        grey = alpha
-    if grey.shape != (height, width):
-        raise ValueError(
-            f"the mask {path} is {grey.shape[0]} x {grey.shape[1]}, and the model's images are {height} x {width}, to "
-            "which --input is cropped and resized: make the mask of that size"
-        )
-    other = set(np.unique(grey).tolist()) - {0, 255}
-    if other:
-        raise ValueError(
-            f"the mask {path} has the grey level {min(other)}: it must be black (fill) and white (known) alone; "
-            "save it without smoothing, as a PNG"
-        )
-    if grey.min() == grey.max():
-        raise ValueError(
-            f"the mask {path} is all {'white: nothing is' if grey.max() else 'black: all is'} to be filled"
-        )
-    return torch.from_numpy(grey == 255)
-
-
 def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Path | None) -> Spectral:
     """What a task's images are seen through. Raises ValueError for images that it does not fit."""
     if task == "inpaint":
@@ -129,14 +90,6 @@ def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Pa
             f"inverse.factor={factor} does not divide the model's images of {shape[1]} x {shape[2]}: take one that does"
         )
     return Average(factor)
-
-
-def read_observed(
-    path: Path, task: str, operator: Spectral, shape: tuple[int, ...], codec: Codec, pixels: Pixels
-) -> Split:
-    """The user's images: what is left of them to restore, which for superresolve are the small ones."""
-    seen = operator.apply(torch.zeros(1, *shape)).shape[1:] if task == "superresolve" else shape
-    return read_examples(path, tuple(seen), codec, pixels)
 
 
 def restore(
@@ -205,22 +158,26 @@ def shown(observation: Observation, x: Tensor) -> Tensor:
     return picture
 
 
+def command(options: argparse.Namespace, job: Job, images: Data) -> None:
+    """The modes inpaint, colorize, superresolve and deblur."""
+    guides = load_guides(job.config, job.model, job.shape, job.processes.device)
+    labels = sampled_labels(job.config, guides) if job.config.sampling.labels else []
+    wanted = with_prompts(Wanted(labels), options, job)
+    folder, result = run_restoring(job, options.mode, images, options.input, options.mask, guides, wanted)
+    log.info("%s: %s", restoring_line(result), folder)
+
+
 def run_restoring(
+    job: Job,
     task: str,
-    model: ScoreModel,
-    config: ConfigDict,
     data: Data,
-    codec: Codec,
-    checkpoint: Path,
-    base: Path,
-    processes: Processes,
-    given: Path | None = None,
+    own: Path | None = None,
     mask: Path | None = None,
     guides: Guides | None = None,
     wanted: Wanted | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Degrade the first eval.num_images examples of eval.split and restore them, or restore the user's, which are
-    `given`; into a folder below `base`.
+    """Degrade the first eval.num_images examples of eval.split and restore them, or restore the user's, which are in
+    the file or folder `own`; into a folder below restored/.
 
     The model is given the classes and prompts of `wanted`, in turn, and guided as the section sampling says; it answers
     without any where there are none.
@@ -229,37 +186,25 @@ def run_restoring(
     examples, whose truth is known, `truth` and `psnr` and `psnr_observed` (N,), whose means the stamp has. `grid.png`
     shows truth, observation and result side by side, and every result of the user's images is a PNG.
     """
-    e, i, s = config.eval, config.inverse, config.sampling
+    config, e, i, s = job.config, job.config.eval, job.config.inverse, job.config.sampling
     guides, wanted = guides or Guides(), wanted or Wanted([])
-    if not isinstance(codec, PixelCodec) or len(data.shape) != 3:
-        raise ValueError(f"--mode {task} is for images, and data.dataset={config.data.dataset} has {data.shape}")
-    if i.method == "twisted" and grid_name(config) == "ends":
-        raise ValueError(
-            f"inverse.method=twisted walks on sampling's grid, and sampling.method={s.method} chooses its own steps: "
-            "set sampling.method=pc"
-        )
-    shape, operator = data.shape, operator_for(task, config, data.shape, mask)
-    split, own = {"test": data.test, "train": data.train}[e.split], given is not None
-    if given is not None:
-        split = read_observed(given, task, operator, shape, codec, Pixels.of(config.data))
-    n = min(e.num_images, len(split)) if e.num_images else len(split)
+    noise = _noise(job, task)
+    operator = operator_for(task, config, job.shape, mask)
+    split = split_of(data, config) if own is None else _read_observed(own, task, operator, job)
+    n = number_of(split, config)
     check_number(s.labels, wanted.prompts, n, "the number of images")
-    # Two methods ask for some noise; then y has that of its rounding to levels at least.
-    rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
-    noise = codec.width * max(i.noise, rounding)
-    counted = Counted(model)
-    times, sampler = build_times(config, model.sde, counted, shape), build_sampler(config)
+    counted = replace(job, model=Counted(job.model))
+    times, sampler = build_times(config, job.model.sde, counted.model, job.shape), build_sampler(config)
     keys = (*keys_of("restore", config), *(f"inverse.{name}" for of in (task, i.method) for name in OWN.get(of, ())))
-    made_from = stamp(
-        checkpoint,
+    label, scale = f"{job.trained.path.stem}-{e.weights}-{task}-{i.method}", s.guidance
+    limited, made_from = stamped(
+        counted,
         e.weights,
-        codec,
-        config,
         keys,
         {
             "mode": task,
-            "sde": repr(model.sde),
-            **about_examples(split, "input" if own else e.split, n),
+            "sde": repr(job.model.sde),
+            **about_examples(split, e.split if own is None else "input", n),
             "number": n,
             "mask_sha256": digest(operator.known) if isinstance(operator, Mask) else None,
             "method": i.method,
@@ -269,60 +214,105 @@ def run_restoring(
             **about(wanted, [s.guidance], guides),
         },
     )
-    label, scale = f"{checkpoint.stem}-{e.weights}-{task}-{i.method}", s.guidance
-    config = asked(config, keys)
-    e, i, s, split = config.eval, config.inverse, config.sampling, split.to(processes.device)
+    draws = Draws(limited, sampler, times, guides, wanted)
+    split = split.to(job.processes.device)
+    restoration = _Restoration(draws, scale, task, operator, noise, split, own is not None)
+    return once(job.workdir / "restored", label, made_from, "restored.npz", job.processes, partial(restoration.all, n))
 
-    def observed(k: Tensor, first: int) -> Observation:
-        if own and task in ("superresolve", "deblur"):
-            u = torch.full_like(k, 0.5, dtype=torch.float32) if config.data.uniform_dequantization else None
-            return Observation(operator, codec.encode(k, u), noise)
-        y = operator.apply(as_trained(k, codec, config, first))
-        if i.noise > 0 and not own:
-            draws = noise_source(tuple(y.shape), e.seed, first, y.dtype, y.device, ExampleStream.OBSERVATION)
-            y = y + codec.width * i.noise * draws(y)
-        return Observation(operator, y, noise)
 
-    def compute(first: int, count: int) -> Arrays:
-        counted.nfe = 0
-        k, _ = split[torch.arange(first, first + count)]
-        observation = observed(k, first)
-        labels, conditions = in_turn(wanted.labels, first, count), wanted.of(first, count, config, codec, model.sde)
-        guided = held(conditional(counted, conditions, labels, config, guides, scale), config, codec)
-        x = restore(guided, config, observation, shape, times, first, sampler)
-        restored, before = codec.decode(x), codec.decode(shown(observation, x))
-        found = {"restored": channels_last(restored), "observed": channels_last(before)}
-        if wanted.labels:
-            found["labels"] = labels.numpy()
-        if not own:
-            to_truth = partial(psnr, k.double() / (codec.levels - 1))
-            found["truth"] = channels_last(k)
-            for name, y in (("psnr", restored), ("psnr_observed", before)):
-                found[name] = to_truth(y.double() / (codec.levels - 1)).cpu().numpy()
-        return {**found, "nfe": np.array([counted.nfe])}
+@dataclass(frozen=True)
+class _Restoration:
+    """How examples are drawn, at which scale of guidance, and what is seen of them, with noise of this deviation."""
 
-    def work(folder: Path) -> dict[str, Any]:
-        joined = in_batches(folder, n, e.batch_size, processes, compute, task)
-        nfe = float(joined.pop("nfe").mean())
-        if processes.main:
+    draws: Draws
+    scale: float
+    task: str
+    operator: Spectral
+    noise: float
+    split: Split
+    own: bool  # the user's images, whose truth nobody knows
+
+    def all(self, number: int, folder: Path) -> dict[str, Any]:
+        """The first `number` of the split, restored."""
+        job = self.draws.job
+        joined = in_batches(folder, number, job.config.eval.batch_size, job.processes, self.batch, self.task)
+        result: dict[str, Any] = {"nfe": float(joined.pop("nfe").mean())}
+        if job.processes.main:
             write_arrays(folder / "restored.npz", joined)
-            kinds = [name for name in ("truth", "observed", "restored") if name in joined]
-            rows = np.stack([joined[name][:_SHOWN] for name in kinds], 1)
-            images = codec.display(torch.from_numpy(rows.reshape(-1, *rows.shape[2:])).permute(0, 3, 1, 2))
-            abreast = max(1, min(4, len(rows) // 2))
-            write_grid(images, folder / "grid.png", len(kinds) * abreast, zoom=max(1, 32 // images.shape[-1]))
-            if own:
-                pictures = codec.display(torch.from_numpy(joined["restored"]).permute(0, 3, 1, 2))
-                for j, picture in enumerate(pictures):
-                    write_png(picture, folder / f"{j:06d}.png")
-        found: dict[str, Any] = {"nfe": nfe}
+            self.show(joined, folder)
         for name in ("psnr", "psnr_observed"):
             if name in joined:
                 mean, error = mean_and_error(joined[name])
-                found |= {name: mean, f"{name}_error": None if math.isnan(error) else error}
-        return found
+                result |= {name: mean, f"{name}_error": None if math.isnan(error) else error}
+        return result
 
-    return once(base, label, made_from, "restored.npz", processes, work)
+    def batch(self, first: int, count: int) -> Arrays:
+        """The examples first to first + count - 1, as they were seen, and restored."""
+        job, codec, counted = self.draws.job, self.draws.job.codec, self.draws.job.model
+        assert isinstance(counted, Counted) and codec.levels is not None
+        counted.nfe = 0
+        k, _ = self.split[torch.arange(first, first + count)]
+        observation = self.observed(k, first)
+        model, labels = self.draws.guided(first, count, self.scale)
+        x = restore(model, job.config, observation, job.shape, self.draws.times, first, self.draws.sampler)
+        restored, before = codec.decode(x), codec.decode(shown(observation, x))
+        arrays = {"restored": channels_last(restored), "observed": channels_last(before)}
+        if self.draws.wanted.labels:
+            arrays["labels"] = labels.numpy()
+        if not self.own:
+            to_truth = partial(psnr, k.double() / (codec.levels - 1))
+            arrays["truth"] = channels_last(k)
+            for name, y in (("psnr", restored), ("psnr_observed", before)):
+                arrays[name] = to_truth(y.double() / (codec.levels - 1)).cpu().numpy()
+        return {**arrays, "nfe": np.array([counted.nfe])}
+
+    def observed(self, k: Tensor, first: int) -> Observation:
+        """What is seen of stored images; the user's for superresolve and deblur are observations themselves."""
+        config, codec = self.draws.job.config, self.draws.job.codec
+        if self.own and self.task in ("superresolve", "deblur"):
+            u = torch.full_like(k, 0.5, dtype=torch.float32) if config.data.uniform_dequantization else None
+            return Observation(self.operator, codec.encode(k, u), self.noise)
+        y = self.operator.apply(as_in_training(k, codec, config, first))
+        if config.inverse.noise > 0 and not self.own:
+            seed, stream = config.eval.seed, ExampleStream.OBSERVATION
+            noise = noise_source(tuple(y.shape), seed, first, y.dtype, y.device, stream)
+            y = y + codec.width * config.inverse.noise * noise(y)
+        return Observation(self.operator, y, self.noise)
+
+    def show(self, joined: Arrays, folder: Path) -> None:
+        """The grid, and a picture of each of the user's images."""
+        codec = self.draws.job.codec
+        assert isinstance(codec, PixelCodec)
+        kinds = [name for name in ("truth", "observed", "restored") if name in joined]
+        rows = np.stack([joined[name][:_SHOWN] for name in kinds], 1)
+        images = codec.display(torch.from_numpy(rows.reshape(-1, *rows.shape[2:])).permute(0, 3, 1, 2))
+        abreast = max(1, min(4, len(rows) // 2))
+        write_grid(images, folder / "grid.png", len(kinds) * abreast, zoom=max(1, 32 // images.shape[-1]))
+        if self.own:
+            pictures = codec.display(torch.from_numpy(joined["restored"]).permute(0, 3, 1, 2))
+            for j, picture in enumerate(pictures):
+                write_png(picture, folder / f"{j:06d}.png")
+
+
+def _noise(job: Job, task: str) -> float:
+    """The deviation of an observation's noise, as the model sees it. Raises ValueError for what cannot be restored."""
+    i, s, codec = job.config.inverse, job.config.sampling, job.codec
+    if not isinstance(codec, PixelCodec) or len(job.shape) != 3:
+        raise ValueError(f"--mode {task} is for images, and data.dataset={job.config.data.dataset} has {job.shape}")
+    if i.method == "twisted" and grid_name(job.config) == "ends":
+        raise ValueError(
+            f"inverse.method=twisted walks on sampling's grid, and sampling.method={s.method} chooses its own steps: "
+            "set sampling.method=pc"
+        )
+    # Two methods ask for some noise; then y has that of its rounding to levels at least.
+    rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
+    return codec.width * max(i.noise, rounding)
+
+
+def _read_observed(path: Path, task: str, operator: Spectral, job: Job) -> Split:
+    """The user's images: what is left of them to restore, which for superresolve are the small ones."""
+    shape = tuple(operator.apply(torch.zeros(1, *job.shape)).shape[1:]) if task == "superresolve" else job.shape
+    return read_examples(path, shape, job.codec, Pixels.of(job.config.data))
 
 
 def restoring_line(result: dict[str, Any]) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import os
 import socket
@@ -24,6 +23,7 @@ from torch import Tensor
 from ..data import recordings
 from ..data.codecs import Codec, PixelCodec
 from ..machine.lock import held
+from ..machine.log import log
 from ..machine.parallel import Processes
 from ..machine.progress import Progress
 from ..machine.whole_files import remove_leftovers, temporary, whole
@@ -32,7 +32,6 @@ from .pictures import first_of_each, histogram, write_grid, write_png
 
 Arrays = dict[str, np.ndarray]
 _SHOWN = 256  # images of a grid
-log = logging.getLogger("score_sde")
 
 
 def once(
@@ -222,6 +221,21 @@ def mean_and_error(values: np.ndarray) -> tuple[float, float]:
     """Mean of independent values and its standard error, NaN for a single one."""
     error = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
     return float(values.mean()), float(error)
+
+
+def error_of_mean(each: np.ndarray) -> float:
+    """Standard error of the mean of values with independent standard errors."""
+    return math.sqrt((each**2).sum()) / each.size
+
+
+def running_mean(unit: str) -> Callable[[Progress, list[Arrays]], None]:
+    """For `in_batches`: shows the mean of `value`, with its error, over the batches that are done."""
+
+    def progress(bar: Progress, done: list[Arrays]) -> None:
+        mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
+        bar.note(f"{unit} {mean:.3f} ± {error:.3f}")
+
+    return progress
 
 
 def _check_same(folder: Path, processes: Processes) -> None:

@@ -13,27 +13,43 @@ the model sees:
 
 from __future__ import annotations
 
+import argparse
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
+from ml_collections import ConfigDict
 from torch import Tensor
 
 from ..data.codecs import Codec, VectorCodec
 from ..data.sets import Data, Split
 from ..likelihood.exact import Likelihood
+from ..machine.log import keep_log
+from ..machine.parallel import Processes
 from ..models.pixel_levels import COARSE
 from ..sdes.linear import normal_log_prob
 from ..sdes.noise_levels import NoiseLevels
 from .class_names import class_name
+from .inputs import read_for_training
 
 _CHUNK = 1 << 24  # numbers held in float64 at a time
 _STREAM = 1 << 31  # bytes read of a split that stays on disk
 _DIMENSIONS = 4096  # of the largest covariance that is fitted
 _SHOWN = 30  # classes that are named
 _FARTHEST = 4096  # examples whose distances are all computed
+
+
+def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes) -> int:
+    """--mode scan; returns the exit code."""
+    if processes.main:
+        keep_log(workdir)
+    data, codec = read_for_training(config, processes)
+    if processes.main:
+        print(scan(data, codec))
+    return 0
 
 
 @dataclass(frozen=True)

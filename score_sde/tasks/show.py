@@ -1,14 +1,11 @@
-"""What a run shows: its log, and what `train` yields on a bar, in TensorBoard, and as grids of samples."""
+"""What training shows: what `train` yields, on a bar, in the log, in TensorBoard, and as grids of samples."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from logging.handlers import MemoryHandler
 from pathlib import Path
 
 import torch
@@ -20,7 +17,7 @@ from ..data.captions import Text
 from ..data.codecs import Codec, PixelCodec
 from ..data.sets import Data
 from ..data.toys import EXACT, TOYS
-from ..machine import progress
+from ..machine.log import log
 from ..machine.progress import Progress
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
@@ -29,58 +26,22 @@ from . import checkpoint, failures
 from .class_names import class_name
 from .codes import as_drawn
 from .conditions import given, in_turn
+from .noise_bins import noise_floor
 from .pictures import grid, histogram, write_png
 from .scan import about_empty_classes, disagreements
-from .train import Metrics, noise_floor
 
 _PICTURES = 64  # in the grids that training draws
 _STEPS = 18  # of Heun's method, for samples in them
 
-_FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
-log = logging.getLogger("score_sde")
+@dataclass
+class Metrics:
+    """What the loop yields after each step; with scalars every log_freq steps, after evaluations and checkpoints."""
 
-
-def log_to_terminal() -> None:
-    """All but the lines of numbers, which the bar shows there, to the terminal; the rest waits for `keep_log`."""
-    log.setLevel(logging.DEBUG)
-    log.handlers.clear()
-    terminal: logging.Handler = logging.StreamHandler(_BarSafe())
-    terminal.setLevel(logging.INFO)
-    terminal.setFormatter(_FORMAT)
-    log.addHandler(terminal)
-    log.addHandler(MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1))
-
-
-def keep_log(workdir: Path) -> None:
-    """Everything to the workdir's log.txt, from the beginning on: the command is accepted."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = _LogFile(workdir / "log.txt")
-    file.setFormatter(_FORMAT)
-    for waiting in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
-        waiting.setTarget(file)
-        waiting.close()
-        log.removeHandler(waiting)
-        log.addHandler(file)
-
-
-class _LogFile(logging.FileHandler):
-    """A file whose lines are lost where the disk is full: what is being done may go on, and the terminal has them."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):
-            super().handleError(record)
-
-
-class _BarSafe:
-    """A stream that prints above a running progress bar."""
-
-    def write(self, text: str) -> None:
-        if text.strip():
-            progress.write(text.rstrip("\n"))
-
-    def flush(self) -> None:
-        sys.stderr.flush()
+    step: int
+    scalars: dict[str, float] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    notes: list[str] = field(default_factory=list)
 
 
 class Show:

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from ml_collections import ConfigDict
+from torch import Tensor
 
-from ..config.build import steps_together
+from ..config.build import grid_name, steps_together
+from ..data.captions import Text
 from ..data.codecs import AutoencoderCodec, Codec
+from ..data.sets import Split, digest
 from ..machine.version import __version__
 from ..ode.integrators import ADAPTIVE
-from .checkpoint import SUFFIX, file_hash
+from .checkpoint import SUFFIX
+from .job import Job
 
 _VERSIONS = {"score_sde": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
@@ -71,21 +75,37 @@ def keys_of(kind: str, config: ConfigDict) -> tuple[str, ...]:
     return (*keys, "eval.batch_size") if by_steps and together else keys
 
 
-def stamp(
-    checkpoint: Path, weights: str, codec: Codec, config: ConfigDict, keys: Sequence[str], about: dict[str, Any]
-) -> dict[str, Any]:
-    """What a result is made from: checkpoint, weights, codec, the config's `keys`, versions, and `about`."""
-    foreign = checkpoint.suffix != SUFFIX
-    return {
-        "checkpoint": checkpoint.name,
-        "checkpoint_sha256": file_hash(checkpoint),
+def stamped(job: Job, weights: str, keys: Sequence[str], about: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
+    """The job with the config's `keys` alone, and the stamp of what it makes: checkpoint, weights, codec, these keys,
+    versions, and `about`."""
+    config, path = job.config, job.trained.path
+    made_from = {
+        "checkpoint": path.name,
+        "checkpoint_sha256": job.trained.sha256,
         "weights": weights,
-        "codec": _named(codec, config),
+        "codec": _named(job.codec, config),
         **about,
         "config": values(config, keys),
-        **({"read_as": values(config, FOREIGN)} if foreign else {}),
+        **({"read_as": values(config, FOREIGN)} if path.suffix != SUFFIX else {}),
         "versions": {name: str(version) for name, version in _VERSIONS.items()},
     }
+    return replace(job, config=asked(config, keys)), made_from
+
+
+def about_times(times: Tensor) -> dict[str, Any]:
+    """What a stamp says of times."""
+    return {"steps": len(times) - 1, "first": times[0].item(), "last": times[-1].item()}
+
+
+def about_grid(config: ConfigDict, times: Tensor) -> dict[str, Any]:
+    """What a stamp says of the times that were sampled on."""
+    return {"name": grid_name(config), **about_times(times)}
+
+
+def about_examples(split: Split, name: str, number: int, text: Text | None = None) -> dict[str, Any]:
+    """What a stamp says of the examples, the first `number` of a split, and of their captions' embeddings."""
+    about = {"split": name, "images": number, "examples_sha256": split.digest()}
+    return about if text is None else {**about, "text_sha256": digest(*text)}
 
 
 def asked(config: ConfigDict, keys: Sequence[str]) -> ConfigDict:

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from score_sde import cli
 from score_sde.cli import run
 from tests.runs import TINY, line, results
 
@@ -60,7 +59,7 @@ def test_no_data_are_read(
     def nothing(*args: object, **named: object) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr(cli, "load_data", nothing)
+    monkeypatch.setattr("score_sde.tasks.inputs.load_data", nothing)
     words += [f"--config.{key}={value}" for key, value in keys.items()]
     small = [f"--config.{key}={value}" for key, value in TINY.items() if key.startswith("sampling.")]
     assert run(["--mode", "sample", "--workdir", str(tmp_path / "two"), *words, *small]) == 0

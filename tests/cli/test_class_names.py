@@ -127,7 +127,7 @@ def test_the_checkpoint_keeps_the_names_and_grids_show_them(
     trained: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     workdir, written = Path(trained[-1]), []
-    card = checkpoint.read_card(checkpoint.find(workdir))
+    card = checkpoint.read_card(checkpoint.find(workdir).path)
     assert checkpoint.DataCard.from_json(card.data).class_names == ANIMALS
     monkeypatch.setattr(
         images, "_written", lambda text, height, kept=images._written: written.append(text) or kept(text, height)
@@ -172,7 +172,7 @@ def test_classes_without_examples_are_told_and_not_sampled(tmp_path: Path, capsy
     command += ["--workdir", str(tmp_path / "run")]
     assert run([*command, "--mode", "train"]) == 0
     assert told in (tmp_path / "run" / "log.txt").read_text()
-    card = checkpoint.read_card(checkpoint.find(tmp_path / "run"))
+    card = checkpoint.read_card(checkpoint.find(tmp_path / "run").path)
     assert checkpoint.DataCard.from_json(card.data).empty_classes == (0, 3)
     assert run([*command, "--mode", "sample"]) == 0
     (folder,) = (tmp_path / "run" / "samples").glob("*/samples.npz")

@@ -63,7 +63,7 @@ def test_each_config_runs_each_mode(
     assert run(words(name, "scan", workdir, images)) == 0
     assert "Gaussian baseline" in capsys.readouterr().out
     assert run(words(name, "train", workdir, images)) == 0
-    assert find(workdir).stem == "000000001"
+    assert find(workdir).path.stem == "000000001"
     if name.startswith("classifier"):
         assert "accuracy/sigma" in (workdir / "log.txt").read_text()
         return
@@ -136,7 +136,7 @@ def test_a_sample_depends_on_seed_and_index_alone(trained: Path, images: Path) -
 
 
 def test_sampling_goes_on_after_a_stop(trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import score_sde.tasks.evaluate as evaluate
+    from score_sde.tasks import sample as evaluate
 
     command = words("vp_digits", "sample", trained, images, sampling__num_samples=8, sampling__batch_size=2)
     clear(trained, "samples")
@@ -165,7 +165,7 @@ def test_the_stamp_says_what_was_done(trained: Path, images: Path) -> None:
     stamp = json.loads((folder / "stamp.json").read_text())
     import hashlib
 
-    assert stamp["checkpoint_sha256"] == hashlib.sha256(find(trained).read_bytes()).hexdigest()
+    assert stamp["checkpoint_sha256"] == hashlib.sha256(find(trained).path.read_bytes()).hexdigest()
     assert stamp["weights"] == "ema"
     assert stamp["config"]["sampling.seed"] == 0 and stamp["config"]["sampling.num_samples"] == 5
     assert "Ancestral" in stamp["sampler"] and stamp["grid"]["steps"] == 3 and stamp["nfe"] == 4  # 3 and the denoising
@@ -197,7 +197,7 @@ def test_samples_by_a_fast_solver_on_a_fitted_grid_with_thresholding(
 def test_likelihood_covers_every_image_and_goes_on(
     trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import score_sde.tasks.evaluate as evaluate
+    from score_sde.tasks import likelihood as evaluate
 
     change = {"eval__num_images": 0, "eval__batch_size": 250, "eval__dequantizations": 2, "eval__check_images": 16}
     command = words("vp_digits", "likelihood", trained, images, **change)
@@ -297,7 +297,7 @@ def test_the_errors_of_a_likelihood_are_told_apart(
 ) -> None:
     """Of a Gaussian whose dimensions are correlated, in the checkpoint's place."""
     exact_model = Gaussian(VPSDE(), torch.zeros(1, 8, 8), 0.2 * torch.eye(64) + 0.02)
-    monkeypatch.setattr("score_sde.cli._model", lambda *args: exact_model)
+    monkeypatch.setattr("score_sde.tasks.job._model", lambda *args: exact_model)
 
     def told(**settings: object) -> tuple[dict[str, float], dict[str, Any], dict[str, np.ndarray]]:
         clear(trained, "likelihood")
@@ -557,7 +557,7 @@ def test_a_solver_that_gives_up_says_so_in_a_sentence(
 def test_an_image_on_which_the_solver_gives_up_is_named_and_costs_the_others_nothing(
     trained: Path, images: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import score_sde.tasks.evaluate as evaluate
+    from score_sde.tasks import likelihood as evaluate
 
     real = evaluate.log_probability
 
@@ -712,7 +712,7 @@ def test_a_checkpoint_of_other_data_is_refused(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = ["--config", "configs/vp_toy.py", "--mode", "sample", "--workdir", str(tmp_path)]
-    assert run([*line, "--checkpoint", str(find(trained))]) == 2
+    assert run([*line, "--checkpoint", str(find(trained).path)]) == 2
     assert "holds a ncsnpp, and the config is of a mlp: take the config that it was trained" in capsys.readouterr().err
 
 

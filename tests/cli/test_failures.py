@@ -24,11 +24,10 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
-from score_sde import cli
 from score_sde.cli import run
 from score_sde.machine import parallel, progress
 from score_sde.machine.whole_files import whole
-from score_sde.tasks import evaluate, failures, show, train
+from score_sde.tasks import dequantize, failures, sample, train
 from score_sde.tasks.options import MODES
 
 TOY = {
@@ -189,7 +188,7 @@ def test_what_only_shows_does_not_end_training(
 
     def fills(state: Any, *rest: Any) -> Any:
         monkeypatch.setattr("tensorboard.compat.tensorflow_stub.io.gfile.LocalFileSystem._write", refuses)
-        monkeypatch.setattr(show._LogFile, "flush", refuses)
+        monkeypatch.setattr("score_sde.machine.log._LogFile.flush", refuses)
         return real(state, *rest)
 
     real = train.train_step
@@ -220,7 +219,7 @@ def test_a_file_in_a_folder_s_place_is_named(
     more = [] if mode in ("scan", "train") else ["--checkpoint", str(trained / ("digits" if pixels else "toy"))]
     more += ["--mask", str(trained / "mask.png")] if mode == "inpaint" else []
     monkeypatch.setattr(train, "train_step", None)
-    monkeypatch.setattr(cli, "fit_dequantiser", None)
+    monkeypatch.setattr(dequantize, "fit_dequantiser", None)
     assert run(command(mode, tmp_path / "run", *more, pixels=pixels)) == 2
     said = only_sentence(capsys)
     assert f"{blocked} is a file where a folder is needed: move it away" in said
@@ -295,13 +294,13 @@ def test_a_workdir_that_is_deleted_during_training_has_its_checkpoint(
 def test_a_workdir_that_is_deleted_during_sampling(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = evaluate.sample
+    real = sample.sample
 
     def deletes(*rest: Any, **named: Any) -> torch.Tensor:
         shutil.rmtree(tmp_path / "run")
         return real(*rest, **named)
 
-    monkeypatch.setattr(evaluate, "sample", deletes)
+    monkeypatch.setattr(sample, "sample", deletes)
     more = ("--checkpoint", str(trained / "toy"))
     assert run(command("sample", tmp_path / "run", *more)) == 2
     said = only_sentence(capsys)

@@ -10,16 +10,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from score_sde import cli
 from score_sde.cli import run
 from score_sde.machine import lock
-from score_sde.tasks import checkpoint
+from score_sde.tasks import checkpoint, inputs, job
 from tests import RECORDED
 from tests.runs import line, overrides, refused, results
 
 
 def last(workdir: Path) -> Path:
-    return checkpoint.find(workdir)
+    return checkpoint.find(workdir).path
 
 
 def same(a: Path, b: Path) -> None:
@@ -355,7 +354,7 @@ def test_a_checkpoint_is_enough_to_sample_decode_and_interpolate(
     def nothing(*args: object, **kwargs: object) -> None:
         raise AssertionError("data were read")
 
-    monkeypatch.setattr(cli, "load_data", nothing)
+    monkeypatch.setattr(inputs, "load_data", nothing)
     monkeypatch.chdir(tmp_path)
     for mode, (folder, words) in modes.items():
         for start, place in (
@@ -386,16 +385,16 @@ def test_an_old_checkpoint_s_data_are_read(classes: Path, tmp_path: Path, monkey
     """One whose card describes no data is sampled as ever."""
     from dataclasses import replace
 
-    from score_sde.tasks.train import make_state
+    from score_sde.tasks.step import make_state
 
-    config = cli.carried_config(classes)[0]
+    config = job.carried_config(classes)[0]
     card, path = checkpoint.read_card(last(classes)), tmp_path / "run" / "checkpoints" / "000000004.safetensors"
     state = make_state(config, card.shape, torch.device("cpu"))
     checkpoint.restore(last(classes), state.model, state.ema, state.optimizer)
     checkpoint.save(path, replace(card, data=""), state.model, state.ema, state.optimizer)
     read: list[object] = []
-    real = cli.load_data
-    monkeypatch.setattr(cli, "load_data", lambda *a, **k: (read.append(a), real(*a, **k))[1])
+    real = inputs.load_data
+    monkeypatch.setattr(inputs, "load_data", lambda *a, **k: (read.append(a), real(*a, **k))[1])
     assert run(["--mode", "sample", "--workdir", str(tmp_path / "run")]) == 0
     assert len(read) == 1 and results(tmp_path / "run", "samples")["arr_0"].shape == (4, 8, 8, 1)
 

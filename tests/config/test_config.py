@@ -40,9 +40,10 @@ from score_sde.config import build, default_config, differences, from_json, load
 from score_sde.config.build import build_chain, build_model, build_network, build_sampler, build_sde, build_times
 from score_sde.config.keys import KEYS, check, explain
 from score_sde.models import rules
+from score_sde.models.base import Counted
 from score_sde.models.closed_form import Gaussian
 from score_sde.ode import ADAPTIVE
-from score_sde.tasks.evaluate import Counted, about_grid
+from score_sde.tasks.stamps import about_grid
 from tests import ROOT
 
 CONFIGS = sorted((ROOT / "configs").glob("*.py"))

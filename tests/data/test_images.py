@@ -15,7 +15,7 @@ from score_sde.cli import run
 from score_sde.data import Data, load_data
 from score_sde.data.codecs import PixelCodec
 from score_sde.data.images import Pixels, decode, grey_and_alpha
-from score_sde.tasks.latents import read_examples
+from score_sde.tasks.inputs import read_examples
 
 PNG_COLOUR = {1: 0, 2: 4, 3: 2, 4: 6}  # colour type by channels
 

@@ -87,13 +87,16 @@ from score_sde.machine.parallel import Processes
 from score_sde.models.classifier import NoisyClassifier
 from score_sde.models.guidance import clip, threshold
 from score_sde.ode import Solver
-from score_sde.tasks.checkpoint import file_hash
+from score_sde.tasks.checkpoint import Trained
 from score_sde.tasks.conditions import Wanted
 from score_sde.tasks.dequantize import dequantiser_path, save_dequantiser
-from score_sde.tasks.evaluate import run_likelihood, run_sampling
+from score_sde.tasks.job import Job
 from score_sde.tasks.latents import run_decoding, run_encoding, run_interpolation
+from score_sde.tasks.likelihood import run_likelihood
 from score_sde.tasks.restore import METHODS, run_restoring
-from score_sde.tasks.train import draw, evaluate_loss, make_state, sde_of, train, train_step
+from score_sde.tasks.sample import run_sampling
+from score_sde.tasks.step import Batches, evaluate_loss, make_state, sde_of, train_step
+from score_sde.tasks.train import train
 
 LEVELS, CHANNELS, SIZE = 17, 3, 8
 SHAPE = (CHANNELS, SIZE, SIZE)
@@ -213,8 +216,11 @@ class Bench:
 
     def __init__(self, gpu: Pretending, folder: Path) -> None:
         self.gpu, self.folder, self.processes = gpu, folder, Processes(0, 1, GPU)
-        self.checkpoint = folder / "model.pth"
-        self.checkpoint.write_bytes(b"another project's weights")
+        self.trained = Trained(folder / "model.pth")
+        self.trained.path.write_bytes(b"another project's weights")
+
+    def job(self, model: ScoreModel, config: ConfigDict, codec: Codec, shape: tuple[int, ...] = SHAPE) -> Job:
+        return Job(model, config, codec, self.trained, shape, self.folder, self.processes)
 
     @contextmanager
     def watched(self) -> Iterator[list[str]]:
@@ -288,7 +294,7 @@ def _training(name: str, changes: dict[str, object]) -> None:
         for _ in range(2 if name == "vp" else 1):
             flip = config.data.random_flip
             with bench.watched() as found:
-                b = draw(config, split, codec, sde, state.step, slice(None), flip=flip, law=state.law, text=text)
+                b = Batches(config, codec, sde, text=text).draw(split, state.step, flip=flip, law=state.law)
                 record = train_step(state, objective, b, config)
             waits += found
             if state.law is not None:
@@ -391,7 +397,7 @@ def _mode_sample(name: str, **changes: object) -> None:
         if config.model.super_resolution:
             images = torch.randint(LEVELS, (3, CHANNELS, 4, 4), dtype=torch.uint8)
         wanted = Wanted([0, 2] if config.model.class_conditional else [], tuple("abc") if text else (), text, images)
-        run_sampling(model, config, SHAPE, codec, bench.checkpoint, bench.folder, bench.processes, None, wanted)
+        run_sampling(bench.job(model, config, codec), None, wanted)
         return []
 
 
@@ -522,14 +528,14 @@ def _mode_likelihood(name: str, **changes: object) -> None:
         model, config = model_on_gpu(**changes)
         data, text = data_of(config), text_of() if config.model.text_encoder else None
         codec: Codec = PixelCodec(LEVELS) if data.levels else VectorCodec()
-        where = bench.checkpoint, bench.folder / "likelihood", bench.processes
+        job = bench.job(model, config, codec, data.shape)
         if config.eval.dequantization == "variational":
             split = data.train.to(GPU)
             fit = dict(steps=2, batch_size=2, hidden=4, layers=1, t_min=config.eval.t_min)
             flow = fit_dequantiser(model, split, codec, **fit)  # type: ignore[arg-type]
-            path = dequantiser_path(bench.folder, bench.checkpoint, config.eval.weights)
-            save_dequantiser(path, flow, checkpoint_sha256=file_hash(bench.checkpoint))
-        _, result = run_likelihood(model, config, data.test, codec, *where, text)
+            path = dequantiser_path(job)
+            save_dequantiser(path, flow, checkpoint_sha256=job.trained.sha256)
+        _, result = run_likelihood(job, data.test, text)
         assert math.isfinite(result["mean"])
         return []
 
@@ -565,15 +571,12 @@ def _(bench: Bench) -> list[str]:
     data = data_of(config)
     for estimate in ("ode", "bound"):
         config.eval.estimate, config.eval.steps = estimate, 3
-        where = bench.checkpoint, bench.folder / estimate, bench.processes
-        run_likelihood(code, config, data.test, codec, *where)
-    run_sampling(
-        code, config, tuple(mean.shape[1:]), codec, bench.checkpoint, bench.folder / "samples", bench.processes
-    )
+        run_likelihood(bench.job(code, config, codec, tuple(mean.shape[1:])), data.test)
+    run_sampling(bench.job(code, config, codec, tuple(mean.shape[1:])))
     law = Split(mean, std=std).to(GPU)
     config.training.batch_size, config.data.random_flip = 2, False
     state = make_state(config, tuple(mean.shape[1:]), GPU)
-    b = draw(config, law, codec, state.model.sde, 0, slice(None), flip=False)  # type: ignore[union-attr]
+    b = Batches(config, codec, state.model.sde).draw(law, 0)  # type: ignore[union-attr]
     train_step(state, build_objective(state.model, config, codec), b, config)
     return []
 
@@ -582,13 +585,13 @@ def _(bench: Bench) -> list[str]:
 def _(bench: Bench) -> list[str]:
     model, config = vp(**LABELLED, interpolation__pairs=1, interpolation__steps=3)
     codec, data = PixelCodec(LEVELS), data_of(config)
-    where = bench.checkpoint, bench.folder / "out", bench.processes
+    job = bench.job(model, config, codec)
     config.data.uniform_dequantization = True
-    folder, _ = run_encoding(model, config, data.test, codec, *where)
-    run_decoding(model, config, folder / "latents.npz", SHAPE, codec, *where)
-    run_interpolation(model, config, data.test, SHAPE, codec, *where)
+    folder, _ = run_encoding(job, data.test)
+    run_decoding(job, folder / "latents.npz")
+    run_interpolation(job, data.test)
     config.interpolation.between = "seeds"
-    run_interpolation(model, config, None, SHAPE, codec, *where)
+    run_interpolation(job, None)
     a, b = torch.randn(2, 2, 3, device=GPU)
     slerp(a, b, torch.linspace(0, 1, 3))
     return []
@@ -662,8 +665,7 @@ def _(bench: Bench) -> list[str]:
         model, config = vp(inverse__method=method, inverse__particles=2, inverse__noise=0.1, **sampler)
         config.inverse.factor, config.inverse.resamplings = 2, 2
         for task in ("superresolve", "colorize"):
-            where = bench.checkpoint, bench.folder / "restored", bench.processes
-            run_restoring(task, model, config, data_of(config), PixelCodec(LEVELS), *where)
+            run_restoring(bench.job(model, config, PixelCodec(LEVELS)), task, data_of(config))
     return []
 
 

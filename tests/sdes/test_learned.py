@@ -40,7 +40,8 @@ from score_sde.machine.parallel import Processes
 from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.models.rules import label_log_sigma
 from score_sde.networks import MLP
-from score_sde.tasks.train import draw, evaluate_loss, make_state, train, train_step
+from score_sde.tasks.step import Batches, evaluate_loss, make_state, train_step
+from score_sde.tasks.train import train
 from tests.oracles import numbers
 from tests.samplers import test_samplers
 from tests.sdes import test_linear
@@ -325,7 +326,7 @@ def test_a_step_moves_network_shape_and_ends_as_told(digits: Data, learn_ends: b
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     codec = codec_of(17)
     objective = Objective(state.model, config, codec)
-    b = draw(config, digits.train, codec, state.model.sde, 0, slice(None), flip=False)
+    b = Batches(config, codec, state.model.sde).draw(digits.train, 0)
     record = train_step(state, objective, b, config)
     moved = {name for name, value in state.model.state_dict().items() if not torch.equal(value, before[name])}
     assert {"schedule.slope", "schedule.units", "network.first.weight"} <= moved

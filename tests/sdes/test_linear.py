@@ -357,6 +357,7 @@ def test_impossible_parameters_are_refused(make, message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Golden values of score_sde_pytorch
 
+
 @pytest.mark.parametrize("case", TABLES)
 def test_golden_curves_drifts_and_priors(case):
     sde, want = recorded(case)

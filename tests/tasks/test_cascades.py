@@ -19,7 +19,7 @@ from score_sde.data.captions import Text
 from score_sde.data.codecs import PixelCodec, codec_of
 from score_sde.tasks.batches import augmented, low_resolution
 from score_sde.tasks.conditions import Wanted, conditional, load_guides
-from score_sde.tasks.train import draw
+from score_sde.tasks.step import Batches
 from tests.files import bert, pixels, save
 
 pytest.importorskip("transformers")
@@ -82,13 +82,13 @@ def test_training_s_smaller_images_are_of_the_batch_s_own_and_split_by_processes
     config = load_config("configs/vp_digits.py", {"model.super_resolution": "2", "training.batch_size": "16"})
     data = load_data("digits")
     codec = codec_of(data.levels)
-    whole = draw(config, data.train, codec, SDE, 5, slice(None), flip=False)
+    whole = Batches(config, codec, SDE).draw(data.train, 5)
     small = codec.encode(shrink(codec.decode(whole.x0), 2))
     torch.testing.assert_close(whole.condition["image"], small)
     assert not whole.condition["augmentation"].any()
     config.training.augmentation = 0.5
-    whole = draw(config, data.train, codec, SDE, 5, slice(None), flip=False)
-    halves = [draw(config, data.train, codec, SDE, 5, part, flip=False) for part in (slice(0, 8), slice(8, 16))]
+    whole = Batches(config, codec, SDE).draw(data.train, 5)
+    halves = [Batches(config, codec, SDE, part).draw(data.train, 5) for part in (slice(0, 8), slice(8, 16))]
     for name, value in whole.condition.items():
         assert torch.equal(value, torch.cat([half.condition[name] for half in halves]))
     level = whole.condition["augmentation"]

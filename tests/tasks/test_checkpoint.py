@@ -41,7 +41,8 @@ from score_sde.tasks.checkpoint import (
     restore,
     save,
 )
-from score_sde.tasks.train import make_state, train
+from score_sde.tasks.step import make_state
+from score_sde.tasks.train import train
 from tests import RECORDED, ROOT
 from tests.runs import ALONE, toy_config, two_nodes
 
@@ -77,9 +78,10 @@ def finish(command: list[str], **changes: str) -> subprocess.CompletedProcess[st
 
 def test_a_checkpoint_gives_back_every_tensor(trained: Path) -> None:
     config = toy_config()
-    path, skipped = newest(trained)
-    assert path is not None and skipped == []
-    assert read_card(path).step == 6 and read_card(path).shape == (2,)
+    last, skipped = newest(trained)
+    assert last is not None and last.card is not None and skipped == []
+    path = last.path
+    assert last.card.step == 6 and last.card.shape == (2,)
     tensors = load_file(path)
     state = make_state(config, (2,), CPU)
     restore(path, state.model, state.ema, state.optimizer)
@@ -107,8 +109,9 @@ def test_a_truncated_newest_checkpoint_is_named_and_skipped(trained: Path, lengt
     whole = checkpoints(trained)[-1]
     cut = checkpoint.checkpoint_path(trained, 7)
     cut.write_bytes(whole.read_bytes()[:length])
-    path, skipped = newest(trained)
-    assert path == whole and len(skipped) == 1 and str(cut) in skipped[0] and "truncated" in skipped[0]
+    last, skipped = newest(trained)
+    assert last is not None and last.path == whole
+    assert len(skipped) == 1 and str(cut) in skipped[0] and "truncated" in skipped[0]
     with pytest.raises(ValueError, match="truncated or not a safetensors file"):
         load(cut)
 
@@ -164,7 +167,7 @@ def test_an_interrupted_write_leaves_the_old_file(trained: Path, monkeypatch: py
     with pytest.raises(OSError, match="no space"):
         save(path, Card("{}", (2,), 6), state.model, state.ema, state.optimizer)
     assert path.read_bytes() == before
-    assert newest(trained) == (path, []) and list(path.parent.iterdir()) == [path]
+    assert find(trained).path == path and newest(trained)[1] == [] and list(path.parent.iterdir()) == [path]
 
 
 def test_a_state_that_is_not_finite_is_never_written(trained: Path) -> None:
@@ -211,12 +214,12 @@ def test_the_newest_is_of_the_highest_step_inside_and_named_files_do_not_count(t
     shutil.copy(two, checkpoint.checkpoint_path(tmp_path, 9))
     for name in ("best", "000000012 (copy)", "12", "zz-000000012", "٠٠٠٠٠٠٠١٢"):
         shutil.copy(four, four.with_name(f"{name}.safetensors"))
-    assert newest(tmp_path) == (six, []) and find(tmp_path) == six
+    assert newest(tmp_path)[1] == [] and find(tmp_path).path == six
     assert [path.stem for path in checkpoints(tmp_path)] == ["000000002", "000000004", "000000006", "000000009"]
     six.unlink()
-    assert find(tmp_path) == four
+    assert find(tmp_path).path == four
     many = small(tmp_path, 2_000_000_000, 1_000_000_000, 999_999_999)  # ten digits come after nine
-    assert find(tmp_path) == many[0] and checkpoints(tmp_path)[-3:] == [many[2], many[1], many[0]]
+    assert find(tmp_path).path == many[0] and checkpoints(tmp_path)[-3:] == [many[2], many[1], many[0]]
 
 
 def test_a_checkpoint_is_read_once_to_be_found_and_again_when_it_was_changed(
@@ -225,16 +228,16 @@ def test_a_checkpoint_is_read_once_to_be_found_and_again_when_it_was_changed(
     one, two = small(tmp_path, 1, 2)
     read, real = [], checkpoint.read_tensors
     monkeypatch.setattr(checkpoint, "read_tensors", lambda *given: (read.append(given[0]), real(*given))[1])
-    assert find(tmp_path) == find(tmp_path) == two
+    assert find(tmp_path).path == find(tmp_path).path == two
     time.sleep(0.11)
     read.clear()
-    assert find(tmp_path) == find(tmp_path) == find(tmp_path) == two and read == [two]
+    assert find(tmp_path).path == find(tmp_path).path == find(tmp_path).path == two and read == [two]
     damage(two)
-    assert find(tmp_path) == one
+    assert find(tmp_path).path == one
     shutil.copy(one, two.with_name("other"))
     os.replace(two.with_name("other"), one)
     read.clear()
-    assert find(tmp_path) == one and read == [two, one]
+    assert find(tmp_path).path == one and read == [two, one]
 
 
 def test_a_workdir_of_named_files_alone_says_how_to_read_them(tmp_path: Path) -> None:
@@ -258,14 +261,14 @@ def test_a_broken_checkpoint_is_told_and_the_one_before_is_taken(
     )
     paths[6].write_bytes(b"")
     found, skipped = newest(tmp_path)
-    assert found == paths[1]
+    assert found is not None and found.path == paths[1]
     assert [re.search(r"\d{9}", sentence)[0] for sentence in skipped] == [path.stem for path in paths[:1:-1]]
     for sentence, words in zip(
         skipped, ("truncated", "model.name", "has no step", "truncated", "was changed"), strict=True
     ):
         assert words in sentence
     with caplog.at_level("WARNING"):
-        assert find(tmp_path) == find(tmp_path) == paths[1]
+        assert find(tmp_path).path == find(tmp_path).path == paths[1]
     assert [record.message for record in caplog.records] == skipped  # once, however often they are looked for
     damage(paths[1])
     with pytest.raises(FileNotFoundError, match=r"has no checkpoint in .*000000002.*was changed.*000000001"):
@@ -532,9 +535,9 @@ ENDLESS = ("--config.training.n_iters=1000000", "--config.training.snapshot_freq
 
 def check_stopped(workdir: Path, code: int | None, errors: str) -> None:
     assert code == 130, errors
-    path, skipped = newest(workdir)
-    assert path is not None and skipped == [] and read_card(path).step >= 3
-    assert f"stopped at step {read_card(path).step} of 1000000; the same command goes on" in errors
+    last, skipped = newest(workdir)
+    assert last is not None and last.card is not None and skipped == [] and last.card.step >= 3
+    assert f"stopped at step {last.card.step} of 1000000; the same command goes on" in errors
 
 
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:

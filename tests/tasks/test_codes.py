@@ -20,7 +20,7 @@ from score_sde.config.objective import build_objective
 from score_sde.data import load_data, shrink
 from score_sde.data.codecs import PixelCodec, Statistics, codec_of
 from score_sde.tasks.codes import Source, as_asked, codec_from, codes_of, open_autoencoder
-from score_sde.tasks.train import draw, evaluate_loss, make_state, sde_of, train_step
+from score_sde.tasks.step import Batches, evaluate_loss, make_state, sde_of, train_step
 from tests.runs import Halves, halves
 
 SMALL = {
@@ -111,7 +111,7 @@ def test_training_lowers_the_bound_whose_parts_are_reported(weight: float) -> No
     objective, sde = build_objective(state.model, config, codec), sde_of(state.model, config)
     before = evaluate_loss(state, config, data.test, codec)
     for step in range(25):
-        b = draw(config, data.train, codec, sde, step, slice(None), flip=False)
+        b = Batches(config, codec, sde).draw(data.train, step)
         assert b.z.shape == (32, *CODE)
         record = train_step(state, objective, b, config)
     reconstruction, kl, psnr = record.measure.T
@@ -239,7 +239,7 @@ def test_a_step_s_codes_are_its_own_draws(tmp_path: Path) -> None:
     codec, sde = codec_of(None), sde_of(make_state(config, coded.shape, torch.device("cpu")).model, config)
 
     def x0(step: int, part: slice = slice(None), split: object = coded.train) -> Tensor:
-        return draw(config, split, codec, sde, step, part, flip=False).x0  # type: ignore[arg-type]
+        return Batches(config, codec, sde, part).draw(split, step).x0  # type: ignore[arg-type]
 
     assert torch.equal(x0(5), x0(5)) and torch.equal(x0(5), torch.cat([x0(5, slice(0, 20)), x0(5, slice(20, 64))]))
     # the same example has another code in another epoch, from the law that its split says
@@ -247,8 +247,8 @@ def test_a_step_s_codes_are_its_own_draws(tmp_path: Path) -> None:
     numbers = torch.cat([x0(step, split=one) for step in range(30)])  # 30 * 64 draws
     z = (numbers - one.x) / one.std  # type: ignore[operator]
     assert abs(float(z.mean())) < 0.03 and abs(float(z.std()) - 1) < 0.03
-    plain = draw(config, replace(coded.train, std=None), codec, sde, 5, slice(None), flip=False)
-    whole = draw(config, coded.train, codec, sde, 5, slice(None), flip=False)
+    plain = Batches(config, codec, sde).draw(replace(coded.train, std=None), 5)
+    whole = Batches(config, codec, sde).draw(coded.train, 5)
     assert torch.equal(plain.z, whole.z) and torch.equal(plain.t, whole.t)
 
 

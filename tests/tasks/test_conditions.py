@@ -24,9 +24,9 @@ from score_sde.networks import MLP, Encoder, UNet
 from score_sde.samplers import EmbeddedODE, Heun
 from score_sde.tasks.batches import left_out
 from score_sde.tasks.conditions import Guides, conditional
-from score_sde.tasks.latents import as_trained
+from score_sde.tasks.latents import as_in_training
 from score_sde.tasks.restore import restore
-from score_sde.tasks.train import draw
+from score_sde.tasks.step import Batches
 from tests.oracles import MIXTURE, T, awake
 from tests.runs import image_config
 
@@ -79,7 +79,7 @@ def test_no_label_is_all_of_the_mixture() -> None:
     torch.testing.assert_close(MIXTURE.log_prob(x, T, label=-1), MIXTURE.log_prob(x, T))
 
 
-class Batches(Mixture):
+class Sizes(Mixture):
     """The mixture, with the sizes of what it was asked."""
 
     def forward(self, x: Tensor, t: Tensor, label: object = None):  # type: ignore[no-untyped-def]
@@ -87,8 +87,8 @@ class Batches(Mixture):
         return super().forward(x, t, label)
 
 
-def counting() -> Batches:
-    return Batches(SDE, [0.2, 0.5, 0.3], torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.0, -1.0]]), [0.02, 0.05, 0.1])
+def counting() -> Sizes:
+    return Sizes(SDE, [0.2, 0.5, 0.3], torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.0, -1.0]]), [0.02, 0.05, 0.1])
 
 
 @pytest.mark.parametrize("t", [T, torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)])
@@ -164,21 +164,21 @@ def test_scale_0_samples_all_and_scale_1_one_class(scale: float, wanted: int | N
 def test_training_draws_labels_and_leaves_some_out() -> None:
     config, data = image_config(model__class_conditional=True, training__batch_size=500), load_data("digits")
     codec = codec_of(data.levels, True)
-    label = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"]
+    label = Batches(config, codec, SDE).draw(data.train, 3).condition["label"]
     config.training.condition_dropout = 0.0
-    all_of = draw(config, data.train, codec, SDE, 3, slice(None), flip=False)
+    all_of = Batches(config, codec, SDE).draw(data.train, 3)
     known = label >= 0
     assert 0.05 < 1 - known.double().mean() < 0.15  # a tenth, to four standard deviations
     assert torch.equal(label[known], all_of.condition["label"][known])
     config.training.condition_dropout = 1.0
-    assert bool((draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"] == -1).all())
-    held_out = draw(config, data.test, codec, SDE, 3, slice(None), flip=False, held_out=True)
+    assert bool((Batches(config, codec, SDE).draw(data.train, 3).condition["label"] == -1).all())
+    held_out = Batches(config, codec, SDE).draw(data.test, 3, held_out=True)
     assert bool((held_out.condition["label"] >= 0).all())
     config.training.objective, config.model.class_conditional = "cross_entropy", False
-    of_classifier = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).condition["label"]
+    of_classifier = Batches(config, codec, SDE).draw(data.train, 3).condition["label"]
     assert torch.equal(of_classifier, all_of.condition["label"])  # none left out, though condition_dropout is 1
     config.training.objective, config.model.class_conditional = "denoising", True
-    parts = draw(config, data.train, codec, SDE, 3, slice(None), flip=False).parts(4)
+    parts = Batches(config, codec, SDE).draw(data.train, 3).parts(4)
     assert [len(p.condition["label"]) for p in parts] == [125] * 4
     assert torch.equal(torch.cat([p.x0 for p in parts]), all_of.x0)
 
@@ -302,7 +302,7 @@ def restored_by(model: ScoreModel) -> np.ndarray:
     config = load_config("configs/vp_digits.py", {"sampling.steps": "4", "sampling.method": "heun"})
     codec = codec_of(17, True)
     operator = Mask(torch.arange(64).reshape(8, 8) < 32)
-    seen = Observation(operator, operator.apply(as_trained(load_data("digits").test.x[:3], codec, config, 0)), 0.0)
+    seen = Observation(operator, operator.apply(as_in_training(load_data("digits").test.x[:3], codec, config, 0)), 0.0)
     x = restore(model, config, seen, (1, 8, 8), build_times(config, model.sde), 0)
     return codec.decode(x).permute(0, 2, 3, 1).numpy()
 

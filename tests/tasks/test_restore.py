@@ -16,7 +16,8 @@ from score_sde.data import load_data
 from score_sde.inverse import Average, Blur, Grey, Mask, Observation
 from score_sde.metrics import psnr
 from score_sde.models.closed_form import Gaussian
-from score_sde.tasks.restore import METHODS, read_mask, restore, shown
+from score_sde.tasks.inputs import read_mask
+from score_sde.tasks.restore import METHODS, restore, shown
 from tests import ROOT
 from tests.oracles import numbers
 from tests.runs import words

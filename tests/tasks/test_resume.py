@@ -13,7 +13,8 @@ from score_sde.data import Data, Split, load_data
 from score_sde.data.captions import Text
 from score_sde.data.codecs import codec_of
 from score_sde.tasks import checkpoint
-from score_sde.tasks.train import make_state, train
+from score_sde.tasks.step import make_state
+from score_sde.tasks.train import train
 from tests.runs import ALONE, image_config, toy_config
 
 CHAIN = {"training__continuous": False, "model__num_scales": 4, "model__beta_max": 3.0, "model__label": "index"}
@@ -39,7 +40,10 @@ OF_POINTS = {
     "chain": CHAIN,
     "hybrid": {**VARIANCE, "training__objective": "hybrid"},
     "second moments": {  # a batch in which each step comes ten times and more, so that the next is drawn by them
-        **VARIANCE, "training__objective": "vlb", "training__time": "second_moment", "training__batch_size": 128,
+        **VARIANCE,
+        "training__objective": "vlb",
+        "training__time": "second_moment",
+        "training__batch_size": 128,
     },
     "sliced": {"training__objective": "sliced", "training__projections": 2},
     "finite difference": {"training__objective": "finite_difference"},

@@ -25,10 +25,10 @@ from score_sde.machine.lock import Busy
 from score_sde.machine.parallel import Processes
 from score_sde.models.base import Estimate, ScoreModel
 from score_sde.sdes import SDE
-from score_sde.tasks import evaluate, results
-from score_sde.tasks import latents as latent_modes
-from score_sde.tasks import restore as inverse_modes
+from score_sde.tasks import bound, dequantize, latents, likelihood, restore, results, sample, stamps
+from score_sde.tasks.checkpoint import Trained
 from score_sde.tasks.conditions import Guides, Wanted, sampled_labels
+from score_sde.tasks.job import Job
 from score_sde.tasks.stamps import KEYS, asked
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -67,7 +67,7 @@ BASES: dict[str, tuple[dict[str, Any], ...]] = {
     "interpolate": ({}, UNIFORM),
     "interpolate seeds": ({"interpolation.between": "seeds"},),
     "restore inpaint": (
-        *({"inverse.method": method, **UNIFORM} for method in inverse_modes.METHODS),
+        *({"inverse.method": method, **UNIFORM} for method in restore.METHODS),
         {"sampling.guidance": 2.0, "sampling.negative_label": 1, "sampling.labels": (0, 2), "inverse.noise": 0.1},
     ),
     "restore superresolve": ({},),
@@ -148,39 +148,33 @@ def make(kind: str, config: Any, base: dict[str, Any], folder: Path, given: int 
     """
     sde: SDE = VPSDE() if base.get("training.continuous", True) else DDPM.linear(10).as_sde()
     shape = (2,) if base.get("data.dataset") == "ring" else IMAGE
-    model, split, path = Normal(sde), examples(shape, given), folder / "000000001.safetensors"
+    split, path = examples(shape, given), folder / "000000001.safetensors"
     codec = PixelCodec(256, config.data.centered) if len(shape) == 3 else VectorCodec()
     path.write_bytes(b"a model")
-    common = (codec, path, folder / "results", ALONE)
+    job = Job(Normal(sde), config, codec, Trained(path), shape, folder / "results", ALONE)
     if kind == "sample":
         small = torch.zeros(3, 1, 2, 2, dtype=torch.uint8) if config.model.super_resolution else None
-        evaluate.run_sampling(model, config, shape, *common, Guides(), Wanted(sampled_labels(config), images=small))
+        sample.run_sampling(job, Guides(), Wanted(sampled_labels(config), images=small))
     elif kind == "sample from examples":
         wanted = Wanted(sampled_labels(config), changed=split)
-        evaluate.run_sampling(model, config, shape, *common, Guides(), wanted)
+        sample.run_sampling(job, Guides(), wanted)
     elif kind in ("ode", "sde_bound", "bound"):
-        evaluate.run_likelihood(model, config, split, *common)
+        likelihood.run_likelihood(job, split)
     elif kind == "encode":
-        latent_modes.run_encoding(model, config, split, *common)
+        latents.run_encoding(job, split)
     elif kind == "decode":
         np.savez(folder / "latents.npz", latents=np.full((2, *shape), 1 + given, np.float32), labels=np.arange(2))
-        latent_modes.run_decoding(model, config, folder / "latents.npz", shape, *common)
+        latents.run_decoding(job, folder / "latents.npz")
     elif kind.startswith("interpolate"):
         between = None if config.interpolation.between == "seeds" else split
-        latent_modes.run_interpolation(model, config, between, shape, *common)
+        latents.run_interpolation(job, between)
     elif kind == "dequantize":
-        cli.run_dequantizing(model, config, split, codec, path, folder, ALONE)
+        dequantize.run_dequantizing(job, split)
     else:
         task, mask, wanted = kind.split()[1], folder / "mask.png", Wanted([*config.sampling.labels])
         Image.fromarray(np.roll(np.tile(np.uint8([0, 255]), (4, 2)), given)).save(mask)
-        others = (None, mask if task == "inpaint" else None, Guides(), wanted)
-        inverse_modes.run_restoring(task, model, config, Data(split, split), *common, *others)
-
-
-@pytest.fixture(autouse=True)
-def nameless(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The checkpoint here has no card."""
-    monkeypatch.setattr(evaluate, "class_names_of", lambda path: ())
+        mask = mask if task == "inpaint" else None
+        restore.run_restoring(job, task, Data(split, split), None, mask, Guides(), wanted)
 
 
 class Watched:
@@ -216,9 +210,9 @@ def unmade(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_file(path: Path, made_from: str) -> bool:
         raise Stamped(made_from)
 
-    for module in (evaluate, latent_modes, inverse_modes):
+    for module in (sample, likelihood, bound, latents, restore):
         monkeypatch.setattr(module, "once", told)
-    monkeypatch.setattr(cli, "was_made_from", of_file)
+    monkeypatch.setattr(dequantize, "was_made_from", of_file)
 
 
 def stamp_of(kind: str, config: Any, base: dict[str, Any], folder: Path, given: int = 0) -> str | None:
@@ -285,12 +279,11 @@ def test_a_computation_reads_what_its_stamp_holds_and_nothing_else(
         config.read.add("closed")
         return Watched(found, "", read)
 
-    for module in (evaluate, latent_modes, inverse_modes, cli):
-        monkeypatch.setattr(module, "asked", limited)
+    monkeypatch.setattr(stamps, "asked", limited)
     for i, base in enumerate(BASES[kind]):
         (tmp_path / str(i)).mkdir()
         make(kind, Watched(config_of(base)), base, tmp_path / str(i))
-    own = {name for of in inverse_modes.METHODS for name in inverse_modes.OWN.get(of, ())}
+    own = {name for of in restore.METHODS for name in restore.OWN.get(of, ())}
     holds = {
         "restore inpaint": {*KEYS["restore"], *(f"inverse.{name}" for name in own)},
         "sample from examples": {"data.uniform_dequantization"},  # and what samples from the prior read
@@ -330,10 +323,11 @@ def test_where_a_batch_shares_its_steps_its_size_is_in_the_stamp(
 
 @pytest.mark.parametrize(("own", "remedy"), [(False, "eval.split=test has no more"), (True, "add another to --input")])
 def test_an_interpolation_of_one_example_is_refused(own: bool, remedy: str, tmp_path: Path) -> None:
-    one, where = examples(IMAGE), (PixelCodec(256), tmp_path / "x.safetensors", tmp_path, ALONE)
+    one, trained = examples(IMAGE), Trained(tmp_path / "x.safetensors")
+    job = Job(Normal(VPSDE()), config_of({}), PixelCodec(256), trained, IMAGE, tmp_path, ALONE)
     one = Split(one.x[:1], one.y[:1])  # type: ignore[index]
     with pytest.raises(ValueError, match=remedy):
-        latent_modes.run_interpolation(Normal(VPSDE()), config_of({}), one, IMAGE, *where, own)
+        latents.run_interpolation(job, one, own)
 
 
 def test_a_mask_alone_is_another_result(unmade: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -377,7 +371,7 @@ def test_the_same_command_on_other_data_is_another_result(
 def sampled(folder: Path, **changes: Any) -> Path:
     """Samples of images, and the folder that they are in."""
     make("sample", config_of({key.replace("__", "."): value for key, value in changes.items()}), {}, folder)
-    (found,) = (folder / "results").iterdir()
+    (found,) = (folder / "results" / "samples").iterdir()
     return found
 
 
@@ -392,14 +386,14 @@ def test_a_finished_result_gets_the_pictures_that_are_asked_for_later(
     assert [path.name for path in written] == ["000000.png", "000001.png", "000002.png"]
     for path, image in zip(written, samples, strict=True):
         assert np.array_equal(np.array(Image.open(path)), image[..., 0])
-    monkeypatch.setattr(evaluate, "write_arrays", lambda *args: pytest.fail("it is written again"))
+    monkeypatch.setattr(sample, "write_arrays", lambda *args: pytest.fail("it is written again"))
     sampled(tmp_path, sampling__single_png=True, sampling__batch_size=1)
 
 
 def test_a_finished_likelihood_gets_its_heat_map_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make("ode", config_of({}), {}, tmp_path)
-    monkeypatch.setattr(evaluate, "log_probability", lambda *args, **kwargs: pytest.fail("it is computed again"))
-    (folder,), maps = (tmp_path / "results").iterdir(), []
+    monkeypatch.setattr(likelihood, "log_probability", lambda *args, **kwargs: pytest.fail("it is computed again"))
+    (folder,), maps = (tmp_path / "results" / "likelihood").iterdir(), []
     for count in (1, 2, 2):
         make("ode", config_of({"eval.heat_map": count}), {}, tmp_path)
         maps.append(np.load(folder / "heat_map.npz")["bits"])

@@ -23,25 +23,21 @@ from score_sde.losses.time_laws import SecondMoments
 from score_sde.machine.parallel import Processes
 from score_sde.sdes import like
 from score_sde.tasks.ema import RAMP, ema_decay, ema_update
-from score_sde.tasks.train import (
+from score_sde.tasks.noise_bins import by_noise_level, noise_bins, noise_floor
+from score_sde.tasks.show import Metrics
+from score_sde.tasks.step import (
     Batch,
-    Metrics,
+    Batches,
     Record,
     State,
-    by_noise_level,
-    check_finite,
-    draw,
     evaluate_loss,
     learning_rate,
     make_state,
-    noise_bins,
-    noise_floor,
-    of_all,
     seed_dropout,
-    train,
     train_step,
     update,
 )
+from score_sde.tasks.train import check_finite, of_all, train
 from tests import RECORDED
 from tests.runs import ALONE, image_config, run_steps, toy_config
 
@@ -156,7 +152,7 @@ def test_compiled_network_gives_the_same_loss(digits: Data) -> None:
     config = image_config()
     state = make_state(config, digits.shape, torch.device("cpu"))
     state.model.network.compile()
-    b = draw(config, digits.train, codec_of(17), state.model.sde, 0, slice(None), flip=False)
+    b = Batches(config, codec_of(17), state.model.sde).draw(digits.train, 0)
     done = train_step(state, Objective(state.model, config), b, config)
     torch.testing.assert_close(done.loss, plain[0].loss, rtol=1e-4, atol=1e-6)
 
@@ -212,11 +208,11 @@ def test_edm_s_objective_is_its_weighted_error_of_the_data() -> None:
 def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices() -> None:
     config, data = toy_config(), load_data("ring")
     sde, codec = VPSDE(), VectorCodec()
-    whole = draw(config, data.train, codec, sde, 7, slice(None), flip=False)
-    parts = [draw(config, data.train, codec, sde, 7, slice(a, a + 8), flip=False) for a in (0, 8)]
+    whole = Batches(config, codec, sde).draw(data.train, 7)
+    parts = [Batches(config, codec, sde, slice(a, a + 8)).draw(data.train, 7) for a in (0, 8)]
     for one, halves in zip(whole[:5], zip(*(p[:5] for p in parts), strict=True), strict=True):
         assert torch.equal(one, torch.cat(halves))
-    other = draw(config, data.train, codec, sde, 8, slice(None), flip=False)
+    other = Batches(config, codec, sde).draw(data.train, 8)
     assert not torch.equal(whole.z, other.z) and not torch.equal(whole.t, other.t)
     assert abs(np.corrcoef(whole.z.flatten(), other.z.flatten())[0, 1]) < 0.6
 
@@ -236,7 +232,7 @@ def test_everything_random_in_a_batch_depends_on_the_seed(digits: Data, monkeypa
 
     def drawn(seed: int, data: Data) -> dict[str, torch.Tensor]:
         config.seed = seed
-        b = draw(config, data.train, codec_of(17), VPSDE(), 3, slice(None), flip=False)
+        b = Batches(config, codec_of(17), VPSDE()).draw(data.train, 3)
         return {"x0": b.x0, "t": b.t, "z": b.z, "v": b.v, **b.condition}
 
     one = Split(digits.train.x[:1], digits.train.y[:1])  # type: ignore[index]
@@ -264,7 +260,7 @@ def test_soft_truncation_draws_a_smallest_time_for_each_batch_of_training() -> N
     config, data = toy_config(training__soft_truncation=1.0, training__low_discrepancy=True), load_data("ring")
     sde, smallest = VPSDE(), []
     for step in range(300):
-        b = draw(config, data.train, VectorCodec(), sde, step, slice(None), flip=False)
+        b = Batches(config, VectorCodec(), sde).draw(data.train, step)
         # Weights of uniform times above tau are all (1 - tau)/(1 - t_min).
         tau = 1 - b.importance * (1 - sde.t_min)
         assert tau.max() - tau.min() < 1e-12 and tau[0] <= b.t.min() < tau[0] + (1 - tau[0]) / 16
@@ -281,7 +277,7 @@ def test_a_truncated_loss_carries_its_weights() -> None:
     config, data = toy_config(training__soft_truncation=1.0), load_data("ring")
     state, records = run_steps(config, data)
     for record in records:
-        b = draw(config, data.train, VectorCodec(), state.model.sde, record.step, slice(None), flip=False)
+        b = Batches(config, VectorCodec(), state.model.sde).draw(data.train, record.step)
         torch.testing.assert_close(record.loss, (record.measure * b.importance).float())
         assert b.importance.max() < 1
 
@@ -309,7 +305,7 @@ def test_the_law_of_second_moments_learns_from_unweighted_losses_and_draws_the_n
     assert isinstance(state.law, SecondMoments)
     objective, sde, seen = Objective(state.model, config), state.model.sde, []
     for _ in range(3):
-        b = draw(config, data.train, VectorCodec(), sde, state.step, slice(None), flip=False, law=state.law)
+        b = Batches(config, VectorCodec(), sde).draw(data.train, state.step, law=state.law)
         record = train_step(state, objective, b, config)
         torch.testing.assert_close(record.loss, record.measure * b.importance.float())
         state.law.update(b.t, record.measure)
@@ -318,10 +314,10 @@ def test_the_law_of_second_moments_learns_from_unweighted_losses_and_draws_the_n
     assert state.law.counts.sum() == 3 * 64 and state.law.counts.min() >= 10
     size = torch.stack([errors[(t * 4).round() == i + 1][-10:].square().mean().sqrt() for i in range(4)])
     chances = 0.999 * size / size.sum() + 0.001 / 4
-    b = draw(config, data.train, VectorCodec(), sde, 3, slice(None), flip=False, law=state.law)
+    b = Batches(config, VectorCodec(), sde).draw(data.train, 3, law=state.law)
     torch.testing.assert_close(b.importance, 1 / (4 * chances[(b.t * 4).round().long() - 1]))
     assert b.importance.std() > 0.1
-    evaluated = draw(config, data.test, VectorCodec(), sde, 0, slice(None), flip=False)  # held-out losses: evenly
+    evaluated = Batches(config, VectorCodec(), sde).draw(data.test, 0)  # held-out losses: evenly
     assert bool((evaluated.importance == 1).all())
 
 

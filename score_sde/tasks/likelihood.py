@@ -1,0 +1,342 @@
+"""The mode likelihood: bits/dim of held-out examples with its errors, by one of three estimators.
+
+They are the probability flow, the variational bound of the SDE, and that of a chain, which for pixels is `bound`'s.
+Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor
+
+from ..config.build import build_bound_times
+from ..data.captions import Text
+from ..data.codecs import AutoencoderCodec, PixelCodec
+from ..data.sets import Data, Split
+from ..likelihood.chain_bound import chain_bound
+from ..likelihood.code_bound import LatentBound, in_bits, latent_bound
+from ..likelihood.dequantisation import (
+    Dequantiser,
+    LogProbability,
+    TruncatedNormal,
+    Uniform,
+    log_probability,
+    truncation_time,
+    uniform_numbers,
+)
+from ..likelihood.exact import Likelihood, log_likelihood
+from ..likelihood.sde_bound import variational_bound
+from ..machine.log import log
+from ..models.base import ScoreModel
+from ..models.pixel_levels import bits
+from .bound import run_bound
+from .checkpoint import file_hash
+from .conditions import given, told
+from .dequantize import dequantiser_path, load_dequantiser
+from .heat_map import write_heat_map
+from .inputs import number_of, split_of
+from .job import Job
+from .results import Arrays, error_of_mean, in_batches, mean_and_error, once, running_mean, write_arrays
+from .stamps import about_examples, about_times, keys_of, stamped
+from .texts import embedded_captions
+
+CODED = ("reconstruction", "latent", "entropy")  # parts of the bound of a model of codes
+
+
+def command(options: argparse.Namespace, job: Job, images: Data) -> None:
+    """--mode likelihood."""
+    config = job.config
+    text = embedded_captions(config, images, job.workdir, job.processes) if told(config) else None
+    folder, result = run_likelihood(job, split_of(images, config), text)
+    what = (result[key] for key in ("images", "split", "estimate"))
+    log.info("%s (%d %s examples; %s): %s", reported(result), *what, folder)
+    if "diffusion" in result:
+        parts = [result[key] for key in ("prior", "diffusion", "reconstruction")]
+        log.info("of it prior %.4f + diffusion %.4f (the rate), reconstruction %.4f (the distortion)", *parts)
+    if "entropy" in result:
+        parts = [f"{result[key]:.4f} ± {result['errors_of_parts'][key]:.4f}" for key in CODED]
+        log.info("at most so many: the reconstruction's %s + the latent's %s - the posterior's entropy %s", *parts)
+
+
+def run_likelihood(job: Job, split: Split, text: Text | None = None) -> tuple[Path, dict[str, Any]]:
+    """Bits/dim (nats for vectors) of a split as the section eval says, into a folder below likelihood/.
+
+    eval.estimate says by which estimator. `likelihood.npz` has `bits_per_dim` (images, dequantisations), `log_prob`,
+    the same in nats, and `std_error`, in nats over probes or draws; the stamp has their mean, and its errors apart (see
+    `reported`). Of a chain's bound of pixels or vectors see `run_bound`.
+
+    Of a model of codes, whose `split` are the images, it is the bound of `latent_bound`, in bits/dim of the pixels,
+    with its three parts (images, dequantisations) beside it; a dequantisation then is a draw of the code, and a chain's
+    bound takes the place of log p(y).
+    """
+    kind, config, codec = estimator_of(job.config), job.config, job.codec
+    coded = isinstance(codec, AutoencoderCodec)
+    if kind == "bound" and not coded:
+        return run_bound(job, split, text)
+    e, n, levels = config.eval, number_of(split, config), codec.pixels.levels if codec.pixels else None
+    law, dequantised = _dequantiser(job)
+    repeats = e.dequantizations if law or coded else 1
+    times = build_bound_times(config, job.model.sde) if kind == "bound" else None
+    made = ESTIMATORS[kind]
+    about = {
+        "sde": repr(job.model.sde),
+        "estimate": made.road + dequantised.pop("sentence"),
+        **dequantised,
+        **about_examples(split, e.split, n, text if told(config) else None),
+        "t_min": law.t_min if law else e.t_min,
+        **({} if times is None else {"grid": about_times(times)}),
+        "dequantizations": repeats,
+        "given_labels": told(config),
+        "levels": levels,
+        "unit": "bits/dim" if levels else "nats",
+    }
+    label, pictures = f"{job.trained.path.stem}-{e.weights}-{e.split}", min(e.heat_map, n)
+    limited, made_from = stamped(job, e.weights, keys_of(kind, config), about)
+    split, text = split.to(job.processes.device), None if text is None else text.to(job.processes.device)
+    estimator = made(limited.config) if times is None else ChainBound(limited.config, times)
+    evaluation = _Evaluation(limited, split, text, law, estimator, n, repeats)
+    folder, result = once(job.workdir / "likelihood", label, made_from, "likelihood.npz", job.processes, evaluation.all)
+    if pictures:
+        write_heat_map(limited, split, law, folder, pictures, text)
+    return folder, result
+
+
+def estimator_of(config: ConfigDict) -> str:
+    """Which of `ESTIMATORS`; left alone, the chain's bound for a model of a chain's steps, and else the ODE."""
+    estimate = config.eval.estimate
+    return str(estimate) if estimate != "auto" else "ode" if config.training.continuous else "bound"
+
+
+def reported(result: dict[str, Any]) -> str:
+    """A result in one line, ``bits/dim 3.4120 ± 0.0060 (images) ± 0.0010 (probes) ± 0.0001 (solver), NFE 91``.
+
+    Images: the standard error of the mean over images, in whose spread that of probes and dequantisation is contained.
+    Probes: the part of it that other probes would change, from their spread in each image; of a single probe, from a
+    pair for each of the first eval.check_images images. Solver: the mean absolute difference, in those images, from
+    tolerances ten times tighter. Draws: of a bound, the part of its Monte Carlo over time, or over the chain's steps.
+    """
+    errors = result.get("errors", {"images": result["standard_error"]})
+    parts = [
+        f"± {error:.4f} ({name})" if error is not None and not math.isnan(error) else f"± unknown ({name})"
+        for name, error in errors.items()
+    ]
+    failed = result.get("failed", [])
+    without = f", without {len(failed)} images that failed: {', '.join(map(str, failed))}" if failed else ""
+    return f"{result['unit']} {result['mean']:.4f} {' '.join(parts)}, NFE {result['nfe']:.0f}{without}"
+
+
+class Estimator(Protocol):
+    """An estimate of log p, or of a lower bound on it, of the examples first, first + 1, ..."""
+
+    road: str
+
+    def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood:
+        """Of x (B, *shape) as the model sees it."""
+
+    def of_pixels(self, model: ScoreModel, k: Tensor, law: Dequantiser, first: int) -> LogProbability | Likelihood:
+        """Of stored levels k (B, *shape), dequantised by `law`."""
+
+
+@dataclass(frozen=True)
+class Flow:
+    """By the probability-flow ODE, to its solver's tolerances and the spread of probes."""
+
+    config: ConfigDict
+    tighter: float = 1.0  # divides the tolerances
+    probes: int = 0  # in place of eval.probes
+    road = "probability-flow ODE"
+
+    def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood:
+        return log_likelihood(model, x, t_min=self.config.eval.t_min, **self.options(first))
+
+    def of_pixels(self, model: ScoreModel, k: Tensor, law: Dequantiser, first: int) -> LogProbability:
+        return log_probability(model, k, law, samples=self.config.eval.importance_samples, **self.options(first))
+
+    def options(self, first: int) -> dict[str, Any]:
+        e = self.config.eval
+        solver = {"rtol": e.rtol / self.tighter, "atol": e.atol / self.tighter, "method": e.ode_method}
+        return {**solver, "probe": e.probe, "probes": self.probes or e.probes, "seed": e.seed, "first": first}
+
+
+class _Bounded(ABC):
+    """A bound of pixels is that of a dequantised image, less the law's own log density."""
+
+    config: ConfigDict
+
+    @abstractmethod
+    def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood: ...
+
+    def of_pixels(self, model: ScoreModel, k: Tensor, law: Dequantiser, first: int) -> Likelihood:
+        u = uniform_numbers(tuple(k.shape), 1, self.config.eval.seed, first)[0].to(k.device)
+        x, log_q = law(k, u)
+        bound = self.of_floats(model, x, first)
+        return bound._replace(log_prob=bound.log_prob - log_q.flatten(1).sum(1))
+
+
+@dataclass(frozen=True)
+class SdeBound(_Bounded):
+    """By the variational bound of the SDE, with eval.draws of its times for each example."""
+
+    config: ConfigDict
+    road = "variational bound of the SDE"
+
+    def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood:
+        e = self.config.eval
+        bound = variational_bound(model, x, t_min=e.t_min, draws=e.draws, seed=e.seed, first=first)
+        return Likelihood(-bound.total, bound.std_error, x, e.draws)
+
+
+@dataclass(frozen=True)
+class ChainBound(_Bounded):
+    """By the variational bound of a chain of `times`, here of floats."""
+
+    config: ConfigDict
+    times: Tensor
+    road = "variational bound of the chain"
+
+    def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood:
+        e, variance = self.config.eval, self.config.sampling.variance
+        bound = chain_bound(model, x, self.times, variance=variance, terms=e.terms or None, seed=e.seed, first=first)
+        return Likelihood(-bound.total, bound.std_error, x, bound.times.shape[-1] + 1)
+
+
+ESTIMATORS: dict[str, Any] = {"ode": Flow, "sde_bound": SdeBound, "bound": ChainBound}
+
+
+@dataclass(frozen=True)
+class _Evaluation:
+    """A split's first n examples, each `repeats` times, and the estimator; all on the device.
+
+    Row j of the work is example j % n in dequantisation j // n, so that a run that was stopped early has gone once
+    over as many examples as it could.
+    """
+
+    job: Job
+    split: Split
+    text: Text | None
+    law: Dequantiser | None
+    estimator: Estimator
+    n: int
+    repeats: int
+
+    @property
+    def unit(self) -> float:
+        """Bits per dimension of a nat; vectors stay in nats."""
+        return bits(1.0, math.prod(self.split.shape)) if self.job.codec.pixels else 1.0
+
+    def all(self, folder: Path) -> dict[str, Any]:
+        """The values of all examples, their mean and its errors."""
+        unit = "bits/dim" if self.job.codec.pixels else "nats"
+        joined = self.batches(folder, self.n * self.repeats, self.batch, unit, running_mean(unit))
+        by_image = {name: each.reshape(self.repeats, self.n).T for name, each in joined.items() if name != "nfe"}
+        values = by_image["value"]
+        failed = np.isnan(values.mean(1))  # where "embedded" gave up, which it does on single images
+        if self.job.processes.main:
+            stored = {name: by_image[name] for name in ("std_error", "log_prob", *CODED) if name in by_image}
+            stored["bits_per_dim" if self.job.codec.pixels else "nats"] = values
+            write_arrays(folder / "likelihood.npz", stored)
+        mean, error = mean_and_error(values[~failed].mean(1))
+        errors = {"images": error, **self.errors(folder, by_image, ~failed)}
+        parts = {name: mean_and_error(by_image[name][~failed].mean(1)) for name in CODED if name in by_image}
+        return {
+            "mean": mean,
+            "standard_error": error,
+            "errors": {name: None if value is None or math.isnan(value) else value for name, value in errors.items()},
+            **{name: part[0] for name, part in parts.items()},
+            **({"errors_of_parts": {name: part[1] for name, part in parts.items()}} if parts else {}),
+            "nfe": float(joined["nfe"].mean()),
+            "failed": np.flatnonzero(failed).tolist(),
+        }
+
+    def batches(self, folder: Path, total: int, compute: Callable[[int, int], Arrays], *words: Any) -> Arrays:
+        return in_batches(folder, total, self.job.config.eval.batch_size, self.job.processes, compute, *words)
+
+    def batch(self, first: int, count: int, estimator: Estimator | None = None) -> Arrays:
+        """The rows first to first + count - 1."""
+        codec, estimator = self.job.codec, estimator or self.estimator
+        index = torch.arange(first, first + count) % self.n
+        k = self.split[index][0]
+        model = given(self.job.config, self.job.model, self.split, index, self.text, codec)
+        found: LogProbability | Likelihood | LatentBound
+        if isinstance(codec, AutoencoderCodec):
+            density = partial(estimator.of_floats, model, first=first)
+            found = latent_bound(codec, k, density, seed=self.job.config.eval.seed, first=first)
+        elif self.law is not None:
+            found = estimator.of_pixels(model, k, self.law, first)
+        else:
+            found = estimator.of_floats(model, k.to(torch.float32), first)
+        arrays = {"value": -self.unit * found.log_prob, "log_prob": found.log_prob, "std_error": found.std_error}
+        if isinstance(found, LatentBound):
+            arrays |= in_bits(found, math.prod(self.split.shape))
+        return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([found.nfe])}
+
+    def errors(self, folder: Path, by_image: Arrays, kept: np.ndarray) -> dict[str, float | None]:
+        """Which parts of the images' error other draws would change, by what is drawn, and the solver's own."""
+        e, std_error = self.job.config.eval, by_image["std_error"]
+        errors: dict[str, float | None] = {}
+        if isinstance(self.job.codec, AutoencoderCodec) and self.repeats > 1:
+            errors["codes"] = error_of_mean(by_image["value"][kept].std(1, ddof=1) / math.sqrt(self.repeats))
+        spread = self.unit * error_of_mean(std_error[kept])
+        if isinstance(self.estimator, Flow):
+            return errors | self.errors_of_flow(folder, by_image, kept, spread)
+        return errors | ({"draws": spread} if isinstance(self.estimator, SdeBound) or e.terms else {})
+
+    def errors_of_flow(
+        self, folder: Path, by_image: Arrays, kept: np.ndarray, spread: float
+    ) -> dict[str, float | None]:
+        """The probes' error and the solver's, the last from the first eval.check_images images once more."""
+        e, config = self.job.config.eval, self.job.config
+        checks = min(e.check_images, self.n)
+        errors: dict[str, float | None] = {"probes": None}
+        if e.probe == "exact" or e.probes > 1:
+            errors["probes"] = spread
+        elif checks:
+            again = partial(self.batch, estimator=Flow(config, probes=2))
+            pairs = self.batches(folder / "probes", checks, again, "probes")
+            # sqrt(2) times the error of two is that of one.
+            squares = pairs["std_error"][kept[:checks]] ** 2
+            errors["probes"] = self.unit * math.sqrt(2 * squares.mean() / (self.n * self.repeats))
+        if checks:
+            again = partial(self.batch, estimator=Flow(config, tighter=10.0))
+            finer = self.batches(folder / "solver", checks, again, "solver")["value"]
+            off = np.abs(finer - by_image["value"][:checks, 0])
+            errors["solver"] = float(off[kept[:checks]].mean())
+        return errors
+
+
+def _dequantiser(job: Job) -> tuple[Dequantiser | None, dict[str, Any]]:
+    """How the pixels are dequantised, and what the stamp says of it; None for vectors and codes."""
+    e, codec = job.config.eval, job.codec
+    if not isinstance(codec, PixelCodec):
+        for key, usual in (("dequantization", "uniform"), ("importance_samples", 1), ("heat_map", 0)):
+            if e[key] != usual:
+                raise ValueError(f"eval.{key}={e[key]} is for pixels, and these data are floats: set it to {usual}")
+        coded = isinstance(codec, AutoencoderCodec)
+        return None, {"sentence": ", a bound with the autoencoder's reconstruction and entropy" if coded else ""}
+    law: Dequantiser
+    about: dict[str, Any] = {}
+    if e.dequantization == "uniform":
+        law = Uniform(codec, e.t_min)
+    elif e.dequantization == "truncated_normal":
+        law = TruncatedNormal(codec, job.model.sde, truncation_time(codec, job.model.sde, least=e.t_min))
+    else:
+        path = dequantiser_path(job)
+        law, header = load_dequantiser(path)
+        if header.get("checkpoint_sha256") != job.trained.sha256 or law.t_min != e.t_min or law.codec != codec:
+            raise ValueError(f"{path} was fitted to another checkpoint or t_min; run --mode dequantize again")
+        law, about["dequantizer_sha256"] = law.to(job.processes.device), file_hash(path)
+    sentence = f", {e.dequantization.replace('_', ' ')} dequantisation"
+    if e.importance_samples > 1:
+        sentence += f", {e.importance_samples} importance samples"
+    return law, {"sentence": sentence, **about}

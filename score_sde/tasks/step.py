@@ -1,0 +1,298 @@
+"""One step of training, which tests and other loops can call: a batch, the update by it, and the held-out loss.
+
+Everything random in step n (which examples, flips, times, noise, dropout) is drawn from (seed, n) for the whole batch,
+of which each process takes its part. So a resumed run repeats an uninterrupted one bit for bit on a CPU, and several
+processes compute what one would.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from ml_collections import ConfigDict
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from ..config.build import Trainable, build_sde, build_trained, code_shape, is_autoencoder, is_classifier
+from ..config.objective import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
+from ..data.captions import Text
+from ..data.codecs import Codec
+from ..data.sets import Split, batch_indices, mirrored
+from ..losses import time_laws
+from ..losses.time_laws import SecondMoments, TimeLaw
+from ..machine.devices import sent
+from ..machine.parallel import Processes
+from ..models.autoencoder import ConvolutionalAutoencoder
+from ..models.base import ScoreModel
+from ..noise import StepStream, generator
+from ..sdes.linear import SDE, like
+from .batches import Conditions, left_out, low_resolution, of_data
+from .ema import ema_decay, ema_update
+
+
+@dataclass
+class State:
+    """What training changes: the model, the average of its weights, the optimizer's moments, the step, and a law of t.
+
+    Most laws learn nothing: `law` is there where the config's does, and takes the place of `time_law(config)`.
+    """
+
+    model: Trainable
+    ema: Trainable
+    optimizer: Optimizer
+    step: int = 0
+    law: SecondMoments | None = None
+
+    def __post_init__(self) -> None:
+        # Listed once: a walk over the modules in every step would cost more than the fused update of a small network.
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.values = [p.detach() for p in self.model.parameters()]
+        self.averages = [p.detach() for p in self.ema.parameters()]
+
+
+class Batch(NamedTuple):
+    """One process' part of a batch: data, times and importance weights (float64, CPU), noise, and projections."""
+
+    x0: Tensor
+    t: Tensor
+    importance: Tensor
+    z: Tensor
+    v: Tensor  # (B, M, *shape), M = 0 where the objective takes none
+    condition: dict[str, Tensor]  # (B, ...) each, what the model is given of the examples
+
+    def parts(self, count: int) -> list[Batch]:
+        """The batch in `count` parts."""
+        x0, t, importance, z, v = (value.chunk(count) for value in self[:5])
+        given = {name: value.chunk(count) for name, value in self.condition.items()}
+        return [
+            Batch(x0[i], t[i], importance[i], z[i], v[i], {name: value[i] for name, value in given.items()})
+            for i in range(len(x0))
+        ]
+
+
+class Record(NamedTuple):
+    """What one step leaves for the log, unread until then so that no step waits for the device."""
+
+    step: int
+    learning_rate: float
+    grad_norm: Tensor
+    measure: Tensor  # per example: mean squared error of the noise, unweighted, or what else the objective measures
+    loss: Tensor
+    t: Tensor
+
+
+def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device) -> State:
+    """A fresh state for examples of `shape`; its weights depend on config.seed alone."""
+    o, t = config.optim, config.training
+    model = build_trained(config, shape).to(device)
+    if t.channels_last and len(shape) == 3:
+        model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    ema = copy.deepcopy(model).eval().requires_grad_(False)
+    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[o.optimizer]
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = device.type in ("cpu", "cuda")
+    optimizer = kind(
+        parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=fused or None
+    )
+    return State(model, ema, optimizer, law=learned_law(config))
+
+
+def learning_rate(config: ConfigDict, step: int) -> float:
+    """Rises linearly from 0 over optim.warmup steps, and falls to 0 over the last fraction optim.decay of the run."""
+    o, n = config.optim, config.training.n_iters
+    rise = min(step / o.warmup, 1.0) if o.warmup else 1.0
+    fall = min((n - step) / (o.decay * n), 1.0) if o.decay else 1.0
+    return o.lr * rise * max(fall, 0.0)
+
+
+@dataclass(frozen=True)
+class Batches:
+    """What the batches of a run are made by, whatever the split and the step.
+
+    Args:
+        codec: between the split's examples and the model's.
+        sde: whose times are drawn.
+        part: what this process takes of each batch.
+        text: of the data's captions, for a model that takes them.
+    """
+
+    config: ConfigDict
+    codec: Codec
+    sde: SDE
+    part: slice = field(default_factory=lambda: slice(None))
+    text: Text | None = None
+
+    def draw(
+        self, split: Split, step: int, *, flip: bool = False, held_out: bool = False, law: TimeLaw | None = None
+    ) -> Batch:
+        """This process' part of batch `step`: data, times and noise, all from (seed, step), and from `law`."""
+        config, part, n, seed = self.config, self.part, self.config.training.batch_size, self.config.seed
+        index = batch_indices(len(split), n, step, seed)[part]
+        k, _ = split[index]
+        if flip:
+            k = mirrored(k, step, n, seed, part)
+        apart = StepStream.HELD_OUT if held_out else 0
+        times = self._times(step, held_out, law)
+        noise = generator(seed, step, StepStream.NOISE + apart, k.device)
+        shape, floats = (n, *k.shape[1:]), torch.float32
+        u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
+        of_noise = (n, *code_shape(config, split.shape)) if is_autoencoder(config) else shape
+        z = torch.randn(of_noise, generator=noise, device=k.device, dtype=floats)[part]
+        m = config.training.projections if config.training.objective in PROJECTED else 0
+        v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
+        x0 = self.codec.encode(k, u).to(floats)
+        if split.std is not None:  # examples are laws of codes, of which each step has a draw of its own
+            own = self._normal(x0, generator(seed, step, StepStream.CODES + apart, k.device))
+            x0 = x0 + split.std[sent(index, k.device)] * own
+        if config.training.channels_last and x0.ndim == 4:
+            x0, z = (each.contiguous(memory_format=torch.channels_last) for each in (x0, z))
+        condition = self._left_out(of_data(config, split, index, self.text), step, held_out)
+        if config.model.super_resolution:
+            condition |= self._smaller(k, step, apart)
+        return Batch(x0, times.t[part], times.weight[part], z, v, condition)
+
+    def _times(self, step: int, held_out: bool, law: TimeLaw | None) -> time_laws.Times:
+        """Those of the whole batch."""
+        t, n = self.config.training, self.config.training.batch_size
+        numbers = time_laws.low_discrepancy if t.low_discrepancy else time_laws.uniform_numbers
+        apart = StepStream.HELD_OUT if held_out else 0
+        source, law = generator(self.config.seed, step, StepStream.TIMES + apart), law or time_law(self.config)
+        drawn = numbers(n, source)
+        if t.soft_truncation > 0 and not held_out:  # a held-out loss is one over all times
+            law = time_laws.soft_truncation(law, t.soft_truncation, time_laws.uniform_numbers(1, source)[0])
+        return law(self.sde, drawn)
+
+    def _left_out(self, condition: Conditions, step: int, held_out: bool) -> Conditions:
+        """The conditions, which in training are left out for some of the examples."""
+        if held_out or not condition or is_classifier(self.config):
+            return condition
+        t = self.config.training
+        u = time_laws.uniform_numbers(t.batch_size, generator(self.config.seed, step, StepStream.CONDITION))[self.part]
+        return left_out(condition, u < t.condition_dropout)
+
+    def _smaller(self, k: Tensor, step: int, apart: int) -> Conditions:
+        """The images k at a lower resolution, noised as the config says."""
+        config, n = self.config, self.config.training.batch_size
+        u = time_laws.uniform_numbers(n, generator(config.seed, step, StepStream.AUGMENTATION + apart))[self.part]
+        source = generator(config.seed, step, StepStream.AUGMENTATION_NOISE + apart, k.device)
+        spread = partial(self._normal, source=source)
+        level = config.training.augmentation * u
+        return low_resolution(k, config.model.super_resolution, self.codec, self.sde, level, spread)
+
+    def _normal(self, like: Tensor, source: torch.Generator) -> Tensor:
+        """Standard normal numbers for this process' part of a batch."""
+        shape = (self.config.training.batch_size, *like.shape[1:])
+        return torch.randn(shape, generator=source, device=like.device, dtype=like.dtype)[self.part]
+
+
+def seed_dropout(seed: int, step: int, processes: Processes) -> None:
+    """Seed torch's own generator, the only one that dropout knows, for one step of one process."""
+    state = int(np.random.SeedSequence([seed, step, StepStream.DROPOUT, processes.rank]).generate_state(1)[0])
+    torch.default_generator.manual_seed(state)
+    if processes.device.type == "cuda":
+        torch.cuda.manual_seed(state)
+
+
+def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict) -> Record:
+    """One update of the parameters and their average by a batch; nothing is read back from the device."""
+    t, o = config.training, config.optim
+    rate = learning_rate(config, state.step)
+    for group in state.optimizer.param_groups:
+        group["lr"] = rate
+    state.optimizer.zero_grad(set_to_none=True)
+    parts = b.parts(t.accumulate)
+    measures, values = [], []
+    for i, p in enumerate(parts):
+        last = i == len(parts) - 1
+        synced = objective.no_sync() if isinstance(objective, DistributedDataParallel) and not last else nullcontext()
+        with synced, in_precision(config, p.x0.device):
+            loss, measured = loss_of(objective, p, config)
+            (loss.mean() / len(parts)).backward()
+        measures.append(measured)
+        values.append(loss.detach())
+    norm = update(state, o.grad_clip if o.grad_clip >= 0 else math.inf)
+    record = Record(state.step, rate, norm, torch.cat(measures), torch.cat(values), b.t)
+    state.step += 1
+    decay = ema_decay(
+        state.step, rate=config.model.ema_rate, halflife=config.model.ema_halflife, batch_size=t.batch_size
+    )
+    ema_update(state.averages, state.values, decay)
+    return record
+
+
+def in_precision(config: ConfigDict, device: torch.device) -> torch.autocast:
+    """The autocast of training.precision."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.training.precision == "bfloat16")
+
+
+def loss_of(objective: nn.Module, b: Batch, config: ConfigDict) -> tuple[Tensor, Tensor]:
+    """The objective's loss and measure of each example, the loss with the importance weight of its time."""
+    loss, measured = objective(b.x0, b.t, b.z, b.v, b.condition)
+    return loss * like(b.importance, loss) if importance_weighted(config) else loss, measured
+
+
+def update(state: State, limit: float) -> Tensor:
+    """One step of the optimizer with the gradient scaled down to norm `limit` where it exceeds it; return the norm.
+
+    A fused optimizer divides by its `grad_scale`, which mixed precision made for it, as it reads the gradients: the
+    clipping costs no pass over memory of its own.
+    """
+    optimizer = state.optimizer
+    if not optimizer.param_groups[0]["fused"]:
+        norm = torch.nn.utils.clip_grad_norm_(state.parameters, limit)
+    else:
+        norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters if p.grad is not None])
+        optimizer.grad_scale = (norm / limit).clamp_min(1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    return norm
+
+
+@torch.no_grad()
+def evaluate_loss(
+    state: State,
+    config: ConfigDict,
+    split: Split,
+    codec: Codec,
+    text: Text | None = None,
+    processes: Processes | None = None,
+) -> dict[str, float]:
+    """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call.
+
+    As in training each of the `processes` computes its part of the batch, in training.accumulate parts and in
+    training.precision; all have the whole batch's numbers, to the rounding of sums.
+    """
+    sde, part = sde_of(state.ema, config), slice(None) if processes is None else part_of(config, processes)
+    whole = Batches(config, codec, sde, part, text).draw(split, 0, held_out=True)
+    objective = build_objective(state.ema, config, codec)
+    with in_precision(config, whole.x0.device):
+        found = [loss_of(objective, b, config) for b in whole.parts(config.training.accumulate)]
+    loss, measured = (torch.cat(each).double() for each in zip(*found, strict=True))
+    if processes is not None:
+        loss, measured = processes.gather(loss), processes.gather(measured)
+    if is_autoencoder(config):
+        return {"eval_loss": float(loss.mean()), **parts_of(measured, "eval_")}
+    return {"eval_loss": float(loss.mean()), f"eval_{measure(config)}": float(measured.mean())}
+
+
+def part_of(config: ConfigDict, processes: Processes) -> slice:
+    """What this process takes of each batch."""
+    share = config.training.batch_size // processes.world
+    return slice(processes.rank * share, (processes.rank + 1) * share)
+
+
+def parts_of(measured: Tensor, prefix: str = "") -> dict[str, float]:
+    """Means of an autoencoder's PARTS, (B, 3)."""
+    return {prefix + name: float(value) for name, value in zip(PARTS, measured.double().mean(0), strict=True)}
+
+
+def sde_of(model: Trainable | ScoreModel, config: ConfigDict) -> SDE:
+    """Whose times the loop draws: the model's, which may learn it; an autoencoder does not look at them."""
+    return build_sde(config) if isinstance(model, ConvolutionalAutoencoder) else model.sde
