@@ -228,7 +228,7 @@ def test_everything_random_in_a_batch_depends_on_the_seed(digits: Data, monkeypa
     def low_resolution(k, factor, codec, sde, level, spread):  # type: ignore[no-untyped-def]
         return {"level": level, "spread": spread(torch.zeros(len(k), 1, 4, 4))}
 
-    monkeypatch.setattr("score_sde.tasks.train.low_resolution", low_resolution)
+    monkeypatch.setattr("score_sde.tasks.step.low_resolution", low_resolution)
 
     def drawn(seed: int, data: Data) -> dict[str, torch.Tensor]:
         config.seed = seed
