@@ -83,7 +83,7 @@ Evaluate = Callable[[Problem, float], tuple[Tensor, float]]  # (problem, toleran
 
 
 def in_t(method: str) -> Evaluate:
-    """One of `integrate`'s methods, in t."""
+    """The likelihood by one of `integrate`'s methods, in t."""
 
     def evaluate(p: Problem, tolerance: float) -> tuple[Tensor, float]:
         settings = {"rtol": tolerance, "atol": tolerance, "t_min": T_MIN, "method": method}
@@ -94,7 +94,7 @@ def in_t(method: str) -> Evaluate:
 
 
 def each(coordinate: Callable[[ScoreModel], Circle]) -> Evaluate:
-    """Steps of each example's own in a coordinate."""
+    """The likelihood with a step size for each example, in a coordinate."""
 
     def evaluate(p: Problem, tolerance: float) -> tuple[Tensor, float]:
         def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -121,7 +121,7 @@ CANDIDATES: dict[str, Evaluate] = {
 
 
 def gaussian(name: str, sde: SDE, variances: Tensor, seed: int = 0) -> Problem:
-    """Independent dimensions of these variances."""
+    """A Gaussian with independent dimensions of these variances."""
     model = Gaussian(sde, torch.zeros_like(variances), variances)
     generator = torch.Generator().manual_seed(seed)
     x, _ = model.sample(IMAGES, generator)
@@ -132,7 +132,7 @@ def gaussian(name: str, sde: SDE, variances: Tensor, seed: int = 0) -> Problem:
 
 
 def against_itself(name: str, model: ScoreModel, x: Tensor, seed: int = 0) -> Problem:
-    """Without a closed form: its own result at a tolerance of 1e-8."""
+    """A model without a closed form, measured against its own result at a tolerance of 1e-8."""
     problem = Problem(name, model, x, signs(x, torch.Generator().manual_seed(seed)), torch.empty(0))
     return problem._replace(truth=each(Circle)(problem, 1e-8)[0])
 
@@ -174,7 +174,7 @@ def measure(problem: Problem) -> dict[str, list[tuple[float, float]]]:
 
 
 def needed(runs: list[tuple[float, float]], error: float) -> float:
-    """Evaluations for that error: by a line through all runs, in log error and log evaluations."""
+    """Evaluations that an error needs, by a line through all runs in log error and log evaluations."""
     nfe, errors = ([math.log(value) for value in column] for column in zip(*runs))
     slope, intercept = statistics.linear_regression(errors, nfe)
     return math.exp(intercept + slope * math.log(error))

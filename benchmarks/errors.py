@@ -44,7 +44,7 @@ class Run(NamedTuple):
 
 
 class Tally(ScoreModel):
-    """A model that counts the examples it is evaluated for, of which adaptive samplers have ever fewer."""
+    """A model that counts the examples that it evaluates; adaptive samplers evaluate fewer and fewer."""
 
     def __init__(self, model: ScoreModel) -> None:
         super().__init__(model.sde)
@@ -69,7 +69,7 @@ Measure = Callable[[Problem, Sampler, Grid, Run], Run]
 
 
 def measure(problem: Problem, sampler: Sampler, grid: Grid, row: Run) -> Run:
-    """The row with what was found."""
+    """The row with the measured distances."""
     x, nfe = walk(problem, sampler, grid if isinstance(grid, Tensor) else grid())
     d = distances(x, problem.end).double()
     median, tail = d.quantile(torch.tensor([0.5, 0.9]).double()).tolist()
@@ -81,14 +81,14 @@ Recall = Callable[[Tensor, Run, Callable[[Run], Run]], Run]
 
 
 def anew(states: Tensor, row: Run, find: Callable[[Run], Run]) -> Run:
-    """What `Kept.recall` finds where nothing is kept."""
+    """Measure a row when no file keeps rows."""
     return find(row)
 
 
 class Kept:
     """`measure`, with each row kept in a file of JSON lines, so that a stopped command goes on where it was.
 
-    A row stands for its problem with these very ends, so that of another model of the same name it is measured anew.
+    A row belongs to the exact ends of its problem: for another model of the same name it is measured anew.
     """
 
     def __init__(self, file: Path) -> None:
@@ -122,7 +122,7 @@ def compare(
     budgets: Sequence[int],
     measure: Measure = measure,
 ) -> list[Run]:
-    """The default, and every subject on the grids beside it."""
+    """Measure the default, and every subject on its grids."""
     found = []
     for budget in budgets:
         found.append(measure(problem, *recommended(problem.sde, budget), Run(DEFAULT, "", "", budget)))
@@ -135,7 +135,7 @@ def compare(
 
 
 def adaptive(problem: Problem, subject: Adaptive, budgets: Sequence[int], measure: Measure = measure) -> list[Run]:
-    """At the tolerances with which it takes its largest number of evaluations within each budget."""
+    """Measure an adaptive sampler at the tolerance that takes most of each budget."""
     if subject.maker == PEER and not known(problem.sde):
         return []
     tried, end = [], times.uniform(problem.sde, 1)
@@ -147,7 +147,7 @@ def adaptive(problem: Problem, subject: Adaptive, budgets: Sequence[int], measur
 
 
 def within(budgets: Sequence[int], tried: Sequence[Any], nfe: Callable[[Any], float]) -> Iterator[tuple[int, Any]]:
-    """Of each budget that some kept, the one that took most of it."""
+    """For each budget, the run within it that took most of it."""
     for budget in budgets:
         kept = [run for run in tried if nfe(run) <= budget]
         if kept:

@@ -1,7 +1,7 @@
 """Judges of samples: classifiers of a data set's real images, and the Fréchet distance between laws in their features.
 
 `judge("digits")` is a multilayer perceptron of scikit-learn, fitted in a second; `judge("cifar10", path)` a small
-convolutional network, trained for some minutes of one CPU thread and kept in a file that bears its settings. Neither
+convolutional network, trained for some minutes of one CPU thread and kept in a file named by its settings. Neither
 is Inception: their distances are no FID, and compare with each other alone.
 """
 
@@ -41,7 +41,7 @@ class Judge:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """(N, D) float64."""
+        """Features of the images, (N, D) float64."""
         dtype = next(self.body.parameters()).dtype
         parts = [self.body(part.to(dtype) / (self.levels - 1)) for part in images.split(500)]
         return torch.cat(parts).double()
@@ -85,7 +85,7 @@ def judge(dataset: str, path: str | Path | None = None, kept: Path = JUDGES, siz
 
 
 def _digits(data: Data, kept: Path) -> Judge:
-    """64 hidden units, in float64."""
+    """A perceptron of 64 hidden units, in float64."""
     assert isinstance(data.train.x, Tensor) and data.train.y is not None and data.levels is not None
     pixels = data.train.x.flatten(1).double() / (data.levels - 1)
     fitted = MLPClassifier((64,), max_iter=400, random_state=0).fit(pixels.numpy(), data.train.y.numpy())
@@ -124,7 +124,7 @@ def convolutions(widths: tuple[int, int, int]) -> nn.Sequential:
 
 
 def convolutional(data: Data, kept: Path, training: Training = Training()) -> Judge:
-    """The last convolution's means over the image, 64 numbers."""
+    """A convolutional network, whose 64 features are the last convolution's means over the image."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(training.seed)
         network = nn.Sequential(convolutions(training.widths), nn.Linear(training.widths[-1], 10))
@@ -140,12 +140,12 @@ def convolutional(data: Data, kept: Path, training: Training = Training()) -> Ju
 
 
 def _size(data: Data) -> str:
-    """Of shrunk images, for the name of the file."""
+    """The size of shrunk images, for the file's name."""
     return "" if data.shape[-1] == 32 else f" of {data.shape[-1]}"
 
 
 def train(network: nn.Module, data: Data, training: Training) -> None:
-    """By cross-entropy on mirrored images; the order depends on the seed alone."""
+    """Train by cross-entropy on mirrored images; the order depends on the seed alone."""
     steps = training.epochs * len(data.train) // training.batch
     optimizer = torch.optim.SGD(
         network.parameters(), training.rate, training.momentum, weight_decay=training.decay, nesterov=True

@@ -1,4 +1,4 @@
-"""Distances of laws: what samplers that draw noise are judged by, and the default and a few known ones besides."""
+"""Distances of laws: the judge of samplers that draw noise, beside the default and a few known ones."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ End = tuple[str, int, Callable[[], Tensor]]
 
 
 def walked(problem: Problem, sampler: Sampler, grid: Tensor, seed: int) -> tuple[Tensor, float]:
-    """`walk`, some states at a time."""
+    """`walk` in batches of states."""
     parts = problem.start.split(max(1, VALUES // problem.start[0].numel()))
     runs = [walk(problem._replace(start=part), sampler, grid, seed + i) for i, part in enumerate(parts)]
     return torch.cat([x for x, _ in runs]), sum(nfe * len(x) for x, nfe in runs) / len(problem.start)
 
 
 def ends(problem: Problem, subjects: Sequence[Law], budgets: Sequence[int], seed: int) -> Iterator[End]:
-    """Names, budgets, and what finds where the subjects take the problem's states."""
+    """Name, budget and a function that computes the end states, for each subject."""
     for subject in subjects:
         if isinstance(subject, Adaptive):
             tried = []
@@ -54,7 +54,7 @@ def ends(problem: Problem, subjects: Sequence[Law], budgets: Sequence[int], seed
 
 
 def default(problem: Problem, budgets: Sequence[int]) -> Iterator[End]:
-    """The same of the default."""
+    """The same for the default."""
     for budget in budgets:
         yield DEFAULT, budget, lambda b=budget: walked(problem, *recommended(problem.sde, b), 0)[0]  # type: ignore[misc]
 
@@ -111,7 +111,7 @@ def of_images(
 ) -> Table:
     """Fréchet distance of a trained model's images from real ones, beside that of real images, and of a Gaussian.
 
-    With the most evaluations our samplers of `subjects` alone, without the `LISTED`, and once.
+    With the largest budget only our own samplers of `subjects` run, once.
     """
     model, sde, data, shape = trained.model, trained.sde, trained.data, trained.shape
     codec = PixelCodec(judge.levels, trained.centered)

@@ -62,7 +62,7 @@ class AsPeer(nn.Module):
 
 
 def trained_likelihood(config: ConfigDict, workdir: Path, clock: Clock, peer: Peer | None) -> Table:
-    """The same of a trained model, on the first `training.batch_size` held-out images."""
+    """The same for a trained model, on the first `training.batch_size` held-out images."""
     e, d = config.eval, config.data
     model = load(workdir, map_location=clock.device)
     data = load_data(d.dataset, d.path or None, image_size=d.image_size or None, num_channels=d.num_channels or None)

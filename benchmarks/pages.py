@@ -1,4 +1,4 @@
-"""Pages with results in them: texts in docs/, written by hand, of which a command replaces the marked blocks.
+"""Pages with results: texts in docs/ written by hand, in which a command replaces the marked blocks.
 
 A block begins with a line ``<!-- PAGE: NAME -->`` and ends with ``<!-- /PAGE -->``, for any word PAGE.
 """
@@ -40,7 +40,7 @@ def fill(page: Path, blocks: dict[str, str]) -> None:
 
 
 def page_for(given: Path | None, original: Path, folder: Path) -> Path:
-    """The page to fill: `given`, or one in `folder`, which unless it is the original itself begins as a copy of it.
+    """The page to fill: `given`, or one in `folder`. It begins as a copy of the original, unless it is the original.
 
     So a command changes docs/ only on request.
     """
@@ -57,13 +57,13 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def cell(values: Sequence[float], digits: int) -> str:
-    """Mean ± standard deviation of repetitions; of one, the value."""
+    """Mean ± standard deviation of repetitions; a single value stays as it is."""
     mean = f"{statistics.fmean(values):.{digits}f}"
     return f"{mean} ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else mean
 
 
 def save(figure: Figure, file: Path) -> None:
-    """As a PNG of 128 colours, which is a third of the size."""
+    """Save a figure as a PNG of 128 colours, a third of the usual size."""
     drawn = BytesIO()
     figure.savefig(drawn, dpi=100)
     plt.close(figure)

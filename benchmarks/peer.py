@@ -39,7 +39,7 @@ class Peer:
     ema: Any
 
     def sde(self, config: ConfigDict) -> Any:
-        """Its SDE."""
+        """The peer's SDE."""
         m = config.model
         if config.training.sde == "vesde":
             return self.sde_lib.VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max, N=m.num_scales)
@@ -47,7 +47,7 @@ class Peer:
         return kind(beta_min=m.beta_min, beta_max=m.beta_max, N=m.num_scales)
 
     def network(self, config: ConfigDict, ours: nn.Module) -> nn.Module:
-        """Its network, refused unless it has as many parameters as `ours`."""
+        """The peer's network, refused unless it has as many parameters as `ours`."""
         with torch.random.fork_rng(devices=[]):
             network: nn.Module = self.models.create_model(config)
         theirs = parameters(network)
@@ -88,7 +88,7 @@ def _version(path: Path) -> str:
 
 
 def config_for(config: ConfigDict, shape: tuple[int, ...], device: torch.device) -> ConfigDict:
-    """The peer's config with the sizes and settings of ours. Raises ValueError for what it has not."""
+    """The peer's config with the sizes and settings of ours. Raises ValueError for settings that it does not have."""
     if config.model.name == "mlp":
         raise ValueError("score_sde_pytorch has no network for vectors: run this config without --peer")
     if config.training.sde not in SDES:

@@ -18,7 +18,7 @@ from .schedulers import seed_of
 
 @dataclass(frozen=True)
 class PeerODE(Sampler):
-    """Its `get_ode_sampler`, scipy's RK45, between the ends of the grid."""
+    """The peer's `get_ode_sampler`, scipy's RK45, between the ends of the grid."""
 
     tolerance: float
     peer: Peer = field(repr=False, compare=False)
@@ -34,7 +34,7 @@ class PeerODE(Sampler):
 
 @dataclass(frozen=True)
 class PeerPC(Sampler):
-    """Its `get_pc_sampler`, on the grid that it makes itself of as many steps; noise by its own calls, seeded here."""
+    """The peer's `get_pc_sampler`, on its own grid of as many steps; noise by its own calls, seeded here."""
 
     predictor: str
     corrector: str
@@ -56,12 +56,12 @@ class PeerPC(Sampler):
 
 
 def known(sde: SDE) -> bool:
-    """Whether it has this SDE."""
+    """Whether the peer has this SDE."""
     return isinstance(sde, VPSDE | VESDE)
 
 
 class _Network(nn.Module):
-    """What it takes for a network: for VP and sub-VP of 999 t to the noise, for VE of sigma to the score."""
+    """Our model as the peer's network: for VP and sub-VP from 999 t to the noise, for VE from sigma to the score."""
 
     def __init__(self, model: ScoreModel, x: Tensor) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ def _sde(peer: Peer, sde: SDE, n: int) -> Any:
 
 
 def _images(x: Tensor) -> Tensor:
-    """It broadcasts times against four axes only."""
+    """States with four axes, because the peer broadcasts times against four axes only."""
     return x if x.ndim == 4 else x.reshape(*x.shape[:2], 1, 1)
 
 

@@ -81,7 +81,7 @@ def held_out() -> Iterator[tuple[str, Mixture]]:
 
 @torch.no_grad()
 def mixture_problem(name: str, model: Mixture, count: int = PATHS, *, chosen: bool = False) -> Problem:
-    """Its ends by torchdiffeq's dopri8 in t, at 1e-12; and by our embedded pair on the circle."""
+    """A problem with ends by torchdiffeq's dopri8 in t, at 1e-12, and again by our embedded pair on the circle."""
     sde = model.sde
     start = _start(sde, (count, *model.shape), 0, torch.float64)
     solver = Solver("dopri8", 1e-12, 1e-12)
@@ -102,7 +102,7 @@ class Trained(NamedTuple):
 
 
 def trained(workdir: Path) -> Trained:
-    """Vectors' models in float64."""
+    """Load a trained model; models of vectors are float64."""
     checkpoint = find(workdir)
     card, data, model = checkpoint.card, checkpoint.config.data, checkpoint.model()
     assert card is not None
@@ -113,9 +113,9 @@ def trained(workdir: Path) -> Trained:
 
 @torch.no_grad()
 def trained_problem(workdir: Path, count: int = 0, seed: int = 0) -> Problem:
-    """A trained model from noise to data; by default of as many paths as it is worth.
+    """A trained model from noise to data; by default with a number of paths that suits its cost.
 
-    Converged in 300 steps of order 4 (vectors: 1200, in float64); again in as many of order 3, on another grid.
+    The ends come from 300 steps of order 4 (vectors: 1200, in float64), and from as many of order 3 on another grid.
     """
     model, sde, data, _, _, shape = trained(workdir)
     vectors, large = len(shape) == 1, math.prod(shape) > 1000

@@ -21,12 +21,12 @@ TIE = 1.005  # nearer by less is by rounding, as of one method in two packages
 
 
 def mean(values: Sequence[float]) -> float:
-    """Their geometric mean."""
+    """The geometric mean of the values."""
     return math.exp(statistics.fmean(math.log(v) for v in values))
 
 
 def scores(runs: Sequence[Run], of: Callable[[Run], float] = lambda run: run.median) -> Score:
-    """Of those that ran on every problem; a budget at which one did not run, or came to no number, is left out."""
+    """Scores of those that ran on every problem; a budget at which one did not run, or gave no number, is left out."""
     cells: dict[tuple[str, str, int], list[float]] = {}
     for run in runs:
         cells.setdefault((run.subject, run.grid, run.budget), []).append(of(run))
@@ -89,7 +89,7 @@ def summary(runs: Sequence[Run], title: str, best: dict[str, str] | None) -> Tab
 
 
 def verdict(runs: Sequence[Run], groups: dict[str, set[str]]) -> Table:
-    """On each group of problems the nearest others, on whichever of their grids is best there."""
+    """For each group of problems, the nearest others, each on the grid that is best for it there."""
     rows = []
     for group, names in groups.items():
         here = ratios([run for run in runs if run.problem in names])

@@ -118,7 +118,7 @@ def each(step: OneStep) -> Walk:
 
 
 def multistep(first: OneStep | None = None) -> Walk:
-    """With the first step by another method."""
+    """A multistep method by hand; its first step is by another method."""
 
     def walk(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
         for i, order in enumerate(orders):
@@ -129,7 +129,7 @@ def multistep(first: OneStep | None = None) -> Walk:
 
 
 def unipc(first: OneStep | None = None) -> Walk:
-    """With the first step by another method; then its end is not corrected."""
+    """UniPC by hand; if its first step is by another method, its end is not corrected."""
 
     def walk(model: ScoreModel, x: Tensor, t: Tensor, orders: Sequence[int]) -> Tensor:
         before = 0
@@ -147,7 +147,7 @@ def unipc(first: OneStep | None = None) -> Walk:
 
 @dataclass(frozen=True)
 class Subject:
-    """A sampler, its walk by hand, and its like among the peers."""
+    """A sampler, its walk by hand, and its equivalent in the peers."""
 
     sampler: Sampler
     bare: Walk
@@ -185,7 +185,7 @@ SUBJECTS = {
 
 
 class Free(ScoreModel):
-    """A model whose answer lies ready."""
+    """A model that returns a stored answer."""
 
     def __init__(self, sde: SDE, noise: Tensor) -> None:
         super().__init__(sde)

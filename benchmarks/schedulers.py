@@ -55,7 +55,7 @@ class Scheduled(Sampler):
         yield y * like(sde.alpha(times[-1]) / self._scale(levels[-1]), y)
 
     def made(self, **settings: Any) -> Any:
-        """The scheduler itself, as it comes."""
+        """The scheduler as its class makes it."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of settings that it means to drop
             return getattr(diffusers, self.scheduler)(**dict(self.settings), **settings)
@@ -65,7 +65,7 @@ class Scheduled(Sampler):
         return torch.ones_like(level) if self.form == "exploding" else torch.rsqrt(1 + level**2)
 
     def _on(self, levels: Tensor) -> Any:
-        """The scheduler on these levels, in the place of those that it would have chosen."""
+        """The scheduler on these levels, in place of its own choice."""
         n = len(levels) - 1
         if self.form == "table":
             scheduler, table = self.made(num_train_timesteps=n), 1 / (1 + levels.flip(0) ** 2)
@@ -84,12 +84,12 @@ class Scheduled(Sampler):
 
 
 def seed_of(x: Tensor) -> int:
-    """A seed for those that draw their noise themselves: another one from another start."""
+    """A seed for schedulers that draw their own noise; another start gives another seed."""
     return int(x.double().square().sum() * 1e6) % 2**31
 
 
 def _draws(scheduler: Any) -> bool:
-    """Whether its step takes a generator."""
+    """Whether the scheduler's step takes a generator."""
     return "generator" in inspect.signature(scheduler.step).parameters
 
 

@@ -1,7 +1,7 @@
 """Bayes' rule with a trained class-conditional model: ``python -m examples.classifiers [--workdir DIR] [--fill]``.
 
 Held-out digits are classified by the class under which the model finds them likeliest (`score_sde.classify`), and
-beside it by two classifiers that were trained for nothing else: that of noisy images, asked about nearly clean ones,
+beside it by two classifiers: that of noisy images, asked about nearly clean ones,
 and a perceptron. After `--mode train` of configs/cond_digits.py and configs/classifier_digits.py.
 """
 

@@ -3,7 +3,7 @@
 Both were trained on the same classes with the same number of operations (the configs say how many). Their samples, of
 each class in turn and unguided, are shown to a classifier of real images: how often it names the class, and how far
 they lie from the training images in its features. Beside them stand real images, and real small images enlarged by the
-last stage, which tells what the stages before cost.
+last stage, which shows what the earlier stages cost.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def shown(single: Tensor, stages: list[Tensor], codec: PixelCodec) -> Figure:
 
 
 def measure(stages: list[Stage], single: Stage, data: Data, path: str | None, name: str, o: argparse.Namespace) -> str:
-    """Everything that is not in the results yet; the table."""
+    """Measure everything that is not in the results yet; return the table."""
     who, levels = judge(name, path), data.levels
     assert levels is not None and isinstance(data.test.x, Tensor)
     hashes = [checkpoint.find(w).sha256 for w in (*o.stages, o.single)]

@@ -78,7 +78,7 @@ class Parts(NamedTuple):
     noisy: NoisyClassifier
 
     def given(self, kind: str, scale: float, label: Tensor) -> ScoreModel:
-        """The model guided so, of examples of these classes, (B,)."""
+        """The model with this kind of guidance, conditioned on these classes, (B,)."""
         conditional, unconditional = self.model.given(label=label), self.model.given(label=None)
         if kind == "no label":
             return unconditional
@@ -108,7 +108,7 @@ def draw(parts: Parts, data: Data, kind: str, scale: float, count: int, seed: in
 
 
 def held_out(data: Data, count: int, seed: int, split: str = "test") -> tuple[Tensor, Tensor]:
-    """As many real images, and their classes."""
+    """`count` real images, and their classes."""
     whole = getattr(data, split)
     k, y = whole[torch.randperm(len(whole), generator=torch.Generator().manual_seed(seed))[:count]]
     assert y is not None
@@ -122,7 +122,7 @@ def judged(who: Judge, images: Tensor, label: Tensor) -> dict[str, float]:
 
 
 def taught(data: Data, images: Tensor, label: Tensor, seed: int) -> float:
-    """Per cent of the real held-out images that a classifier names rightly which was trained on these alone."""
+    """Per cent of real held-out images that a classifier trained only on these images names correctly."""
     test = data.test
     assert data.levels is not None and isinstance(test.x, Tensor) and test.y is not None
     top = data.levels - 1
@@ -165,7 +165,7 @@ def key_of(kind: str, scale: float) -> str:
 def measure(
     parts: Parts, data: Data, who: Judge, results: Results, name: str, count: int, pupils: int, seeds: int
 ) -> None:
-    """Everything that is not in the results yet."""
+    """Measure everything that is not in the results yet."""
     settings = [(kind, scale) for kind, scales in SCALES[name].items() for scale in scales]
     with Progress(name, seeds * (len(settings) + len(TAUGHT[name]) + 2), "cell") as bar:
         for seed in range(seeds):

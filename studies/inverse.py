@@ -40,7 +40,7 @@ DEBLUR_NOISE = 0.02  # where black to white is 1: without any, deblurring is a d
 
 
 def tasks(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, Spectral]:
-    """Inpainting of a square of half the size in the middle, and the others as the section inverse says."""
+    """The tasks: a square in the middle to be filled, half as wide as the image, and those of the section inverse."""
     channels, height, width = shape
     known = torch.ones(height, width, dtype=torch.bool)
     known[height // 4 : 3 * height // 4, width // 4 : 3 * width // 4] = False
@@ -53,7 +53,7 @@ def tasks(config: ConfigDict, shape: tuple[int, ...]) -> dict[str, Spectral]:
 
 
 def features_of(dataset: str, path: str) -> Look | None:
-    """Those of the judge of digits or of CIFAR-10, whose training takes minutes once; None for other data."""
+    """Features by the judge of digits or of CIFAR-10, whose training takes minutes once; None for other data."""
     return judge(dataset, path or None).features if dataset in ("digits", "cifar10") else None
 
 

@@ -59,7 +59,7 @@ class Trained(NamedTuple):
 
 
 def train(name: str, runs: Path, *more: str) -> Trained:
-    """By the command line, unless it is done; the CPU seconds are kept in the workdir, of all runs together."""
+    """Train a config by the command line, unless that is done; the workdir keeps the CPU seconds of all its runs."""
     workdir, overrides = runs / name, [*QUIET, *more]
     kept = workdir / "seconds.json"
     before = json.loads(kept.read_text())["cpu_seconds"] if kept.is_file() else 0.0
@@ -119,7 +119,7 @@ class Scores:
 
 
 def bits(trained: Trained, model: ScoreModel, codec: Codec, data: Data, images: int) -> dict[str, Any]:
-    """The stamp of --mode likelihood of the first held-out images, the ODE's."""
+    """The stamp of --mode likelihood, by the ODE, for the first held-out images."""
     config = trained.config
     with config.unlocked():
         config.eval.update(num_images=images, batch_size=25, check_images=5, rtol=1e-3, atol=1e-3)
@@ -130,7 +130,7 @@ def bits(trained: Trained, model: ScoreModel, codec: Codec, data: Data, images: 
 
 
 def autoencoder_alone(codec: AutoencoderCodec, data: Data, images: int) -> dict[str, tuple[float, float]]:
-    """Its bound under the prior that it was trained with, in bits/dim, for codes as it makes them; mean and error."""
+    """The autoencoder's bound under the prior of its training, in bits/dim: mean and error."""
     statistics_ = codec.statistics
 
     def prior(y: Tensor) -> Any:
