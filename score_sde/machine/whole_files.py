@@ -1,10 +1,10 @@
-"""Files that are whole or absent, and files of named tensors that give back what was saved, or say that they do not.
+"""Atomic writing of files, and files of named tensors that detect any change since they were saved.
 
-A file of tensors is a safetensors file. Its header holds text by name, and two hashes with it: `tensors_sha256`, of
-each tensor's type, shape and numbers (a JSON object by name), and `header_sha256`, of all the other text. So a byte
-that changed on disk, a tensor that was renamed or lost and a header that was edited are told, and the sentence names
-what it was. Equal content is equal bytes: tensors lie by size of their type and name, and text by name. Files without
-hashes, as version 0.1.0 wrote them, are read too.
+A file of tensors is a safetensors file. Its header holds text by name, with two hashes: `tensors_sha256`, of each
+tensor's type, shape and numbers (a JSON object by name), and `header_sha256`, of all other text. They detect a byte
+that changed on disk, a renamed or lost tensor and an edited header, and the error names it. Equal content gives equal
+bytes: tensors are sorted by the size of their type and by name, text by name. Files without hashes, which version 0.1.0
+wrote, are read too.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
 }  # fmt: skip
-_REMEDY = "take another file, or make it again"
-_DAY = 24 * 60 * 60
+_REMEDY = "use another file or create it again"
+_DAY = 24 * 60 * 60  # seconds
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which is put in the place of `path` where the block ends well, and else leaves no trace."""
+    """Write a file atomically: it replaces `path` if the block ends without an error, and else leaves no trace."""
     partial = temporary(path)
     try:
         with partial.open("wb") as file:
@@ -49,83 +49,80 @@ def whole(path: Path) -> Iterator[BinaryIO]:
 
 
 def temporary(path: Path) -> Path:
-    """A name beside `path` for what is not finished, which says who is at work on it: `.NAME.HOST.PID.partial`."""
+    """Name of the unfinished file beside `path`, with the process that writes it: `.NAME.HOST.PID.partial`."""
     return path.with_name(f".{path.name}.{_host()}.{os.getpid()}.partial")
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Delete the `temporary` files in a folder whose process was killed as it wrote.
+    """Delete `temporary` files in a folder that killed processes left.
 
-    A process of another host cannot be asked whether it lives: its file goes when nothing was written to it for a day.
+    We cannot see whether a process of another host lives: its file is deleted after a day without writing.
     """
     for path in folder.glob(".*.partial"):
         try:
-            if _is_left(path):
+            if _is_leftover(path):
                 path.unlink()
-        except OSError:  # its process has just finished it, or another one was first, or it belongs to somebody else
+        except OSError:  # it was just finished, or another process deleted it, or it belongs to another user
             continue
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str]) -> None:
-    """Write tensors and the header's text, whole or not at all; equal content gives equal bytes."""
+    """Write tensors and a header of texts to a file, atomically; equal content gives equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(path.parent)
-    kept = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-    text = {**header, _TENSORS: json.dumps({name: _hash(value) for name, value in sorted(kept.items())})}
+    values = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = {**header, _TENSORS: json.dumps({name: _hash(value) for name, value in sorted(values.items())})}
     text[_HEADER] = _header_hash(text)
-    # The largest types first, so that each tensor begins at a multiple of its type's size.
-    order = sorted(kept, key=lambda name: (-kept[name].element_size(), name))
-    described: dict[str, object] = {"__metadata__": dict(sorted(text.items()))}
+    # The largest types come first, so that each tensor begins at a multiple of its type's size.
+    order = sorted(values, key=lambda name: (-values[name].element_size(), name))
+    entries: dict[str, object] = {"__metadata__": dict(sorted(text.items()))}
     end = 0
     for name in order:
-        begin, end = end, end + kept[name].nbytes
-        described[name] = {
-            "dtype": _TYPES[kept[name].dtype], "shape": list(kept[name].shape), "data_offsets": [begin, end]
-        }  # fmt: skip
-    first = json.dumps(described, separators=(",", ":")).encode()
-    first += b" " * (-len(first) % 8)
+        value, begin, end = values[name], end, end + values[name].nbytes
+        entries[name] = {"dtype": _TYPES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]}
+    encoded = json.dumps(entries, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
     with whole(path) as file:
-        file.write(len(first).to_bytes(8, "little") + first)
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name in order:
-            file.write(_bytes(kept[name]))
+            file.write(_bytes(values[name]))
 
 
 def read_header(path: Path) -> dict[str, str]:
-    """The header's text without its hashes.
+    """Read the texts in a tensor file's header, without its hashes.
 
-    Raises FileNotFoundError, or ValueError, one sentence, for a file without tensors or with a changed header.
+    Raises FileNotFoundError, and ValueError for a file without tensors or with a changed header.
     """
     with _opened(path) as file:
         return {name: text for name, text in _checked_header(path, file).items() if name not in (_TENSORS, _HEADER)}
 
 
 def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors whose names begin with `prefix`, on the CPU, each as it was saved, by name.
+    """Read the tensors whose names begin with `prefix`, on the CPU, by name.
 
-    Raises what `read_header` does, and ValueError, one sentence, for a tensor that was changed, renamed or lost, or
-    that holds numbers that are not finite.
+    Raises as `read_header` does, and ValueError for a tensor that was changed, renamed or lost, or is not finite.
     """
     with _opened(path) as file:
         names = sorted(file.keys())
         saved = _saved(path, _checked_header(path, file), names)
-        found = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
-        for name, value in found.items():
+        tensors = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+        for name, value in tensors.items():
             if value.dtype not in _TYPES:
-                raise ValueError(f"{path} holds {name} as {value.dtype}, which is never written; {_REMEDY}")
+                raise ValueError(f"{path} holds {name} as {value.dtype}, which score_sde never writes; {_REMEDY}")
             if saved is not None and _hash(value) != saved[name]:
-                raise ValueError(f"{path} was changed: {name} is not what was saved; {_REMEDY}")
+                raise ValueError(f"{path} was changed: its tensor {name} is not what was saved; {_REMEDY}")
             if not is_finite(value):
                 raise ValueError(f"{path} holds numbers that are not finite in {name}; {_REMEDY}")
-        return found
+        return tensors
 
 
 def is_finite(value: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor an infinity."""
-    # A finite sum has finite terms, and costs less than looking at each; only a sum can also overflow.
+    # A finite sum has finite terms, and is cheaper than a test of each term; but a sum of finite terms may overflow.
     return not value.is_floating_point() or bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
-def _is_left(path: Path) -> bool:
+def _is_leftover(path: Path) -> bool:
     *_, host, number = path.name.removesuffix(".partial").split(".")
     if host != _host() or not number.isdecimal():
         return time.time() - path.stat().st_mtime > _DAY
@@ -133,7 +130,7 @@ def _is_left(path: Path) -> bool:
 
 
 def _is_alive(process: int) -> bool:
-    """Whether this host runs a process of that number."""
+    """Whether this host runs a process with this number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
@@ -144,7 +141,7 @@ def _is_alive(process: int) -> bool:
 
 
 def _host() -> str:
-    """Where process numbers mean the same: this host, and its namespace of them, as containers have their own."""
+    """This host and its namespace of process numbers, because containers have their own."""
     namespace = Path("/proc/self/ns/pid")
     number = f"-{namespace.stat().st_ino}" if namespace.exists() else ""
     return re.sub(r"[^\w-]", "-", socket.gethostname()) + number
@@ -171,7 +168,7 @@ def _checked_header(path: Path, file: Any) -> dict[str, str]:
 
 
 def _saved(path: Path, text: Mapping[str, str], names: Sequence[str]) -> dict[str, str] | None:
-    """The tensors' hashes by name, None in an old file that has none."""
+    """Hashes of the tensors by name; None in an old file without hashes."""
     if _TENSORS not in text:
         return None
     saved: dict[str, str] = json.loads(text[_TENSORS])
@@ -181,8 +178,8 @@ def _saved(path: Path, text: Mapping[str, str], names: Sequence[str]) -> dict[st
 
 
 def _header_hash(text: Mapping[str, str]) -> str:
-    known = sorted((name, value) for name, value in text.items() if name != _HEADER)
-    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+    others = sorted((name, value) for name, value in text.items() if name != _HEADER)
+    return hashlib.sha256(json.dumps(others).encode()).hexdigest()
 
 
 def _hash(value: Tensor) -> str:

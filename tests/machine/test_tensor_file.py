@@ -93,7 +93,7 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
     header, payload = split(path)
     begin, _ = header["a/weight"]["data_offsets"]  # type: ignore[index]
     join(path, header, payload[: begin + 1] + b"\x55" + payload[begin + 2 :])
-    with pytest.raises(ValueError, match=r"x\.safetensors was changed: a/weight is not what was saved"):
+    with pytest.raises(ValueError, match=r"x\.safetensors was changed: its tensor a/weight is not what was saved"):
         read_tensors(path)
     read_tensors(path, "b/")  # only what is asked for is read
     renamed = {{"a/weight": "a/wait"}.get(name, name): value for name, value in header.items()}
@@ -105,11 +105,11 @@ def test_a_changed_tensor_is_named(tmp_path: Path) -> None:
         read_tensors(path)
     begin, end = header["c/double"]["data_offsets"]  # type: ignore[index]
     join(path, {**header, "c/double": {"dtype": "I64", "shape": [1], "data_offsets": [begin, end]}}, payload)
-    with pytest.raises(ValueError, match="c/double is not what was saved"):
+    with pytest.raises(ValueError, match="its tensor c/double is not what was saved"):
         read_tensors(path)
     begin, end = header["a/weight"]["data_offsets"]  # type: ignore[index]
     join(path, {**header, "a/weight": {"dtype": "F32", "shape": [3, 2], "data_offsets": [begin, end]}}, payload)
-    with pytest.raises(ValueError, match="a/weight is not what was saved"):
+    with pytest.raises(ValueError, match="its tensor a/weight is not what was saved"):
         read_tensors(path)
 
 
