@@ -13,6 +13,7 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 
+from .. import samplers
 from ..data.captions import encoder_hash, widths
 from ..machine import own_code
 from ..models import rules
@@ -22,27 +23,7 @@ from ..models.classifier import NoisyClassifier
 from ..models.rules import Preconditioned, TimeMap
 from ..networks import MLP, NCSN, CodeDecoder, CodeEncoder, DiT, Encoder, NCSNv2, UNet
 from ..ode.integrators import ADAPTIVE, FIXED
-from ..samplers import (
-    DDIM,
-    AdaptiveODE,
-    AdaptiveSDE,
-    Ancestral,
-    AnnealedLangevin,
-    Churn,
-    DPMSolver,
-    EmbeddedODE,
-    EulerMaruyama,
-    FixedODE,
-    Heun,
-    Langevin,
-    Multistep,
-    PredictorCorrector,
-    ReverseDiffusion,
-    Sampler,
-    UniPC,
-    fit_times,
-    times,
-)
+from ..samplers import Sampler, fit_times, times
 from ..samplers.exponential import fast
 from ..sdes.chains import DDPM, SMLD
 from ..sdes.learned import LearnedVPSDE, MonotoneSchedule
@@ -77,14 +58,14 @@ LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
 }
 EMBEDDINGS: dict[str, Literal["sinusoidal", "fourier"]] = {"positional": "sinusoidal", "fourier": "fourier"}
 PREDICTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
-    "euler_maruyama": lambda s: FixedODE("euler") if s.probability_flow else EulerMaruyama(),
-    "reverse_diffusion": lambda s: ReverseDiffusion(flow=s.probability_flow),
-    "ancestral_sampling": lambda s: Ancestral(s.variance),
+    "euler_maruyama": lambda s: samplers.FixedODE("euler") if s.probability_flow else samplers.EulerMaruyama(),
+    "reverse_diffusion": lambda s: samplers.ReverseDiffusion(flow=s.probability_flow),
+    "ancestral_sampling": lambda s: samplers.Ancestral(s.variance),
     "none": lambda s: None,
 }
 CORRECTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
-    "langevin": lambda s: Langevin(snr=s.snr, steps=s.n_steps_each),
-    "ald": lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
+    "langevin": lambda s: samplers.Langevin(snr=s.snr, steps=s.n_steps_each),
+    "ald": lambda s: samplers.AnnealedLangevin(snr=s.snr, steps=s.n_steps_each),
     "none": lambda s: None,
 }
 
@@ -98,30 +79,28 @@ class Method(NamedTuple):
 
 
 def _ode(s: ConfigDict) -> Sampler:
-    return FixedODE(s.ode_method) if s.ode_method in FIXED else AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
+    if s.ode_method in FIXED:
+        return samplers.FixedODE(s.ode_method)
+    return samplers.AdaptiveODE(s.rtol, s.atol, method=s.ode_method)
 
 
 METHODS = {
     "pc": Method(lambda s: _predictor_corrector(PREDICTORS[s.predictor](s), CORRECTORS[s.corrector](s))),
     "ode": Method(_ode),
-    "ald": Method(lambda s: AnnealedLangevin(snr=s.snr, steps=s.n_steps_each)),
-    "ddim": Method(lambda s: DDIM(eta=s.eta), fitted=True),
-    "heun": Method(lambda s: Heun(), fitted=True),
-    "edm": Method(lambda s: Churn(s.churn, s.churn_low, s.churn_high, s.churn_inflate)),
-    "dpm_solver": Method(lambda s: DPMSolver(s.order, s.predict), fitted=True),
-    "dpm_solver++": Method(lambda s: Multistep(s.order, eta=s.eta), fitted=True),
-    "deis": Method(lambda s: Multistep(s.order, "noise"), fitted=True),
-    "unipc": Method(lambda s: UniPC(s.order, s.unipc_variant, s.predict), fitted=True),
+    "ald": Method(lambda s: samplers.AnnealedLangevin(snr=s.snr, steps=s.n_steps_each)),
+    "ddim": Method(lambda s: samplers.DDIM(eta=s.eta), fitted=True),
+    "heun": Method(lambda s: samplers.Heun(), fitted=True),
+    "edm": Method(lambda s: samplers.Churn(s.churn, s.churn_low, s.churn_high, s.churn_inflate)),
+    "dpm_solver": Method(lambda s: samplers.DPMSolver(s.order, s.predict), fitted=True),
+    "dpm_solver++": Method(lambda s: samplers.Multistep(s.order, eta=s.eta), fitted=True),
+    "deis": Method(lambda s: samplers.Multistep(s.order, "noise"), fitted=True),
+    "unipc": Method(lambda s: samplers.UniPC(s.order, s.unipc_variant, s.predict), fitted=True),
     "fast": Method(lambda s: fast(s.steps), grid="arcsinh"),
-    "embedded": Method(lambda s: EmbeddedODE(s.rtol, s.atol), grid="ends"),
-    "adaptive_sde": Method(lambda s: AdaptiveSDE(s.sde_rtol, s.sde_atol), grid="ends"),
+    "embedded": Method(lambda s: samplers.EmbeddedODE(s.rtol, s.atol), grid="ends"),
+    "adaptive_sde": Method(lambda s: samplers.AdaptiveSDE(s.sde_rtol, s.sde_atol), grid="ends"),
 }
 GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
-    "uniform": times.uniform,
-    "quadratic": times.quadratic,
-    "log_snr": times.log_snr,
-    "karras": times.karras,
-    "arcsinh": times.arcsinh,
+    grid.__name__: grid for grid in (times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh)
 }
 CLASSIFY = "cross_entropy"  # the objective of classifiers
 AUTOENCODE = "autoencoder"  # that of autoencoders
@@ -478,7 +457,7 @@ def _label_index(alpha: Tensor, sigma: Tensor, t: Tensor, n: int) -> Tensor:
 def _predictor_corrector(predictor: Sampler | None, corrector: Sampler | None) -> Sampler:
     """Both, or the one there is; `validate` refuses none."""
     if predictor is not None and corrector is not None:
-        return PredictorCorrector(predictor, corrector)
+        return samplers.PredictorCorrector(predictor, corrector)
     one = predictor or corrector
     if one is None:
         raise ValueError("sampling.predictor and sampling.corrector are both none: nothing would move; choose one")

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 from torch import Tensor
 
 from ..config.build import build_sampler, build_times, grid_name
+from ..config.keys import KEYS
 from ..data.codecs import PixelCodec
 from ..data.images import Pixels
 from ..data.sets import Data, Split, digest
@@ -60,7 +61,7 @@ GUIDED: dict[str, Guidance] = {
     "ddnm": lambda model, o, i: ddnm(model, o, i.variance),
     "moment_matching": lambda model, o, i: moment_matching(model, o, i.iterations),
 }
-METHODS = (*GUIDED, "projection", "repaint", "twisted")
+METHODS = KEYS["inverse.method"].choices
 # The keys of the section inverse that a method or a task has to itself.
 OWN = {
     "dps": ("rate",),
