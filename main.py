@@ -1,4 +1,4 @@
-"""Train, sample and evaluate: ``python main.py`` alone explains itself."""
+"""Train, sample and evaluate, as the program ``score_sde`` does: ``python main.py`` alone explains itself."""
 
 from score_sde.__main__ import main
 

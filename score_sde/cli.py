@@ -1,4 +1,4 @@
-"""The command line, ``python main.py --config configs/NAME.py --mode MODE [...]``; `USAGE` explains it."""
+"""The command line, ``score_sde MODE NAME [...]`` or ``python main.py --mode MODE --config FILE``; see `USAGE`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -18,15 +17,18 @@ from .machine.log import keep_log, log, log_to_terminal
 from .machine.parallel import Elsewhere, NoDevice
 from .tasks import checkpoint, demo, dequantize, failures, latents, likelihood, restore, sample, scan, train
 from .tasks.checkpoint import Trained
+from .tasks.commands import COMMANDS, as_options, listed
 from .tasks.conditions import RESTORING
 from .tasks.job import carried_config, open_job
-from .tasks.options import MODES, check
+from .tasks.options import MODES, Parser, check
+from .tasks.stamps import VERSIONS
 
 USAGE = """\
 score_sde: score-based generative modelling with stochastic differential equations
 
-  python main.py --config configs/NAME.py --mode MODE [--workdir DIR] [--config.section.key=value ...]
-  python main.py --mode MODE [--workdir DIR | --checkpoint FILE] [...]    (with the config that a checkpoint carries)
+  score_sde MODE NAME [--workdir DIR] [--config.section.key=value ...]    NAME: a config of those below, or its file
+  score_sde MODE [--workdir DIR | --checkpoint FILE] [...]                with the config that a checkpoint carries
+  python main.py --mode MODE --config FILE [...]                          the same; so is python -m score_sde
 
 modes
   scan         look at the data: range, mean, standard deviation, the Gaussian's bits/dim, settings they suggest
@@ -49,12 +51,18 @@ modes
   dequantize   fit a flow to it that dequantises pixels, for likelihood with eval.dequantization=variational
   demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
 
+commands
+  configs                  the configs, as below: those of the package, and of the folder configs/ here
+  config NAME              its keys with their values and meanings; with --diff what differs from the defaults
+  new FILE.py --from NAME  a config of your own to edit, which begins as NAME
+  completion SHELL         a script by which bash or zsh completes modes, configs and options
+
 where things go   --workdir DIR (default runs/NAME): config.json, checkpoints/, samples/, likelihood/, latents/,
                   decoded/, interpolations/, restored/, codes/ (of data.autoencoder), tensorboard/, log.txt; without
                   --config the workdir of the checkpoint, or runs/NAME of a lone file
 what is read      sample, decode, interpolate between seeds, and all with --input read no data: a checkpoint is enough
 what to change    any key of the config: --config.training.n_iters=1000 --config.sampling.method=ode ...
-several GPUs      torchrun --standalone --nproc_per_node=8 main.py ...
+several GPUs      torchrun --standalone --nproc_per_node=8 -m score_sde MODE NAME ...
 """
 
 # What does the work of a mode, from (options, config, workdir, processes); on a checkpoint, from (options, job, data).
@@ -71,14 +79,17 @@ ON_CHECKPOINTS = {
 def run(arguments: list[str] | None = None) -> int:
     """Entry point of `main.py` and of the console script; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    mode, workdir = "", ""
+    mode, workdir, code = "", "", 0
     threading.excepthook = failures.thread_failed
     try:
         if not arguments or {"-h", "--help"} & set(arguments):
-            print(USAGE + "\nconfigs\n" + "\n".join(_config_lines()))
-            code = 0
+            print(f"{USAGE}\nconfigs\n{listed()}")
+        elif "--version" in arguments:
+            print(", ".join(f"{name} {version}" for name, version in VERSIONS.items()))
+        elif arguments[0] in COMMANDS:
+            print(COMMANDS[arguments[0]](arguments[1:]))
         else:
-            rest, overrides = configs.split_arguments(arguments)
+            rest, overrides = configs.split_arguments(as_options(arguments))
             options = _parser().parse_args(rest)
             mode, workdir = options.mode, options.workdir or ""
             code = main(options, overrides)
@@ -114,21 +125,6 @@ def _tell(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def _config_lines() -> list[str]:
-    """The configs in the folder, each with the first line of its docstring."""
-    lines = []
-    for path in sorted(Path("configs").glob("*.py")):
-        text = path.read_text().lstrip()
-        summary = text[3:].split("\n", 1)[0].removesuffix('"""') if text.startswith('"""') else ""
-        lines.append(f"  {path!s:32} {summary}")
-    return lines
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> Any:
-        raise ValueError(f"{message}; python main.py alone explains the command line")
-
-
 def _name(text: str) -> str:
     """A file's or folder's, which is not "": that would be taken for none, and another command be run."""
     if not text:
@@ -137,7 +133,7 @@ def _name(text: str) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(add_help=False, allow_abbrev=False)
+    parser = Parser()
     parser.add_argument("--config", default=None, type=_name)
     parser.add_argument("--mode", required=True, choices=MODES)
     parser.add_argument("--workdir", default=None, type=_name)

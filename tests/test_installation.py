@@ -96,9 +96,11 @@ assert Path(sys.prefix) in Path(score_sde.__file__).parents and faulthandler.is_
 
 def test_an_installed_package_trains_samples_and_evaluates_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
     commands = [
-        f"--mode train --config vp_digits {SMALL}",
-        "--mode sample --workdir runs/vp_digits",
-        "--mode likelihood --workdir runs/vp_digits",
+        "--version",
+        "new mine.py --from vp_digits",
+        f"train mine --workdir runs/vp_digits {SMALL}",
+        "sample --workdir runs/vp_digits",
+        "likelihood --workdir runs/vp_digits",
     ]
     program = [installed / "python", "-c", USE, installed / "score_sde", *commands]  # in one process, which saves time
     outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}

@@ -81,7 +81,7 @@ def test_packages_that_are_imported_are_dependencies() -> None:
     called = {"absl": "absl-py", "PIL": "pillow", "sklearn": "scikit-learn", "ml_collections": "ml-collections"}
     imported = {i.outside for path in PACKAGE.rglob("*.py") for i in imports(path)} - sys.stdlib_module_names - {""}
     extras = SETUP["options.extras_require"]
-    asked = names(SETUP["options"]["install_requires"] + extras["text"] + extras["latents"])
+    asked = names(SETUP["options"]["install_requires"] + extras["text"] + extras["latents"] + extras["completion"])
     assert {called.get(name, name) for name in imported} <= asked
 
 

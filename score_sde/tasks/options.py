@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from typing import NoReturn
 
 from ml_collections import ConfigDict
 
@@ -21,6 +22,16 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "--scales": ("sample",),
 }
 JUDGED = ("digits", "digits32")  # data sets of whose samples the demo tells
+
+
+class Parser(argparse.ArgumentParser):
+    """Options that are spelled out; what is wrong with them is one sentence."""
+
+    def __init__(self, program: str = "score_sde") -> None:
+        super().__init__(program, add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; `score_sde --help` explains the command line")
 
 
 def check(options: argparse.Namespace, config: ConfigDict) -> None:

@@ -27,7 +27,7 @@ from ..ode.integrators import ADAPTIVE
 from .checkpoint import SUFFIX
 from .job import Job
 
-_VERSIONS = {"score_sde": __version__, "torch": torch.__version__, "python": platform.python_version()}
+VERSIONS = {"score_sde": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
 # How many at once, what is written besides, and where those lie whose content the stamp names.
 HARMLESS = ("sampling.batch_size", "eval.batch_size", "model.text_encoder", "training.objective")
@@ -87,7 +87,7 @@ def stamped(job: Job, weights: str, keys: Sequence[str], about: dict[str, Any]) 
         **about,
         "config": values(config, keys),
         **({"read_as": values(config, FOREIGN)} if path.suffix != SUFFIX else {}),
-        "versions": {name: str(version) for name, version in _VERSIONS.items()},
+        "versions": {name: str(version) for name, version in VERSIONS.items()},
     }
     return replace(job, config=asked(config, keys)), made_from
 

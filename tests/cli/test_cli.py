@@ -740,7 +740,7 @@ def test_a_changed_config_is_told(trained: Path, images: Path, capsys: pytest.Ca
 def test_running_without_arguments_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 0
     text = capsys.readouterr().out
-    assert "--mode MODE" in text and all(f"configs/{name}.py" in text for name in CONFIGS)
+    assert "score_sde MODE NAME" in text and all(f"  {name} " in text for name in CONFIGS)
     assert "no configs" not in text and "DDPM++ with the VP SDE" in text
 
 

@@ -405,7 +405,7 @@ def test_a_mistake_of_the_program_keeps_its_traceback(
 def test_help_beside_anything(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert run(words) == 0
     shown = capsys.readouterr()
-    assert shown.out.startswith("score_sde: ") and "configs/vp_toy.py" in shown.out and shown.err == ""
+    assert shown.out.startswith("score_sde: ") and "  vp_toy " in shown.out and shown.err == ""
 
 
 # --- several processes
