@@ -45,6 +45,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     where = tmp_path_factory.mktemp("checkout")
     for name in ("configs", "docs", "main.py", "Makefile"):
         (where / name).symlink_to(ROOT / name)
+    (own,) = (block for block in python_code(TEXT["configs/README.md"]) if "class Net" in block)
+    (where / "mine.py").write_text(own)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(where)
         train("runs/vp_digits")
@@ -74,6 +76,10 @@ def train(workdir: str) -> None:
 
 
 # --- code
+
+
+def python_code(text: str) -> list[str]:
+    return [code for kind, code in FENCED.findall(text) if kind == "python"]
 
 
 def python_blocks() -> list[Any]:
@@ -118,7 +124,8 @@ def stop(*args: Any, **options: Any) -> NoReturn:
     raise Parsed
 
 
-PLACES = {"NAME.py": "vp_digits.py", "NAME": "vp_digits", "FILE": "runs/vp_digits/checkpoints/000000002.safetensors"}
+PLACES = {"NAME": "vp_digits", "FILE": "runs/vp_digits/checkpoints/000000002.safetensors"}
+READERS = {"FILE.py", "mine.py", "my.py"}  # files that a reader writes
 OTHERS = {"pip", "git", "apt", "cd", "huggingface-cli", "."}  # programs that are not the project's
 
 
