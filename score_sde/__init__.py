@@ -4,7 +4,7 @@ The mathematics is importable from here and knows nothing of configs, files or d
 line.
 """
 
-from . import inverse, losses
+from . import inverse, losses, samplers, sdes
 from .data.codecs import AutoencoderCodec
 from .inverse import Observation, Projected, ddnm, dps, moment_matching, observe, pigdm, twisted
 from .likelihood import dequantisation, outliers
@@ -37,88 +37,31 @@ from .models.rules import Preconditioned
 from .models.traces import projections
 from .moved import install
 from .ode.integrators import Solver
-from .samplers import (
-    DDIM,
-    AdaptiveODE,
-    AdaptiveSDE,
-    Ancestral,
-    AnnealedLangevin,
-    Churn,
-    DPMSolver,
-    EmbeddedODE,
-    EulerMaruyama,
-    FixedODE,
-    Heun,
-    Langevin,
-    Multistep,
-    PredictorCorrector,
-    ReverseDiffusion,
-    Sampler,
-    UniPC,
-    fit_times,
-    langevin_dynamics,
-    recommended,
-    sample,
-    times,
-)
-from .sdes.chains import DDPM, SMLD
-from .sdes.learned import LearnedVPSDE, MonotoneSchedule
-from .sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
-from .sdes.noise_levels import NoiseLevels
-from .sdes.nonlinear import Diffusion, backward, paths
+from .samplers import *  # noqa: F403 (its names are public: a sampler's stands in samplers/__init__.py alone)
+from .sdes import *  # noqa: F403
 from .tasks.checkpoint import load, load_autoencoder, load_classifier
 
 install()
 
 __all__ = [
-    "DDIM",
-    "DDPM",
-    "EDMSDE",
-    "SDE",
-    "SMLD",
-    "VESDE",
-    "VPSDE",
-    "AdaptiveODE",
-    "AdaptiveSDE",
-    "Ancestral",
-    "AnnealedLangevin",
     "AutoencoderCodec",
     "Bound",
-    "Churn",
     "Classification",
     "ContinuousBound",
-    "CosineSDE",
-    "DPMSolver",
-    "Diffusion",
-    "EmbeddedODE",
     "Energy",
     "Estimate",
-    "EulerMaruyama",
-    "FixedODE",
     "Flow",
     "HeatMap",
-    "Heun",
-    "Langevin",
     "LatentBound",
-    "LearnedVPSDE",
     "Likelihood",
-    "MonotoneSchedule",
-    "Multistep",
     "NetworkVelocity",
-    "NoiseLevels",
     "NoisyClassifier",
     "Observation",
     "Preconditioned",
-    "PredictorCorrector",
     "Projected",
-    "ReverseDiffusion",
-    "Sampler",
     "ScoreModel",
     "Solver",
-    "SubVPSDE",
-    "UniPC",
     "__version__",
-    "backward",
     "chain_bound",
     "classifier",
     "classify",
@@ -133,13 +76,11 @@ __all__ = [
     "finite_difference",
     "fisher_divergence",
     "fit_dequantiser",
-    "fit_times",
     "from_score",
     "guide",
     "heat_map",
     "implicit",
     "inverse",
-    "langevin_dynamics",
     "latent_bound",
     "load",
     "load_autoencoder",
@@ -150,18 +91,16 @@ __all__ = [
     "moment_matching",
     "observe",
     "outliers",
-    "paths",
     "pigdm",
     "projections",
-    "recommended",
-    "sample",
     "score_flow",
     "score_matching",
     "sliced",
     "sliced_wasserstein",
     "threshold",
     "time_laws",
-    "times",
     "twisted",
     "variational_bound",
 ]
+__all__ += samplers.__all__
+__all__ += sdes.__all__

@@ -1,21 +1,75 @@
-"""The mathematics that tests share: every SDE in one list, some chains, seeded numbers, a mixture with classes.
+"""The mathematics that tests share: every SDE and every sampler in one list each, chains, numbers, a mixture.
 
-A new SDE is one more entry of SDES: the tests of coefficients, orders and products take it from there.
+A new SDE is one more row of PUBLISHED: the tests of coefficients, orders and products take it from there. A new sampler
+is one more row of SAMPLERS: so do those of orders, spread, gradients, shapes, dtypes, devices and overhead.
 """
 
 import json
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from mpmath import cos, exp, mpf, pi, sqrt
 from torch import Tensor
 
-from score_sde import DDPM, EDMSDE, SDE, SMLD, VESDE, VPSDE, CosineSDE, SubVPSDE
+from score_sde import (
+    DDIM,
+    DDPM,
+    EDMSDE,
+    SDE,
+    SMLD,
+    VESDE,
+    VPSDE,
+    AdaptiveODE,
+    AdaptiveSDE,
+    Ancestral,
+    AnnealedLangevin,
+    Churn,
+    CosineSDE,
+    DPMSolver,
+    EmbeddedODE,
+    EulerMaruyama,
+    FixedODE,
+    Heun,
+    Langevin,
+    Multistep,
+    PredictorCorrector,
+    ReverseDiffusion,
+    Sampler,
+    SubVPSDE,
+    UniPC,
+)
 from score_sde.models.closed_form import Mixture
 from score_sde.networks.blocks import Style
 from tests import RECORDED
 
-SDES: list[SDE] = [VPSDE(), SubVPSDE(), VESDE(), CosineSDE(), EDMSDE()]
+Curves = Callable[[mpf], tuple[mpf, mpf]]  # t -> (alpha, sigma)
+
+
+def _vp_mean(t: mpf) -> mpf:
+    return exp(-(t**2) * (mpf(20) - mpf(0.1)) / 4 - t * mpf(0.1) / 2)
+
+
+def _edm(t: mpf) -> mpf:
+    low, high = mpf(0.002) ** (mpf(1) / 7), mpf(80) ** (mpf(1) / 7)
+    return (low + t * (high - low)) ** 7
+
+
+def _cosine(t: mpf) -> mpf:
+    angle, start = (pi / 2 * (mpf("0.999") * u + mpf("0.008")) / mpf("1.008") for u in (t, 0))
+    return cos(angle) / cos(start)
+
+
+# SDE: its curves (alpha, sigma) as the papers print them, in mpmath's digits, where cancellation does not matter.
+PUBLISHED: dict[SDE, Curves] = {
+    VPSDE(): lambda t: (_vp_mean(t), sqrt(1 - _vp_mean(t) ** 2)),  # Song et al. 2021, eq. 29
+    SubVPSDE(): lambda t: (_vp_mean(t), 1 - _vp_mean(t) ** 2),
+    VESDE(): lambda t: (mpf(1), mpf(0.01) * (mpf(50) / mpf(0.01)) ** t),
+    CosineSDE(): lambda t: (_cosine(t), sqrt(1 - _cosine(t) ** 2)),  # Nichol & Dhariwal 2021, eq. 17
+    EDMSDE(): lambda t: (mpf(1), _edm(t)),  # Karras et al. 2022, eq. 5
+}
+SDES: list[SDE] = list(PUBLISHED)
 
 CHAINS: list[DDPM | SMLD] = [
     DDPM.linear(1000),
@@ -24,6 +78,75 @@ CHAINS: list[DDPM | SMLD] = [
     SMLD.from_sde(VESDE(), 1000),
     SMLD([0.1, 0.5, 0.6, 2.0, 7.0]),
 ]
+
+
+class Row(NamedTuple):
+    """A sampler and what the tests measure of it.
+
+    `order` is that of its error on ever finer grids: without `noise` of the flow's solution, with it of the samples'
+    deviations; 0 where there is none, as for correctors and steps that adapt. `passes` are its operations on whole
+    states in a step, without the draws of noise: as many as there are tensors in its formula; 0 where steps differ. A
+    `main` row also goes through the tests of what all samplers do alike; others are variants of a main one.
+    """
+
+    sampler: Sampler
+    order: int = 0
+    noise: bool = False
+    passes: int = 0
+    main: bool = True
+
+
+SAMPLERS: list[Row] = [
+    Row(EulerMaruyama(), 1, noise=True, passes=3),
+    Row(ReverseDiffusion(), 1, noise=True, passes=3),
+    Row(ReverseDiffusion(flow=True), 1, passes=2),
+    Row(Ancestral(), 1, noise=True, passes=3),
+    Row(Ancestral("large"), 1, noise=True, passes=3),
+    Row(DDIM(), 1, passes=2),
+    Row(DDIM(eta=0.5), 1, noise=True, passes=3),
+    Row(DDIM(eta=1.0), 1, noise=True, main=False),
+    Row(Langevin(), noise=True, passes=4),  # two norms
+    Row(AnnealedLangevin(), noise=True, passes=2),
+    Row(PredictorCorrector(), noise=True, passes=7),
+    Row(PredictorCorrector(ReverseDiffusion(), AnnealedLangevin(0.1)), 1, noise=True, passes=5),
+    Row(PredictorCorrector(Ancestral(), AnnealedLangevin(0.1)), 1, noise=True),
+    Row(FixedODE("euler"), 1),
+    Row(FixedODE("midpoint"), 2, main=False),
+    Row(FixedODE("heun2"), 2, main=False),
+    Row(FixedODE("rk4"), 4, main=False),
+    Row(Heun(), 2, passes=4),
+    Row(Churn(0.0), 2, main=False),
+    Row(Churn(1.0), 2, noise=True),
+    Row(Churn(1e9), noise=True, passes=6, main=False),
+    Row(DPMSolver(1), 1, passes=2, main=False),
+    Row(DPMSolver(2), 2, passes=4),
+    Row(DPMSolver(3), 3, passes=8),
+    Row(DPMSolver(2, "data"), 2, passes=4, main=False),
+    Row(DPMSolver(3, "data"), 3, main=False),
+    Row(Multistep(1), 1, passes=2, main=False),
+    Row(Multistep(2), 2, passes=3),
+    Row(Multistep(3), 3, passes=4, main=False),
+    Row(Multistep(2, "noise"), 2, main=False),
+    Row(Multistep(3, "noise"), 3, passes=4),
+    Row(Multistep(2, "both"), 2, main=False),
+    Row(Multistep(3, "both"), 3, main=False),
+    Row(Multistep(2, rule="published"), 2, main=False),
+    Row(Multistep(2, eta=1.0), 2, noise=True, passes=4),
+    Row(UniPC(1), 2, passes=4, main=False),
+    Row(UniPC(2), 3, passes=6),
+    Row(UniPC(3), 4, passes=8, main=False),
+    *(Row(UniPC(order, "b1"), order + 1, main=False) for order in (1, 2, 3)),
+    *(Row(UniPC(order, predict="noise"), order + 1, main=False) for order in (1, 2, 3)),
+    *(Row(UniPC(order, "b1", "noise"), order + 1, main=False) for order in (2, 3)),
+    Row(UniPC(2, predict="both"), 3),
+    Row(UniPC(3, predict="both"), 4, main=False),
+    Row(AdaptiveODE(1e-4, 1e-4)),
+    Row(EmbeddedODE(1e-4, 1e-4)),
+    Row(AdaptiveSDE(0.1, 0.1), noise=True),
+]
+# sampler without noise: its order as a solver of the probability flow
+FLOW_ORDERS: dict[Sampler, int] = {row.sampler: row.order for row in SAMPLERS if row.order and not row.noise}
+MAIN: list[Sampler] = [row.sampler for row in SAMPLERS if row.main]
 
 
 def name(value: object) -> str:

@@ -80,10 +80,21 @@ def guide(
     Raises ValueError where the SDEs differ, low is not below high, or rescale is not in [0, 1].
     """
     if model.sde != reference.sde:
-        raise ValueError(f"both models must share one SDE, got {model.sde} and {reference.sde}")
+        raise ValueError(f"both models must share one SDE, got {_apart(model.sde, reference.sde)}")
     if not 0 <= rescale <= 1:
         raise ValueError(f"rescale must lie between 0 and 1, got {rescale:g}")
     return Guided(model, reference, checked(scale, low, high), low, high, rescale)
+
+
+def _apart(a: SDE, b: SDE) -> str:
+    """Two SDEs that differ, in words, also where they print alike, as learned schedules and chains may."""
+    if repr(a) != repr(b):
+        return f"{a} and {b}"
+    t = torch.linspace(max(a.t_min, b.t_min, 1e-3), 1, 101, dtype=torch.float64)
+    with torch.no_grad():
+        gap = (a.log_snr(t) - b.log_snr(t)).abs()
+    i = int(gap.argmax())
+    return f"two of the kind {a}, whose log SNRs are up to {gap[i]:.3g} apart, at t = {t[i]:.2g}"
 
 
 class Classified(ScoreModel):

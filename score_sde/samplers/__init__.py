@@ -1,4 +1,4 @@
-"""Samplers: values that walk a model from noise to data."""
+"""Samplers: values that walk a model from noise to data. The names below are names of `score_sde` too."""
 
 from . import times
 from .adaptive import AdaptiveSDE
@@ -8,7 +8,7 @@ from .deterministic import AdaptiveODE, FixedODE, Heun
 from .embedded import EmbeddedODE
 from .exponential import DPMSolver, Multistep, UniPC, recommended
 from .fitted import fit_times
-from .langevin import Draws, langevin_dynamics, langevin_walk
+from .langevin import langevin_dynamics
 from .stochastic import DDIM, Ancestral, AnnealedLangevin, EulerMaruyama, Langevin, PredictorCorrector, ReverseDiffusion
 
 __all__ = [
@@ -19,7 +19,6 @@ __all__ = [
     "AnnealedLangevin",
     "Churn",
     "DPMSolver",
-    "Draws",
     "EmbeddedODE",
     "EulerMaruyama",
     "FixedODE",
@@ -32,7 +31,6 @@ __all__ = [
     "UniPC",
     "fit_times",
     "langevin_dynamics",
-    "langevin_walk",
     "recommended",
     "sample",
     "times",

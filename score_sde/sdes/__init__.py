@@ -1,8 +1,13 @@
-"""Forward SDEs, the Markov chains that are their discretisations, and schedules that are learned."""
+"""Forward SDEs, the Markov chains that are their discretisations, and schedules that are learned.
+
+The names in `__all__` are names of `score_sde` too.
+"""
 
 from .chains import DDPM, SMLD
 from .learned import LearnedVPSDE, MonotoneSchedule
-from .linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE, WrongShape, like
+from .linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
+from .linear import WrongShape as WrongShape
+from .linear import like as like
 from .noise_levels import NoiseLevels
 from .nonlinear import Diffusion, backward, paths
 
@@ -19,8 +24,6 @@ __all__ = [
     "MonotoneSchedule",
     "NoiseLevels",
     "SubVPSDE",
-    "WrongShape",
     "backward",
-    "like",
     "paths",
 ]

@@ -44,7 +44,6 @@ from score_sde.models import traces
 from score_sde.models.base import of_examples
 from score_sde.models.rules import label_edm
 from score_sde.networks import DiT
-from score_sde.ode import FIXED
 from score_sde.samplers import (
     DDIM,
     AdaptiveODE,
@@ -54,18 +53,16 @@ from score_sde.samplers import (
     Churn,
     DPMSolver,
     EmbeddedODE,
-    EulerMaruyama,
-    FixedODE,
     Heun,
     Langevin,
     Multistep,
     PredictorCorrector,
-    ReverseDiffusion,
     Sampler,
     UniPC,
-    langevin_walk,
 )
 from score_sde.samplers.adaptive import improved_euler
+from score_sde.samplers.langevin import langevin_walk
+from tests.oracles import SAMPLERS as ROWS
 from tests.oracles import name as name_of
 from tests.oracles import numbers
 
@@ -249,15 +246,20 @@ def bare(sde: SDE, learned_variance: bool = False) -> ScoreModel:
 
 
 OBSERVED = Observation(Dense(numbers(1, 3, seed=3), (3,)), numbers(2, 1, seed=4), 0.1)
+
+
+def smooth(sampler: Sampler) -> Sampler:
+    """One whose steps do not decide by the numbers: as tight as differences show, or without a choice of steps."""
+    if isinstance(sampler, AdaptiveSDE):
+        return AdaptiveSDE(rtol=1e3, atol=1e3, first=1.0)  # which takes the grid's steps
+    own = {"AdaptiveODE": 1e-9, "EmbeddedODE": 1e-5}.get(name_of(sampler))
+    return sampler if own is None else replace(sampler, rtol=own, atol=own)  # type: ignore[call-arg]
+
+
 SAMPLERS: list[Sampler] = [
-    EulerMaruyama(), ReverseDiffusion(), ReverseDiffusion(flow=True), Ancestral(), Ancestral("large"),
-    Ancestral("learned"), DDIM(), DDIM(1.0), Langevin(), Langevin(steps=2, norm="batch"), AnnealedLangevin(),
-    PredictorCorrector(), PredictorCorrector(Ancestral(), AnnealedLangevin()), Heun(), Churn(), Churn(0.0),
-    *(DPMSolver(order, predict) for order in (1, 2, 3) for predict in ("noise", "data")),
-    Multistep(2), Multistep(3, "both"), Multistep(3, "noise"), Multistep(2, eta=1.0),
-    UniPC(3), UniPC(2, "b1", "both", "lower"), *(FixedODE(method) for method in FIXED),
-    AdaptiveODE(1e-6, 1e-6), EmbeddedODE(1e-5, 1e-5),
-    AdaptiveSDE(rtol=1e3, atol=1e3, first=1.0),  # which takes the grid's steps
+    *(smooth(row.sampler) for row in ROWS if row.main or not isinstance(row.sampler, (Multistep, UniPC))),
+    Ancestral("learned"), Langevin(steps=2, norm="batch"), PredictorCorrector(Ancestral(), AnnealedLangevin()),
+    Multistep(3, "both"), UniPC(3), UniPC(2, "b1", "both", "lower"),
     Projected(DDIM(1.0), OBSERVED, jump=2, resamplings=2), Projected(PredictorCorrector(), OBSERVED),
 ]  # fmt: skip
 GRID = torch.tensor([1.0, 0.7, 0.4, 0.15, 0.02], dtype=torch.float64)
@@ -292,10 +294,13 @@ def test_walks_have_the_gradient_of_finite_differences(sampler: Sampler) -> None
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=written)
 def test_walks_have_a_learned_schedules_gradient_or_say_that_they_have_none(sampler: Sampler) -> None:
+    torch.manual_seed(0)  # the shape's first units are drawn
     schedule = MonotoneSchedule(-6.0, 4.0, learn_ends=True, units=8).double()
     model = bare(LearnedVPSDE(schedule=schedule, t_min=0.01), "learned" in repr(sampler))
     x = numbers(2, 3)
-    if isinstance(sampler, (DPMSolver, Multistep, UniPC, EmbeddedODE)) or sampler == Churn():
+    if isinstance(sampler, (DPMSolver, Multistep, UniPC, EmbeddedODE)) or (
+        isinstance(sampler, Churn) and sampler.churn > 0
+    ):
         with pytest.raises(ValueError, match="gives no gradient to a learned schedule: hold it constant"):
             end_of(sampler, model, x)
         schedule.requires_grad_(False)

@@ -37,12 +37,10 @@ from score_sde import (
     DPMSolver,
     EmbeddedODE,
     EulerMaruyama,
-    FixedODE,
     Heun,
     Langevin,
     Multistep,
     Preconditioned,
-    ReverseDiffusion,
     Sampler,
     ScoreModel,
     Solver,
@@ -75,7 +73,7 @@ from score_sde.samplers.exponential import (
     weights,
 )
 from score_sde.sdes import like
-from tests.oracles import SDES, name, numbers
+from tests.oracles import FLOW_ORDERS, SDES, name, numbers
 
 # of NumPy's and of their own options
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
@@ -91,46 +89,8 @@ EVERY = pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], i
 # Solvers know an SDE by its curves alone: paths on others are VP's, rescaled, which is tested for each of them.
 FIRST_AND_SLOWLY_OTHERS = [SDES[0], *(pytest.param(sde, marks=pytest.mark.slow) for sde in SDES[1:4])]
 
-# sampler: its order as a solver of the probability flow.
-ORDERS: dict[Sampler, int] = {
-    DPMSolver(1): 1,
-    DPMSolver(2): 2,
-    DPMSolver(3): 3,
-    DPMSolver(2, "data"): 2,
-    DPMSolver(3, "data"): 3,
-    Multistep(1): 1,
-    Multistep(2): 2,
-    Multistep(2, rule="published"): 2,
-    Multistep(3): 3,
-    Multistep(2, "noise"): 2,
-    Multistep(3, "noise"): 3,
-    Multistep(2, "both"): 2,
-    Multistep(3, "both"): 3,
-    UniPC(1): 2,
-    UniPC(2): 3,
-    UniPC(3): 4,
-    UniPC(1, "b1"): 2,
-    UniPC(2, "b1"): 3,
-    UniPC(3, "b1"): 4,
-    UniPC(2, predict="noise"): 3,
-    UniPC(3, predict="noise"): 4,
-    UniPC(2, predict="both"): 3,
-    UniPC(3, predict="both"): 4,
-    UniPC(1, predict="noise"): 2,
-    UniPC(2, "b1", "noise"): 3,
-    UniPC(3, "b1", "noise"): 4,
-    Churn(0): 2,
-}
-# those of old, whose orders test_samplers.py measures on Gaussians
-OLD: dict[Sampler, int] = {
-    DDIM(): 1,
-    ReverseDiffusion(flow=True): 1,
-    Heun(): 2,
-    FixedODE("euler"): 1,
-    FixedODE("midpoint"): 2,
-    FixedODE("heun2"): 2,
-    FixedODE("rk4"): 4,
-}
+ORDERS = {s: order for s, order in FLOW_ORDERS.items() if isinstance(s, (Churn, DPMSolver, Multistep, UniPC))}
+OLD = {s: order for s, order in FLOW_ORDERS.items() if s not in ORDERS}  # test_samplers.py measures them on Gaussians
 NOISY: list[Sampler] = [Multistep(1, eta=1), Multistep(2, eta=1), Multistep(3, eta=1), Multistep(2, eta=0.5), Churn(5)]
 ALL: list[Sampler] = [*ORDERS, *NOISY, EmbeddedODE(), AdaptiveSDE(0.1, 0.1)]
 

@@ -8,19 +8,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from score_sde import (
-    DDIM,
     VESDE,
     VPSDE,
-    Ancestral,
-    AnnealedLangevin,
-    Churn,
-    DPMSolver,
-    EulerMaruyama,
-    Heun,
     Langevin,
     Multistep,
     PredictorCorrector,
-    ReverseDiffusion,
     Sampler,
     ScoreModel,
     UniPC,
@@ -28,35 +20,11 @@ from score_sde import (
 )
 from score_sde.models.base import Estimate
 from score_sde.sdes import SDE
+from tests.oracles import SAMPLERS
 
-# sampler: operations on whole states in a step, without the draws of noise. A new sampler is one more row; the number
-# is that of the tensors in its formula, for a scaled sum of n tensors takes n passes.
+# sampler: operations on whole states in a step, without the draws of noise
 PASSES: dict[Sampler, int] = {
-    EulerMaruyama(): 3,
-    ReverseDiffusion(): 3,
-    ReverseDiffusion(flow=True): 2,
-    Ancestral(): 3,
-    Ancestral("large"): 3,
-    DDIM(): 2,
-    DDIM(eta=0.5): 3,
-    AnnealedLangevin(): 2,
-    Langevin(): 4,  # two norms
-    PredictorCorrector(corrector=AnnealedLangevin()): 5,
-    PredictorCorrector(): 7,
-    Heun(): 4,
-    Churn(1e9): 6,
-    DPMSolver(1): 2,
-    DPMSolver(2): 4,
-    DPMSolver(2, "data"): 4,
-    DPMSolver(3): 8,
-    Multistep(1): 2,
-    Multistep(2): 3,
-    Multistep(3): 4,
-    Multistep(3, "noise"): 4,
-    Multistep(2, eta=1): 4,
-    UniPC(1): 4,
-    UniPC(2): 6,
-    UniPC(3): 8,
+    **{row.sampler: row.passes for row in SAMPLERS if row.passes},
     UniPC(3, predict="noise", start="lower", short=25): 8,
     UniPC(3, predict="both", start="lower", short=25): 8,
 }

@@ -34,50 +34,21 @@ from score_sde.samplers import (
     AdaptiveODE,
     AdaptiveSDE,
     Ancestral,
-    AnnealedLangevin,
-    Churn,
-    DPMSolver,
     EmbeddedODE,
     EulerMaruyama,
     FixedODE,
     Heun,
-    Langevin,
-    Multistep,
-    PredictorCorrector,
-    ReverseDiffusion,
     Sampler,
-    UniPC,
     adaptive,
     langevin_dynamics,
 )
 from score_sde.sdes import SDE, like
 from score_sde.tasks.results import in_batches
-from tests.oracles import numbers
+from tests.oracles import MAIN, numbers
 
 SDE_ = VPSDE(t_min=0.01)
 GRID = times.log_snr(SDE_, 4)
-SAMPLERS: list[Sampler] = [
-    AdaptiveODE(1e-3, 1e-3),
-    AdaptiveODE(1e-3, 1e-3, method="RK45"),
-    AdaptiveSDE(0.1, 0.1),
-    Ancestral(),
-    Ancestral("large"),
-    AnnealedLangevin(),
-    Churn(1.0),
-    DDIM(),
-    DDIM(eta=0.5),
-    DPMSolver(3),
-    EmbeddedODE(1e-3, 1e-3),
-    EulerMaruyama(),
-    FixedODE(),
-    Heun(),
-    Langevin(),
-    Multistep(3),
-    Multistep(2, eta=1.0),
-    PredictorCorrector(),
-    ReverseDiffusion(),
-    UniPC(3),
-]
+SAMPLERS: list[Sampler] = [*MAIN, AdaptiveODE(1e-3, 1e-3, method="RK45")]
 SHAPES = {"vectors": (3,), "sequences": (2, 5), "images": (2, 4, 3), "volumes": (1, 2, 3, 2)}
 
 

@@ -14,26 +14,19 @@ from torch import Tensor
 from score_sde import (
     DDIM,
     DDPM,
-    EDMSDE,
     SDE,
     SMLD,
     VESDE,
     VPSDE,
-    Ancestral,
-    AnnealedLangevin,
-    Churn,
     CosineSDE,
     DPMSolver,
-    EulerMaruyama,
     FixedODE,
     Heun,
     Langevin,
     Multistep,
-    PredictorCorrector,
     ReverseDiffusion,
     Sampler,
     ScoreModel,
-    SubVPSDE,
     UniPC,
     sample,
     times,
@@ -44,6 +37,7 @@ from score_sde.samplers.stochastic import Corrector
 from score_sde.sdes import like
 from score_sde.sdes.learned import LearnedVPSDE, MonotoneSchedule
 from tests import ROOT
+from tests.oracles import SAMPLERS, SDES
 
 DEVIATIONS = torch.tensor([0.1, 0.5, 2.0], dtype=torch.float64)
 
@@ -113,29 +107,9 @@ def walked(model: Exact, sampler: Sampler, grid: Tensor, deviation: Tensor) -> T
     return deviation
 
 
-# sampler: its order. A new sampler is one more row.
-ORDERS: dict[Sampler, int] = {
-    EulerMaruyama(): 1,
-    ReverseDiffusion(): 1,
-    ReverseDiffusion(flow=True): 1,
-    Ancestral(): 1,
-    Ancestral("large"): 1,
-    DDIM(): 1,
-    FixedODE("euler"): 1,
-    PredictorCorrector(ReverseDiffusion(), AnnealedLangevin(0.1)): 1,
-    PredictorCorrector(Ancestral(), AnnealedLangevin(0.1)): 1,
-    Churn(1.0): 2,
-    Heun(): 2,
-    DPMSolver(2): 2,
-    DPMSolver(3): 3,
-    Multistep(2): 2,
-    Multistep(2, eta=1.0): 2,
-    Multistep(3, "noise"): 3,
-    UniPC(2): 3,
-    UniPC(2, predict="both"): 3,
-}
+ORDERS = {row.sampler: row.order for row in SAMPLERS if row.order and row.main}
 LEARNED = LearnedVPSDE(schedule=MonotoneSchedule(units=16), t_min=1e-3)
-CONTINUOUS: list[SDE] = [VPSDE(), SubVPSDE(), VESDE(), CosineSDE(), EDMSDE(), LEARNED]
+CONTINUOUS: list[SDE] = [*SDES, LEARNED]
 CHAINS: dict[str, Callable[[int], DDPM | SMLD]] = {
     "linear": lambda n: DDPM.from_sde(VPSDE(), n),
     "cosine": DDPM.cosine,

@@ -13,7 +13,7 @@ from scipy.integrate import quad, solve_ivp
 from score_sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 from score_sde.models.rules import label_sigma, label_time
 from score_sde.sdes import like
-from tests.oracles import CHAINS, SDES, TABLES, name, numbers, recorded
+from tests.oracles import CHAINS, PUBLISHED, SDES, TABLES, name, numbers, recorded
 
 EVERY = pytest.mark.parametrize("sde", SDES, ids=name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
@@ -25,7 +25,7 @@ TIMES = TIMES.double()
 CHAIN_TIMES = (torch.arange(0, 1, 1 / 500, dtype=torch.float64) + 0.0007)[:500]
 
 # Exact at t = 0, where each SDE starts.
-START = {"VPSDE": 0.0, "SubVPSDE": 0.0, "VESDE": 0.01, "CosineSDE": 0.0, "EDMSDE": 0.002}
+START = {name(sde): float(curves(mpmath.mpf(0))[1]) for sde, curves in PUBLISHED.items()}
 
 
 def derivative(curve, t: torch.Tensor) -> torch.Tensor:
@@ -37,29 +37,12 @@ def derivative(curve, t: torch.Tensor) -> torch.Tensor:
 # The curves
 
 
-def published(sde: SDE, t: mpmath.mpf) -> tuple[mpmath.mpf, mpmath.mpf]:
-    """(alpha, sigma) as the papers print them, in 50 digits, where cancellation does not matter."""
-    exp, sqrt, cos, pi = mpmath.exp, mpmath.sqrt, mpmath.cos, mpmath.pi
-    if isinstance(sde, VPSDE):  # Song et al. 2021, eq. 29
-        mean = exp(-(t**2) * (mpmath.mpf(sde.beta_max) - sde.beta_min) / 4 - t * sde.beta_min / 2)
-        return mean, 1 - mean**2 if isinstance(sde, SubVPSDE) else sqrt(1 - mean**2)
-    if isinstance(sde, VESDE):
-        return mpmath.mpf(1), sde.sigma_min * (mpmath.mpf(sde.sigma_max) / sde.sigma_min) ** t
-    if isinstance(sde, EDMSDE):  # Karras et al. 2022, eq. 5
-        root = 1 / mpmath.mpf(sde.rho)
-        low, high = mpmath.mpf(sde.sigma_min) ** root, mpmath.mpf(sde.sigma_max) ** root
-        return mpmath.mpf(1), (low + t * (high - low)) ** sde.rho
-    angles = [pi / 2 * (mpmath.mpf("0.999") * u + mpmath.mpf("0.008")) / mpmath.mpf("1.008") for u in (t, 0)]
-    alpha = cos(angles[0]) / cos(angles[1])  # Nichol & Dhariwal 2021, eq. 17
-    return alpha, sqrt(1 - alpha**2)
-
-
 @EVERY
 @DTYPES
 def test_alpha_and_sigma_are_the_published_ones(sde, dtype):
     t = TIMES.to(dtype)
     with mpmath.workdps(50):
-        truth = [[float(value) for value in published(sde, mpmath.mpf(u))] for u in t.tolist()]
+        truth = [[float(value) for value in PUBLISHED[sde](mpmath.mpf(u))] for u in t.tolist()]
     # Exponents reach 10 (log alpha of VP, log sigma of VE), so float32 rounds them by 10 * 6e-8.
     rtol = 2e-6 if dtype == torch.float32 else 4e-15
     for curve, values in zip((sde.alpha(t), sde.sigma(t)), torch.tensor(truth, dtype=torch.float64).T):
@@ -323,8 +306,7 @@ def test_an_sde_is_a_value(sde):
     assert type(sde)() == sde and hash(type(sde)()) == hash(sde)
     other = replace(sde, t_min=0.25)
     assert other.t_min == 0.25 and other != sde and replace(other, t_min=sde.t_min) == sde
-    scope = {kind.__name__: kind for kind in (VPSDE, SubVPSDE, VESDE, CosineSDE, EDMSDE)}
-    assert eval(repr(sde), scope) == sde
+    assert eval(repr(sde), {name(sde): type(sde)}) == sde
     assert pickle.loads(pickle.dumps(sde)) == sde and copy.deepcopy(sde) == sde
     assert len({sde, *SDES}) == len(SDES)
 
