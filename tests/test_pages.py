@@ -277,9 +277,7 @@ def test_files_and_links_exist(page: str) -> None:
     paths = set(re.findall(rf"(?<![\w/.-])((?:{'|'.join(FOLDERS)})/[\w./-]+\.\w+)", text))
     paths |= {f"score_sde/{name}" for name in re.findall(rf"`((?:{'|'.join(files())})/\w+\.py)`", text)}
     for name in re.findall(r"`(\w+\.py)`", text):
-        assert name in {"FILE.py", "NAME.py"} or next(ROOT.glob(f"*/**/{name}"), ROOT / name).exists(), (
-            f"{page}: {name}"
-        )
+        assert name in READERS or next(ROOT.glob(f"*/**/{name}"), ROOT / name).exists(), f"{page}: {name}"
     missing = [path for path in sorted(paths) if not (ROOT / path).exists() and "NAME" not in path]
     assert missing == [], page
     for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", text):
