@@ -55,7 +55,7 @@ def log_likelihood(
     seed: int | torch.Generator = 0,
     first: int = 0,
 ) -> Likelihood:
-    """Log density of x under the probability flow of `model`, with x taken as the state at t_min.
+    """Log density of x under the probability flow of `model`, as FFJORD computes it; x is the state at t_min.
 
     With the default method an example's result and cost do not depend on its batch. The result has no gradient, neither
     in x nor in the model's parameters: ``score_flow(model).log_prob(x)`` has both, for training by maximum likelihood.

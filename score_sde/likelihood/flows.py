@@ -89,7 +89,7 @@ def normal_draw(shape: Sequence[int], noise: Noise) -> Tensor:
 
 
 class Flow(nn.Module):
-    """The flow dx/dt = velocity(t, x) from data at t0 to a base density at t1.
+    """A continuous normalizing flow, also known as FFJORD: dx/dt = velocity(t, x) from data at t0 to a base at t1.
 
     Args:
         velocity: (t, x) -> tensor of x's shape; an nn.Module where its parameters are to be trained by the adjoint. t

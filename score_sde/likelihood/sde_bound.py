@@ -75,7 +75,7 @@ def variational_bound(
     seed: int = 0,
     first: int = 0,
 ) -> ContinuousBound:
-    """The bound on -log p(x) by Monte Carlo over time and noise: unbiased for any number of draws.
+    """The variational bound (ELBO, VDM's loss) on -log p(x) by Monte Carlo: unbiased for any number of draws.
 
     Args:
         model: any score model.

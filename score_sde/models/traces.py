@@ -46,7 +46,7 @@ ELEMENTARY = frozenset(f"{step[:-1]}Backward{step[-1]}" for step in _STEPS.split
 
 
 def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.Generator, first: int) -> Tensor:
-    """(K, B, *shape); for "exact" (D, B, *shape), the unit vectors.
+    """Probes of Hutchinson's trace estimator (Skilling-Hutchinson), (K, B, *shape); for "exact" the D unit vectors.
 
     Example i's depend on (seed, first + i) alone; a torch.Generator serves the whole batch. Raises ValueError for an
     unknown probe, a tensor of another shape, or less than one.

@@ -1,8 +1,8 @@
 """What a sampler is, and the one door through which samples leave.
 
 A sampler walks a decreasing grid of times, yielding the state at each; one-step samplers define `step` and inherit the
-walk. Most define it in two parts (`Planned`): numbers that hang on the times alone, which a walk computes for its whole
-grid at once, and passes over the state. Samplers are frozen values: printable, comparable, composable. They see
+walk. Most define it in two parts (`Planned`): numbers that depend on the times alone, which a walk computes for its
+whole grid at once, and passes over the state. Samplers are frozen values: printable, comparable, composable. They see
 randomness only as ``noise(like)``.
 """
 

@@ -18,8 +18,9 @@ from .deterministic import Heun
 
 @dataclass(frozen=True)
 class Churn(Sampler):
-    """Karras et al. 2022 (arXiv:2206.00364), algorithm 2, on any SDE: its sigma is sigma/alpha here, its x is x/alpha.
+    """EDM's stochastic sampler, also known as Heun with S_churn: noise is put back before each step of `Heun`.
 
+    Karras et al. 2022 (arXiv:2206.00364), algorithm 2, on any SDE: its sigma is sigma/alpha here, its x is x/alpha.
     At noise levels r = sigma/alpha in [low, high] noise of deviation `inflate` sqrt(r'² - r²) takes x up to
     r' = r (1 + gamma), gamma = min(churn/n, sqrt(2) - 1) for n steps; from there `Heun` steps to the next time. Noise
     is never raised above that at t = 1, which no model has seen. With churn = 0 nothing is drawn and it is `Heun`.

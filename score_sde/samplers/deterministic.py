@@ -31,10 +31,11 @@ def check_noisy(model: ScoreModel, s: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Heun(Planned):
-    """Heun's method in r = sigma/alpha, where the flow of y = x/alpha is dy/dr = noise: order 2, two evaluations.
+    """Heun's method in r = sigma/alpha, also known as EDM's deterministic sampler: order 2, two evaluations.
 
-    Karras et al. 2022, algorithm 1: DDIM's step, then the mean of the slopes at its two ends. The rates f and g, which
-    jump at the steps of a chain, do not enter. A last step to clean data is DDIM's.
+    The flow of y = x/alpha is dy/dr = noise. Karras et al. 2022, algorithm 1: DDIM's step, then the mean of the slopes
+    at its two ends. The rates f and g, which jump at the steps of a chain, do not enter. A last step to clean data is
+    DDIM's.
     """
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
@@ -79,8 +80,9 @@ class FixedODE(Sampler):
 
 @dataclass(frozen=True)
 class AdaptiveODE(Sampler):
-    """An adaptive method between the grid's points, which are only where the state is reported.
+    """The probability flow by an adaptive ODE solver, also known as the ODE sampler: dopri5, RK45 and others.
 
+    The grid's points are only where the state is reported.
     `method` is one of torchdiffeq's, or "RK45" for scipy's as the paper uses it. One step size serves the batch, so an
     example's result depends on its neighbours to within the tolerance. Raises ValueError for another method, and where
     the grid ends at clean data (sigma = 0).

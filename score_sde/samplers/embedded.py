@@ -18,8 +18,9 @@ from .deterministic import check_noisy
 
 @dataclass(frozen=True)
 class EmbeddedODE(Sampler):
-    """Dormand-Prince 5(4), each example with steps of its own: none depends on its neighbours, or waits for them.
+    """The probability flow by Dormand-Prince 5(4), also known as dopri5 and RK45, each example with steps of its own.
 
+    No example depends on its neighbours, or waits for them.
     The flow is solved on its `Circle`, which suits both ends of every SDE, and chains. A step is accepted where the
     root mean square of error/(atol + rtol |y|) over an example is at most 1. Only the examples that have not arrived
     are evaluated. The grid's points are where the state is reported.

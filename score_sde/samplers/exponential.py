@@ -256,8 +256,9 @@ def _check(order: int, predict: str, start: str = "lower", known: Sequence[str] 
 class DPMSolver(Sampler):
     """DPM-Solver-1, 2 and 3: singlestep exponential integrators, of as many evaluations per step as their order.
 
-    Lu et al. 2022 (arXiv:2206.00927), algorithms 1-2 and section 3.1, with r1 = 1/2, or r1 = 1/3 and r2 = 2/3; with
-    ``predict="data"`` DPM-Solver++'s (arXiv:2211.01095, appendix A). A step to clean data is of order 1 (DDIM's).
+    Also known as singlestep DPM-Solver. Lu et al. 2022 (arXiv:2206.00927), algorithms 1-2 and section 3.1, with r1 =
+    1/2, or r1 = 1/3 and r2 = 2/3; with ``predict="data"`` DPM-Solver++'s (arXiv:2211.01095, appendix A). A step to
+    clean data is of order 1 (DDIM's).
 
     Raises ValueError for another order or prediction.
     """
@@ -285,10 +286,11 @@ class DPMSolver(Sampler):
 class Multistep(Sampler):
     """DPM-Solver++(2M) and (3M), their SDE forms, and DEIS: one evaluation per step, interpolated with those before.
 
-    Lu et al. 2022b (arXiv:2211.01095), algorithm 2 and appendix B; ``eta=1`` is SDE-DPM-Solver++ (section 4), other
-    values have that much of the reverse SDE's noise, all with the same marginals; ``predict="noise"`` is DEIS with
-    polynomials in log(sigma/alpha) (Zhang & Chen 2022, arXiv:2204.13902, tAB in that variable). Order 1 is `DDIM`, with
-    eta = 1 `Ancestral`. With noise two orders are the most, weakly: one normal number per step says no more of a path.
+    Also known as dpmpp_2m, dpmpp_3m and dpmpp_2m_sde, and as tAB-DEIS. Lu et al. 2022b (arXiv:2211.01095), algorithm 2
+    and appendix B; ``eta=1`` is SDE-DPM-Solver++ (section 4), other values have that much of the reverse SDE's noise,
+    all with the same marginals; ``predict="noise"`` is DEIS with polynomials in log(sigma/alpha) (Zhang & Chen 2022,
+    arXiv:2204.13902, tAB in that variable). Order 1 is `DDIM`, with eta = 1 `Ancestral`. With noise two orders are the
+    most, weakly: one normal number per step says no more of a path.
 
     Args:
         order: 1, 2 or 3.
@@ -338,8 +340,9 @@ class Multistep(Sampler):
 class UniPC(Sampler):
     """UniPC-p: a multistep predictor of order p, then corrected with the next evaluation to order p + 1.
 
-    Zhao et al. 2023 (arXiv:2302.04867), algorithms 5-8. One evaluation per step: the one at the predicted point serves
-    the correction of that point and the next step. The last point is not corrected.
+    Also known as the unified predictor-corrector; "b1" and "b2" are its B1(h) and B2(h). Zhao et al. 2023
+    (arXiv:2302.04867), algorithms 5-8. One evaluation per step: the one at the predicted point serves the correction of
+    that point and the next step. The last point is not corrected.
 
     Args:
         order: p, 1, 2 or 3.

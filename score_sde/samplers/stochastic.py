@@ -29,7 +29,10 @@ class ReverseStep(Planned):
 
 @dataclass(frozen=True)
 class EulerMaruyama(ReverseStep):
-    """x_s = x_t + (s - t) [f x - g² score] + g sqrt(t - s) z: weak order 1 (Song et al. 2021, appendix D)."""
+    """Euler-Maruyama on the reverse SDE, of weak order 1 (Song et al. 2021, appendix D).
+
+    x_s = x_t + (s - t) [f x - g² score] + g sqrt(t - s) z.
+    """
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         h, f, g = t - s, sde.f(t), sde.g(t)
@@ -38,10 +41,11 @@ class EulerMaruyama(ReverseStep):
 
 @dataclass(frozen=True)
 class ReverseDiffusion(ReverseStep):
-    """x_s = (2 - scale) x_t + std² score + std z with x_t | x_s ~ N(scale x_s, std²): the forward step, reversed.
+    """The forward step reversed, also known as the reverse diffusion predictor.
 
-    Song et al. 2021, eq. 44-46 and appendix E, with the exact transition as discretisation; on a chain it is the
-    paper's sampler. `flow` halves the score's share and leaves out the noise: their probability-flow discretisation.
+    x_s = (2 - scale) x_t + std² score + std z with x_t | x_s ~ N(scale x_s, std²). Song et al. 2021, eq. 44-46 and
+    appendix E, with the exact transition as discretisation; on a chain it is the paper's sampler. `flow` halves the
+    score's share and leaves out the noise: their probability-flow discretisation.
 
     A step of the flow, where noise is all there is, multiplies deviations by 1 + (1 - scale)²/2, and nothing takes that
     back. It is nearly 1 in each step of the paper's SDEs and chains. A cosine schedule loses half of the signal and
@@ -77,11 +81,12 @@ def check_flow(sde: SDE, start: float = 1.0) -> None:
 
 @dataclass(frozen=True)
 class Ancestral(Planned):
-    """x_s from the posterior of x_s | x_t, x_0 with x_0 the model's estimate: the DDPM sampler, on any SDE.
+    """Ancestral sampling, also known as DDPM sampling, on any SDE.
 
-    Ho et al. 2020, algorithm 2; Song et al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde),
-    "large", the forward step's (beta), or "learned" between them (Nichol & Dhariwal 2021, section 3.1), for the step
-    from t to s whatever the chain's own steps are. Where s is clean data no noise is added.
+    x_s comes from the posterior of x_s | x_t, x_0 with x_0 the model's estimate. Ho et al. 2020, algorithm 2; Song et
+    al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde), "large", the forward step's (beta), or
+    "learned" between them (Nichol & Dhariwal 2021, section 3.1), for the step from t to s whatever the chain's own
+    steps are. Where s is clean data no noise is added.
     """
 
     variance: Variance = "small"
@@ -110,10 +115,11 @@ class Ancestral(Planned):
 
 @dataclass(frozen=True)
 class DDIM(Planned):
-    """x_s = alpha_s data + sqrt(sigma_s² - fresh²) noise + fresh z, fresh = eta times the posterior's deviation.
+    """DDIM: with eta = 0 the implicit, deterministic sampler; with eta = 1 `Ancestral`, also known as DDPM.
 
-    Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eta = 1 is `Ancestral`; eta = 0 draws nothing and is the
-    first-order exponential integrator of the probability flow.
+    x_s = alpha_s data + sqrt(sigma_s² - fresh²) noise + fresh z, fresh = eta times the posterior's deviation. Song et
+    al. 2021 (arXiv:2010.02502), eq. 12 and 16. eta = 1 is `Ancestral`; eta = 0 draws nothing and is the first-order
+    exponential integrator of the probability flow.
 
     Above 1, where a step is long, the noise is all of sigma_s and more. Raises ValueError for a negative eta.
     """
@@ -155,7 +161,7 @@ class Corrector(Planned):
 
 @dataclass(frozen=True)
 class Langevin(Corrector):
-    """Corrector: `steps` times x += h score + sqrt(2h) z at the time t, with h set by a signal-to-noise ratio.
+    """Langevin corrector: `steps` times x += h score + sqrt(2h) z at the time t, with h set by a signal-to-noise ratio.
 
     h = 2 a (snr |z| / |score|)², a = transition(s, t).scale² (Song et al. 2021, algorithms 4-5). Norms are per
     example; ``norm="batch"`` averages them over the batch as the paper's code does, which makes an image depend on
@@ -200,7 +206,7 @@ def size(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AnnealedLangevin(Corrector):
-    """Corrector with h = 2 a (snr sigma_t)²: alone on a grid of levels, annealed Langevin dynamics.
+    """Corrector with h = 2 a (snr sigma_t)²: alone on a grid of levels, annealed Langevin dynamics, NCSN's sampler.
 
     Song & Ermon 2019 (arXiv:1907.05600), algorithm 1, in the form of Song et al. 2021, appendix G. With a = 1 (VE), the
     h = eps (sigma_t/sigma_L)² of Song & Ermon 2020 and of both papers' code is snr = sqrt(eps/2)/sigma_L; the algorithm
@@ -228,9 +234,10 @@ class AnnealedLangevin(Corrector):
 
 @dataclass(frozen=True)
 class PredictorCorrector(Sampler):
-    """The corrector at (t, s), then the predictor from t to s, in the order of the paper's code.
+    """Predictor-corrector (PC) sampling: the corrector at (t, s), then the predictor from t to s.
 
-    Song et al. 2021, algorithm 1 (which corrects after predicting: over a whole walk the two differ at its ends only).
+    In the order of the paper's code. Song et al. 2021, algorithm 1 (which corrects after predicting: over a whole walk
+    the two differ at its ends only).
     """
 
     predictor: Sampler = field(default_factory=ReverseDiffusion)

@@ -129,10 +129,11 @@ class MonotoneSchedule(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LearnedVPSDE(SDE):
-    """Variance preserving with log SNR = -gamma(t): alpha² = sigmoid(-gamma), sigma² = sigmoid(gamma).
+    """Variance preserving with a learned schedule, also known as VDM's (variational diffusion models).
 
-    f = -gamma' sigma²/2 and g² = gamma' sigma² (Kingma et al. 2021, section 3.2 and appendix E). A `ScoreModel` with
-    this SDE registers the schedule, so that its parameters are trained, averaged, saved and copied with the model's.
+    With log SNR = -gamma(t): alpha² = sigmoid(-gamma), sigma² = sigmoid(gamma), f = -gamma' sigma²/2 and g² = gamma'
+    sigma² (Kingma et al. 2021, section 3.2 and appendix E). A `ScoreModel` with this SDE registers the schedule, so
+    that its parameters are trained, averaged, saved and copied with the model's.
     """
 
     schedule: MonotoneSchedule
