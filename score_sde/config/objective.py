@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from ml_collections import ConfigDict
@@ -53,6 +54,9 @@ def _implicit(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
     return score_matching.implicit(model, x, t)
 
 
+_sliced = partial(score_matching.sliced, variance_reduced=False)
+
+
 def _finite_difference(config: ConfigDict) -> Loss:
     def estimate(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
         return score_matching.finite_difference(model, x, t, v, config.training.difference_step * model.sde.sigma(t))
@@ -70,22 +74,32 @@ def _of_chain(value: Callable[..., Tensor], config: ConfigDict, codec: Codec) ->
     return loss
 
 
-OBJECTIVES: dict[str, Callable[[ConfigDict, Codec], Loss]] = {
-    "denoising": lambda c, codec: _denoising,
-    "implicit": lambda c, codec: _without_noise(_implicit, "gaussian"),
-    "sliced": lambda c, codec: _without_noise(
-        partial(score_matching.sliced, variance_reduced=False), c.training.projection
+class Estimator(NamedTuple):
+    """What makes the loss of an objective, and what is to be known of it elsewhere."""
+
+    make: Callable[[ConfigDict, Codec], Loss]
+    projected: bool = False  # it draws projections
+    twice: bool = False  # its gradient is a second derivative of the network
+    decoded: bool = False  # it is of a chain's bound, and asks for the reverse steps' variance too
+
+
+OBJECTIVES = {
+    "denoising": Estimator(lambda c, codec: _denoising),
+    "implicit": Estimator(lambda c, codec: _without_noise(_implicit, "gaussian"), twice=True),
+    "sliced": Estimator(lambda c, codec: _without_noise(_sliced, c.training.projection), projected=True, twice=True),
+    "sliced_vr": Estimator(
+        lambda c, codec: _without_noise(score_matching.sliced, c.training.projection), projected=True, twice=True
     ),
-    "sliced_vr": lambda c, codec: _without_noise(score_matching.sliced, c.training.projection),
-    "finite_difference": lambda c, codec: _finite_difference(c),
-    "hybrid": lambda c, codec: _of_chain(losses.hybrid, c, codec),
-    "vlb": lambda c, codec: _of_chain(losses.variational, c, codec),
+    "finite_difference": Estimator(lambda c, codec: _finite_difference(c), projected=True),
+    "hybrid": Estimator(lambda c, codec: _of_chain(losses.hybrid, c, codec), decoded=True),
+    "vlb": Estimator(lambda c, codec: _of_chain(losses.variational, c, codec), decoded=True),
 }
 NAMES = (*OBJECTIVES, CLASSIFY, AUTOENCODE)
-PARTS = ("reconstruction_bits", "kl_bits", "psnr")  # what logs tell of an autoencoder
-PROJECTED = ("sliced", "sliced_vr", "finite_difference")  # the objectives that draw projections
-TWICE = ("implicit", "sliced", "sliced_vr")  # those whose gradient is a second derivative of the network
-DECODED = ("hybrid", "vlb")  # those of a chain's bound, which ask for the reverse steps' variance too
+PROJECTED, TWICE, DECODED = (
+    tuple(name for name, estimator in OBJECTIVES.items() if getattr(estimator, what))
+    for what in ("projected", "twice", "decoded")
+)
+PARTS = ("reconstruction_bits", "kl_bits", "psnr")  # what logs say of an autoencoder
 
 TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
     "uniform": lambda t: time_laws.uniform,
@@ -106,7 +120,7 @@ class Objective(nn.Module):
         super().__init__()
         t = config.training
         self.model = model
-        self.estimate = OBJECTIVES[t.objective](config, codec or VectorCodec())
+        self.estimate = OBJECTIVES[t.objective].make(config, codec or VectorCodec())
         self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
         if t.time == "edm":
             self.weight = partial(losses.edm, sigma_data=config.model.sigma_data)
@@ -154,8 +168,8 @@ class CrossEntropy(nn.Module):
         self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         label = (condition or {})["label"]
-        found = self.model.log_probs(self.model.sde.perturb(x0, t, z), t)
-        return -found.gather(1, label[:, None])[:, 0], (found.argmax(1) == label).to(found)
+        log_probs = self.model.log_probs(self.model.sde.perturb(x0, t, z), t)
+        return -log_probs.gather(1, label[:, None])[:, 0], (log_probs.argmax(1) == label).to(log_probs)
 
 
 class EvidenceBound(nn.Module):
@@ -175,10 +189,10 @@ class EvidenceBound(nn.Module):
         self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
         width, dimensions = self.codec.width, x0[0].numel()
-        found = self.model(x0, z, self.codec.levels, width)
-        reconstruction, divergence = bits(found.reconstruction, dimensions), bits(found.divergence, dimensions)
+        bound = self.model(x0, z, self.codec.levels, width)
+        reconstruction, divergence = bits(bound.reconstruction, dimensions), bits(bound.divergence, dimensions)
         low = self.codec.range[0]
-        near = psnr((x0 - low) / width, (found.decoded - low) / width).to(x0)
+        near = psnr((x0 - low) / width, (bound.decoded - low) / width).to(x0)
         parts = torch.stack([reconstruction, divergence, near], 1)
         return reconstruction + self.weight * divergence, parts.detach()
 
@@ -188,7 +202,7 @@ def build_objective(
 ) -> nn.Module:
     """The config's loss of what it trains, a module (x0, t, z, v, condition) -> (loss, measure), (B,) both.
 
-    The measure, of which logs tell the mean at each noise level, is what `measure` calls it; an autoencoder's are
+    The measure, whose mean at each noise level is logged, is what `measure` calls it; an autoencoder's are
     PARTS, (B, 3).
     """
     if isinstance(model, ConvolutionalAutoencoder):

@@ -42,6 +42,7 @@ from score_sde.config.keys import KEYS, check, explain
 from score_sde.models import rules
 from score_sde.models.base import Counted
 from score_sde.models.closed_form import Gaussian
+from score_sde.networks.blocks import ResidualBlock
 from score_sde.ode import ADAPTIVE
 from score_sde.tasks.stamps import about_grid
 from tests import ROOT
@@ -634,3 +635,12 @@ def test_a_network_that_does_not_fit_the_data_is_refused() -> None:
         build_network(load(VP, {"model.name": "dit"}), (1, 64))
     with pytest.raises(ValueError, match="model.name=mlp is for vectors"):
         build_network(load(VP.with_name("vp_toy.py")), (3, 8, 8))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_activations_are_recomputed_where_the_config_says_so(recompute: bool) -> None:
+    config = load(VP, {**TINY, "training.checkpoint_activations": str(recompute)})
+    config.model.num_classes = 3
+    trained = (build.build_model, build.build_classifier, build.build_autoencoder)
+    blocks = [[m for m in make(config, (3, 8, 8)).modules() if isinstance(m, ResidualBlock)] for make in trained]
+    assert all(blocks) and {block.style.checkpoint_activations for each in blocks for block in each} == {recompute}
