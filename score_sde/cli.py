@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 
 from . import config as configs
 from .machine import parallel
-from .machine.log import keep_log, log, log_to_terminal
+from .machine.log import log, log_to_terminal
 from .machine.parallel import Elsewhere, NoDevice
 from .tasks import checkpoint, demo, dequantize, failures, latents, likelihood, restore, sample, scan, train
 from .tasks.checkpoint import Trained
@@ -152,13 +152,11 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     check(options, config)
     processes = parallel.start(config.device)
     if processes.main:
-        log_to_terminal()
+        log_to_terminal(workdir)
         log.info("workdir: %s", workdir)
     if options.mode in RUNS:
         return RUNS[options.mode](options, config, workdir, processes)
     job, data = open_job(options, config, carried, workdir, processes)
-    if processes.main:
-        keep_log(workdir)
     ON_CHECKPOINTS[options.mode](options, job, data)
     return 0
 

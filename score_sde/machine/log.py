@@ -13,27 +13,37 @@ log = logging.getLogger("score_sde")
 _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
 
-def log_to_terminal() -> None:
-    """All but the lines of numbers, which the bar shows there, to the terminal; the rest waits for `keep_log`."""
+def log_to_terminal(workdir: Path) -> None:
+    """All but the lines of numbers, which the bar shows, to the terminal; all lines wait for `keep_log`."""
     log.setLevel(logging.DEBUG)
-    log.handlers.clear()
+    for handler in list(log.handlers):  # of an earlier command of this process
+        log.removeHandler(handler)
+        handler.close()
     terminal: logging.Handler = logging.StreamHandler(_BarSafe())
     terminal.setLevel(logging.INFO)
     terminal.setFormatter(_FORMAT)
     log.addHandler(terminal)
-    log.addHandler(MemoryHandler(10_000, flushLevel=logging.CRITICAL + 1))
+    log.addHandler(_Waiting(workdir))
 
 
-def keep_log(workdir: Path) -> None:
-    """Everything to the workdir's log.txt, from the beginning on: the command is accepted."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    file = _LogFile(workdir / "log.txt")
-    file.setFormatter(_FORMAT)
-    for waiting in [handler for handler in log.handlers if isinstance(handler, MemoryHandler)]:
+def keep_log() -> None:
+    """Everything to the workdir's log.txt, from the beginning on: the command is accepted. Again it does nothing."""
+    for waiting in [handler for handler in log.handlers if isinstance(handler, _Waiting)]:
+        waiting.workdir.mkdir(parents=True, exist_ok=True)
+        file = _LogFile(waiting.workdir / "log.txt")
+        file.setFormatter(_FORMAT)
         waiting.setTarget(file)
         waiting.close()
         log.removeHandler(waiting)
         log.addHandler(file)
+
+
+class _Waiting(MemoryHandler):
+    """The lines of a command that is not accepted yet, and the workdir that is to have them."""
+
+    def __init__(self, workdir: Path) -> None:
+        super().__init__(10_000, flushLevel=logging.CRITICAL + 1)
+        self.workdir = workdir
 
 
 class _LogFile(logging.FileHandler):

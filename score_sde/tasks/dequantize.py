@@ -13,7 +13,7 @@ from ..data.codecs import PixelCodec
 from ..data.sets import Data, Split
 from ..likelihood.dequantisation import VariationalDequantiser, fit_dequantiser
 from ..machine.lock import held
-from ..machine.log import log
+from ..machine.log import keep_log, log
 from ..machine.progress import Progress
 from ..machine.whole_files import read_header, read_tensors, write_tensors
 from ..models.pixel_levels import bits
@@ -44,6 +44,7 @@ def run_dequantizing(job: Job, split: Split) -> Path:
     target = dequantiser_path(job)
     limited, stamp = stamped(job, config.eval.weights, KEYS["dequantize"], about)
     made_from = json.dumps(stamp)
+    keep_log()
     if was_made_from(target, made_from):
         return target
     d, e = limited.config.dequantizer, limited.config.eval

@@ -112,17 +112,24 @@ def source_of(config: ConfigDict, made: Opened | None, data: Data) -> Source | N
 
 def _checkpoint(where: str | Path, carried: Trained | None, processes: Processes) -> Trained:
     """The checkpoint that the main process finds at `where`, and that must be there for the others too."""
-    path = Path(processes.agreed(lambda: str((carried or checkpoint.find(where)).path)))
+    own = [] if carried is None else [carried]
+
+    def found() -> str:
+        if not own:
+            own.append(checkpoint.find(where))
+        return str(own[0].path)
+
+    path = Path(processes.agreed(found))
     if processes.world > 1:
-        own = checkpoint.file_hash(path) if path.is_file() else "nothing"
-        seen = [text.split(" ") for text in processes.texts(f"{own} {socket.gethostname()}")]
+        here = checkpoint.file_hash(path) if path.is_file() else "nothing"
+        seen = [text.split(" ") for text in processes.texts(f"{here} {socket.gethostname()}")]
         other = next((rank for rank, (sha256, _) in enumerate(seen) if sha256 != seen[0][0]), None)
         if other is not None:
             raise ValueError(
                 f"{path} is not the same file for process 0 on {seen[0][1]} and process {other} on {seen[other][1]}: "
                 "work in one shared folder"
             )
-    return carried if carried is not None and carried.path == path else Trained.open(path)
+    return own[0] if own and own[0].path == path else Trained.open(path)
 
 
 def _reads_data(mode: str, config: ConfigDict, own: bool) -> bool:

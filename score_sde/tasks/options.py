@@ -156,6 +156,12 @@ def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
     away = f"--negative {options.negative!r}" if options.negative else f"sampling.negative_label={s.negative_label}"
     if (options.negative or s.negative_label != -1) and all(scale == 1 for scale in scales):
         raise ValueError(f"{away} has no effect without guidance: set sampling.guidance above 1, such as 2")
+    nobody = {*s.labels} == {-1} and s.negative_label == -1 and not (s.guidance_checkpoint or options.prompt)
+    if nobody and any(scale != 1 for scale in scales):
+        asked = f"--scales {options.scales}" if options.scales else f"sampling.guidance={s.guidance:g}"
+        raise ValueError(
+            f"{asked} has no effect on samples without class, sampling.labels=-1: name classes, or set the scale to 1"
+        )
     if options.scales and not guided:
         raise ValueError(
             f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "

@@ -237,9 +237,9 @@ class _Restoration:
         """The first `number` of the split, restored."""
         job = self.draws.job
         joined = in_batches(folder, number, job.config.eval.batch_size, job.processes, self.batch, self.task)
-        result: dict[str, Any] = {"nfe": float(joined.pop("nfe").mean())}
+        result: dict[str, Any] = {"nfe": float(joined["nfe"].mean())}
         if job.processes.main:
-            write_arrays(folder / "restored.npz", joined)
+            write_arrays(folder / "restored.npz", {name: joined[name] for name in joined if name != "nfe"})
             self.show(joined, folder)
         for name in ("psnr", "psnr_observed"):
             if name in joined:

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..data import recordings
 from ..data.codecs import Codec, PixelCodec
 from ..machine.lock import held
-from ..machine.log import log
+from ..machine.log import keep_log, log
 from ..machine.parallel import Processes
 from ..machine.progress import Progress
 from ..machine.whole_files import remove_leftovers, temporary, whole
@@ -46,6 +46,7 @@ def once(
 
     See `kept`, whose errors it has.
     """
+    keep_log()
     folder = folder_for(base, label, made_from)
     return folder, kept(folder, made_from, file, processes, work)
 
@@ -138,13 +139,28 @@ def in_batches(
             if arrays is None:
                 arrays = compute(first, min(batch_size, total - first))
                 write_arrays(path, arrays)
-            done.append(arrays)
+            done.append(Stored(arrays, path))
             progress(bar, done)
             bar.update()
     processes.barrier()
-    whole = [read_arrays(parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz") for first in starts]
+    paths = [parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz" for first in starts]
+    whole = [read_arrays(path) for path in paths]
     _check_whole(parts, whole, processes)
-    return {key: np.concatenate([part[key] for part in whole if part is not None]) for key in (whole[0] or {})}
+    stored = [Stored(part, path) for part, path in zip(whole, paths, strict=True) if part is not None]
+    return Stored({key: np.concatenate([part[key] for part in stored]) for key in (stored[0] if stored else ())}, parts)
+
+
+class Stored(Arrays):
+    """Arrays of files; one that they lack is asked for in a sentence."""
+
+    def __init__(self, arrays: Arrays, where: Path) -> None:
+        super().__init__(arrays)
+        self.where = where
+
+    def __missing__(self, name: str) -> np.ndarray:
+        raise ValueError(
+            f"{self.where} holds no array {name}, so it is not this command's: delete it, and give the command again"
+        )
 
 
 def read_arrays(path: Path) -> Arrays | None:

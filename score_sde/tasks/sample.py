@@ -43,6 +43,7 @@ from .job import Job
 from .options import scales_of
 from .results import (
     Arrays,
+    Stored,
     channels_last,
     in_batches,
     once,
@@ -111,7 +112,7 @@ class Draws:
             where = folder / f"scale-{i}" if len(scales) > 1 else folder
             of_scale = partial(self.batch, scale=scale)
             parts.append(in_batches(where, s.num_samples, s.batch_size, processes, of_scale, "batches"))
-        joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        joined = Stored({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, folder)
         if processes.main:
             stored = ("arr_0", "arr_1", "given")
             write_arrays(folder / "samples.npz", {name: joined[name] for name in stored if name in joined})

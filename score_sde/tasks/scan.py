@@ -44,8 +44,7 @@ _FARTHEST = 4096  # examples whose distances are all computed
 
 def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes) -> int:
     """--mode scan; returns the exit code."""
-    if processes.main:
-        keep_log(workdir)
+    keep_log()
     data, codec = read_for_training(config, processes)
     if processes.main:
         print(scan(data, codec))

@@ -120,7 +120,7 @@ def _accept(config: ConfigDict, workdir: Path) -> None:
     failures.writable(workdir / "tensorboard")
     if config.training.snapshot_sampling and not is_classifier(config):
         failures.writable(workdir / "samples")
-    keep_log(workdir)
+    keep_log()
     with whole(workdir / "config.json") as file:
         file.write((configs.to_json(config) + "\n").encode())
 

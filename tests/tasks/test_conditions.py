@@ -378,6 +378,11 @@ def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.labels=3"]),
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.guidance=2"]),
         ("trained with classes", ["--config.model.class_conditional=false"]),
+        (
+            "guidance=2 has no effect on samples without class",
+            ["--config.sampling.guidance=2", "--config.sampling.labels=-1"],
+        ),
+        ("--scales 0,2 has no effect on", ["--scales=0,2", "--config.sampling.labels=-1"]),
         ("guidance_low", ["--config.sampling.guidance_low=2", "--config.sampling.guidance_high=1"]),
         ("has no classes", ["--mode=train", "--config.data.dataset=ring", "--config.model.name=mlp"]),
         ("has 10: leave it 0", ["--config.model.num_classes=7"]),
