@@ -138,8 +138,8 @@ def read(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if words[0] == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
         assert all("=" in word or word in targets for word in words[1:]), line
-    elif words[0] == "torchrun" or words[:2] == ["python", "main.py"] or words[0] == "score_sde":
-        _command_line(words[words.index("main.py") + 1 :] if "main.py" in words else words[1:], line)
+    elif program := {"score_sde", "main.py"} & set(words):
+        _command_line(words[words.index(program.pop()) + 1 :], line)
     elif words[0].rpartition("/")[2] == "python":
         _module(words[1:], monkeypatch)
     else:
@@ -162,6 +162,7 @@ def _module(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stopping)
     name, arguments = (words[1], words[2:]) if words[0] == "-m" else (words[0], words[1:])
     monkeypatch.setattr(sys, "argv", [name, *arguments])
+    monkeypatch.delitem(sys.modules, name, raising=False)  # a module that is run is loaded anew
     if name in ("pip", "pytest"):
         assert all((ROOT / word).exists() for word in arguments if "/" in word), arguments
         return
@@ -195,6 +196,9 @@ def test_every_command_line_is_valid(page: str, folder: Path, monkeypatch: pytes
         "python main.py --config configs/vp_digits.py --mode train --config.optim.rate=1",
         "python main.py --config configs/vp_digitss.py --mode train",
         "python main.py --config configs/vp_digits.py --mode train --prompt cat",
+        "score_sde train vp_digitss",
+        "score_sde trian vp_digits",
+        "score_sde config vp_cifar --dif",
         "python -m studies.guidance --bogus",
         "make everything",
     ],
