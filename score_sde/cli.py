@@ -49,7 +49,7 @@ modes
                colorize, superresolve (your own are the small ones) and deblur, by the section inverse; of classes
                or prompts if sampling.labels or --prompt TEXT say so
   dequantize   fit a flow to it that dequantises pixels, for likelihood with eval.dequantization=variational
-  demo         train, sample and likelihood in one go, explained (for configs/vp_digits.py)
+  demo         train, sample and likelihood in one go, explained (for vp_digits)
 
 commands
   configs                  the configs, as below: those of the package, and of the folder configs/ here

@@ -116,8 +116,8 @@ def opened(where: str | Path, device: torch.device | str = "cpu") -> Opened:
     where = Path(where)
     if not where.exists():
         raise FileNotFoundError(
-            f"data.autoencoder={where}: there is no such file or folder; train one there first, such as "
-            "configs/autoencoder_digits32.py"
+            f"data.autoencoder={where}: there is no such file or folder; train one there first, such as the config "
+            "autoencoder_digits32"
         )
     if where.suffix == ".py":
         made, sha256 = _from_file(where)

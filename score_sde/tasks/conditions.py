@@ -51,7 +51,7 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
     s = config.sampling
     ema = s.weights == "ema"
     if s.classifier:
-        trained = trained_at(s.classifier, "sampling.classifier", "a classifier (such as configs/classifier_digits.py)")
+        trained = trained_at(s.classifier, "sampling.classifier", "a classifier (such as the config classifier_digits)")
         judge = trained.classifier(ema, device)
         _check_kin(trained, "sampling.classifier", config, shape, judge.sde == model.sde)
         return Guides(classifier=judge, about={"classifier_sha256": trained.sha256})

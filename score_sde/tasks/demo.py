@@ -4,6 +4,7 @@ ones, in plain words."""
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 import warnings
 from contextlib import ExitStack
@@ -71,6 +72,9 @@ def summary(
     sure, real, classes = confidence(data, samples)
     report = scan(data, codec)
     assert report.gaussian is not None and data.levels is not None
+    programs = Path(sys.executable).parent
+    if programs.is_relative_to(Path.cwd()):
+        programs = programs.relative_to(Path.cwd())
     return f"""
 What was made, in {seconds / 60:.1f} minutes
   A score model was trained on {len(data.train)} images of handwritten digits, and it then drew {len(samples)} new ones:
@@ -83,10 +87,10 @@ What was made, in {seconds / 60:.1f} minutes
     {np.log2(data.levels):.3f}           every pixel's {data.levels} levels equally likely
 
 Look at it
-  .venv/bin/tensorboard --logdir {workdir / "tensorboard"}     losses by noise level, samples during training
+  {programs / "tensorboard"} --logdir {workdir / "tensorboard"}     losses by noise level, samples during training
 
 Try next
-  .venv/bin/python main.py --mode sample --workdir {workdir} --config.sampling.seed=1
-  .venv/bin/python main.py --config configs/ve_toy.py --mode train
-  .venv/bin/python main.py --config configs/vp_cifar_small.py --mode train      an hour on CIFAR-10, without a GPU
+  {programs / "score_sde"} sample --workdir {workdir} --config.sampling.seed=1
+  {programs / "score_sde"} train ve_toy
+  {programs / "score_sde"} train vp_cifar_small      an hour on CIFAR-10, without a GPU
 """

@@ -57,7 +57,7 @@ def check(options: argparse.Namespace, config: ConfigDict) -> None:
     if options.mode == "demo" and (config.data.dataset not in JUDGED or m.super_resolution or m.text_encoder):
         raise ValueError(
             f"--mode demo judges digits that a model draws from nothing, and {options.config} is of something else: "
-            "take --config configs/vp_digits.py, or the modes train, sample and likelihood one by one"
+            "take --config vp_digits, or the modes train, sample and likelihood one by one"
         )
 
 

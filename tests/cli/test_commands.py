@@ -1,5 +1,6 @@
 """Commands by name, in a folder that holds nothing: a mode and its config, and what lists, shows and begins configs."""
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from score_sde.cli import run
 from score_sde.config import default_config, differences, load
 from score_sde.config.catalogue import known, summary
 from score_sde.config.keys import KEYS
-from score_sde.tasks.commands import as_options
+from score_sde.tasks.commands import as_options, complete
 
 
 @pytest.fixture(autouse=True)
@@ -107,6 +108,43 @@ def test_a_new_file_replaces_none_and_is_absent_where_it_cannot_be(capsys: pytes
         assert sentence in capsys.readouterr().err
     assert Path("mine.py").read_text() == "# years of work"
     assert sorted(path.name for path in Path().iterdir()) == ["link.py", "mine.py"]
+
+
+@pytest.mark.parametrize(
+    ("typed", "completions"),
+    [
+        ("score_sde inp", {"inpaint"}),
+        ("score_sde train vp_dig", {"vp_digits", "vp_digits32"}),
+        ("score_sde train vp_digits --config.training.sde v", {"vpsde", "vesde"}),
+        ("score_sde sample --config.optim.beta", {"--config.optim.beta1", "--config.optim.beta2"}),
+        ("score_sde train --ma", set()),  # --mask is for inpaint
+        ("score_sde inpaint --ma", {"--mask"}),
+        ("score_sde sample --workdir some", {"somewhere"}),
+        ("score_sde new --from vdm_d", {"vdm_digits"}),
+    ],
+)
+def test_bash_completes_what_is_typed(typed: str, completions: set[str], script: Path) -> None:
+    Path("somewhere").mkdir()
+    Path("some_file").touch()
+    program = f"source {script}; COMP_WORDS=({typed}); COMP_CWORD=$((${{#COMP_WORDS[@]}} - 1)); _shtab_score_sde; "
+    program += 'printf "%s\\n" "${COMPREPLY[@]}"'
+    done = subprocess.run(["bash", "-c", program], capture_output=True, text=True, check=True)
+    assert {*done.stdout.split()} == completions
+
+
+@pytest.fixture(scope="module")
+def script(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `score_sde completion bash` prints, in a file."""
+    path = tmp_path_factory.mktemp("completion") / "score_sde.bash"
+    path.write_text(complete(["bash"]))
+    return path
+
+
+def test_completion_for_zsh_begins_as_zsh_wants_and_other_shells_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["completion", "zsh"]) == 0 and capsys.readouterr().out.startswith("#compdef score_sde")
+    assert run(["completion", "fish"]) == 2 and "choose from" in capsys.readouterr().err
 
 
 def test_completion_without_shtab_says_what_to_install(

@@ -70,7 +70,7 @@ def test_an_empty_name_is_not_taken_for_none(
     [
         ("sample", (), {"sampling__labels": "1,2,3", "sampling__num_samples": 2}, "sampling.labels asks for 3, and"),
         ("inpaint", (), {"sampling__labels": "1,2,3", "eval__num_images": 2}, "eval.num_images=2 is fewer"),
-        ("demo", (), {}, "take --config configs/vp_digits.py, or the modes train, sample and likelihood one by one"),
+        ("demo", (), {}, "take --config vp_digits, or the modes train, sample and likelihood one by one"),
         ("demo", (), {"data__dataset": "digits", "model__super_resolution": 2}, "--mode demo judges digits that"),
         ("interpolate", ("--input=x",), {"interpolation__between": "seeds"}, "seeds reads no --input, got x"),
         ("sample", ("--input=x",), {"model__super_resolution": 2, "sampling__base": "y"}, "sampling.base=y both give"),
