@@ -527,6 +527,19 @@ def test_impossible_settings_of_the_solvers_are_refused(overrides: dict[str, str
         load(VP, overrides)
 
 
+def test_grids_are_fitted_to_the_solvers_that_take_no_noise_and_choose_no_steps() -> None:
+    config = load(VP, {"sampling.grid": "fitted", "sampling.method": "heun"})
+    accepted = []
+    for method in build.METHODS:
+        config.sampling.method = method
+        try:
+            validate(config)
+            accepted.append(method)
+        except ValueError as error:
+            assert "set sampling.method to one of ddim, heun, dpm_solver, dpm_solver++, deis, unipc, and" in str(error)
+    assert accepted == ["ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc"]
+
+
 def test_a_discrete_model_is_labelled_by_the_chain_and_sampled_as_the_chain() -> None:
     tiny = {**TINY, "training.continuous": "false", "model.label": "index", "model.num_scales": "50"}
     config = load(
