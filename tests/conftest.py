@@ -1,11 +1,17 @@
 """What every test finds: the repository as the working folder, and trained runs that several files ask for."""
 
+from __future__ import annotations
+
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests import ROOT
+
+if TYPE_CHECKING:
+    from benchmarks.judges import Judge  # scikit-learn is slow to import
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -29,3 +35,11 @@ def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     few |= {"optim__warmup": 0, "optim__lr": 0.05, "model__init_scale": 1}  # conditions matter after two steps
     assert run(line("vp_digits", "train", large, **few)) == 0
     return base, large
+
+
+@pytest.fixture(scope="session")
+def digits_judge() -> Judge:
+    """The classifier of real digits by which studies measure samples."""
+    from benchmarks.judges import judge
+
+    return judge("digits")

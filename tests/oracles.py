@@ -42,6 +42,7 @@ from score_sde import (
 )
 from score_sde.models.closed_form import Mixture
 from score_sde.networks.blocks import Style
+from score_sde.sdes.learned import LearnedVPSDE, MonotoneSchedule
 from tests import RECORDED
 
 Curves = Callable[[mpf], tuple[mpf, mpf]]  # t -> (alpha, sigma)
@@ -147,6 +148,14 @@ SAMPLERS: list[Row] = [
 # sampler without noise: its order as a solver of the probability flow
 FLOW_ORDERS: dict[Sampler, int] = {row.sampler: row.order for row in SAMPLERS if row.order and not row.noise}
 MAIN: list[Sampler] = [row.sampler for row in SAMPLERS if row.main]
+EXPONENTIAL = (Churn, DPMSolver, Multistep, UniPC)  # whose orders test_fast_solvers.py measures
+DETERMINISTIC = {s: order for s, order in FLOW_ORDERS.items() if not isinstance(s, EXPONENTIAL)}
+# those of weak order 1 that have a step
+STOCHASTIC: list[Sampler] = [
+    row.sampler
+    for row in SAMPLERS
+    if row.noise and row.order == 1 and not isinstance(row.sampler, (*EXPONENTIAL, PredictorCorrector))
+]
 
 
 def name(value: object) -> str:
@@ -158,6 +167,20 @@ def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> t
     """Standard normal numbers that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
+
+def bent(units: int = 8, learn_ends: bool = False) -> MonotoneSchedule:
+    """A schedule far from linear: its rate varies fivefold."""
+    schedule = MonotoneSchedule(units=units, learn_ends=learn_ends)
+    with torch.no_grad():
+        schedule.units[0] += 2 * numbers(units, dtype=torch.float32)
+        schedule.units[1] *= 0.5 + numbers(units, seed=1, dtype=torch.float32).sigmoid()
+        schedule.slope -= 2.0
+    rate = schedule.shape(torch.linspace(0, 1, 401, dtype=torch.float64))[1]
+    assert rate.max() > 5 * rate.min()
+    return schedule
+
+
+LEARNED = LearnedVPSDE(schedule=bent(), t_min=1e-3)
 
 MIXTURE = Mixture(VPSDE(), [0.2, 0.5, 0.3], torch.tensor([[-1.0, 0.0], [0.5, 1.0], [1.0, -1.0]]), [0.02, 0.05, 0.1])
 T = torch.tensor(0.4, dtype=torch.float64)  # a time at which the mixture has all three modes

@@ -109,3 +109,11 @@ def test_names_that_pages_of_version_0_1_imported_still_work_and_say_where_they_
     for old, places in MOVED.items():
         assert not (PACKAGE / old).exists() and not (PACKAGE / f"{old}.py").exists()
         assert all((PACKAGE / f"{place.replace('.', '/')}.py").is_file() for place in places)
+
+
+def test_no_test_file_imports_another() -> None:
+    """What tests share lies in `oracles`, `runs`, `files` and `conftest`: no file's tests change with another's."""
+    another = re.compile(r"^\s*(?:from|import) (?:tests|\.)\S*(?: import)?.*\btest_\w+", flags=re.MULTILINE)
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        taken = another.findall(path.read_text())
+        assert not taken, f"{path.relative_to(ROOT)}: {taken[0]}"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import judges
-from benchmarks.judges import Training, convolutional, frechet, judge
+from benchmarks.judges import Judge, Training, convolutional, frechet, judge
 from score_sde.data import Data, Split
 
 
@@ -20,8 +20,8 @@ def test_frechet_distance_of_gaussians_is_the_closed_form() -> None:
     assert frechet(x, x + shift) == pytest.approx(5, rel=1e-9)
 
 
-def test_the_judge_of_digits_knows_them_and_finds_others_far() -> None:
-    known = judge("digits")
+def test_the_judge_of_digits_knows_them_and_finds_others_far(digits_judge: Judge) -> None:
+    known = digits_judge
     real, g = known.test[:100], torch.Generator().manual_seed(0)
     assert known.accuracy > 0.97 and known.features(real).shape == (100, 64)
     assert f"{100 * known.accuracy:.1f} % of 300 held-out images" in str(known)

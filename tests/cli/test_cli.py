@@ -568,6 +568,7 @@ def test_an_image_on_which_the_solver_gives_up_is_named_and_costs_the_others_not
         return found
 
     change = {"eval__num_images": 5, "eval__batch_size": 2, "eval__probes": 2, "eval__check_images": 4}
+    change["eval__ode_method"] = "bosh3"
     values = []
     for patched in (False, True):
         clear(trained, "likelihood")

@@ -22,20 +22,16 @@ from score_sde import (
     AdaptiveODE,
     Ancestral,
     AnnealedLangevin,
-    Churn,
     CosineSDE,
-    DPMSolver,
     EulerMaruyama,
     FixedODE,
     Heun,
     Langevin,
-    Multistep,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
     ScoreModel,
     SubVPSDE,
-    UniPC,
     chain_bound,
     from_score,
     guide,
@@ -52,8 +48,7 @@ from score_sde.noise import noise_source
 from score_sde.ode import ADAPTIVE
 from score_sde.sdes import like
 from score_sde.sdes.chains import Piecewise
-from tests.oracles import FLOW_ORDERS, SDES, name, numbers
-from tests.oracles import SAMPLERS as ROWS
+from tests.oracles import DETERMINISTIC, SDES, STOCHASTIC, name, numbers
 
 close = partial(torch.testing.assert_close, rtol=1e-12, atol=1e-12)  # float64, a few operations
 
@@ -61,15 +56,6 @@ MEAN = torch.tensor([0.3, -0.7], dtype=torch.float64)
 COV = torch.tensor([[0.5, 0.3], [0.3, 1.2]], dtype=torch.float64)
 CHAINS: list[DDPM | SMLD] = [DDPM.linear(24, 0.003, 0.6), SMLD.from_sde(VESDE(), 24)]
 EVERY = pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], ids=name)
-
-EXPONENTIAL = (Churn, DPMSolver, Multistep, UniPC)  # whose orders test_fast_solvers.py measures
-DETERMINISTIC = {s: order for s, order in FLOW_ORDERS.items() if not isinstance(s, EXPONENTIAL)}
-# Those of weak order 1 that have a step.
-STOCHASTIC: list[Sampler] = [
-    row.sampler
-    for row in ROWS
-    if row.noise and row.order == 1 and not isinstance(row.sampler, (*EXPONENTIAL, PredictorCorrector))
-]
 
 
 def refuse(like: Tensor) -> Tensor:

@@ -42,26 +42,12 @@ from score_sde.models.rules import label_log_sigma
 from score_sde.networks import MLP
 from score_sde.tasks.step import Batches, evaluate_loss, make_state, train_step
 from score_sde.tasks.train import train
-from tests.oracles import numbers
-from tests.samplers import test_samplers
-from tests.sdes import test_linear
+from tests.oracles import DETERMINISTIC, LEARNED, STOCHASTIC, bent, numbers
 
 ZERO_TO_ONE = torch.linspace(0, 1, 401, dtype=torch.float64)
 
 
-def bent(units: int = 8, learn_ends: bool = False) -> MonotoneSchedule:
-    """A schedule far from linear: its rate varies fivefold."""
-    schedule = MonotoneSchedule(units=units, learn_ends=learn_ends)
-    with torch.no_grad():
-        schedule.units[0] += 2 * numbers(units, dtype=torch.float32)
-        schedule.units[1] *= 0.5 + numbers(units, seed=1, dtype=torch.float32).sigmoid()
-        schedule.slope -= 2.0
-    rate = schedule.shape(ZERO_TO_ONE)[1]
-    assert rate.max() > 5 * rate.min()
-    return schedule
-
-
-SDE = LearnedVPSDE(schedule=bent(), t_min=1e-3)
+SDE = LEARNED
 
 
 # --- the curves
@@ -88,17 +74,7 @@ def test_the_schedule_is_the_papers_network() -> None:
     torch.testing.assert_close(SDE.sigma(ZERO_TO_ONE), sigma, rtol=1e-14, atol=0)
 
 
-def test_the_curves_are_an_sdes() -> None:
-    """What every SDE must do: rates, float32, inverse, transitions, posteriors, flows, ranks."""
-    test_linear.test_f_and_g_are_the_rates_of_alpha_and_sigma(SDE)
-    test_linear.test_float32_curves_equal_float64_ones(SDE)
-    for dtype in (torch.float64, torch.float32):
-        test_linear.test_time_inverts_log_snr(SDE, dtype, bisection=False)
-    test_linear.test_transitions_compose(SDE)
-    test_linear.test_a_transition_collects_the_noise_of_its_interval(SDE, 0.2, 0.9)
-    test_linear.test_the_posterior_is_gaussian_conditioning(SDE, 0.2, 0.4)
-    test_linear.test_the_flow_and_the_reverse_sde_carry_the_marginals(SDE)
-    test_linear.test_times_meet_states_of_any_rank(SDE, (3, 3, 3))
+def test_variance_is_preserved() -> None:
     assert SDE.prior_std == 1 and (SDE.alpha(ZERO_TO_ONE) ** 2 + SDE.sigma(ZERO_TO_ONE) ** 2 - 1).abs().max() < 1e-15
 
 
@@ -266,7 +242,7 @@ def test_a_model_in_another_precision_has_the_same_curves_in_float64() -> None:
     assert (model.bfloat16().sde.sigma(t) / before - 1).abs().max() < 0.1 and model.sde.sigma(t).dtype == torch.float64
 
 
-@pytest.mark.parametrize("sampler", [*test_samplers.DETERMINISTIC, *test_samplers.STOCHASTIC], ids=str)
+@pytest.mark.parametrize("sampler", [*DETERMINISTIC, *STOCHASTIC], ids=str)
 def test_every_sampler_walks_a_learned_schedule(sampler: Sampler) -> None:
     """From noise to a Gaussian's mean and standard deviation, within a first-order error and 4 standard errors."""
     model = Gaussian(SDE, torch.tensor([0.4], dtype=torch.float64), 0.25)
@@ -388,7 +364,7 @@ def test_runs_resume_and_load_with_their_schedule(digits: Data, tmp_path: Path) 
     assert all(torch.equal(v, b.state_dict()[name]) for name, v in a.state_dict().items())
     assert torch.equal(a.sde.sigma(t), b.sde.sigma(t)) and not torch.equal(a.sde.sigma(t), raw.sde.sigma(t))
     assert not torch.equal(a.sde.sigma(t), LearnedVPSDE(schedule=MonotoneSchedule()).sigma(t))
-    x = sample(a, test_samplers.Heun(), (2, 1, 8, 8), times.log_snr(a.sde, 4))
+    x = sample(a, Heun(), (2, 1, 8, 8), times.log_snr(a.sde, 4))
     assert x.dtype == torch.float32 and bool(x.isfinite().all()) and not x.requires_grad
 
 

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from itertools import product
 
 import mpmath  # torch depends on it through sympy
 import numpy as np
@@ -13,9 +14,10 @@ from scipy.integrate import quad, solve_ivp
 from score_sde import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 from score_sde.models.rules import label_sigma, label_time
 from score_sde.sdes import like
-from tests.oracles import CHAINS, PUBLISHED, SDES, TABLES, name, numbers, recorded
+from tests.oracles import CHAINS, LEARNED, PUBLISHED, SDES, TABLES, name, numbers, recorded
 
 EVERY = pytest.mark.parametrize("sde", SDES, ids=name)
+AND_LEARNED = pytest.mark.parametrize("sde", [*SDES, LEARNED], ids=name)
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 CURVES = ["alpha", "sigma", "f", "g"]
 
@@ -50,7 +52,7 @@ def test_alpha_and_sigma_are_the_published_ones(sde, dtype):
         torch.testing.assert_close(curve.double(), values, rtol=rtol, atol=0)
 
 
-@pytest.mark.parametrize("sde", [*SDES, *(chain.as_sde() for chain in CHAINS)], ids=name)
+@pytest.mark.parametrize("sde", [*SDES, LEARNED, *(chain.as_sde() for chain in CHAINS)], ids=name)
 def test_f_and_g_are_the_rates_of_alpha_and_sigma(sde):
     t = CHAIN_TIMES if sde.steps else TIMES
     f = derivative(lambda u: torch.log(sde.alpha(u)), t)
@@ -80,7 +82,7 @@ def test_alpha_and_sigma_solve_the_moment_equations(sde):
     np.testing.assert_allclose(sde.sigma(grid).numpy() ** 2, solved.y[1], rtol=1e-9)
 
 
-@EVERY
+@AND_LEARNED
 def test_float32_curves_equal_float64_ones(sde):
     t = TIMES.float()
     for curve in CURVES:
@@ -128,7 +130,7 @@ def rounding(sde: SDE, t: torch.Tensor) -> torch.Tensor:
     return (sde.log_snr(t).abs() + 8) / rate + t
 
 
-@pytest.mark.parametrize("sde", [*SDES, *(chain.as_sde() for chain in CHAINS)], ids=name)
+@pytest.mark.parametrize("sde", [*SDES, LEARNED, *(chain.as_sde() for chain in CHAINS)], ids=name)
 @DTYPES
 @pytest.mark.parametrize("bisection", [False, True], ids=["own", "bisection"])
 def test_time_inverts_log_snr(sde, dtype, bisection):
@@ -153,7 +155,7 @@ def test_bisection_stays_between_data_and_noise(sde):
 TRIPLES = [(0.0, 0.2, 1.0), (1e-5, 1e-3, 0.01), (0.1, 0.101, 0.9), (0.3, 0.5, 0.50001), (0.9, 0.99, 1.0)]
 
 
-@pytest.mark.parametrize("sde", [*SDES, *(chain.as_sde() for chain in CHAINS)], ids=name)
+@pytest.mark.parametrize("sde", [*SDES, LEARNED, *(chain.as_sde() for chain in CHAINS)], ids=name)
 def test_transitions_compose(sde):
     s, t, u = torch.tensor(TRIPLES, dtype=torch.float64).T
     (first, first_std), (second, second_std) = sde.transition(s, t), sde.transition(t, u)
@@ -162,7 +164,7 @@ def test_transitions_compose(sde):
     torch.testing.assert_close(((second * first_std) ** 2 + second_std**2).sqrt(), std, rtol=1e-12, atol=0)
 
 
-@EVERY
+@AND_LEARNED
 @pytest.mark.parametrize("s, t", [(0.0, 0.3), (0.1, 0.102), (0.2, 0.9), (0.97, 1.0)])
 def test_a_transition_collects_the_noise_of_its_interval(sde, s, t):
     """std² = integral over u from s to t of g(u)² (alpha(t)/alpha(u))², by scipy's quadrature."""
@@ -178,7 +180,7 @@ def test_a_transition_collects_the_noise_of_its_interval(sde, s, t):
     assert std.item() ** 2 == pytest.approx(variance, rel=1e-10)
 
 
-@pytest.mark.parametrize("sde", [*SDES, *(chain.as_sde() for chain in CHAINS)], ids=name)
+@pytest.mark.parametrize("sde", [*SDES, LEARNED, *(chain.as_sde() for chain in CHAINS)], ids=name)
 @pytest.mark.parametrize("s, t", [(0.2, 0.4), (0.6, 0.61), (0.001, 1.0)])
 def test_the_posterior_is_gaussian_conditioning(sde, s, t):
     """Stack x_s and x_t (3 dimensions each) given x_0 into one Gaussian and condition it on x_t with matrices."""
@@ -208,7 +210,7 @@ def test_the_posterior_at_zero_is_the_data(sde):
 # Flows and priors
 
 
-@EVERY
+@AND_LEARNED
 def test_the_flow_and_the_reverse_sde_carry_the_marginals(sde):
     """On data N(0, 0.7) the marginal variance V is known, and so must be how both change it.
 
@@ -241,11 +243,10 @@ def test_prior_log_prob_is_the_prior_density(sde, shape):
 # ---------------------------------------------------------------------------------------------------------------------
 # Shapes
 
-RANKS = pytest.mark.parametrize("shape", [(3,), (3, 3), (3, 3, 3), (3, 3, 3, 3), (3, 3, 2, 3, 3)], ids=str)
+RANKS = [(3,), (3, 3), (3, 3, 3), (3, 3, 3, 3), (3, 3, 2, 3, 3)]
 
 
-@EVERY
-@RANKS
+@pytest.mark.parametrize("sde, shape", [*product(SDES, RANKS), (LEARNED, (3, 3, 3))], ids=str)
 def test_times_meet_states_of_any_rank(sde, shape):
     """A (B,) time does to example i what its i-th value does as a scalar: sizes equal B, to hide no wrong axis."""
     x, z, score = numbers(*shape), numbers(*shape, seed=1), numbers(*shape, seed=2)
@@ -265,7 +266,7 @@ def test_times_meet_states_of_any_rank(sde, shape):
         torch.testing.assert_close(act(slice(None), s[0], t[0]), act(slice(None), s[:1].expand(3), t[:1].expand(3)))
 
 
-@RANKS
+@pytest.mark.parametrize("shape", RANKS, ids=str)
 def test_perturb_scales_and_adds_noise(shape):
     sde, x, z = VPSDE(), numbers(*shape), numbers(*shape, seed=1)
     t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)

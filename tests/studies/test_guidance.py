@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.judges import judge
+from benchmarks.judges import Judge
 from score_sde import classifier, guide
 from score_sde.data import load_data
 from score_sde.models.closed_form import Mixture
@@ -45,7 +45,7 @@ def test_a_pupil_of_real_digits_knows_them_and_one_of_wrong_labels_does_not() ->
     assert taught(data, k, y.roll(1), 0) < 25
 
 
-def test_results_are_kept_and_told(tmp_path: Path) -> None:
+def test_results_are_kept_and_told(tmp_path: Path, digits_judge: Judge) -> None:
     file, data = tmp_path / "kept.json", load_data("digits")
     results = Results(file, {"count": 3})
     keys = [key_of(kind, scale) for kind, scales in SCALES["digits"].items() for scale in scales] + ["real"]
@@ -57,7 +57,7 @@ def test_results_are_kept_and_told(tmp_path: Path) -> None:
     again = Results(file, {"count": 3})
     assert again.found == results.found and again.done("real", "taught") == 2
     assert Results(file, {"count": 4}).found == {}
-    blocks = tables(again, data, judge("digits"), "digits", 3, 7)
+    blocks = tables(again, data, digits_judge, "digits", 3, 7)
     assert "| no label | 0 | 50.5 ± 0.7 | 1.00 ± 0.00 |" in blocks["digits_scales"]
     assert (
         "| chance | 10.0 |" in blocks["digits_taught"]

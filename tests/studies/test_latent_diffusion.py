@@ -4,15 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.judges import judge
+from benchmarks.judges import Judge
 from score_sde.data import load_data
 from score_sde.data.codecs import AutoencoderCodec, PixelCodec, Statistics
 from score_sde.models.autoencoder import ConvolutionalAutoencoder
 from studies.latent_diffusion import Scores, autoencoder_alone
 
 
-def test_real_digits_score_high_and_noise_does_not() -> None:
-    data, scores = load_data("digits32"), Scores(judge("digits"), load_data("digits32", image_size=8))
+def test_real_digits_score_high_and_noise_does_not(digits_judge: Judge) -> None:
+    data, scores = load_data("digits32"), Scores(digits_judge, load_data("digits32", image_size=8))
     noise = torch.randint(0, 17, (300, 1, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (sure, distance, _), (noisy, far, _) = scores.of([data.test.x]), scores.of([noise])  # type: ignore[list-item]
     assert float(sure) > 80 > 20 > float(noisy) and float(far) > 20 * float(distance)
