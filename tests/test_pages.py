@@ -336,3 +336,15 @@ def test_the_tables_of_names_that_the_page_sends_to_exist() -> None:
     for table, file in named:
         path = ROOT / file if file.startswith("tests/") else PACKAGE / file
         assert re.search(rf"^{table}\b.* = ", path.read_text(), flags=re.MULTILINE), (table, file)
+
+
+# --- words
+
+
+ODD = r"told|lest|hangs? on|what is none|is of|are of|in the place of|is had"  # plain English has other words
+
+
+@pytest.mark.parametrize("page", TEXT)
+def test_pages_say_it_plainly(page: str) -> None:
+    prose = SPAN.sub("", FENCED.sub("", TEXT[page]))
+    assert re.findall(rf"(?i).{{0,30}}\b(?:{ODD})\b.{{0,30}}", prose) == []
