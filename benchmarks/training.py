@@ -13,11 +13,11 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from score_sde.config.objective import build_objective
+from score_sde.config.kinds import kind_of
 from score_sde.data import Split
 from score_sde.data.codecs import codec_of
 from score_sde.tasks.ema import ema_decay, ema_update
-from score_sde.tasks.step import Batches, make_state, sde_of, train_step, update
+from score_sde.tasks.step import Batches, make_state, train_step, update
 
 from .peer import Peer, config_for, parameters
 from .timing import Clock, Table, Times, milliseconds, ratio
@@ -122,7 +122,7 @@ def _ours(
         split, codec = Split(pixels).to(clock.device), codec_of(256, config.data.centered)
     else:
         split, codec = Split(torch.randn(max(256, t.batch_size), *shape, generator=g)).to(clock.device), codec_of(None)
-    objective, sde = build_objective(state.model, config), sde_of(state.model, config)
+    objective, sde = kind_of(config).objective(state.model, config), kind_of(config).sde(state.model, config)
 
     def whole() -> None:
         b = Batches(config, codec, sde).draw(split, state.step, flip=config.data.random_flip)

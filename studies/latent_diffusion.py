@@ -28,7 +28,7 @@ from benchmarks.timing import machine
 from score_sde import cli, load, sample
 from score_sde import config as configs
 from score_sde.config.build import build_sampler, build_times
-from score_sde.config.objective import build_objective
+from score_sde.config.kinds import kind_of
 from score_sde.data import Data, load_data, shrink
 from score_sde.data.codecs import AutoencoderCodec, Codec, PixelCodec, codec_of
 from score_sde.likelihood.code_bound import in_bits, latent_bound, of_standard_normal
@@ -81,7 +81,7 @@ def steps_in(seconds: float, name: str, data: Data) -> int:
     config = configs.load(f"configs/{name}.py")
     codec = codec_of(data.levels, config.data.centered)
     state = make_state(config, data.shape, CPU)
-    objective, taken = build_objective(state.model, config, codec), list[float]()
+    objective, taken = kind_of(config).objective(state.model, config, codec), list[float]()
     assert isinstance(state.model, ScoreModel)
     for step in range(13):
         began = time.process_time()

@@ -303,19 +303,9 @@ def resolve_conditions(config: ConfigDict, channels: int) -> None:
         m.text_sha256 = encoder_hash(Path(m.text_encoder))
 
 
-def is_classifier(config: ConfigDict) -> bool:
-    """Whether the config trains a classifier of noisy examples instead of a score model."""
-    return bool(config.training.objective == CLASSIFY)
-
-
-def is_autoencoder(config: ConfigDict) -> bool:
-    """Whether the config trains an autoencoder instead of a score model."""
-    return bool(config.training.objective == AUTOENCODE)
-
-
 def takes_labels(config: ConfigDict) -> bool:
     """Whether training is given the examples' labels."""
-    return bool(config.model.class_conditional) or is_classifier(config)
+    return bool(config.model.class_conditional or config.training.objective == CLASSIFY)
 
 
 def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassifier:
@@ -367,13 +357,6 @@ def build_autoencoder(config: ConfigDict, shape: tuple[int, ...]) -> Convolution
 
 
 Trainable = Preconditioned | NoisyClassifier | ConvolutionalAutoencoder
-
-
-def build_trained(config: ConfigDict, shape: tuple[int, ...]) -> Trainable:
-    """What the config trains, with a fresh network for examples of `shape`."""
-    if is_autoencoder(config):
-        return build_autoencoder(config, shape)
-    return build_classifier(config, shape) if is_classifier(config) else build_model(config, shape)
 
 
 def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:

@@ -197,24 +197,6 @@ class EvidenceBound(nn.Module):
         return reconstruction + self.weight * divergence, parts.detach()
 
 
-def build_objective(
-    model: ScoreModel | NoisyClassifier | ConvolutionalAutoencoder, config: ConfigDict, codec: Codec | None = None
-) -> nn.Module:
-    """The config's loss of what it trains, a module (x0, t, z, v, condition) -> (loss, measure), (B,) both.
-
-    The measure, whose mean at each noise level is logged, is what `measure` calls it; an autoencoder's are
-    PARTS, (B, 3).
-    """
-    if isinstance(model, ConvolutionalAutoencoder):
-        return EvidenceBound(model, config.training.kl_weight, codec)
-    return CrossEntropy(model) if isinstance(model, NoisyClassifier) else Objective(model, config, codec)
-
-
-def measure(config: ConfigDict) -> str:
-    """Name of the measure beside the loss: noise_error, the unweighted error of the noise, or accuracy."""
-    return "accuracy" if config.training.objective == CLASSIFY else "noise_error"
-
-
 def time_law(config: ConfigDict) -> TimeLaw:
     """How the config draws t."""
     t = config.training

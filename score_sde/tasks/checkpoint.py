@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .. import config as configs
-from ..config.build import Trainable, build_trained
+from ..config.build import Trainable
+from ..config.kinds import kind_of
 from ..data.codecs import Codec, Statistics
 from ..data.sets import Data
 from ..foreign import diffusers
@@ -172,7 +173,7 @@ class Trained:
         """
         assert self.card is not None
         try:
-            model = build_trained(self.config, self.card.shape)
+            model = kind_of(self.config).build(self.config, self.card.shape)
         except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
             why = next(iter(str(error).splitlines()), "")
             raise ValueError(f"{self.path}: its config and shape {self.card.shape} build no model: {why}") from error
@@ -188,15 +189,9 @@ class Trained:
         """The score model, in eval mode; `config` and errors are those of `load`."""
         if self.card is None:
             return load_score_sde_file(self.path, config, ema, device)
-        model = self.network(ema, device)
-        if isinstance(model, NoisyClassifier):
-            raise ValueError(
-                f"{self.path} is a classifier: sample from a model, with --config.sampling.classifier={self.path}"
-            )
-        if isinstance(model, ConvolutionalAutoencoder):
-            raise ValueError(
-                f"{self.path} is an autoencoder: train a model of its codes, with --config.data.autoencoder={self.path}"
-            )
+        model, kind = self.network(ema, device), kind_of(self.config)
+        if not isinstance(model, ScoreModel):
+            raise ValueError(f"{self.path} is {kind.name}: {kind.use}={self.path}")
         return model
 
     def classifier(self, ema: bool = True, device: str | torch.device = "cpu") -> NoisyClassifier:

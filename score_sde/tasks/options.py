@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from ml_collections import ConfigDict
 
-from ..config.build import is_autoencoder, is_classifier
+from ..config.kinds import kind_of
 from .conditions import RESTORING, check_number
 
 MODES = ("scan", "train", "sample", "likelihood", "encode", "decode", "interpolate", *RESTORING, "dequantize", "demo")
@@ -76,20 +76,16 @@ def scales_of(options: argparse.Namespace) -> list[float]:
 def _mode(options: argparse.Namespace, config: ConfigDict) -> None:
     """The modes of models for what is none, those of pixels for codes, and those of whole images for enlargers."""
     mode, d, m = options.mode, config.data, config.model
-    if is_autoencoder(config) and mode not in ("scan", "train"):
+    kind = kind_of(config)
+    if kind.use and mode not in ("scan", "train"):
         raise ValueError(
-            f"{options.config} is of an autoencoder, and --mode {mode} of models: train a model of its codes, "
-            "with --config.data.autoencoder=WORKDIR (its own bound is eval_loss in its log, in bits/dim)"
+            f"{options.config} is of {kind.name}, and --mode {mode} of models: {kind.use}=WORKDIR (how good it is on "
+            "held-out data is in its log)"
         )
     if d.autoencoder and mode in (*RESTORING, "dequantize", "demo"):
         raise ValueError(
             f"--mode {mode} works on pixels, and data.autoencoder={d.autoencoder} makes this a model "
             "of codes: take a model of pixels"
-        )
-    if is_classifier(config) and mode not in ("scan", "train"):
-        raise ValueError(
-            f"{options.config} is of a classifier, and --mode {mode} of models: take the config of a model, "
-            "with --config.sampling.classifier=WORKDIR"
         )
     if mode in RESTORING and m.super_resolution:
         raise ValueError(

@@ -17,7 +17,8 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from .. import config as configs
-from ..config.build import Trainable, build_trained, is_autoencoder, is_classifier
+from ..config.build import Trainable
+from ..config.kinds import MODEL, kind_of
 from ..foreign import diffusers, score_sde_pytorch
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
@@ -96,7 +97,7 @@ def check_origin(config: ConfigDict, workdir: Path, begun: Trained | None) -> No
 def check_fits(config: ConfigDict, workdir: Path, shape: tuple[int, ...]) -> None:
     """Raise what `take_weights` would for a run that is about to begin in a workdir, before work is done."""
     if config.training.origin and checkpoint.newest(workdir)[0] is None:
-        take_weights(config, build_trained(config, shape), shape)
+        take_weights(config, kind_of(config).build(config, shape), shape)
 
 
 @torch.no_grad()
@@ -135,7 +136,7 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
     path, card, theirs = trained.path, trained.card, trained.config
     assert card is not None
     pairs = [
-        ("", _kind(theirs), _kind(config)),
+        ("", kind_of(theirs).name, kind_of(config).name),
         ("data.autoencoder: ", _coded(theirs), _coded(config)),
         ("model.text_encoder: ", theirs.model.text_sha256[:12] or "none", config.model.text_sha256[:12] or "none"),
         ("examples of shape ", _size(card.shape), _size(shape)),
@@ -154,7 +155,7 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
         bridge.model.image_channels = card.shape[0]
     held = trained.network(config.training.origin_weights == "ema")
     example = _with_channels(shape, card.shape[0])
-    fitting = _filled(path, build_trained(bridge, example), held.state_dict())
+    fitting = _filled(path, kind_of(bridge).build(bridge, example), held.state_dict())
     others = [
         f"model.{key}={value}"
         for key, value in theirs.model.items()
@@ -173,8 +174,8 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
 def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
     """What a file of score_sde_pytorch or a folder of diffusers' holds, in the model that the config makes of it."""
     path = trained.path
-    if is_classifier(config) or is_autoencoder(config):
-        raise ValueError(f"{path} is of a score model, and the config trains {_kind(config)}: begin anew")
+    if kind_of(config) is not MODEL:
+        raise ValueError(f"{path} is of a score model, and the config trains {kind_of(config).name}: begin anew")
     bridge = ConfigDict(config.to_dict())
     remedy = _AS_IT_WAS
     if path.is_dir():
@@ -194,7 +195,7 @@ def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tu
     bridge.model.num_classes = len(weights.get("network.classes.table", ()))
     bridge.model.class_conditional = bridge.model.num_classes > 0
     example = _with_channels(shape, channels)
-    made = _filled(path, build_trained(bridge, example), weights, remedy)
+    made = _filled(path, kind_of(bridge).build(bridge, example), weights, remedy)
     if not _alike(made, theirs, example) and not path.is_dir():
         _negate(made, channels)  # a network whose output over sigma is the score has the noise's other sign
     if not _alike(made, theirs, example):
@@ -281,10 +282,6 @@ def _answer(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
     image = {"image": x} if getattr(network, "image_channels", 0) else {}
     found: Tensor = network(x, torch.full((1,), 3.0), **image)
     return found
-
-
-def _kind(config: ConfigDict) -> str:
-    return "a classifier" if is_classifier(config) else "an autoencoder" if is_autoencoder(config) else "a score model"
 
 
 def _coded(config: ConfigDict) -> str:

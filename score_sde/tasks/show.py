@@ -12,7 +12,8 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
-from ..config.build import build_sde, is_autoencoder, is_classifier
+from ..config.build import build_sde
+from ..config.kinds import MODEL, kind_of
 from ..data.captions import Text
 from ..data.codecs import Codec, PixelCodec
 from ..data.sets import Data
@@ -71,7 +72,7 @@ class Show:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed in training alone
 
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
-        self.floor = _floor(config) if config.data.dataset in EXACT and not is_classifier(config) else {}
+        self.floor = _floor(config) if config.data.dataset in EXACT and kind_of(config) is MODEL else {}
         if self.floor:
             log.info("irreducible error by noise level: %s", _line(self.floor))
 
@@ -108,32 +109,34 @@ class Show:
             log.info("step %d: right of %.1f %% of held-out examples", m.step, 100 * m.scalars["eval_accuracy"])
         if m.checkpoint is not None:
             log.info("checkpoint: %s", m.checkpoint)
-            if self.config.training.snapshot_sampling and not is_classifier(self.config):
+            if self.config.training.snapshot_sampling and kind_of(self.config).pictures:
                 self._pictures(m.checkpoint, m.step)
         if "eval_psnr" in m.scalars:
             parts = (m.scalars[f"eval_{name}"] for name in ("reconstruction_bits", "kl_bits", "psnr"))
             log.info("step %d: held-out reconstruction %.3f + KL %.3f bits/dim, PSNR %.1f dB", m.step, *parts)
 
     def _pictures(self, path: Path, step: int) -> None:
-        """Samples of the averaged and of the raw weights: 18 steps of Heun's method on Karras's grid; of an autoencoder
-        held-out images, each beside what the mean of its code decodes to."""
-        folder = self.workdir / "samples" / f"step-{step:09d}"
+        """What the averaged and the raw weights of a checkpoint make."""
+        folder, name = self.workdir / "samples" / f"step-{step:09d}", kind_of(self.config).pictures
+        trained = checkpoint.Trained.open(path)
         for weights in ("ema", "raw"):
-            if is_autoencoder(self.config):
-                found = checkpoint.load_autoencoder(path, weights == "ema", self.device)
-                k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
-                pairs = _reconstructions(found, k.to(self.device), self.codec)
-                folder.mkdir(parents=True, exist_ok=True)
-                write_png(pairs, folder / f"{weights}.png")
-                self.writer.add_image(f"reconstructions/{weights}", pairs, step)
-                continue
-            model = checkpoint.load(path, ema=weights == "ema", map_location=self.device)
-            classes = {} if self.shown is not None else self.classes
-            picture = _picture(self.shown(model) if self.shown else model, self.shape, self.codec, classes)
+            picture = {"samples": self._samples, "reconstructions": self._reconstructions}[name](trained, weights)
             if picture is not None:
                 folder.mkdir(parents=True, exist_ok=True)
                 write_png(picture, folder / f"{weights}.png")
-                self.writer.add_image(f"samples/{weights}", picture, step)
+                self.writer.add_image(f"{name}/{weights}", picture, step)
+
+    def _samples(self, trained: checkpoint.Trained, weights: str) -> Tensor | None:
+        """18 steps of Heun's method on Karras's grid."""
+        model = trained.model(weights == "ema", self.device)
+        if self.shown is not None:
+            return _picture(self.shown(model), self.shape, self.codec, {})
+        return _picture(model, self.shape, self.codec, self.classes)
+
+    def _reconstructions(self, trained: checkpoint.Trained, weights: str) -> Tensor:
+        """Held-out images, each beside what the mean of its code decodes to."""
+        k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
+        return _reconstructions(trained.autoencoder(weights == "ema", self.device), k.to(self.device), self.codec)
 
 
 def warn(config: ConfigDict, data: Data, codec: Codec) -> None:

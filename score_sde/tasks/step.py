@@ -21,8 +21,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from ..config.build import Trainable, build_sde, build_trained, code_shape, is_autoencoder, is_classifier
-from ..config.objective import PARTS, PROJECTED, build_objective, importance_weighted, learned_law, measure, time_law
+from ..config.build import Trainable
+from ..config.kinds import kind_of
+from ..config.objective import PROJECTED, importance_weighted, learned_law, time_law
 from ..data.captions import Text
 from ..data.codecs import Codec
 from ..data.sets import Split, batch_indices, mirrored
@@ -30,8 +31,6 @@ from ..losses import time_laws
 from ..losses.time_laws import SecondMoments, TimeLaw
 from ..machine.devices import sent
 from ..machine.parallel import Processes
-from ..models.autoencoder import ConvolutionalAutoencoder
-from ..models.base import ScoreModel
 from ..noise import StepStream, generator
 from ..sdes.linear import SDE, like
 from .batches import Conditions, left_out, low_resolution, of_data
@@ -92,7 +91,7 @@ class Record(NamedTuple):
 def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device) -> State:
     """A fresh state for examples of `shape`; its weights depend on config.seed alone."""
     o, t = config.optim, config.training
-    model = build_trained(config, shape).to(device)
+    model = kind_of(config).build(config, shape).to(device)
     if t.channels_last and len(shape) == 3:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
@@ -144,7 +143,7 @@ class Batches:
         noise = generator(seed, step, StepStream.NOISE + apart, k.device)
         shape, floats = (n, *k.shape[1:]), torch.float32
         u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
-        of_noise = (n, *code_shape(config, split.shape)) if is_autoencoder(config) else shape
+        of_noise = (n, *kind_of(config).noise_shape(config, split.shape))
         z = torch.randn(of_noise, generator=noise, device=k.device, dtype=floats)[part]
         m = config.training.projections if config.training.objective in PROJECTED else 0
         v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
@@ -172,7 +171,7 @@ class Batches:
 
     def _left_out(self, condition: Conditions, step: int, held_out: bool) -> Conditions:
         """The conditions, which in training are left out for some of the examples."""
-        if held_out or not condition or is_classifier(self.config):
+        if held_out or not condition or not kind_of(self.config).left_out:
             return condition
         t = self.config.training
         u = time_laws.uniform_numbers(t.batch_size, generator(self.config.seed, step, StepStream.CONDITION))[self.part]
@@ -269,30 +268,19 @@ def evaluate_loss(
     As in training each of the `processes` computes its part of the batch, in training.accumulate parts and in
     training.precision; all have the whole batch's numbers, to the rounding of sums.
     """
-    sde, part = sde_of(state.ema, config), slice(None) if processes is None else part_of(config, processes)
+    sde, part = kind_of(config).sde(state.ema, config), slice(None) if processes is None else part_of(config, processes)
     whole = Batches(config, codec, sde, part, text).draw(split, 0, held_out=True)
-    objective = build_objective(state.ema, config, codec)
+    kind = kind_of(config)
+    objective = kind.objective(state.ema, config, codec)
     with in_precision(config, whole.x0.device):
         found = [loss_of(objective, b, config) for b in whole.parts(config.training.accumulate)]
     loss, measured = (torch.cat(each).double() for each in zip(*found, strict=True))
     if processes is not None:
         loss, measured = processes.gather(loss), processes.gather(measured)
-    if is_autoencoder(config):
-        return {"eval_loss": float(loss.mean()), **parts_of(measured, "eval_")}
-    return {"eval_loss": float(loss.mean()), f"eval_{measure(config)}": float(measured.mean())}
+    return {"eval_loss": float(loss.mean()), **kind.means(measured, "eval_")}
 
 
 def part_of(config: ConfigDict, processes: Processes) -> slice:
     """What this process takes of each batch."""
     share = config.training.batch_size // processes.world
     return slice(processes.rank * share, (processes.rank + 1) * share)
-
-
-def parts_of(measured: Tensor, prefix: str = "") -> dict[str, float]:
-    """Means of an autoencoder's PARTS, (B, 3)."""
-    return {prefix + name: float(value) for name, value in zip(PARTS, measured.double().mean(0), strict=True)}
-
-
-def sde_of(model: Trainable | ScoreModel, config: ConfigDict) -> SDE:
-    """Whose times the loop draws: the model's, which may learn it; an autoencoder does not look at them."""
-    return build_sde(config) if isinstance(model, ConvolutionalAutoencoder) else model.sde

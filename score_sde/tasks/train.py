@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from .. import config as configs
-from ..config.build import is_autoencoder, is_classifier, resolve_conditions
-from ..config.objective import build_objective, measure
+from ..config.build import resolve_conditions
+from ..config.kinds import kind_of
 from ..config.rules import suspects
 from ..data.captions import Text
 from ..data.codecs import AutoencoderCodec, Codec, Statistics
@@ -45,8 +45,6 @@ from .step import (
     evaluate_loss,
     make_state,
     part_of,
-    parts_of,
-    sde_of,
     seed_dropout,
     train_step,
 )
@@ -118,7 +116,7 @@ def _accept(config: ConfigDict, workdir: Path) -> None:
     """Make the folders of an accepted run, and write its config, whole or not at all."""
     failures.writable(workdir / "checkpoints")
     failures.writable(workdir / "tensorboard")
-    if config.training.snapshot_sampling and not is_classifier(config):
+    if config.training.snapshot_sampling and kind_of(config).pictures:
         failures.writable(workdir / "samples")
     keep_log()
     with whole(workdir / "config.json") as file:
@@ -235,13 +233,14 @@ class _Run:
         _receive(self.state, self.saved, processes)
         if t.compile:
             getattr(self.state.model, "network", self.state.model).compile()
-        self.objective = build_objective(self.state.model, config, codec)
+        kind = kind_of(config)
+        self.objective, sde = kind.objective(self.state.model, config, codec), kind.sde(self.state.model, config)
         if processes.world > 1:
             gpu = [processes.device.index] if processes.device.type == "cuda" else None
             self.objective = DistributedDataParallel(self.objective, device_ids=gpu)
         self.split, self.held_out = data.train.to(processes.device), data.test.to(processes.device)
         text = None if text is None else text.to(processes.device)
-        self.batches = Batches(config, codec, sde_of(self.state.model, config), part_of(config, processes), text)
+        self.batches = Batches(config, codec, sde, part_of(config, processes), text)
 
     def begin(self) -> None:
         """The command is accepted: the clock runs, and the workdir is there."""
@@ -271,11 +270,12 @@ class _Run:
             "images_per_second": (step - self.since) * config.training.batch_size / seconds,
         }
         measured = torch.cat([r.measure for r in whole]).cpu()
-        if is_autoencoder(config):
-            scalars |= parts_of(measured)
-        else:
+        kind = kind_of(config)
+        if kind.noisy:
             levels = by_noise_level(sde, torch.cat([r.t for r in whole]), measured)
-            scalars |= {f"{measure(config)}/{name}": value for name, value in levels.items()}
+            scalars |= {f"{kind.measures[0]}/{name}": value for name, value in levels.items()}
+        else:
+            scalars |= kind.means(measured)
         self.records.clear()
         self.since, self.clock = step, time.perf_counter()
         return Metrics(step, scalars)

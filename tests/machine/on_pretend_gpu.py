@@ -51,8 +51,8 @@ from score_sde import (
     variational_bound,
 )
 from score_sde.config import default_config
-from score_sde.config.build import build_classifier, build_model, build_trained
-from score_sde.config.objective import build_objective
+from score_sde.config.build import build_classifier, build_model
+from score_sde.config.kinds import kind_of
 from score_sde.data import Data, Split
 from score_sde.data.captions import Text
 from score_sde.data.codecs import AutoencoderCodec, Codec, PixelCodec, Statistics, VectorCodec
@@ -93,7 +93,7 @@ from score_sde.tasks.latents import run_decoding, run_encoding, run_interpolatio
 from score_sde.tasks.likelihood import run_likelihood
 from score_sde.tasks.restore import METHODS, run_restoring
 from score_sde.tasks.sample import run_sampling
-from score_sde.tasks.step import Batches, evaluate_loss, make_state, sde_of, train_step
+from score_sde.tasks.step import Batches, evaluate_loss, make_state, train_step
 from score_sde.tasks.train import train
 from tests.oracles import MAIN
 
@@ -287,8 +287,8 @@ def _training(name: str, changes: dict[str, object]) -> None:
         state.model.train()
         kind = type(state.optimizer)
         state.optimizer = kind(state.parameters, lr=1e-3, fused=True)  # as on CUDA
-        objective, split = build_objective(state.model, config, codec), data.train.to(GPU)
-        sde = sde_of(state.model, config)
+        objective, split = kind_of(config).objective(state.model, config, codec), data.train.to(GPU)
+        sde = kind_of(config).sde(state.model, config)
         waits: list[str] = []
         for _ in range(2 if name == "vp" else 1):
             flip = config.data.random_flip
@@ -545,7 +545,7 @@ _mode_likelihood("points by ode", model__name="mlp")
 @case("latents: codes, their bound, and decoding")
 def _(bench: Bench) -> list[str]:
     config = config_of(training__objective="autoencoder", model__code_channels=1)
-    autoencoder = build_trained(config, SHAPE).to(GPU).eval().requires_grad_(False)
+    autoencoder = kind_of(config).build(config, SHAPE).to(GPU).eval().requires_grad_(False)
     codec = AutoencoderCodec(autoencoder, Statistics((0.1,), (0.5,), 0.3), PixelCodec(LEVELS))  # type: ignore[arg-type]
     mean, std = codec.posterior(_images())
     model, config = model_on_gpu(model__attn_resolutions=(), data__autoencoder="given", sampling__method="heun")
@@ -562,7 +562,7 @@ def _(bench: Bench) -> list[str]:
     config.training.batch_size, config.data.random_flip = 2, False
     state = make_state(config, tuple(mean.shape[1:]), GPU)
     b = Batches(config, codec, state.model.sde).draw(law, 0)  # type: ignore[union-attr]
-    train_step(state, build_objective(state.model, config, codec), b, config)
+    train_step(state, kind_of(config).objective(state.model, config, codec), b, config)
     return []
 
 

@@ -32,6 +32,7 @@ from score_sde import (
     times,
 )
 from score_sde.config import build, default_config, load, validate
+from score_sde.config.kinds import MODEL, kind_of
 from score_sde.models.base import Estimate
 from score_sde.samplers.stochastic import Corrector
 from score_sde.sdes import like
@@ -167,7 +168,7 @@ CONFIGS = {path.stem: load(path) for path in sorted((ROOT / "configs").glob("*.p
 MODELS = {
     (c.sampling.to_json(), c.training.sde, c.training.continuous, c.model.num_scales): name
     for name, c in CONFIGS.items()
-    if not build.is_autoencoder(c) and not build.is_classifier(c)
+    if kind_of(c) is MODEL
 }
 
 

@@ -16,11 +16,11 @@ from score_sde import AutoencoderCodec, load, load_autoencoder, load_classifier
 from score_sde.cli import run
 from score_sde.config import load as load_config
 from score_sde.config.build import build_autoencoder
-from score_sde.config.objective import build_objective
+from score_sde.config.kinds import kind_of
 from score_sde.data import load_data, shrink
 from score_sde.data.codecs import PixelCodec, Statistics, codec_of
 from score_sde.tasks.codes import Source, as_asked, codec_from, codes_of, open_autoencoder
-from score_sde.tasks.step import Batches, evaluate_loss, make_state, sde_of, train_step
+from score_sde.tasks.step import Batches, evaluate_loss, make_state, train_step
 from tests.runs import Halves, halves
 
 SMALL = {
@@ -108,7 +108,7 @@ def test_training_lowers_the_bound_whose_parts_are_reported(weight: float) -> No
     data = load_data("digits")
     codec = codec_of(data.levels)
     state = make_state(config, data.shape, torch.device("cpu"))
-    objective, sde = build_objective(state.model, config, codec), sde_of(state.model, config)
+    objective, sde = kind_of(config).objective(state.model, config, codec), kind_of(config).sde(state.model, config)
     before = evaluate_loss(state, config, data.test, codec)
     for step in range(25):
         b = Batches(config, codec, sde).draw(data.train, step)
@@ -128,7 +128,7 @@ def test_reported_psnr_is_that_of_the_decoded_images() -> None:
     model = build_autoencoder(config, data.shape)
     k = data.test[torch.arange(5)][0]
     noise = torch.randn(5, *CODE)
-    _, measure = build_objective(model, config, codec)(codec.encode(k), torch.zeros(5), noise, noise)
+    _, measure = kind_of(config).objective(model, config, codec)(codec.encode(k), torch.zeros(5), noise, noise)
     mean, std = model.encode(codec.encode(k))
     mse = ((model.decode(mean + std * noise) - codec.encode(k)) / 2).square().flatten(1).mean(1)
     torch.testing.assert_close(measure[:, 2], -10 * mse.log10(), atol=1e-3, rtol=0)
@@ -236,7 +236,8 @@ def test_the_codec_goes_there_and_back(tmp_path: Path) -> None:
 def test_a_step_s_codes_are_its_own_draws(tmp_path: Path) -> None:
     config = load_config("configs/latent_digits32.py", {**SMALL, "training.batch_size": "64"})
     coded, _ = codes_of(halves(), load_data("digits"), tmp_path, mirror=False)
-    codec, sde = codec_of(None), sde_of(make_state(config, coded.shape, torch.device("cpu")).model, config)
+    codec, model = codec_of(None), make_state(config, coded.shape, torch.device("cpu")).model
+    sde = kind_of(config).sde(model, config)
 
     def x0(step: int, part: slice = slice(None), split: object = coded.train) -> Tensor:
         return Batches(config, codec, sde, part).draw(split, step).x0  # type: ignore[arg-type]
