@@ -79,8 +79,8 @@ def _mode(options: argparse.Namespace, config: ConfigDict) -> None:
     kind = kind_of(config)
     if kind.use and mode not in ("scan", "train"):
         raise ValueError(
-            f"{options.config} is of {kind.name}, and --mode {mode} of models: {kind.use}=WORKDIR (its held-out loss is "
-            "eval_loss in its log)"
+            f"{options.config} is of {kind.name}, and --mode {mode} of models: {kind.use}=WORKDIR (its held-out loss "
+            "is eval_loss in its log)"
         )
     if d.autoencoder and mode in (*RESTORING, "dequantize", "demo"):
         raise ValueError(
