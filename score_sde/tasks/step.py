@@ -33,7 +33,7 @@ from ..machine.devices import sent
 from ..machine.parallel import Processes
 from ..noise import StepStream, generator
 from ..sdes.linear import SDE, like
-from .batches import Conditions, left_out, low_resolution, of_data
+from .conditions import Conditions, left_out, low_resolution, of_data
 from .ema import ema_decay, ema_update
 
 

@@ -17,8 +17,7 @@ from score_sde.config.build import build_times
 from score_sde.data import digest, leave_out, load_data, shrink
 from score_sde.data.captions import Text
 from score_sde.data.codecs import PixelCodec, codec_of
-from score_sde.tasks.batches import augmented, low_resolution
-from score_sde.tasks.conditions import Wanted, conditional, load_guides
+from score_sde.tasks.conditions import Wanted, augmented, conditional, load_guides, low_resolution
 from score_sde.tasks.step import Batches
 from tests.files import bert, pixels, save
 

@@ -22,8 +22,7 @@ from score_sde.models.guidance import Guided, both
 from score_sde.models.rules import Preconditioned
 from score_sde.networks import MLP, Encoder, UNet
 from score_sde.samplers import EmbeddedODE, Heun
-from score_sde.tasks.batches import left_out
-from score_sde.tasks.conditions import Guides, conditional
+from score_sde.tasks.conditions import Guides, conditional, left_out
 from score_sde.tasks.latents import as_in_training
 from score_sde.tasks.restore import restore
 from score_sde.tasks.step import Batches
