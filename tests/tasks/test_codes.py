@@ -19,6 +19,7 @@ from score_sde.config.build import build_autoencoder
 from score_sde.config.kinds import kind_of
 from score_sde.data import load_data, shrink
 from score_sde.data.codecs import PixelCodec, Statistics, codec_of
+from score_sde.tasks import codes
 from score_sde.tasks.codes import Source, as_asked, codec_from, codes_of, open_autoencoder
 from score_sde.tasks.step import Batches, evaluate_loss, make_state, train_step
 from tests.runs import Halves, halves
@@ -500,3 +501,14 @@ def test_what_cannot_be_is_refused_in_a_sentence(
 ) -> None:
     missing = [f"--config.data.autoencoder={tmp_path / 'none'}"] if config.startswith("latent") else []
     assert answer in refused(config, mode, tmp_path / "run", *missing, *more)
+
+
+def test_a_command_opens_the_autoencoder_once(
+    trained: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+    real = codes.opened
+    monkeypatch.setattr("score_sde.tasks.job.opened", lambda *args: (seen.append(args), real(*args))[1])
+    monkeypatch.setattr(codes, "opened", lambda *args: pytest.fail("it is opened again"))
+    assert command("latent_digits32", "sample", tmp_path, of(trained[0]), "--checkpoint", str(trained[1])) == 0
+    assert len(seen) == 1
