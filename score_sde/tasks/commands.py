@@ -127,9 +127,11 @@ def complete(arguments: list[str]) -> str:
     except ImportError:
         raise ValueError("score_sde completion needs the package shtab: pip install shtab") from None
     names = " ".join(known())
-    bash = f'_score_sde_names() {{ compgen -W "{names}" -- $1; compgen -f -- $1; }}'
-    zsh = f"_score_sde_names() {{ compadd {names}; _files }}"
-    return shtab.complete(words(), shell, preamble={"bash": bash, "zsh": zsh})
+    functions = {
+        "bash": f'_score_sde_names() {{ compgen -W "{names}" -- $1; compgen -f -- $1; }}',
+        "zsh": f"_score_sde_names() {{ compadd {names}; _files }}",
+    }
+    return shtab.complete(words(), shell, preamble=functions[shell])
 
 
 def words() -> argparse.ArgumentParser:
