@@ -1,4 +1,4 @@
-"""The blocks of the U-Net: label embedding, residual block, self-attention, the three ways of joining two branches."""
+"""The blocks of the U-Net: embeddings of the label, residual block, self-attention, head."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Style:
         init_scale: of the last convolution of every branch, relative to the others.
         checkpoint_activations: recompute residual blocks in the backward pass, which saves memory.
         scale_shift: the label scales the features as well as shifting them.
-        heads, head_channels: of self-attention, how many, or how wide each is; 0: as `heads` says.
+        heads, head_channels: the number of heads of self-attention, or in its place the width of each; 0: `heads`.
         project: blocks that resample have a convolution in the shortcut even where the number of channels stays.
         norm_eps: added to the variances of group normalisation.
         dimensions: 1: signals (B, C, L), 2: images (B, C, H, W), 3: volumes (B, C, D, H, W).
-        text_width: of the tokens that attention looks at beside the pixels; 0: none.
+        text_width: of the text's tokens, which attention has as keys and values beside the pixels; 0: no text.
         label_width: of the embedded label; None: blocks without a label. Networks set it.
 
-    Raises ValueError for a name that an option does not have.
+    Raises ValueError for a name that is no value of its option.
     """
 
     block: BlockKind = "biggan"
@@ -77,12 +77,12 @@ class Style:
         return conv(inputs, outputs, size, scale=scale, dimensions=self.dimensions)
 
     def heads_of(self, channels: int) -> int:
-        """How many heads attention has; ValueError if they do not divide the channels."""
+        """Number of attention heads. Raises ValueError if they do not divide the channels."""
         if self.head_channels and channels % self.head_channels:
-            raise ValueError(f"{channels} channels do not divide into heads of {self.head_channels}; take a divisor")
+            raise ValueError(f"{channels} channels do not divide into heads of {self.head_channels}: take a divisor")
         heads = channels // self.head_channels if self.head_channels else self.heads
         if channels % heads:
-            raise ValueError(f"{heads} heads of attention cannot share {channels} channels; take a divisor")
+            raise ValueError(f"{heads} heads of attention cannot share {channels} channels: take a divisor")
         return heads
 
     def add(self, x: Tensor, h: Tensor) -> Tensor:
@@ -123,7 +123,7 @@ class Fourier(nn.Module):
         self.outputs = 2 * width
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fourier:
-        """Half precision is not for the frequencies: 2π w log(label) would be off by a radian."""
+        """Keep the frequencies out of half precision, where 2π w log(label) would be off by a radian."""
         before = self.frequencies
         super()._apply(fn, recurse)
         if self.frequencies.dtype in (torch.float16, torch.bfloat16):
@@ -147,9 +147,9 @@ class Waves(nn.Module):
 
 
 class LabelEmbedding(nn.Module):
-    """Features of the label, then two layers; (B,) to (B, outputs).
+    """(B,) labels to (B, outputs): features, then two layers.
 
-    The activation at the end, which DDPM puts at the beginning of every block, is taken here once for all of them.
+    The activation at the end, which DDPM computes at the beginning of every block, is computed here once for all.
     """
 
     def __init__(self, features: Sinusoidal | Fourier, outputs: int, activation: Callable[[Tensor], Tensor]) -> None:
@@ -164,9 +164,9 @@ class LabelEmbedding(nn.Module):
         return self.activation(h if more is None else h + more)
 
     def before(self, label: Tensor) -> Tensor:
-        """What the activation at the end is taken of."""
+        """The embedding before its last activation."""
         kind = self.hidden.weight.dtype
-        # A network in half precision has labels in float32: 999 t would be rounded to whole numbers, and worse.
+        # float32 for networks in half precision, which would round 999 t to whole numbers or worse
         features = self.features(label.to(torch.promote_types(kind, torch.float32))).to(kind)
         return self.out(self.activation(self.hidden(features)))
 
@@ -208,21 +208,25 @@ class ResidualBlock(nn.Module):
             h, x = self.conv1(self.resample(h)), self.shortcut(self.resample(x))
         else:
             h, x = self.conv1(h), self.shortcut(x)
-        told = None if self.label is None else self.label(label).unflatten(1, (-1, *(1,) * (x.ndim - 2)))
-        if told is None:
+        if self.label is None:
             h = self.norm2(h)
         elif self.style.scale_shift:
-            scale, shift = told.chunk(2, dim=1)
+            scale, shift = spread(self.label(label), x.ndim).chunk(2, dim=1)
             h = self.norm2(h) * (1 + scale) + shift
         else:
-            h += told
+            h += spread(self.label(label), x.ndim)
             h = self.norm2(h)
         h = self.conv2(self.dropout(activation(h)))
         return self.style.add(x, h)
 
 
+def spread(features: Tensor, axes: int) -> Tensor:
+    """(B, C) as (B, C, 1, ...), with so many axes."""
+    return features.unflatten(1, (-1, *(1,) * (axes - 2)))
+
+
 class Text(NamedTuple):
-    """Tokens (B, L, D), and where there are any, (B, L) bool."""
+    """Tokens (B, L, D), and a mask (B, L), False where there is no token."""
 
     tokens: Tensor
     mask: Tensor
@@ -231,24 +235,24 @@ class Text(NamedTuple):
 def attend(qkv: Tensor, heads: int, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(C)) v with C channels per head; (B, N, 3 heads C) to (B, N, heads C).
 
-    `text`, (B, L, 2 heads C), are more keys and values, where `mask` (B, L) is True.
+    `text` (B, L, 2 heads C) adds keys and values where `mask` (B, L) is True.
     """
     q, k, v = qkv.unflatten(2, (3 * heads, -1)).transpose(1, 2).chunk(3, dim=1)
-    seen = None
+    allowed = None
     if text is not None and mask is not None:
         keys, values = text.unflatten(2, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
         k, v = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
-        seen = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
-    return F.scaled_dot_product_attention(q, k, v, seen).transpose(1, 2).flatten(2)
+        allowed = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
+    return F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).flatten(2)
 
 
 class Attention(nn.Module):
     """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, with C channels per head.
 
-    Tokens of a text, if the style has some, are more keys and values (Nichol et al. 2021, arXiv:2112.10741, section
-    3.1; Saharia et al. 2022, arXiv:2205.11487): without any, pixels are left to attend to.
+    A style with `text_width` adds the tokens of a text as keys and values (Nichol et al. 2021, arXiv:2112.10741,
+    section 3.1; Saharia et al. 2022, arXiv:2205.11487).
 
-    Raises ValueError for a number of channels that the heads do not divide.
+    Raises ValueError if the heads do not divide the channels.
     """
 
     def __init__(self, channels: int, style: Style) -> None:

@@ -1,4 +1,4 @@
-"""What a network is told beside the time: a class, a low-resolution image with its noise level, text."""
+"""How a network is conditioned on more than the time: on a class, a low-resolution image with its noise level, text."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class ClassEmbedding(nn.Module):
         label = torch.as_tensor(-1 if label is None else label)
         if label.ndim > 1 or label.is_floating_point() or (label.ndim and len(label) != batch):
             raise ValueError(
-                f"label must be a class or ({batch},) of them, got {label.dtype} of shape {tuple(label.shape)}"
+                f"label must be an integer or {batch} of them, one for each example, got {label.dtype} of shape "
+                f"{tuple(label.shape)}"
             )
         if label.device.type == "cpu" and label.numel() and not -1 <= label.min() <= label.max() < len(self.table):
             raise ValueError(
@@ -39,8 +40,8 @@ class ClassEmbedding(nn.Module):
         return self.table[label.clamp_min(0)] * (label >= 0)[:, None]
 
 
-class Told(NamedTuple):
-    """Conditions as a network uses them; a part that it was not built for is None."""
+class Conditions(NamedTuple):
+    """Conditions as a network uses them; None where the network was built without that condition."""
 
     embedding: Tensor | None  # (B, outputs), to be added to the time's
     image: Tensor | None  # (B, C', *size of x), to join x's channels
@@ -48,20 +49,20 @@ class Told(NamedTuple):
 
 
 class Conditional(nn.Module):
-    """A network F(x, time, /, **condition), which knows the conditions that `learn_conditions` makes it parts for.
+    """A network F(x, time, /, **condition), which takes the conditions that `learn_conditions` builds layers for.
 
     label: a class, or (B,) of them; it is added to the time's embedding.
     image: (B, C', ...) of any size, brought to x's by interpolation (bicubic for images, Saharia et al. 2021,
         arXiv:2104.07636) and put behind x's channels; in x's range.
     augmentation: (B,) in [0, 1], how far noise was added to `image`, added to the time's embedding (Ho et al. 2022,
         arXiv:2106.15282, conditioning augmentation: the time of its diffusion); 0 is none.
-    text: (B, L, D) tokens, for the attention; with `mask` (B, L), False where there is none. Without a mask, tokens of
-        zeros are none.
+    text: (B, L, D) tokens, for the attention; with `mask` (B, L), False where there is no token. Without a mask, a
+        token of zeros counts as none.
     pooled: (B, P), a summary of the text, mapped linearly and added to the time's embedding (Saharia et al. 2022,
         arXiv:2205.11487).
 
-    None is what `model.absent` says: -1, zeros, False. Raises ValueError for a condition that it has no part for or
-    that is of another shape.
+    None means the same as what `models.base.absent` gives: -1, zeros, False. Raises ValueError for a condition that the
+    network was built without, and for another shape.
     """
 
     classes: ClassEmbedding | None
@@ -78,7 +79,7 @@ class Conditional(nn.Module):
         text_width: int = 0,
         pooled_width: int = 0,
     ) -> None:
-        """Make the parts; `outputs` is the width of the time's embedding, and 0 of anything is none of it."""
+        """Build the layers; `outputs` is the width of the time's embedding, and 0 leaves a condition out."""
         self.classes = ClassEmbedding(classes, outputs) if classes else None
         self.image_channels = image_channels
         self.augmentation = None
@@ -87,9 +88,9 @@ class Conditional(nn.Module):
         self.tokens = nn.LayerNorm(text_width) if text_width else None
         self.pooled = linear(pooled_width, outputs) if pooled_width else None
         if self.pooled is not None:
-            self.pooled.register_parameter("bias", None)  # zeros, the absent summary, add nothing
+            self.pooled.register_parameter("bias", None)  # the absent summary, zeros, adds nothing
 
-    def told(
+    def conditions(
         self,
         x: Tensor,
         label: Any = None,
@@ -98,53 +99,50 @@ class Conditional(nn.Module):
         text: Tensor | None = None,
         mask: Tensor | None = None,
         pooled: Tensor | None = None,
-    ) -> Told:
+    ) -> Conditions:
         """The conditions of a batch x as this network uses them."""
-        parts = []
-        if self.classes is not None:
-            parts.append(self.classes(label, len(x)))
-        elif label is not None:
-            raise ValueError(
-                "the network knows no classes, and was given a label: train one with model.class_conditional"
-            )
+        embeddings = []
+        if self.classes is None:
+            _refuse(label, "label", "model.class_conditional=True")
+        else:
+            embeddings.append(self.classes(label, len(x)))
         low = self._image(x, image, augmentation)
         if self.augmentation is not None:
             level = torch.as_tensor(0.0 if augmentation is None else augmentation)
             if level.shape not in ((), (len(x),)):
-                raise ValueError(
-                    f"augmentation must be a number or ({len(x)},) of them, got shape {tuple(level.shape)}"
-                )
-            # like labels of the time in float32 at least: bfloat16 would round 999 level to whole numbers
+                raise ValueError(f"augmentation must be a number or {len(x)} of them, got shape {tuple(level.shape)}")
+            # in float32 at least, as labels of the time are: bfloat16 would round 999 level to whole numbers
             level = sent(level, x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
-            parts.append(self.augmentation.before(999 * level))
+            embeddings.append(self.augmentation.before(999 * level))
         if self.pooled is None:
-            _refuse(pooled, "pooled", "no summary of a text", "model.pooled_width")
+            _refuse(pooled, "pooled", "model.pooled_width")
         elif pooled is not None:
             _check(pooled, "pooled", (len(x), self.pooled.in_features))
-            parts.append(self.pooled(_like(pooled, self.pooled.weight)))
-        return Told(sum(parts[1:], parts[0]) if parts else None, low, self._text(x, text, mask))
+            embeddings.append(self.pooled(_like(pooled, self.pooled.weight)))
+        total = sum(embeddings[1:], embeddings[0]) if embeddings else None
+        return Conditions(total, low, self._text(x, text, mask))
 
     def _image(self, x: Tensor, image: Tensor | None, augmentation: Tensor | None) -> Tensor | None:
         if not self.image_channels:
-            _refuse(image, "image", "no images beside x", "model.image_channels")
-            _refuse(augmentation, "augmentation", "no images beside x", "model.image_channels")
+            _refuse(image, "image", "model.image_channels")
+            _refuse(augmentation, "augmentation", "model.image_channels")
             return None
         if image is None:
             return x.new_zeros(len(x), self.image_channels, *x.shape[2:])
         if image.ndim != x.ndim or image.shape[:2] != (len(x), self.image_channels):
             raise ValueError(
-                f"image must have {x.ndim} dimensions, of which the first are {len(x)} and {self.image_channels}, got "
-                f"shape {tuple(image.shape)}"
+                f"image must have {x.ndim} axes, the first of {len(x)} examples and the second of "
+                f"{self.image_channels} channels, got shape {tuple(image.shape)}"
             )
         return resize(_like(image, x), x.shape[2:])
 
     def _text(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Text | None:
         if self.tokens is None:
-            _refuse(text, "text", "no text", "model.text_width")
+            _refuse(text, "text", "model.text_width")
             return None
         if text is None:
             if mask is not None and bool(mask.any()):
-                raise ValueError("mask is of the tokens of text, which is not given: give both, or neither")
+                raise ValueError("mask says where text has tokens, but text is missing: give both, or neither")
             return None
         _check(text, "text", (len(x), text.shape[1] if text.ndim > 1 else 0, *self.tokens.normalized_shape))
         if mask is None:
@@ -167,9 +165,9 @@ def resize(image: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(image, size=tuple(size), mode=mode, align_corners=False)
 
 
-def _refuse(value: Any, name: str, lacks: str, key: str) -> None:
+def _refuse(value: Any, name: str, key: str) -> None:
     if value is not None:
-        raise ValueError(f"the network knows {lacks}, and was given {name}: build one with {key}")
+        raise ValueError(f"the network takes no condition {name}: leave it out, or train a network with {key}")
 
 
 def _check(value: Tensor, name: str, shape: tuple[int, ...]) -> None:

@@ -19,19 +19,19 @@ class DiT(Conditional):
     """F(x, time, /, **condition) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
 
     `time` is a label of the time, (B,), of the size of 999 t; the conditions are those of `Conditional`. Height and
-    width may be anything: they are padded inside to multiples of `patch`, by repeating the border, and cropped.
+    width may be anything: they are padded inside to multiples of `patch`, and the output is cropped.
 
     Args:
         patch: pixels of a token's side.
         width, depth, heads: channels of a token, blocks, heads of attention. The paper's S is 384, 12, 6; B 768, 12,
             12; L 1024, 24, 16; XL 1152, 28, 16.
         embedding: of the time: "transformer" with the paper's frequencies, "sinusoidal" with DDPM's (see `Sinusoidal`).
-        dropout: of both branches of each block; the paper has none.
+        dropout: in both branches of each block; the paper has none.
         centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
         checkpoint_activations: recompute blocks in the backward pass, which saves memory.
         classes, image_channels, text_width, pooled_width: as in `UNet`; tokens of the text are more keys and values.
 
-    Raises ValueError for heads or positions that do not divide the width.
+    Raises ValueError for a width that `heads` or 4 does not divide.
     """
 
     def __init__(
@@ -67,29 +67,29 @@ class DiT(Conditional):
         self.last = linear(width, patch**2 * (out_channels or channels), scale=0.0)
 
     def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
-        told, size = self.told(x, **condition), x.shape[2:]
-        shown = padded(x if told.image is None else torch.cat([x, told.image], dim=1), self.patch)
-        h = self.first(shown if self.centered else 2 * shown - 1)  # (B, width, rows, columns)
+        conditions, size = self.conditions(x, **condition), x.shape[2:]
+        x = padded(x if conditions.image is None else torch.cat([x, conditions.image], dim=1), self.patch)
+        h = self.first(x if self.centered else 2 * x - 1)  # (B, width, rows, columns)
         rows, columns = h.shape[2:]
         h = h.flatten(2).transpose(1, 2) + positions(rows, columns, h)
-        *labels, label = self.labels(time, told.embedding, condition.get("label"))
+        *labels, label = self.labels(time, conditions.embedding, condition.get("label"))
         for block, each in zip(self.blocks, labels, strict=True):
             run = partial(recomputed, block) if self.recompute else block
-            h = run(h, each, told.text)
+            h = run(h, each, conditions.text)
         shift, scale = self.modulation(label)[:, None].chunk(2, dim=2)
         h = self.last(_norm(h) * (1 + scale) + shift)
         pixels = h.unflatten(2, (self.patch, self.patch, -1)).unflatten(1, (rows, columns))  # (B, R, C, p, p, channels)
         return cropped(pixels.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3), size)
 
     def labels(self, time: Tensor, embedding: Tensor | None, label: Any) -> list[Tensor]:
-        """What each block is told of the time and the conditions, (B, width), and in the end the last layer."""
+        """The embedding (B, width) of time and conditions for each block, and behind these for the last layer."""
         return [self.embed(time, embedding)] * (len(self.blocks) + 1)
 
 
 class DiTBlock(nn.Module):
     """x + gate attention(norm(x) (1 + scale) + shift), then the same with two layers in place of the attention.
 
-    All six of gates, scales and shifts are linear in the label, and 0 at first: adaLN-Zero.
+    Gates, scales and shifts, six in all, are linear in the embedded label and 0 at first: adaLN-Zero.
     """
 
     def __init__(self, width: int, heads: int, dropout: float, text_width: int) -> None:
@@ -120,9 +120,9 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def positions(rows: int, columns: int, like: Tensor) -> Tensor:
-    """(rows columns, width) of like's type, for like (B, width, ...): half the channels tell the column, half the row.
+    """Positional embedding (rows columns, width) for `like` (B, width, ...), in its type: columns, then rows.
 
-    Sines, then cosines of the coordinate times 10000^(-i/(width/4)), in the published order.
+    Each half has sines, then cosines of the coordinate times 10000^(-i/(width/4)), in the published order.
     """
     quarter = like.shape[1] // 4
     wide = torch.promote_types(like.dtype, torch.float32)

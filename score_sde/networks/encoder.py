@@ -1,4 +1,4 @@
-"""The way down of the U-Net, to numbers instead of an image: what classifies noisy images."""
+"""The network of classifiers of noisy images: the way down of the U-Net, to one number per class."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from .blocks import Fourier, LabelEmbedding, Sinusoidal
 from .layers import linear, padded
-from .levels import DownLevel, LevelOptions, Middle, step_down
-from .pyramid import NoPyramid
+from .levels import LevelOptions, Middle, without_skips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +26,8 @@ class EncoderOptions(LevelOptions):
 class Encoder(nn.Module):
     """F(x, time) -> (B, outputs) of images (B, channels, H, W) and times (B,), 0 for every output at first.
 
-    The U-Net's levels on the way down and its bottom; then norm, activation, the mean over all places and a linear
-    layer (Dhariwal & Nichol 2021, section 4.3, whose attention over places is a mean here). The options are
+    Its parts are the U-Net's levels on the way down and its bottom, then norm, activation, the mean over all places and
+    a linear layer (Dhariwal & Nichol 2021, section 4.3, who attend over places in place of the mean). The options are
     `EncoderOptions`, `LevelOptions` and `Style`.
     """
 
@@ -40,23 +39,19 @@ class Encoder(nn.Module):
         waves = Sinusoidal(o.width) if o.embedding == "sinusoidal" else Fourier(o.width, o.fourier_scale)
         self.embed = LabelEmbedding(waves, 4 * o.width, o.act)
         self.first = o.conv(channels, o.width, 3)
-        self.down = nn.ModuleList()
-        inputs = o.width
-        for i, (outer, attend) in enumerate(o.levels, start=1):
-            step = step_down(outer, o) if i < len(o.levels) else None
-            self.down.append(DownLevel(inputs, outer, o.blocks, attend, step, NoPyramid(), o))
-            inputs = outer
-        self.middle = Middle(inputs, o)
-        self.norm = o.norm(inputs)
-        self.out = linear(inputs, outputs, scale=0.0)
+        self.down = without_skips(o.width, o)
+        deepest, _ = o.levels[-1]
+        self.middle = Middle(deepest, o)
+        self.norm = o.norm(deepest)
+        self.out = linear(deepest, outputs, scale=0.0)
 
     def forward(self, x: Tensor, time: Tensor, /) -> Tensor:
         x = padded(x, self.multiple)
         if not self.centered:
             x = 2 * x - 1
         embedded = self.embed(time)
-        h, skips = self.first(x), list[Any]()
+        h = self.first(x)
         for level in self.down:
-            h, _ = level(h, embedded, None, x, skips)
+            h = level(h, embedded)
         h = self.activation(self.norm(self.middle(h, embedded, None)))
         return self.out(h.mean(tuple(range(2, h.ndim))))

@@ -1,4 +1,4 @@
-"""Layers with DDPM's initialisation, activations, norm and dropout: what all blocks are made of."""
+"""Convolution and linear layer with DDPM's initialisation, activations, norms, dropout, recomputed activations."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def variance_scaling_(weight: Tensor, scale: float = 1.0) -> None:
     """Fill with U(-b, b) of variance b²/3 = 2 scale / (fan_in + fan_out), as DDPM does (Ho et al. 2020).
 
-    A `scale` of 0, meant for the last layer of a branch, becomes 1e-10: the branch starts at nothing, but not at a
-    point where its weights are exactly zero.
+    A `scale` of 0, meant for the last layer of a branch, becomes 1e-10: the branch begins at almost 0, with weights
+    that are not exactly 0.
     """
     fans = (weight.shape[0] + weight.shape[1]) * weight[0, 0].numel()
     bound = math.sqrt(6 * max(scale, 1e-10) / fans)
@@ -51,7 +51,7 @@ def conv(
     scale: float = 1.0,
     dimensions: int = 2,
 ) -> Convolution:
-    """A convolution of `size` in each direction, which keeps the lengths unless told otherwise; bias 0."""
+    """A convolution of `size` in each direction, which keeps the lengths unless `padding` says otherwise; bias 0."""
     kind = CONVOLUTIONS[dimensions - 1]
     layer = kind(inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)
     variance_scaling_(layer.weight, scale)
@@ -85,8 +85,8 @@ def group_norm(channels: int, groups: int | None, eps: float = 1e-6) -> nn.Group
 def plain() -> bool:
     """Whether the caller asks for plain operations, which may be differentiated twice and more.
 
-    It does so by torch's own switch of attention, ``sdpa_kernel(SDPBackend.MATH)``. A compiled network has one
-    derivative alone, and may not look at the switch.
+    The caller asks by torch's own switch of attention, ``sdpa_kernel(SDPBackend.MATH)``. A compiled network has only
+    a first derivative, and may not read the switch.
     """
     if torch.compiler.is_compiling():
         return False
@@ -95,10 +95,10 @@ def plain() -> bool:
 
 
 def layer_norm(x: Tensor, sizes: Sequence[int], eps: float = 1e-5) -> Tensor:
-    """x with mean 0 and variance 1 over its last axes, whose `sizes` are given.
+    """Layer normalisation without parameters: x with mean 0 and variance 1 over its last axes, of these `sizes`.
 
-    In plain operations where they are asked for: the third derivative of torch 2.13's kernel is wrong, which maximum
-    likelihood of a guided model takes.
+    It uses plain operations where the caller asks for them (`plain`): training a guided model by maximum likelihood
+    takes the third derivative, which is wrong in torch 2.13's kernel.
     """
     if not plain():
         return F.layer_norm(x, sizes, eps=eps)
@@ -106,20 +106,21 @@ def layer_norm(x: Tensor, sizes: Sequence[int], eps: float = 1e-5) -> Tensor:
     return (x - x.mean(axes, keepdim=True)) * torch.rsqrt(x.var(axes, correction=0, keepdim=True) + eps)
 
 
-def recomputed(part: Callable[..., Tensor], *arguments: Any) -> Tensor:
-    """part(*arguments), which the backward pass computes again instead of keeping what is in between.
+def recomputed(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """Activation checkpointing: layer(*arguments), whose activations the backward pass computes again.
 
-    Plain operations, if asked for, are so in the second computation too, which comes when that request has ended.
+    Where the caller asks for plain operations (`plain`), the second computation uses them too, though by then the
+    caller's request has ended.
     """
     if not torch.is_grad_enabled():
-        return part(*arguments)
+        return layer(*arguments)
     if not plain():
-        return checkpoint(part, *arguments, use_reentrant=False)
-    return checkpoint(part, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _Plain()))
+        return checkpoint(layer, *arguments, use_reentrant=False)
+    return checkpoint(layer, *arguments, use_reentrant=False, context_fn=lambda: (nullcontext(), _Plain()))
 
 
 class _Plain(AbstractContextManager[None]):
-    """``sdpa_kernel(SDPBackend.MATH)`` that may be entered again: each backward pass computes a part anew."""
+    """``sdpa_kernel(SDPBackend.MATH)`` that can be entered again, as each backward pass computes the layer again."""
 
     def __enter__(self) -> None:
         self.stack = ExitStack()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,24 +43,30 @@ class LevelOptions(Style):
         return 2 ** (len(self.multipliers) - 1)
 
 
-class DownLevel(nn.Module):
-    """Residual blocks, each followed by attention, then the step to half the resolution where the pyramid enters."""
+class Level(nn.Module):
+    """Residual blocks, each followed by attention if `attend`, then the step to the next resolution."""
 
     def __init__(
-        self,
-        inputs: int,
-        outputs: int,
-        blocks: int,
-        attend: bool,
-        step: nn.Module | None,
-        entry: nn.Module,
-        style: Style,
+        self, inputs: int, outputs: int, blocks: int, attend: bool, step: nn.Module | None, style: Style
     ) -> None:
         super().__init__()
         self.stages = nn.ModuleList(Stage(inputs if i == 0 else outputs, outputs, attend, style) for i in range(blocks))
-        self.step, self.entry = step, entry
+        self.step = step
 
-    def forward(
+    def forward(self, h: Tensor, label: Tensor | None = None) -> Tensor:
+        for stage in self.stages:
+            h = stage(h, label, None)
+        return h if self.step is None else take(self.step, h, label)
+
+
+class DownLevel(Level):
+    """A level whose features go to the way up as skips too; the pyramid enters it behind the step."""
+
+    def __init__(self, *level: Any, entry: nn.Module) -> None:
+        super().__init__(*level)
+        self.entry = entry
+
+    def forward(  # type: ignore[override]
         self, h: Tensor, label: Tensor | None, text: Text | None, pyramid: Tensor, skips: list[Tensor]
     ) -> tuple[Tensor, Tensor]:
         for stage in self.stages:
@@ -97,7 +104,7 @@ class Middle(nn.Module):
 
 
 class UpLevel(nn.Module):
-    """Residual blocks that take in what the way down left, attention, a part of the output, the step to double size.
+    """Residual blocks that take in the skips of the way down, attention, a part of the output, the step to double size.
 
     Attention follows the last block, or with `attend_each` every block.
     """
@@ -130,6 +137,16 @@ class UpLevel(nn.Module):
         return (h if self.step is None else take(self.step, h, label)), pyramid
 
 
+def without_skips(inputs: int, o: LevelOptions) -> nn.ModuleList:
+    """The levels of a way down without a way up."""
+    levels = nn.ModuleList()
+    for i, (outputs, attend) in enumerate(o.levels, start=1):
+        step = step_down(outputs, o) if i < len(o.levels) else None
+        levels.append(Level(inputs, outputs, o.blocks, attend, step, o))
+        inputs = outputs
+    return levels
+
+
 def step_down(channels: int, style: Style) -> nn.Module:
     """What halves the resolution between two levels."""
     if style.block == "ddpm" and style.resample_conv:
@@ -147,10 +164,10 @@ def step_up(channels: int, style: Style) -> nn.Module:
 
 
 def take(step: nn.Module, h: Tensor, label: Tensor | None) -> Tensor:
-    """Only residual blocks look at the label."""
+    """A step between levels; only residual blocks take the label."""
     return step(h, label) if isinstance(step, ResidualBlock) else step(h)
 
 
 def look(attention: nn.Module, h: Tensor, text: Text | None) -> Tensor:
-    """Only attention looks at the text."""
+    """Attention to the text too, or the identity, which takes none."""
     return attention(h, text) if isinstance(attention, Attention) else attention(h)

@@ -1,4 +1,4 @@
-"""A residual fully connected network for vectors."""
+"""A residual MLP: the network for vectors."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from .layers import Dropout, linear
 
 
 class MLP(Conditional):
-    """F(x, time, /, **condition) -> a tensor of x's shape, (B, features), or (B, out_features); as in `UNet`.
+    """F(x, time, /, **condition) -> a tensor of x's shape, (B, features), or (B, out_features).
 
-    Of the conditions it can be told `label`.
-
-    `depth` residual layers of `width` channels. Sinusoidal embeddings suit labels as 999 t, Fourier ones positive
-    labels as sigma.
+    It has `depth` residual layers of `width` channels, and can be conditioned on `label`. Sinusoidal embeddings suit
+    labels as 999 t, Fourier ones positive labels as sigma; `time` and conditions are as in `UNet`.
     """
 
     def __init__(
@@ -47,7 +45,7 @@ class MLP(Conditional):
         self.last = linear(width, out_features or features, scale=0.0)
 
     def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
-        embedded = self.embed(time, self.told(x, **condition).embedding)
+        embedded = self.embed(time, self.conditions(x, **condition).embedding)
         h = self.first(x)
         for layer in self.layers:
             h = layer(h, embedded)

@@ -18,7 +18,7 @@ Combine = Literal["sum", "cat"]
 
 
 class NoPyramid(nn.Module):
-    """Neither input nor output is progressive."""
+    """No progressive input or output."""
 
     def forward(self, h: Tensor, pyramid: Tensor) -> tuple[Tensor, Tensor]:
         return h, pyramid
@@ -66,7 +66,7 @@ class OutputSkip(nn.Module):
 
 
 class OutputSeed(nn.Module):
-    """The lowest level starts a pyramid of features."""
+    """The lowest level begins a pyramid of features."""
 
     def __init__(self, features: int, style: Style) -> None:
         super().__init__()

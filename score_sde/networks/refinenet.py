@@ -1,18 +1,17 @@
 """The networks of NCSN and NCSNv2: RefineNets (Lin et al. 2017, arXiv:1611.06612) of dilated residual blocks.
 
-NCSN (Song & Ermon 2019, arXiv:1907.05600, appendix A) tells its norms the noise level, NCSNv2 (2020, arXiv:2006.09011,
-table 3) tells the network nothing. An encoder of stages of two residual blocks; the first stage has the image's
-resolution, the next ones halve it, and the last two are dilated by 2 and 4 instead. A decoder that from the deepest
-stage on refines, pools and joins the stages' features, back to the resolution of the first.
+NCSN (Song & Ermon 2019, arXiv:1907.05600, appendix A) conditions its norms on the noise level; NCSNv2 (2020,
+arXiv:2006.09011, table 3) is not conditioned on it. The encoder has stages of two residual blocks: the first has the
+image's resolution, the next ones halve it, and the last two are dilated by 2 and 4 instead. The decoder refines, pools
+and joins the features of the stages, from the deepest back to the first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -24,9 +23,8 @@ Norm = Callable[[int], nn.Module]  # channels -> a module (x, level) -> a tensor
 Pool = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True, kw_only=True)
-class RefineStyle:
-    """What all blocks of one network share."""
+class RefineStyle(NamedTuple):
+    """The options that all blocks of one network share."""
 
     activation: Callable[[Tensor], Tensor]
     norm: Norm  # of the encoder and the head
@@ -43,7 +41,7 @@ class RefineNet(nn.Module):
     Args:
         norms: of the encoder and the head, and of the decoder.
         pool: of the decoder; keeps height and width.
-        width: stage i has width * multipliers[i] channels; at least 2, for the norms compare channels.
+        width: stage i has width * multipliers[i] channels; at least 2, because the norms compare channels.
         multipliers: one per stage, at least 3; all stages but the first and the last two halve the resolution.
         centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.
         checkpoint_activations: recompute stages and refinements in the backward pass, which saves memory.
@@ -64,12 +62,14 @@ class RefineNet(nn.Module):
         checkpoint_activations: bool = False,
     ) -> None:
         super().__init__()
+        if activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")
         if len(multipliers) < 3:
             raise ValueError(f"a RefineNet has at least 3 stages, the last two dilated, got multipliers {multipliers}")
         if width < 2:
-            raise ValueError(f"width must be at least 2, for InstanceNorm++ compares channels, got {width}")
-        style = RefineStyle(activation=_activation(activation), norm=norms[0], refine_norm=norms[1], pool=pool)
-        self.style, self.centered, self.recompute = style, centered, checkpoint_activations
+            raise ValueError(f"width must be at least 2, because InstanceNorm++ compares channels, got {width}")
+        self.style = style = RefineStyle(ACTIVATIONS[activation], *norms, pool)
+        self.centered, self.recompute = centered, checkpoint_activations
         widths = [width * m for m in multipliers]
         halvings = len(widths) - 3
         self.multiple = 2**halvings
@@ -104,19 +104,19 @@ class RefineNet(nn.Module):
         return cropped(self.last(self.style.activation(self.norm(below, level))), size)
 
     def level(self, label: Tensor, x: Tensor) -> Tensor | None:
-        """What the norms are told of the label."""
+        """How much the norms take of each noise level's parameters; None for norms without noise levels."""
         return None
 
-    def _run(self, part: nn.Module, *arguments: Tensor | None) -> Tensor:
-        return recomputed(part, *arguments) if self.recompute else part(*arguments)
+    def _run(self, block: nn.Module, *arguments: Tensor | None) -> Tensor:
+        return recomputed(block, *arguments) if self.recompute else block(*arguments)
 
 
 class NCSN(RefineNet):
     """The noise-conditional network of Song & Ermon 2019: `levels` rows of parameters in every norm, mean pooling.
 
-    The label (B,) is the index of the noise level, 0..levels-1 in whatever order the caller has them; between two
-    indices the parameters of the norms are interpolated, and outside they stay. Published: width 128 for CIFAR-10 with
-    10 levels. The options are those of `RefineNet`.
+    The label (B,) is the index of the noise level, 0..levels-1 in the caller's order; between two indices the norms'
+    parameters are interpolated, and outside they stay constant. The published width for CIFAR-10 is 128, with 10
+    levels. The options are those of `RefineNet`.
     """
 
     def __init__(self, channels: int, *, levels: int, **options: Any) -> None:
@@ -134,9 +134,9 @@ class NCSN(RefineNet):
 class NCSNv2(RefineNet):
     """The unconditional network of Song & Ermon 2020, which ignores the label: norms in the encoder only, max pooling.
 
-    Its output is sigma times the score: technique 3, which is a rule and no part of the network. Published multipliers:
-    (1, 2, 2, 2) up to 64x64 pixels, (1, 2, 2, 4, 4) for 128x128, (1, 2, 2, 2, 4, 4) for 256x256, of width 128.
-    The options are those of `RefineNet`.
+    Its output is sigma times the score (their technique 3): the division is no part of the network. Published
+    multipliers are (1, 2, 2, 2) up to 64x64 pixels, (1, 2, 2, 4, 4) for 128x128 and (1, 2, 2, 2, 4, 4) for 256x256,
+    with width 128. The options are those of `RefineNet`.
     """
 
     def __init__(self, channels: int, **options: Any) -> None:
@@ -159,8 +159,8 @@ class Stage(nn.Module):
 class EncoderBlock(nn.Module):
     """x + conv(act(norm(conv(act(norm(x)))))), its convolutions dilated.
 
-    A block that `steps` has a convolution as its shortcut: of one pixel, both branches then halved by means of 2x2, if
-    dilation is 1; else dilated as the others.
+    A block that `steps` has a convolution as its shortcut: with dilation 1 a 1x1 convolution, and means of 2x2 pixels
+    then halve both branches; else a dilated one like the others.
     """
 
     def __init__(self, inputs: int, outputs: int, style: RefineStyle, dilation: int, steps: bool = False) -> None:
@@ -178,13 +178,13 @@ class EncoderBlock(nn.Module):
     def forward(self, x: Tensor, level: Tensor | None) -> Tensor:
         h = self.conv1(self.activation(self.norm1(x, level)))
         h = self.conv2(self.activation(self.norm2(h, level)))
-        if self.halves:  # the shortcut sees single pixels: the mean may as well come first, which leaves it a quarter
+        if self.halves:  # the mean may come before the 1x1 shortcut, which then has a quarter of the pixels
             h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
         return self.shortcut(x) + h
 
 
 class Refinement(nn.Module):
-    """A stage's features, and if it `joins` those from below, refined, joined, pooled in a chain, refined again."""
+    """A step of the decoder: refines a stage's features, joins those from below if it `joins`, pools, refines again."""
 
     def __init__(self, inputs: int, outputs: int, style: RefineStyle, *, joins: bool, units: int) -> None:
         super().__init__()
@@ -219,7 +219,7 @@ class Refine(nn.Module):
 
 
 class Join(nn.Module):
-    """The sum of a stage's features and those from below, each convolved, the latter then enlarged bilinearly."""
+    """The sum of a stage's features and those from below, each convolved, the second then enlarged bilinearly."""
 
     def __init__(self, inputs: int, outputs: int, style: RefineStyle) -> None:
         super().__init__()
@@ -235,7 +235,7 @@ class Join(nn.Module):
 
 
 class ChainedPooling(nn.Module):
-    """h_0 + h_1 + h_2 with h_0 = act(x) and h_{i+1} = conv(pool(norm(h_i))), without biases: ever wider views."""
+    """h_0 + h_1 + h_2 with h_0 = act(x) and h_{i+1} = conv(pool(norm(h_i))), without biases: each sees more pixels."""
 
     def __init__(self, channels: int, style: RefineStyle) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ class ChainedPooling(nn.Module):
 
 
 class InstanceNormPlus(nn.Module):
-    """InstanceNorm++ (Song & Ermon 2020) with one row of parameters, whatever the level; see `normalised`."""
+    """InstanceNorm++ (Song & Ermon 2020) with the same parameters at all noise levels; see `normalised`."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -292,8 +292,8 @@ class Unnormalised(nn.Module):
 def normalised(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """gamma (normalised x + alpha m) + beta, with m the channels' means, normalised over the channels of an image.
 
-    Instance normalisation forgets the means of the channels, on which an image's colours hang; m keeps them relative to
-    each other. As in the published code gamma multiplies both; in the NCSN paper's appendix it multiplies the first.
+    Instance normalisation forgets the means of the channels, which an image's colours depend on; m keeps them relative
+    to each other. As in the published code gamma multiplies both; in the NCSN paper's appendix it multiplies the first.
     The parameters are (C,) or (B, C), both eps are 1e-5, and the variance over channels is the unbiased one.
     """
     means = x.mean((2, 3))
@@ -305,9 +305,3 @@ def normalised(x: Tensor, gamma: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
 def dilated(inputs: int, outputs: int, dilation: int) -> nn.Conv2d:
     """A 3x3 convolution that sees every `dilation`-th pixel and keeps height and width."""
     return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation)
-
-
-def _activation(name: str) -> Callable[[Tensor], Tensor]:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"unknown activation {name!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")
-    return ACTIVATIONS[name]

@@ -1,7 +1,7 @@
 """Resampling of images, signals and volumes by 2, smooth (FIR) or plain, alone or fused with a convolution of size 3.
 
 FIR resampling (Zhang 2019, arXiv:1904.11486; Karras et al. 2020, arXiv:1912.04958) puts a low-pass filter before the
-decimation or after the zero-stuffing. With w = taps ⊗ taps / sum of length L in each of d directions, p = L/2 - 1, and
+decimation or behind the zero-stuffing. With w = taps ⊗ taps / sum of length L in each of d directions, p = L/2 - 1, and
 zeros around the image,
 
     down(x)[n] = sum_m w[m] x[2n + L - 1 - p - m],        up(x)[n] = 2^d sum_i w[n + p - 2i] x[i]:
@@ -114,7 +114,7 @@ class ConvDown(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, taps: Taps | None, dimensions: int = 2) -> None:
         super().__init__()
-        self.before = 0  # zeros above and to the left, without taps; weights of other projects may want 1
+        self.before = 0  # zeros above and to the left, without taps; diffusers' weights may need 1
         self.blur = None if taps is None else Blur(taps, margin=1, dimensions=dimensions)
         self.conv = conv(inputs, outputs, 3, stride=2, padding=0, dimensions=dimensions)
 

@@ -1,5 +1,5 @@
-"""One U-Net, whose options are DDPM's (Ho et al. 2020), DDPM++'s and NCSN++'s (Song et al. 2021, appendix H) and ADM's
-(Dhariwal & Nichol 2021, section 3); of images, signals or volumes."""
+"""The U-Net of images, signals or volumes: DDPM's (Ho et al. 2020), DDPM++'s and NCSN++'s (Song et al. 2021, appendix
+H) and ADM's (Dhariwal & Nichol 2021, section 3), by its options."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class UNetOptions(LevelOptions):
     """The options of a `UNet`, beside those of its levels and its blocks.
 
     Args:
-        embedding: "sinusoidal" suits labels as 999 t, with DDPM's frequencies, and so does "transformer", with those of
-            Vaswani et al. 2017 and ADM; "fourier" positive labels as sigma; None ignores the label.
+        embedding: of the label: "sinusoidal", with DDPM's frequencies, and "transformer", with those of Vaswani et al.
+            2017 and ADM, suit labels as 999 t, "fourier" positive labels as sigma; None ignores the label.
         fourier_scale: standard deviation of the random frequencies of "fourier".
-        time_width: of these features, `width` if None; the embedding that is made of them has four times as many.
+        time_width: width of these features, `width` if None; the embedding made of them is four times as wide.
         progressive: how the output is gathered from the levels: "output_skip" sums images, "residual" features.
         progressive_input: how the shrunk input enters the levels.
         combine: whether "input_skip" adds the input's projection or concatenates it.
@@ -38,7 +38,7 @@ class UNetOptions(LevelOptions):
             levels, which a likelihood counts.
         out_channels: of the output, in place of the input's.
         attend_each: on the way up attention follows each block instead of a level's last.
-        classes: how many the condition `label` has; 0: none.
+        classes: number of classes of the condition `label`; 0: none.
         image_channels: of the condition `image`; 0: none.
         pooled_width: of the condition `pooled`; 0: none. (`text_width` is that of a token of `text`.)
     """
@@ -60,15 +60,13 @@ class UNetOptions(LevelOptions):
 class UNet(Conditional):
     """F(x, time, /, **condition) -> a tensor of x's shape, (B, channels, H, W), or with `out_channels` in their place.
 
-    With `dimensions` 1 it is of signals, (B, channels, L), and with 3 of volumes, (B, channels, D, H, W).
+    With `dimensions` 1 it takes signals, (B, channels, L), and with 3 volumes, (B, channels, D, H, W).
 
     `time` is a label of the time, (B,); the conditions are those of `Conditional`. The options are `UNetOptions`,
     `LevelOptions` and `Style`.
 
-    The network knows neither an SDE nor what its output means. Lengths may be anything: they are padded inside to
-    multiples of 2^(levels - 1), by repeating the border, and the output is cropped.
-
-    Raises ValueError for an unknown name or an impossible size.
+    Lengths may be anything: they are padded inside to multiples of 2^(levels - 1), by repeating the border, and the
+    output is cropped. Raises ValueError for an unknown name or an impossible size.
     """
 
     def __init__(self, channels: int, **options: Any) -> None:
@@ -78,10 +76,10 @@ class UNet(Conditional):
         if o.embedding is not None:
             o = replace(o, label_width=4 * time_width)
         elif o.classes or o.image_channels or o.pooled_width:
-            raise ValueError("classes, images and pooled texts need an embedding to be added to: set embedding")
+            raise ValueError("classes, image_channels and pooled_width need a time embedding to add to: set embedding")
         self.centered, self.multiple = o.centered, o.multiple
 
-        # Parts are made in the order in which they run, which is also the order of score_sde_pytorch's parameters.
+        # Layers are made in the order in which they run, which is also the order of score_sde_pytorch's parameters.
         self.embed = None
         if o.embedding is not None:
             waves: Sinusoidal | Fourier = Sinusoidal(time_width, ends=o.embedding == "sinusoidal")
@@ -99,22 +97,21 @@ class UNet(Conditional):
         self.head = None if o.progressive == "output_skip" else Head(finest, out_channels, o, o.init_scale)
 
     def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
-        told = self.told(x, **condition)
-        size = x.shape[2:]
+        conditions, size = self.conditions(x, **condition), x.shape[2:]
         x = self._prepared(x)
-        shown = x if self.waves is None else self.waves(x)
-        if told.image is not None:
-            shown = torch.cat([shown, self._prepared(told.image)], dim=1)
-        embedded = None if self.embed is None else self.embed(time, told.embedding)
+        inputs = x if self.waves is None else self.waves(x)
+        if conditions.image is not None:
+            inputs = torch.cat([inputs, self._prepared(conditions.image)], dim=1)
+        embedded = None if self.embed is None else self.embed(time, conditions.embedding)
 
-        h, shrunk = self.first(shown), x
+        h, shrunk = self.first(inputs), x
         skips = [h]
         for level in self.down:
-            h, shrunk = level(h, embedded, told.text, shrunk, skips)
-        h = self.middle(h, embedded, told.text)
-        gathered: Any = None  # begun by the lowest level, if the output is progressive
+            h, shrunk = level(h, embedded, conditions.text, shrunk, skips)
+        h = self.middle(h, embedded, conditions.text)
+        gathered: Any = None  # the lowest level begins it, if the output is progressive
         for level in self.up:
-            h, gathered = level(h, embedded, told.text, gathered, skips)
+            h, gathered = level(h, embedded, conditions.text, gathered, skips)
         out: Tensor = gathered if self.head is None else self.head(h)
         return cropped(out, size)
 
@@ -125,7 +122,7 @@ class UNet(Conditional):
 
 
 def _way_down(channels: int, o: UNetOptions) -> tuple[nn.ModuleList, list[int]]:
-    """The levels on the way down, and the channels of what each of their blocks and steps leaves for the way up."""
+    """The levels on the way down, and the channels of the skips that their blocks and steps leave for the way up."""
     skips, pyramid, levels = [o.width], channels, nn.ModuleList()
     *upper, (lowest, attends) = o.levels
     for outputs, attend in upper:
@@ -137,13 +134,13 @@ def _way_down(channels: int, o: UNetOptions) -> tuple[nn.ModuleList, list[int]]:
             skips[-1] = 2 * outputs if o.combine == "cat" else outputs
         elif o.progressive_input == "residual":
             entry, pyramid = InputResidual(pyramid, outputs, o), outputs
-        levels.append(DownLevel(above, outputs, o.blocks, attend, step_down(outputs, o), entry, o))
-    levels.append(DownLevel(skips[-1], lowest, o.blocks, attends, None, NoPyramid(), o))
+        levels.append(DownLevel(above, outputs, o.blocks, attend, step_down(outputs, o), o, entry=entry))
+    levels.append(DownLevel(skips[-1], lowest, o.blocks, attends, None, o, entry=NoPyramid()))
     return levels, skips + [lowest] * o.blocks
 
 
 def _way_up(channels: int, skips: Sequence[int], o: UNetOptions) -> nn.ModuleList:
-    """The levels on the way up, which take what the way down has left, from the last on."""
+    """The levels on the way up, which take the skips of the way down from the last on."""
     left, levels, h = list(skips), nn.ModuleList(), skips[-1]
     for outputs, attend in reversed(o.levels):
         out: nn.Module = NoPyramid()

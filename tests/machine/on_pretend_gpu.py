@@ -253,9 +253,9 @@ class Smooth(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
         parts = []
-        if hasattr(self.network, "told"):
-            told = self.network.told(x, **condition)
-            parts = [told.embedding, told.image, None if told.text is None else told.text.tokens]
+        if hasattr(self.network, "conditions"):
+            c = self.network.conditions(x, **condition)
+            parts = [c.embedding, c.image, None if c.text is None else c.text.tokens]
         shift = sum((part.flatten(1).mean(1) for part in parts if part is not None), 0 * time)
         y = torch.einsum("oc,bc...->bo...", self.mix, x.sin())
         return y + 0.1 * shift.sin().reshape(-1, *(1,) * (x.ndim - 1))

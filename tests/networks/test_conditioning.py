@@ -191,7 +191,7 @@ def test_guidance_asks_both_in_one_batch(name: str) -> None:
 )
 def test_what_a_network_was_not_built_for_is_refused(name: str, condition: str, key: str) -> None:
     for network, (x, t) in [(built(name), inputs()), (MLP(4).double(), (numbers(3, 4), inputs()[1]))]:
-        with pytest.raises(ValueError, match=rf"the network knows no .* {condition}: .*{key}"):
+        with pytest.raises(ValueError, match=rf"the network takes no condition {condition}: .*{key}"):
             network(x, t, **{condition: conditions()[condition]})
 
 
@@ -199,15 +199,15 @@ def test_what_a_network_was_not_built_for_is_refused(name: str, condition: str, 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"image": torch.zeros(3, 1, 4, 4)}, "image must have 4 dimensions, of which the first are 3 and 3, got shape"),
-        ({"image": torch.zeros(3, 3, 4)}, "image must have 4 dimensions"),
+        ({"image": torch.zeros(3, 1, 4, 4)}, "image must have 4 axes, the first of 3 examples and the second of 3"),
+        ({"image": torch.zeros(3, 3, 4)}, "image must have 4 axes"),
         ({"text": torch.zeros(3, 4, 5)}, r"text must have shape \(3, 4, 6\), got \(3, 4, 5\)"),
         ({"text": torch.zeros(1, 4, 6)}, r"text must have shape \(3, 4, 6\)"),
         ({"text": torch.ones(3, 4, 6), "mask": torch.ones(3, 5, dtype=torch.bool)}, r"mask must have shape \(3, 4\)"),
         ({"text": torch.ones(3, 4, 6), "mask": torch.ones(3, 4)}, "mask must be True where there is a token"),
-        ({"mask": torch.ones(3, 4, dtype=torch.bool)}, "mask is of the tokens of text, which is not given"),
+        ({"mask": torch.ones(3, 4, dtype=torch.bool)}, "mask says where text has tokens, but text is missing"),
         ({"pooled": torch.zeros(3, 6)}, r"pooled must have shape \(3, 5\)"),
-        ({"augmentation": torch.zeros(2)}, r"augmentation must be a number or \(3,\) of them, got shape \(2,\)"),
+        ({"augmentation": torch.zeros(2)}, r"augmentation must be a number or 3 of them, got shape \(2,\)"),
     ],
 )
 def test_conditions_of_another_shape_are_refused(name: str, wrong: dict[str, Tensor], words: str) -> None:
@@ -216,7 +216,7 @@ def test_conditions_of_another_shape_are_refused(name: str, wrong: dict[str, Ten
         built(name, **ALL)(x, t, **wrong)
 
 
-def test_a_network_that_is_not_told_the_time_can_be_told_no_more() -> None:
+def test_a_network_that_is_not_conditioned_on_the_time_takes_no_other_condition() -> None:
     for options in ({"classes": 2}, {"image_channels": 1}, {"pooled_width": 4}):
-        with pytest.raises(ValueError, match="need an embedding"):
+        with pytest.raises(ValueError, match="need a time embedding to add to: set embedding"):
             UNet(2, embedding=None, **options)

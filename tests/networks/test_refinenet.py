@@ -301,7 +301,7 @@ def test_the_graph_has_no_breaks():
     ("options", "message"),
     [
         ({"multipliers": (1, 2)}, r"at least 3 stages, the last two dilated, got multipliers \(1, 2\)"),
-        ({"width": 1}, r"width must be at least 2, for InstanceNorm\+\+ compares channels, got 1"),
+        ({"width": 1}, r"width must be at least 2, because InstanceNorm\+\+ compares channels, got 1"),
         ({"activation": "gelu"}, "unknown activation 'gelu'; use one of 'elu', 'relu'"),
     ],
 )
