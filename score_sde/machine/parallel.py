@@ -1,7 +1,7 @@
-"""One process or several: what torchrun's environment says, and how processes come to agree.
+"""Distributed processes: join those that torchrun started, and share values between them.
 
-What the main process reads or finds out the others get from it (`agreed`, `copies`), never from a disk, which on
-another node may be another one. Without torchrun everything here is the identity of a single process.
+Other processes get from the main process what it reads or computes (`agreed`, `copies`). They never read it from disk,
+because another node may have another disk. Without torchrun there is one process, which gets its own values.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ T = TypeVar("T")
 
 
 class Elsewhere(RuntimeError):
-    """Another process has refused to go on; it says why."""
+    """Another process raised an error, which it reports itself."""
 
 
 class NoDevice(ValueError):
-    """A process's device is not there."""
+    """The device of a process does not exist."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process's place among `world` processes, and its device; `local` is its place on its own node."""
+    """Rank of this process among `world` processes, and its device; `local` is its rank on its node."""
 
     rank: int
     world: int
     device: torch.device
-    control: dist.ProcessGroup | None = None  # gloo, for words between hosts that must not wait for a GPU
+    control: dist.ProcessGroup | None = None  # gloo, for messages that must not wait for a GPU
     local: int = 0
 
     @property
@@ -51,7 +51,7 @@ class Processes:
             dist.barrier(group=self.control)
 
     def any(self, flag: bool) -> bool:
-        """Whether `flag` is true in any process: they stop together or not at all."""
+        """Whether `flag` is true in any process, so that all stop together."""
         if self.world == 1:
             return flag
         value = torch.tensor(int(flag))
@@ -59,7 +59,7 @@ class Processes:
         return bool(value)
 
     def gather(self, values: Tensor) -> Tensor:
-        """`values`, of one shape in all processes, joined along the first dimension in order of rank, on the CPU."""
+        """Join `values`, of the same shape in all processes, along the first dimension by rank, on the CPU."""
         values = values.detach().cpu().contiguous()
         if self.world == 1:
             return values
@@ -78,55 +78,55 @@ class Processes:
         return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
 
     def agreed(self, work: Callable[[], T]) -> T:
-        """What `work` returns in the main process, a plain value as JSON has them, in all; the others do no work.
+        """Call `work` in the main process only; all processes return its result, which must be valid as JSON.
 
-        An error in the main process is raised there, and as Elsewhere in the others.
+        An error is raised in the main process, and as Elsewhere in the others.
         """
         if self.world == 1:
             return work()
-        found: T = json.loads(self._turn(lambda: json.dumps(work()), self.main)[0])
-        return found
+        result: T = json.loads(self._turn(lambda: json.dumps(work()), self.main)[0])
+        return result
 
     def in_turn(self, work: Callable[[], T]) -> T:
-        """work() in the main process, then in the first of each node, then in the others.
+        """Call `work` in the main process, then in the first process of each node, then in the others.
 
-        What one of them leaves on disk, such as a download, is there for the next. An error in any is raised in all, as
-        Elsewhere but where it happened.
+        Later processes find on disk what earlier ones wrote, such as a download. An error in one process is raised
+        there, and as Elsewhere in all others.
         """
         if self.world == 1:
             return work()
-        found: list[T] = []
+        results: list[T] = []
         turn = 0 if self.main else 1 if self.local == 0 else 2
         for i in range(3):
-            self._turn(lambda: found.append(work()) or "", turn == i)  # type: ignore[func-returns-value]
-        return found[0]
+            self._turn(lambda: results.append(work()) or "", turn == i)  # type: ignore[func-returns-value]
+        return results[0]
 
     def copies(self, work: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        """The tensors that `work` returns in the main process, in all, bit for bit, on the CPU; errors as `agreed`."""
+        """Call `work` in the main process; all get exact copies of its tensors on the CPU. Errors as in `agreed`."""
         if self.world == 1:
             return dict(work())
         own: dict[str, Tensor] = {}
 
-        def about() -> list[Any]:
+        def types_and_shapes() -> list[Any]:
             own.update(work())
             return [[name, str(v.dtype).removeprefix("torch."), list(v.shape)] for name, v in own.items()]
 
-        found: dict[str, Tensor] = {}
-        for name, kind, shape in self.agreed(about):
-            empty = torch.empty(shape, dtype=getattr(torch, kind))
+        tensors: dict[str, Tensor] = {}
+        for name, dtype, shape in self.agreed(types_and_shapes):
+            empty = torch.empty(shape, dtype=getattr(torch, dtype))
             value = own[name].detach().cpu().contiguous() if self.main else empty
             if value.numel():
                 dist.broadcast(value.reshape(-1).view(torch.uint8), 0, group=self.control)
-            found[name] = value
-        return found
+            tensors[name] = value
+        return tensors
 
     def _turn(self, work: Callable[[], str], mine: bool) -> list[str]:
-        """What work() returned in each process where it was to do it (`mine`), else ""; an error is raised in all."""
+        """Results of `work` from all processes, "" from those without `mine`; an error is raised in all."""
         answer, error = "", None
         if mine:
             try:
                 answer = f"+{work()}"
-            except Exception as caught:  # raised as soon as the others know of it
+            except Exception as caught:  # raised below, after the others know
                 answer, error = f"-process {self.rank} on {socket.gethostname()}: {caught}", caught
         answers = self.texts(answer)
         if error is not None:
@@ -141,10 +141,9 @@ ALONE = Processes(0, 1, torch.device("cpu"))
 
 
 def start(device: str = "auto") -> Processes:
-    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or be alone.
+    """Join the processes that torchrun started (nccl on GPUs, gloo on CPUs), or return a single process.
 
-    `device` is "auto" (a GPU where there is one) or any name that torch knows. Raises NoDevice for one that is
-    not there.
+    `device` is "auto" (a GPU if there is one) or any device name of torch. Raises NoDevice if it does not exist.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -153,7 +152,7 @@ def start(device: str = "auto") -> Processes:
         where = torch.device(f"cuda:{local}" if name == "cuda" else name)
         torch.ones(1, device=where).item()
     except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")  # PyTorch goes on for pages
+        reason = str(error).strip().splitlines()[0].split(". ")[0].rstrip(".")  # PyTorch's message has many lines
         raise NoDevice(f"device {device!r} cannot be used here ({reason}): set --config.device=cpu or auto") from None
     if where.type == "cuda":
         torch.cuda.set_device(where)
@@ -161,22 +160,22 @@ def start(device: str = "auto") -> Processes:
         return Processes(0, 1, where)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
-    # One may have much harder examples than another: at the end it is waited for longer than torch's half an hour.
+    # At the end, one process with harder examples may keep the others waiting for longer than torch's half an hour.
     control = dist.new_group(backend="gloo", timeout=timedelta(days=30))
     return Processes(dist.get_rank(), world, where, control, local)
 
 
 def first_to_say(line: str) -> bool:
-    """Whether no other process of the run has said the same: mostly all of them meet the same error.
+    """Whether no other process of the run has printed this line; all of them usually meet the same error.
 
-    Before they are joined it is the main one that speaks, as all of them read the same command.
+    Before they join, only the main process prints, because all read the same command.
     """
     if not dist.is_initialized():
         return int(os.environ.get("RANK", "0")) == 0
     try:
         store = dist.distributed_c10d._get_default_store()
         return int(store.add(f"said {hashlib.sha256(line.encode()).hexdigest()}", 1)) == 1
-    except (RuntimeError, ValueError):  # the store is gone with its process
+    except (RuntimeError, ValueError):  # the store ended with its process
         return True
 
 

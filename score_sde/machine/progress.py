@@ -1,5 +1,4 @@
-"""How far a loop has come, on standard error: a bar on a terminal, and a line every half minute in a log or a pipe; and
-how it is stopped, by Ctrl-C."""
+"""Progress of a loop on standard error, as a bar or, in logs and pipes, a line every 30 s; and stopping by Ctrl-C."""
 
 from __future__ import annotations
 
@@ -21,20 +20,20 @@ T = TypeVar("T")
 
 
 class Progress:
-    """Shows, within its `with` block, what is done of something, how fast, and how long the rest will take.
+    """Progress bar of a `with` block: how much is done, how fast, and how long the rest will take.
 
-    Loops may contain one another: a line then tells of all that are running, the outermost first.
+    Loops may be nested: a line then reports all of them, the outermost first.
 
     Args:
-        what: is done.
-        total: how much of it there is; None where nobody knows.
-        unit: what is counted. "B" is for bytes, shown in thousands and millions.
-        leave: a bar stays at its end, and what took more than half a minute has a last line.
+        what: name of the work.
+        total: number of units; None if unknown.
+        unit: what is counted. "B" is for bytes, shown as kB and MB.
+        leave: keep the bar at the end, or write a last line if it took more than half a minute.
         shown: False shows nothing.
     """
 
     _running: ClassVar[list[Progress]] = []  # those that are shown in lines
-    _said: ClassVar[float] = -math.inf  # when the last line was written
+    _written: ClassVar[float] = -math.inf  # when the last line was written
 
     def __init__(
         self, what: str, total: int | None, unit: str = "step", *, leave: bool = True, shown: bool = True
@@ -42,8 +41,8 @@ class Progress:
         self.what, self.total, self.unit, self.leave, self.shown = what, total, unit, leave, shown
         self.n, self.remark = 0, ""
         self._bar: tqdm | None = None
-        self._last = (0, 0.0)  # how much was done when, at the last line
-        self._told = False
+        self._last = (0, 0.0)  # units done, and the time, at the last line
+        self._reported = False
 
     def __enter__(self) -> Progress:
         if self.shown and sys.stderr.isatty():
@@ -53,7 +52,7 @@ class Progress:
             self._begin = clock()
             self._last = (self.n, self._begin)
             if not self._running:
-                Progress._said = self._begin
+                Progress._written = self._begin
             self._running.append(self)
         return self
 
@@ -62,34 +61,34 @@ class Progress:
             self._bar.close()
         elif self.shown:
             self._running.remove(self)
-            if self.leave and self._told and error[0] is None:
+            if self.leave and self._reported and error[0] is None:
                 write(f"{self.what}: {self._amount()} in {_duration(clock() - self._begin)}{self._remark()}")
 
     def update(self, count: int = 1) -> None:
-        """`count` more are done."""
+        """Count `count` more units as done."""
         self.n += count
         if self._bar is not None:
             self._bar.update(count)
-        elif self.shown and clock() - self._said >= EVERY:
-            Progress._said = clock()
+        elif self.shown and clock() - self._written >= EVERY:
+            Progress._written = clock()
             write("; ".join(each._line() for each in self._running))
 
     def start(self, n: int) -> None:
-        """So many were done before, by an earlier run: the time that is left is reckoned from here."""
+        """Begin at `n` units that an earlier run did; speed and remaining time count only new ones."""
         self.n = n
         self._last = (n, self._last[1])
         if self._bar is not None:
             self._bar.initial = self._bar.n = n
 
     def note(self, remark: str) -> None:
-        """Show these words, too, from now on."""
+        """Show a remark beside the progress from now on."""
         self.remark = remark
         if self._bar is not None:
             self._bar.set_postfix_str(remark, refresh=False)
 
     def _line(self) -> str:
         (n, then), now = self._last, clock()
-        self._last, self._told = (self.n, now), True
+        self._last, self._reported = (self.n, now), True
         line = f"{self.what}: {self._amount()}"
         if self.n > n and now > then:
             rate = (self.n - n) / (now - then)
@@ -115,7 +114,7 @@ class Progress:
 
 
 def with_progress(items: Iterable[T], what: str, total: int | None, unit: str = "step") -> Iterator[T]:
-    """The items one by one, under a `Progress` that counts those that have been worked on."""
+    """Iterate over items with a `Progress` that counts the finished ones."""
     with Progress(what, total, unit) as bar:
         for item in items:
             yield item
@@ -123,7 +122,7 @@ def with_progress(items: Iterable[T], what: str, total: int | None, unit: str = 
 
 
 class Stop:
-    """Within its `with` block, turns true on SIGINT or SIGTERM; a second one interrupts at once."""
+    """Stop on Ctrl-C: called within its `with` block it is true after SIGINT or SIGTERM; a second signal interrupts."""
 
     def __enter__(self) -> Stop:
         self.asked = False
@@ -144,8 +143,8 @@ class Stop:
 
 
 def write(text: str) -> None:
-    """Lines of text on standard error, above the bars that run there; lost where nobody reads them any more."""
-    with suppress(OSError):  # a pipe that was closed, a full disk: no reason to end what is being done
+    """Write text to standard error above the running bars; it is lost if nobody can read it any more."""
+    with suppress(OSError):  # a closed pipe or a full disk must not end the work
         tqdm.write(text, file=sys.stderr)
         sys.stderr.flush()
 
