@@ -15,9 +15,12 @@ import pytest
 from score_sde.machine import lock
 from score_sde.machine.lock import Busy, held
 
-HOLD = (  # the module alone: torch takes seconds to import
-    "import runpy, sys, time; from pathlib import Path\n"
-    f"with runpy.run_path({lock.__file__!r})['held'](Path(sys.argv[1]), 'training'):\n"
+HOLD = (  # score_sde without its __init__, because torch takes seconds to import
+    "import sys, time, types; from pathlib import Path\n"
+    "package = sys.modules['score_sde'] = types.ModuleType('score_sde')\n"
+    f"package.__path__ = [{str(Path(lock.__file__).parents[1])!r}]\n"
+    "from score_sde.machine.lock import held\n"
+    "with held(Path(sys.argv[1]), 'training'):\n"
     "  print('in', flush=True); time.sleep(60)"
 )
 
