@@ -1,13 +1,12 @@
 """Weights of diffusers' UNet2DModel and DiTTransformer2DModel, read into this package's networks by a key map.
 
 Such a model is a folder of `config.json` and `diffusion_pytorch_model.safetensors`; diffusers is not needed to read it.
-Names correspond one to one, but that they keep q, k and v apart and count attention's weights as of fully connected
-layers, and that the DiT has embeddings of time and class in each block, which in published models are copies of one.
-What is read computes what diffusers does, and so, of the DiTs that it converted from their authors', with the
-frequencies 10000^(-i/127) of the time where those have 10000^(-i/128). A key that a config leaves out means what it
-means to diffusers: `DEFAULTS`.
+Names correspond one to one, with two exceptions: diffusers keeps q, k and v of attention apart, in fully connected
+layers, and its DiT has embeddings of time and class in each block, which in published models are copies of one. Our
+network computes what diffusers computes, also for the published DiTs: diffusers has the time's frequencies as
+10000^(-i/127), their authors as 10000^(-i/128). A key that a config leaves out has diffusers' default (`DEFAULTS`).
 
-With its scheduler's config a network is a score model, of the chain on whose steps it was trained: `load_folder`.
+With its scheduler's config a network is a score model of the chain on whose steps it was trained: `load_folder`.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from .score_sde_pytorch import bare, read_config
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 SCHEDULER = "scheduler_config.json"
 
-# What diffusers takes for a key that a config leaves out: a model's, and a scheduler's.
+# The values that diffusers gives to keys that a config leaves out: a model's, and a scheduler's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "UNet2DModel": {
         "sample_size": None,
@@ -107,27 +106,27 @@ _RULES: dict[str, RuleName] = {"epsilon": "noise", "sample": "data", "v_predicti
 
 
 def is_folder(path: str | Path) -> bool:
-    """Whether diffusers wrote this folder: a pipeline's, or a model's with its config."""
+    """Whether diffusers wrote this folder: that of a pipeline, or of a model with its config."""
     path = Path(path)
     if (path / "model_index.json").is_file():
         return True
     try:
         return (path / "config.json").is_file() and "_class_name" in read_config(path / "config.json")
-    except ValueError:  # a workdir's, whose checkpoints carry their config
+    except ValueError:  # the config of a workdir, whose checkpoints carry it too
         return False
 
 
 def network_folder(folder: Path) -> Path:
-    """Where the network of a folder of diffusers' lies: a pipeline's `unet` or `transformer`, or the folder itself."""
+    """The folder of the network in a folder of diffusers: a pipeline's `unet` or `transformer`, or itself."""
     places = [folder / name for name in ("unet", "transformer")]
     return next((place for place in places if (place / "config.json").is_file()), folder)
 
 
 def load_folder(folder: str | Path, map_location: str | torch.device = "cpu") -> ScoreModel:
-    """The score model in a folder of diffusers', in eval mode: a pipeline's `unet` or `transformer` with its scheduler.
+    """The score model in a folder of diffusers, in eval mode: a pipeline's `unet` or `transformer` with its scheduler.
 
-    Or the folder of the model alone, with `scheduler_config.json` in it, or in the folder `scheduler` beside it. It is
-    the model of a chain: its curves are those of the scheduler's betas, and indices of steps its labels.
+    It may also be the folder of the model alone, with `scheduler_config.json` in it or in the folder `scheduler` beside
+    it. The model is one of a chain: its curves are those of the scheduler's betas, its labels the indices of steps.
 
     Raises FileNotFoundError for files that are missing, and ValueError for a scheduler or an option without
     counterpart.
@@ -135,50 +134,48 @@ def load_folder(folder: str | Path, map_location: str | torch.device = "cpu") ->
     folder = Path(folder)
     where = network_folder(folder)
     places = [folder / SCHEDULER, folder / "scheduler" / SCHEDULER, folder.parent / "scheduler" / SCHEDULER]
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
+    scheduler = next((place for place in places if place.is_file()), None)
+    if scheduler is None:
         raise FileNotFoundError(
-            f"{folder} holds a network of diffusers' and no {SCHEDULER}, which says on which chain it was trained: "
-            "give the pipeline's whole folder, or take the network alone by interop_diffusers.load_network(folder)"
+            f"{folder} holds a network of diffusers but no {SCHEDULER}, which says on which chain it was trained: give "
+            "the pipeline's whole folder, or read the network alone by score_sde.foreign.diffusers.load_network(folder)"
         )
     network = load_network(where)
-    model = model_of(network, read_config(where / "config.json"), read_config(found))
+    model = model_of(network, read_config(where / "config.json"), read_config(scheduler))
     return model.to(map_location).eval().requires_grad_(False)
 
 
 def model_of(network: nn.Module, config: Mapping[str, Any], scheduler: Mapping[str, Any]) -> ScoreModel:
-    """A network of diffusers' as the score model of its scheduler's chain; both configs are theirs.
+    """The score model of a network of diffusers and its scheduler's chain; both configs are those of diffusers.
 
-    Raises ValueError for another scheduler than `SCHEDULERS`, and for an option without counterpart.
+    Raises ValueError for a scheduler that is not in `SCHEDULERS`, and for an option without counterpart.
     """
     kind = scheduler.get("_class_name")
     if kind not in SCHEDULERS:
-        raise ValueError(
-            f"a scheduler of diffusers' must be one of {', '.join(SCHEDULERS)} to be read here, got {kind}"
-        )
-    config, given = _whole(config), {**CHAIN_DEFAULTS, **scheduler}
-    if given.get("rescale_betas_zero_snr"):
-        raise ValueError("rescale_betas_zero_snr of a scheduler makes the last beta 1, and no SDE has such a chain")
-    if given["prediction_type"] not in _RULES:
-        raise ValueError(f"prediction_type must be one of {', '.join(_RULES)}, got {given['prediction_type']!r}")
-    if given.get("variance_type") == "learned":
-        raise ValueError('variance_type="learned" of a scheduler has no counterpart here; "learned_range" has')
-    chain = _chain(given)
+        raise ValueError(f"the scheduler must be one of {', '.join(SCHEDULERS)}, got {kind}: no other can be read")
+    config, scheduler = _whole(config), {**CHAIN_DEFAULTS, **scheduler}
+    if scheduler.get("rescale_betas_zero_snr"):
+        raise ValueError("the scheduler's rescale_betas_zero_snr makes the last beta 1, and no SDE has such a chain")
+    if scheduler["prediction_type"] not in _RULES:
+        raise ValueError(f"prediction_type must be one of {', '.join(_RULES)}, got {scheduler['prediction_type']!r}")
+    if scheduler.get("variance_type") == "learned":
+        raise ValueError('the scheduler\'s variance_type="learned" cannot be read; "learned_range" can')
+    chain = _chain(scheduler)
     learned = (config["out_channels"] or config["in_channels"]) == 2 * config["in_channels"]
 
     def index(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
         return (len(chain) * t - 1).clamp_min(0)
 
-    rule = _RULES[given["prediction_type"]]
+    rule = _RULES[scheduler["prediction_type"]]
     return Preconditioned(network, chain.as_sde(), rule=rule, label=index, learned_variance=learned)
 
 
-def _chain(given: Mapping[str, Any]) -> DDPM:
-    """A scheduler's betas."""
-    names = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule")
-    n, first, last, schedule = (given[name] for name in names)
-    if given["trained_betas"] is not None:
-        return DDPM(given["trained_betas"])
+def _chain(scheduler: Mapping[str, Any]) -> DDPM:
+    """The chain of a scheduler's betas."""
+    n, first, last = (scheduler[name] for name in ("num_train_timesteps", "beta_start", "beta_end"))
+    schedule = scheduler["beta_schedule"]
+    if scheduler["trained_betas"] is not None:
+        return DDPM(scheduler["trained_betas"])
     if schedule == "linear":
         return DDPM.linear(n, first, last)
     if schedule == "scaled_linear":
@@ -187,49 +184,47 @@ def _chain(given: Mapping[str, Any]) -> DDPM:
         return DDPM.cosine(n)
     if schedule == "sigmoid":
         return DDPM(torch.sigmoid(torch.linspace(-6, 6, n, dtype=torch.float64)) * (last - first) + first)
-    known = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
-    raise ValueError(f"beta_schedule of a scheduler must be one of {known} to be read here, got {schedule!r}")
+    readable = "linear, scaled_linear, squaredcos_cap_v2, sigmoid"
+    raise ValueError(f"the scheduler's beta_schedule must be one of {readable}, got {schedule!r}")
 
 
 def _whole(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A model's config with all keys. Raises ValueError for another class."""
+    """A model's config with all keys. Raises ValueError for a class that cannot be read."""
     kind = config.get("_class_name")
     if kind not in DEFAULTS:
-        raise ValueError(f"a model of diffusers' must be one of {', '.join(DEFAULTS)}, got {kind}")
+        raise ValueError(f"the network must be one of {', '.join(DEFAULTS)}, got {kind}: no other can be read")
     return {**DEFAULTS[kind], **config}
 
 
 def load_network(folder: str | Path) -> UNet | DiT:
     """The network in a folder that diffusers' `save_pretrained` wrote, in evaluation mode.
 
-    Its labels are theirs: the index of a step of the chain. Raises FileNotFoundError for files that are missing, and
-    ValueError for a broken one and for an option that has no counterpart here.
+    Its labels are the indices of the chain's steps, as in diffusers. Raises FileNotFoundError for missing files, and
+    ValueError for a broken file and for an option without counterpart.
     """
     folder = Path(folder)
     for name in ("config.json", WEIGHTS):
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"there is no {folder / name}: give the folder of one model of diffusers', saved as one file by "
+                f"there is no {folder / name}: give the folder of a model of diffusers that was saved as one file by "
                 'model.save_pretrained(folder, max_shard_size="99GB")'
             )
     return network_from(read_tensors(folder / WEIGHTS), read_config(folder / "config.json"))
 
 
 def settings(config: Mapping[str, Any], size: int) -> dict[str, Any]:
-    """The section model of a config of ours for a network of diffusers' for images of `size`; `config` is theirs.
+    """Values of our section model for a network of diffusers with this config, for images of `size`.
 
-    What cannot be said there, such as a ddpm's with another embedding of time, is left out.
+    Options that our config does not have, such as another time embedding of ddpm, are left out.
     """
     config = _whole(config)
     if config["_class_name"] == "DiTTransformer2DModel":
-        heads = config["num_attention_heads"]
-        width = heads * config["attention_head_dim"]
         return {
             "name": "dit",
             "patch_size": config["patch_size"],
-            "hidden": width,
+            "hidden": config["num_attention_heads"] * config["attention_head_dim"],
             "depth": config["num_layers"],
-            "num_heads": heads,
+            "num_heads": config["num_attention_heads"],
             "head_channels": 0,
         }
     widths = config["block_out_channels"]
@@ -248,9 +243,10 @@ def settings(config: Mapping[str, Any], size: int) -> dict[str, Any]:
 
 
 def network_from(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> UNet | DiT:
-    """Our network with their weights, in their precision; `config` is their model's, with `_class_name`.
+    """Our network with the weights `state` of diffusers, in their precision; `config` is theirs, with `_class_name`.
 
-    Raises ValueError for another class, for an option without counterpart, and unless every tensor is used.
+    Raises ValueError for a class that cannot be read, for an option without counterpart, and unless every tensor is
+    used.
     """
     config = _whole(config)
     build, read = _BUILDERS[config["_class_name"]]
@@ -260,24 +256,30 @@ def network_from(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> UNet
     for name, tensor in network.state_dict().items():
         value = read(name, left, {**config, "blockwise": isinstance(network, BlockwiseDiT)})
         if value.shape != tensor.shape and value.numel() != tensor.numel():
-            raise ValueError(f"the config makes {name} {tuple(tensor.shape)}, the weights {tuple(value.shape)}")
+            raise ValueError(
+                f"the weights give {name} the shape {tuple(value.shape)}, the config {tuple(tensor.shape)}: give both "
+                "from one folder"
+            )
         ours[name] = value.reshape(tensor.shape)
     if left:
-        raise ValueError(f"the weights have {len(left)} tensors that the network does not know, such as {min(left)}")
+        raise ValueError(
+            f"the weights have {len(left)} tensors that the config's network lacks, such as {min(left)}: give both "
+            "from one folder"
+        )
     network.load_state_dict(ours)
     return network.eval()
 
 
 def _take(names: list[str], left: dict[str, Tensor]) -> list[Tensor]:
-    """The tensors of these names, which are then used."""
-    missing = next((name for name in names if name not in left), None)
-    if missing is not None:
-        raise ValueError(f"the weights lack {missing}, which their config asks for")
+    """Take the tensors with these names out of those that are left."""
+    for name in names:
+        if name not in left:
+            raise ValueError(f"the weights lack {name}, which the config's network has: give both from one folder")
     return [left.pop(name) for name in names]
 
 
 def _renamed(name: str, rules: list[tuple[str, str]]) -> list[str]:
-    """Their names of our tensor: three for q, k and v."""
+    """The names in diffusers of our tensor: three for q, k and v."""
     for pattern, theirs in rules:
         name = re.sub(pattern, theirs, name)
     return [name.replace("qkv", f"to_{part}") for part in "qkv"] if "qkv" in name else [name]
@@ -286,8 +288,8 @@ def _renamed(name: str, rules: list[tuple[str, str]]) -> list[str]:
 def _expect(config: Mapping[str, Any], **wanted: tuple[Any, ...]) -> None:
     for key, values in wanted.items():
         if config[key] not in values:
-            among = " or ".join(map(repr, values))
-            raise ValueError(f"{key} of a model of diffusers' must be {among} to be read here, got {config[key]!r}")
+            readable = " or ".join(map(repr, values))
+            raise ValueError(f"the network's {key} must be {readable}, got {config[key]!r}: no other can be read")
 
 
 def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
@@ -313,11 +315,11 @@ def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
     kinds = [attending if attend else plain for attend in attends]
     mirrored = [kind.format("Down") for kind in kinds], [kind.format("Up") for kind in reversed(kinds)]
     if (list(down), list(up)) != mirrored:
-        raise ValueError(f"blocks of a UNet2DModel must be {mirrored} to be read here, got {(down, up)}")
+        raise ValueError(f"the network's blocks must be {mirrored}, got {(down, up)}: no others can be read")
     scale_shift = config["resnet_time_scale_shift"] == "scale_shift"
-    groups = config["norm_num_groups"]  # and None, but for scale_shift, means the same
+    groups = config["norm_num_groups"]  # without scale_shift, None means the same
     if config["attn_norm_num_groups"] not in ((groups,) if scale_shift else (groups, None)):
-        raise ValueError("attn_norm_num_groups of a model of diffusers' must be its norm_num_groups to be read here")
+        raise ValueError("the network's attn_norm_num_groups must be its norm_num_groups: no other can be read")
     size = 2 ** len(widths)
     network = UNet(
         config["in_channels"],
@@ -331,7 +333,7 @@ def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
         block="biggan" if resnet else "ddpm",
         embedding="sinusoidal" if config["freq_shift"] else "transformer",
         skip_rescale=False,
-        groups=config["norm_num_groups"],
+        groups=groups,
         norm_eps=config["norm_eps"],
         scale_shift=scale_shift,
         head_channels=config["attention_head_dim"] or 0,
@@ -345,16 +347,8 @@ def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
     return network
 
 
-_RESIDUAL = [
-    (r"\.label\.", ".time_emb_proj."),
-    (r"\.shortcut\.", ".conv_shortcut."),
-    (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
-    (r"(attentions\.\d+)\.out\.", r"\1.to_out.0."),
-]
-
-
 def _read_unet(name: str, left: dict[str, Tensor], config: Mapping[str, Any]) -> Tensor:
-    last = config["layers_per_block"]  # an upper level has one block, and so one attention, more
+    last = config["layers_per_block"]  # the index of a level's last attention: on the way up it has one block more
     rules = [
         (r"^embed\.hidden\.", "time_embedding.linear_1."),
         (r"^embed\.out\.", "time_embedding.linear_2."),
@@ -372,16 +366,19 @@ def _read_unet(name: str, left: dict[str, Tensor], config: Mapping[str, Any]) ->
         (r"^up\.(\d+)\.attentions\.(\d+)\.", r"up_blocks.\1.attentions.\2."),
         (r"^up\.(\d+)\.attention\.", rf"up_blocks.\1.attentions.{last}."),
         (r"^up\.(\d+)\.step\.", r"up_blocks.\1.upsamplers.0."),
-        *_RESIDUAL,
+        (r"\.label\.", ".time_emb_proj."),
+        (r"\.shortcut\.", ".conv_shortcut."),
+        (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+        (r"(attentions\.\d+)\.out\.", r"\1.to_out.0."),
     ]
     value = torch.cat(_take(_renamed(name, rules), left))
-    if name == "embed.hidden.weight" and config["flip_sin_to_cos"]:  # cosines come first there
+    if name == "embed.hidden.weight" and config["flip_sin_to_cos"]:  # diffusers has the cosines first
         return torch.cat(value.chunk(2, dim=1)[::-1], dim=1)
     return value
 
 
 class BlockwiseDiT(DiT):
-    """A DiT whose blocks have embeddings of time and class of their own; the last layer is told the first's."""
+    """A DiT whose blocks have embeddings of time and class of their own; the last layer has that of the first block."""
 
     def __init__(self, channels: int, *, depth: int, classes: int, **options: Any) -> None:
         super().__init__(channels, depth=depth, classes=classes, **options)
@@ -414,10 +411,9 @@ _OF_EACH_BLOCK = {
 }
 
 
-def _copies(name: str, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> list[Tensor]:
-    """An embedding's tensor as each block has it; those that are missing are left out."""
-    names = [f"transformer_blocks.{i}.norm1.emb.{name}" for i in range(config["num_layers"])]
-    return [state[each] for each in names if each in state]
+def _of_blocks(name: str, config: Mapping[str, Any]) -> list[str]:
+    """The names that an embedding's tensor has in each block."""
+    return [f"transformer_blocks.{i}.norm1.emb.{name}" for i in range(config["num_layers"])]
 
 
 def _dit(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
@@ -427,13 +423,13 @@ def _dit(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
         activation_fn=("gelu-approximate",),
         attention_bias=(True,),
         norm_elementwise_affine=(False,),
-        norm_eps=(1e-6, 1e-5),  # of norms that adaLN-Zero replaces, but for one that has its own
+        norm_eps=(1e-6, 1e-5),  # no norm uses it: adaLN-Zero replaces them, or has an eps of its own
     )
     heads = config["num_attention_heads"]
     shared = True
     for name in _OF_EACH_BLOCK.values():
-        first, *others = _copies(name, state, config) or [torch.empty(0)]
-        shared = shared and all(torch.equal(first, other) for other in others)
+        copies = [state[each] for each in _of_blocks(name, config) if each in state]
+        shared = shared and all(torch.equal(copies[0], copy) for copy in copies)
     return (DiT if shared else BlockwiseDiT)(
         config["in_channels"],
         out_channels=config["out_channels"],
@@ -459,20 +455,18 @@ def _read_dit(name: str, left: dict[str, Tensor], config: Mapping[str, Any]) -> 
         (r"^blocks\.(\d+)\.last\.", r"transformer_blocks.\1.ff.net.2."),
     ]
     own = re.match(r"others\.(\d+)\.(.*)", name)
-    part = own[2] if own else name
-    if part not in _OF_EACH_BLOCK:
+    block, leaf = (int(own[1]) + 1, own[2]) if own else (0, name)
+    if leaf not in _OF_EACH_BLOCK:
         return torch.cat(_take(_renamed(name, rules), left))
-    numbers = range(config["num_layers"])
-    apart = f"transformer_blocks.{int(own[1]) + 1 if own else 0}.norm1.emb."
-    nothing = left[apart + _OF_EACH_BLOCK["classes.table"]][-1] if part == "embed.out.bias" else torch.zeros(())
-    if config["blockwise"]:
-        (value,) = _take([apart + _OF_EACH_BLOCK[part]], left)
-    else:
-        value, *_ = _take([f"transformer_blocks.{i}.norm1.emb.{_OF_EACH_BLOCK[part]}" for i in numbers], left)
-    if part == "embed.hidden.weight":
+    # the table's last row, that of no class, is in our network added to the bias of the time's embedding
+    table = left[_of_blocks(_OF_EACH_BLOCK["classes.table"], config)[block]] if leaf == "embed.out.bias" else None
+    names = _of_blocks(_OF_EACH_BLOCK[leaf], config)
+    value, *_ = _take(names[block : block + 1] if config["blockwise"] else names, left)
+    if leaf == "embed.hidden.weight":
         return torch.cat(value.chunk(2, dim=1)[::-1], dim=1)
-    # the row of no class, the table's last, is here part of the time's embedding
-    return value[:-1] - value[-1] if part == "classes.table" else value + nothing
+    if leaf == "classes.table":
+        return value[:-1] - value[-1]
+    return value if table is None else value + table[-1]
 
 
 _BUILDERS: dict[str, tuple[Any, Any]] = {

@@ -1,9 +1,9 @@
 """Checkpoints of score_sde_pytorch (Song et al. 2021), read as models of this package.
 
 Such a file is a dict of `model` (weights), `ema` (averaged weights, without names), `optimizer` and `step`; it carries
-no config. Its network is a list of modules numbered in the order in which they run. Ours has named parts, made in
-the same order, so one walk over our parts names theirs, for every option of its networks `ddpm` and `ncsnpp`. NCSN and
-NCSNv2 have names there too.
+no config. Its network is a list of modules numbered in the order in which they run. Our network has named modules, made
+in the same order, so one walk over them names theirs, for every option of its networks `ddpm` and `ncsnpp`. The modules
+of its NCSN and NCSNv2 have names.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from ..sdes.chains import DDPM
 from ..sdes.linear import VESDE, VPSDE, SubVPSDE, like
 
 Config = Mapping[str, Any]  # a dict or a ConfigDict with score_sde's sections and keys
+_REMEDY = "give the config that the checkpoint was trained with"
 
 
 def load_score_sde_file(
@@ -40,7 +41,7 @@ def load_score_sde_file(
     """The model in a checkpoint file of score_sde_pytorch, on the device `map_location`.
 
     `config` is the one that the checkpoint was trained with: a dict, a ConfigDict, or the path of a JSON file.
-    Raises FileNotFoundError or ValueError, in one sentence, for files and configs that do not fit.
+    Raises FileNotFoundError for a missing file, and ValueError for a broken file or a config that does not fit.
     """
     if config is None:
         raise ValueError(
@@ -55,8 +56,8 @@ def load_score_sde_file(
 def load_score_sde(state: Mapping[str, Any], config: Any, ema: bool = True) -> ScoreModel:
     """The model in `state`, a checkpoint dict of score_sde_pytorch; its averaged weights if `ema`.
 
-    It answers at every t in continuous time, with the labels and curves of that project; data that the config does not
-    call `centered` lies in [0, 1]. Raises ValueError unless every tensor is used exactly once.
+    The model takes every t in continuous time, with the labels and curves of that project. Its data lie in [0, 1],
+    or in [-1, 1] where the config says `centered`. Raises ValueError unless every tensor is used exactly once.
     """
     network = build_network(config)
     keys = key_map(network, config)
@@ -65,33 +66,37 @@ def load_score_sde(state: Mapping[str, Any], config: Any, ema: bool = True) -> S
     if ema:
         trained, averages = [key.theirs for key in keys if key.trained], state["ema"]["shadow_params"]
         if len(averages) != len(trained):
-            raise ValueError(f"the EMA has {len(averages)} tensors but the config's network {len(trained)}")
+            counts = f"the checkpoint's EMA has {len(averages)} tensors, the config's network {len(trained)}"
+            raise ValueError(f"{counts}: {_REMEDY}")
         theirs.update(zip(trained, averages))
-    known = {key.theirs for key in keys}
-    for problem, names in [("misses", known - theirs.keys()), ("does not know", theirs.keys() - known)]:
+    wanted = {key.theirs for key in keys}
+    for one, other, names in [
+        ("config's network", "checkpoint", wanted - theirs.keys()),
+        ("checkpoint", "config's network", theirs.keys() - wanted),
+    ]:
         if names:
-            raise ValueError(
-                f"the config's network {problem} {len(names)} tensors of the checkpoint, such as {min(names)}"
-            )
+            lacked = f"{len(names)} tensors that the {other} lacks, such as {min(names)}"
+            raise ValueError(f"the {one} has {lacked}: {_REMEDY}")
     ours, shapes = to_ours(theirs, keys), {name: tensor.shape for name, tensor in network.state_dict().items()}
     for name, tensor in ours.items():
         if tensor.shape != shapes[name]:
-            raise ValueError(f"the config makes {name} {tuple(shapes[name])}, the checkpoint {tuple(tensor.shape)}")
+            sizes = f"shape {tuple(tensor.shape)}, the config's network {tuple(shapes[name])}"
+            raise ValueError(f"the checkpoint has {name} of {sizes}: {_REMEDY}")
     network.load_state_dict(ours)
     return as_model(network, sigmas, config)
 
 
 def bare(name: str) -> str:
-    """A tensor's name without what wrappers put before it, in any order: ``module.`` of data parallelism and
-    ``_orig_mod.`` of torch.compile, which stands before the part that was compiled."""
+    """A tensor's name without the prefixes of wrappers, in any order: ``module.`` of data parallelism, and
+    ``_orig_mod.`` of torch.compile, which stands before the module that was compiled."""
     return re.sub(r"(^|\.)_orig_mod(?=\.)", "", re.sub(r"^((module|_orig_mod)\.)+", "", name)).removeprefix(".")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint file of score_sde_pytorch; nothing in the file is executed.
 
-    Admits tensors, plain containers and numpy scalars. Raises FileNotFoundError, and ValueError for a file that is
-    truncated, of another kind, or holds pickled code.
+    The file may hold tensors, plain containers and numpy scalars. Raises FileNotFoundError, and ValueError for a file
+    that is truncated, of another kind, or holds pickled code.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no checkpoint file {path}")
@@ -104,10 +109,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many kinds for bytes that are no archive of tensors
         raise ValueError(
-            f"{path} is truncated, no checkpoint, or holds more than tensors and numbers, of which nothing is ever run"
+            f"{path} is truncated, no checkpoint, or holds more than tensors and numbers: nothing else is ever loaded"
         ) from error
     if not isinstance(state, dict) or not {"model", "ema"} <= state.keys() or "shadow_params" not in state["ema"]:
-        raise ValueError(f"{path} is not a checkpoint of score_sde_pytorch: it lacks `model` or `ema.shadow_params`")
+        raise ValueError(f"{path} is no checkpoint of score_sde_pytorch: it lacks `model` or `ema.shadow_params`")
     return state
 
 
@@ -125,8 +130,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
 def build_network(config: Any) -> UNet | RefineNet:
     """Our network with the options of a score_sde config; model.name is "ddpm", "ncsnpp", "ncsn" or in `NCSNV2`.
 
-    What cannot run there (resampling without FIR by convolution, fused FIR up-convolution, `ddpm` unconditional, `ncsn`
-    and NCSNv2) is built as evidently meant: as the original projects of NCSN and NCSNv2 have them.
+    Options that crash there (resampling by convolution without FIR, fused FIR up-convolution, unconditional `ddpm`) are
+    built as their code means them, `ncsn` and NCSNv2 as in their original projects.
     """
     name = _get(config, "model.name")
     if name == "ncsn" or name in NCSNV2:
@@ -147,8 +152,8 @@ def build_network(config: Any) -> UNet | RefineNet:
     if name == "ddpm":
         return UNet(**shared, block="ddpm", skip_rescale=False, groups=32)
     if name != "ncsnpp":
-        known = ", ".join(("ddpm", "ncsnpp", "ncsn", *NCSNV2))
-        raise ValueError(f"model.name of a score_sde checkpoint must be one of {known}, got {name!r}")
+        readable = ", ".join(("ddpm", "ncsnpp", "ncsn", *NCSNV2))
+        raise ValueError(f"model.name of a score_sde checkpoint must be one of {readable}, got {name!r}")
     return UNet(
         **shared,
         block=_get(config, "model.resblock_type").lower(),
@@ -182,13 +187,13 @@ class Key:
     """One of their tensors, and where it goes in our network."""
 
     theirs: str  # without the prefixes of wrappers
-    ours: str | None  # None: held there but never used; the same name three times: q, k and v are one tensor here
+    ours: str | None  # None: unused there; q, k and v have the same name, as they are one tensor here
     transposed: bool = False  # (in, out) there, (out, in, 1, 1) here
     trained: bool = True  # it has an average in the EMA
 
 
 def key_map(network: UNet | RefineNet, config: Any) -> list[Key]:
-    """All their tensors but `sigmas`, in the order of their `parameters()`, which is that of the EMA's list too."""
+    """All their tensors except `sigmas`, in the order of their `parameters()` and so of the EMA's list."""
     if isinstance(network, RefineNet):
         return [
             Key(f"{theirs}.{their_leaf}", f"{ours}.{leaf}")
@@ -210,28 +215,28 @@ def key_map(network: UNet | RefineNet, config: Any) -> list[Key]:
 
 
 def to_ours(theirs: Mapping[str, Tensor], keys: Iterable[Key]) -> dict[str, Tensor]:
-    """Tensors under their names (weights, averages, gradients, moments) as ours; those without use are left out."""
-    found: dict[str, list[Tensor]] = {}
+    """Tensors (weights, averages, gradients, moments) by our names instead of theirs, without the unused ones."""
+    ours: dict[str, list[Tensor]] = {}
     for key in keys:
         if key.ours is not None:
             tensor = theirs[key.theirs]
-            found.setdefault(key.ours, []).append(tensor.T[:, :, None, None] if key.transposed else tensor)
-    return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in found.items()}
+            ours.setdefault(key.ours, []).append(tensor.T[:, :, None, None] if key.transposed else tensor)
+    return {name: torch.cat(tensors) if len(tensors) > 1 else tensors[0] for name, tensors in ours.items()}
 
 
 def to_theirs(ours: Mapping[str, Tensor], keys: Sequence[Key]) -> dict[str, Tensor]:
     """The inverse of `to_ours`, in the order of their parameters."""
     counts = Counter(key.ours for key in keys)
     left = {name: list(tensor.chunk(counts[name])) for name, tensor in ours.items()}
-    found = {key: left[key.ours].pop(0) for key in keys if key.ours is not None}
-    return {key.theirs: tensor[:, :, 0, 0].T if key.transposed else tensor for key, tensor in found.items()}
+    theirs = {key: left[key.ours].pop(0) for key in keys if key.ours is not None}
+    return {key.theirs: tensor[:, :, 0, 0].T if key.transposed else tensor for key, tensor in theirs.items()}
 
 
 def as_model(network: UNet | RefineNet, sigmas: Tensor | None, config: Any) -> ScoreModel:
-    """`network` with the labels, the scaling and the curves that score_sde's `get_score_fn` gives it.
+    """The score model of `network`, with the labels, the scaling and the curves of score_sde's `get_score_fn`.
 
-    NCSN and NCSNv2 know a list of noise levels only, and NCSNv2 divides by sigma always: what the config says of
-    `training.continuous` and `model.scale_by_sigma` is not asked there.
+    NCSN and NCSNv2 have a list of noise levels only, and NCSNv2 always divides by sigma: for them
+    `training.continuous` and `model.scale_by_sigma` are ignored.
     """
     kind, steps = _get(config, "training.sde").lower(), _get(config, "model.num_scales")
     refinenet = isinstance(network, RefineNet)
@@ -241,7 +246,7 @@ def as_model(network: UNet | RefineNet, sigmas: Tensor | None, config: Any) -> S
     raw: nn.Module = network
     if isinstance(network, NCSNv2) or (not refinenet and _get(config, "model.scale_by_sigma")):
         if not _fourier(config) and sigmas is None:
-            raise ValueError("the checkpoint lacks the table `sigmas` by which the network's output is divided")
+            raise ValueError("the checkpoint lacks the table `sigmas`, by which the network's output is divided")
         raw = Divided(network, None if _fourier(config) else sigmas)
 
     if kind == "vesde":
@@ -249,8 +254,8 @@ def as_model(network: UNet | RefineNet, sigmas: Tensor | None, config: Any) -> S
         ends = [sde.sigma_max, sde.sigma_min]
         if sigmas is not None and not np.allclose(sigmas[[0, -1]].cpu(), ends, rtol=1e-3):
             raise ValueError(
-                f"the checkpoint has noise levels from {sigmas[0]:g} to {sigmas[-1]:g}, "
-                f"but the config model.sigma_max={ends[0]:g} and model.sigma_min={ends[1]:g}"
+                f"the checkpoint has noise levels from {sigmas[0]:g} to {sigmas[-1]:g}, the config from "
+                f"model.sigma_max={ends[0]:g} to model.sigma_min={ends[1]:g}: set these to the checkpoint's"
             )
         return Preconditioned(raw, sde, rule="score", label=label_sigma if continuous else partial(_rank, steps=steps))
     betas = dict(beta_min=_get(config, "model.beta_min"), beta_max=_get(config, "model.beta_max"))
@@ -290,11 +295,11 @@ def _rank(alpha: Tensor, sigma: Tensor, t: Tensor, steps: int) -> Tensor:
     return ((1 - t) * (steps - 1)).round().long()
 
 
-Parts = list[tuple[str | None, str]]  # (name in ours, name in theirs), None: theirs has it without use
+Parts = list[tuple[str | None, str]]  # (our name, their name); None: unused there
 
 
 def _numbered(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parts]]:
-    """(name of ours, its parts) for each module in their numbered list, in its order."""
+    """(our module's name, its parts) for each module in their numbered list, in its order."""
     for name, child in module.named_children():
         modules = _modules(child)
         if modules is None:
@@ -304,7 +309,7 @@ def _numbered(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, Parts]
 
 
 def _modules(module: nn.Module) -> list[Parts] | None:
-    """The consecutive modules of theirs that `module` is (one without tensors has a number too); None: look inside."""
+    """Their consecutive modules for our `module`, also those without tensors; None: look inside `module`."""
     match module:
         case ResidualBlock():
             label = None if module.label is None else "label"
@@ -315,12 +320,10 @@ def _modules(module: nn.Module) -> list[Parts] | None:
             return [parts]
         case Attention():
             return [[("norm", "GroupNorm_0"), ("qkv", "NIN_0"), ("qkv", "NIN_1"), ("qkv", "NIN_2"), ("out", "NIN_3")]]
-        case ConvDown(blur=None) | ConvUp(enlarge=Repeat()):
+        case ConvDown(blur=None) | ConvUp(enlarge=Repeat()) | InputSkip():
             return [[("conv", "Conv_0")]]
         case ConvDown() | ConvUp():
             return [[("conv", "Conv2d_0")]]
-        case InputSkip():
-            return [[("conv", "Conv_0")]]
         case Blur() | Stuff() | Repeat() | nn.AvgPool2d():
             return [[]]
         case LabelEmbedding():
@@ -343,9 +346,9 @@ NCSNV2: dict[str, tuple[int, ...]] = {
 
 
 def _refinenet_parts(network: RefineNet) -> Iterator[tuple[str, str]]:
-    """(module of ours, name of theirs) for all that have parameters, in the order in which theirs are made."""
+    """(our module's name, theirs) for all modules with parameters, in the order in which theirs are made."""
     yield from [("first", "begin_conv"), ("norm", "normalizer"), ("last", "end_conv")]
-    # the sixth stage lies between the third and the fourth; its refinement, too, is made where its name is in order
+    # the sixth stage, "31", runs between the third and the fourth; the refinements are made in order of their names
     numbers = ["1", "2", "3", "31", "4", "5"] if len(network.stages) == 6 else ["1", "2", "3", "4", "5"]
     for i, stage in enumerate(network.stages):
         for j, (name, block) in enumerate(stage.named_children()):
@@ -370,7 +373,7 @@ def _refinenet_parts(network: RefineNet) -> Iterator[tuple[str, str]]:
 
 
 def _leaves(module: nn.Module) -> list[tuple[str, str]]:
-    """(name in ours, name in theirs) of a module's own parameters."""
+    """(our name, their name) of a module's own parameters."""
     return [(name, "embed.weight" if name == "table" else name) for name, _ in module.named_parameters()]
 
 
@@ -383,5 +386,5 @@ def _get(config: Any, path: str) -> Any:
 
 
 def _fourier(config: Any) -> bool:
-    """Whether the label is embedded by Fourier features; `ddpm` ignores the entry."""
+    """Whether Fourier features embed the label; `ddpm` ignores this key."""
     return _get(config, "model.name") == "ncsnpp" and _get(config, "model.embedding_type").lower() == "fourier"

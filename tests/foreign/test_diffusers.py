@@ -209,9 +209,9 @@ def test_a_network_s_folder_without_a_scheduler_says_what_does(tmp_path: Path) -
     diffusers.DDIMScheduler().save_pretrained(tmp_path / "unet")
     assert load(tmp_path / "unet").learned_variance  # of twice the channels
     for change, words in (
-        ({"_class_name": "ScoreSdeVeScheduler"}, "must be one of DDPMScheduler"),
+        ({"_class_name": "ScoreSdeVeScheduler"}, "the scheduler must be one of DDPMScheduler"),
         ({"prediction_type": "flow"}, "prediction_type must be one of epsilon"),
-        ({"beta_schedule": "laplace"}, "beta_schedule of a scheduler must be one of linear"),
+        ({"beta_schedule": "laplace"}, "the scheduler's beta_schedule must be one of linear"),
         ({"rescale_betas_zero_snr": True}, "makes the last beta 1"),
         ({"variance_type": "learned"}, "learned_range"),
     ):
@@ -236,13 +236,13 @@ def test_a_folder_is_read_without_diffusers(tmp_path: Path, monkeypatch: pytest.
     ("changes", "words"),
     [
         ({"_class_name": "UNet2DConditionModel"}, "must be one of UNet2DModel, DiTTransformer2DModel, got UNet2DCond"),
-        ({"time_embedding_type": "fourier"}, "time_embedding_type of .* must be 'positional'"),
-        ({"up_block_types": ("UpBlock2D",) * 3}, "blocks of a UNet2DModel must be .* to be read here"),
+        ({"time_embedding_type": "fourier"}, "the network's time_embedding_type must be 'positional'"),
+        ({"up_block_types": ("UpBlock2D",) * 3}, "the network's blocks must be .* no others can be read"),
         ({"attn_norm_num_groups": None}, "attn_norm_num_groups"),
         ({"attn_norm_num_groups": 4, "resnet_time_scale_shift": "default"}, "attn_norm_num_groups"),
-        ({"num_class_embeds": None}, "1 tensors that the network does not know, such as class_embedding.weight"),
+        ({"num_class_embeds": None}, "1 tensors that the config's network lacks, such as class_embedding.weight"),
         ({"layers_per_block": 3}, "the weights lack down_blocks.0.resnets.2.norm1.weight"),
-        ({"num_class_embeds": 9}, r"the config makes classes.table \(9, 64\), the weights \(5, 64\)"),
+        ({"num_class_embeds": 9}, r"the weights give classes.table the shape \(5, 64\), the config \(9, 64\)"),
     ],
 )
 def test_what_has_no_counterpart_is_refused(changes: dict[str, Any], words: str) -> None:

@@ -212,17 +212,17 @@ def changed(**model) -> dict:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (changed(num_res_blocks=2), "network misses .* tensors of the checkpoint, such as all_modules"),
+        (changed(num_res_blocks=2), "network has .* tensors that the checkpoint lacks, such as all_modules"),
         (
             changed(attn_resolutions=[]),
-            "network (misses|does not know) .* tensors of the checkpoint, such as all_modules",
+            "has .* tensors that the (checkpoint|config's network) lacks, such as all_modules",
         ),
-        (changed(nf=32), r"the config makes embed.hidden.weight \(128, 32\), the checkpoint \(64, 16\)"),
+        (changed(nf=32), r"embed.hidden.weight of shape \(64, 16\), the config's network \(128, 32\)"),
         (changed(name="ncsnv2_32"), "must be one of ddpm, ncsnpp, ncsn, ncsnv2_64, .*, got 'ncsnv2_32'"),
         (config_of("ddpmpp_vp", sde="edm"), 'must be "vpsde", "subvpsde" or "vesde", got \'edm\''),
         (
             config_of("ddpmpp_vp", sde="vesde") | {"model": {**changed(sigma_max=348)["model"]}},
-            "noise levels from 50 to 0.01, but",
+            "noise levels from 50 to 0.01, the config from",
         ),
         ({"model": {"name": "ncsnpp"}}, "the config lacks data.num_channels"),
     ],
@@ -236,13 +236,13 @@ def test_a_config_that_does_not_fit_is_refused(config, message):
 def test_every_tensor_must_be_there_and_be_known():
     state = copy.deepcopy(checkpoint("ddpmpp_vp"))
     removed = state["model"].pop("module.all_modules.3.Conv_0.bias")
-    with pytest.raises(ValueError, match="misses 1 tensors of the checkpoint, such as all_modules.3.Conv_0.bias"):
+    with pytest.raises(ValueError, match="has 1 tensors that the checkpoint lacks, such as all_modules.3.Conv_0.bias"):
         interop.load_score_sde(state, config_of("ddpmpp_vp"), ema=False)
     state["model"].update({"module.all_modules.3.Conv_0.bias": removed, "module.extra": removed})
-    with pytest.raises(ValueError, match="does not know 1 tensors of the checkpoint, such as extra"):
+    with pytest.raises(ValueError, match="1 tensors that the config's network lacks, such as extra"):
         interop.load_score_sde(state, config_of("ddpmpp_vp"), ema=False)
     state["ema"]["shadow_params"].pop()
-    with pytest.raises(ValueError, match="the EMA has 153 tensors but the config's network 154"):
+    with pytest.raises(ValueError, match="the checkpoint's EMA has 153 tensors, the config's network 154"):
         interop.load_score_sde(state, config_of("ddpmpp_vp"))
 
 
@@ -298,7 +298,7 @@ def test_a_truncated_file_is_refused(tmp_path, keep):
 @pytest.mark.parametrize("content", [{"model": {}}, [1, 2], {"model": {}, "ema": {}}], ids=str)
 def test_a_foreign_file_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "foreign.pth")
-    with pytest.raises(ValueError, match="foreign.pth is not a checkpoint of score_sde_pytorch"):
+    with pytest.raises(ValueError, match="foreign.pth is no checkpoint of score_sde_pytorch"):
         interop.read_checkpoint(tmp_path / "foreign.pth")
 
 

@@ -120,9 +120,9 @@ def test_a_file_gives_its_averages_or_its_weights(name, tmp_path):
     ("section", "key", "value", "message"),
     [
         ("model", "normalization", "VarianceNorm", "must be \"InstanceNorm\\+\\+\", got 'VarianceNorm'"),
-        ("model", "nf", 6, r"the config makes first.weight \(6, 3, 3, 3\), the checkpoint \(4, 3, 3, 3\)"),
-        ("model", "name", "ncsnv2_128", "network misses .* tensors of the checkpoint, such as refine5"),
-        ("model", "sigma_max", 50.0, "noise levels from 20 to 0.1, but the config model.sigma_max=50"),
+        ("model", "nf", 6, r"first.weight of shape \(4, 3, 3, 3\), the config's network \(6, 3, 3, 3\)"),
+        ("model", "name", "ncsnv2_128", "network has .* tensors that the checkpoint lacks, such as refine5"),
+        ("model", "sigma_max", 50.0, "noise levels from 20 to 0.1, the config from model.sigma_max=50"),
         ("training", "sde", "vpsde", "training.sde of NCSN and NCSNv2 must be \"vesde\", got 'vpsde'"),
     ],
 )
@@ -138,7 +138,7 @@ def test_a_checkpoint_without_its_levels_is_refused():
     config, _, _ = recorded("ncsnv2_64")
     state = checkpoint("ncsnv2_64")
     del state["model"]["module.sigmas"]
-    with pytest.raises(ValueError, match="lacks the table `sigmas` by which the network's output is divided"):
+    with pytest.raises(ValueError, match="lacks the table `sigmas`, by which the network's output is divided"):
         interop.load_score_sde(state, config)
 
 
