@@ -443,5 +443,5 @@ def _predictor_corrector(predictor: Sampler | None, corrector: Sampler | None) -
         return samplers.PredictorCorrector(predictor, corrector)
     one = predictor or corrector
     if one is None:
-        raise ValueError("sampling.predictor and sampling.corrector are both none: nothing would move; choose one")
+        raise ValueError("sampling.predictor and sampling.corrector are both none: set one of them")
     return one

@@ -109,10 +109,10 @@ def test_step_lr_is_ncsn_s_eps() -> None:
 @pytest.mark.parametrize(
     "slip, sentence",
     [
-        ({"sampling.method": "ddim"}, "step_lr is the step of annealed Langevin dynamics: set sampling.method=ald"),
-        ({"sampling.method": "pc", "sampling.corrector": "langevin"}, "set sampling.method=ald, or step_lr=0"),
+        ({"sampling.method": "ddim"}, "step_lr is for annealed Langevin dynamics: set sampling.method=ald"),
+        ({"sampling.method": "pc", "sampling.corrector": "langevin"}, "set sampling.method=ald, or sampling.step_lr=0"),
         ({"training.sde": "vpsde", "model.num_scales": "100"}, "for training.sde=vpsde set sampling.snr"),
-        ({"sampling.step_lr": "0.5"}, "sampling.step_lr=0.5 is not below 2 model.sigma_min²=0.5"),
+        ({"sampling.step_lr": "0.5"}, "sampling.step_lr=0.5 must be below 2 model.sigma_min²=0.5"),
         ({"sampling.step_lr": "-1"}, "sampling.step_lr must be at least 0"),
     ],
 )

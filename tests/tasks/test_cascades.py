@@ -200,7 +200,7 @@ def test_the_network_uses_the_image_and_its_noise_level(stages: tuple[Path, Path
     ("words", "settings"),
     [
         ("give it some, --input FILE_OR_FOLDER, or the stage before", LARGE),
-        ("sampling.base are for models that enlarge images", ("--config.sampling.base=runs/nothing",)),
+        ("sampling.base are for super-resolution models", ("--config.sampling.base=runs/nothing",)),
         (
             ": train it first with --mode train; train the stage before (a model of images of 4 x 4) there first",
             (*LARGE, "--config.sampling.base=BASE/nothing"),

@@ -209,9 +209,9 @@ EARLY = {"sampling__start": 0.4, "sampling__method": "heun"}
         ("sample", True, {"sampling__start": 0.4, "sampling__num_samples": 2}, "own.npy holds 3 examples, and"),
         ("sample", True, {"sampling__start": 0}, "sampling.start must be above 0 and at most 1, got 0"),
         ("sample", True, {"sampling__start": 0.001}, "sampling.start=0.001 must be above sampling.t_min=0.001"),
-        ("sample", True, {**EARLY, "sampling__temperature": 0.5}, "there is none"),
-        ("sample", True, {**EARLY, "sampling__grid": "fitted"}, "sampling.grid=fitted is fitted to paths from t = 1"),
-        ("sample", True, {"sampling__start": 0.4, "model__super_resolution": 2}, "is for models of whole images"),
+        ("sample", True, {**EARLY, "sampling__temperature": 0.5}, "does not make: set one of them to 1"),
+        ("sample", True, {**EARLY, "sampling__grid": "fitted"}, "sampling.grid=fitted begins at t = 1"),
+        ("sample", True, {"sampling__start": 0.4, "model__super_resolution": 2}, "super_resolution=2 enlarges"),
         ("colorize", True, {"sampling__start": 0.4}, "is of --mode sample, and this is --mode color"),
         ("demo", False, {"sampling__start": 0.4}, "sampling.start=0.4 is of --mode sample, and this is --mode demo"),
     ],
@@ -225,7 +225,7 @@ def test_what_cannot_begin_there_is_said(
 
 
 def test_a_chain_too_short_for_the_start_is_refused() -> None:
-    with pytest.raises(ValueError, match="sampling.start=0.02 leaves less than 2 of the chain's .*=50 steps"):
+    with pytest.raises(ValueError, match="sampling.start=0.02 leaves fewer than 2 of the chain's .*=50 steps"):
         load(ROOT / "configs/iddpm_digits.py", {"sampling.start": "0.02"})
     # where little is lost in a step, the flow's reverse diffusion is right on a cosine schedule too
     flow = {"sampling.predictor": "reverse_diffusion", "sampling.probability_flow": "1", "sampling.variance": "small"}
