@@ -1,7 +1,7 @@
 """The keys of a config: what each means, its default, and what it may be, in one table.
 
-From `SECTIONS` come the locked `ConfigDict` of defaults, the check of a value, and the sentence that explains a key.
-What must hold between keys is in `rules.py`; how files and command lines are read, in `reading.py`.
+The table `SECTIONS` gives the locked `ConfigDict` of defaults, the check of a value, and the sentence that explains a
+key. Rules between keys are in `rules.py`; `reading.py` reads files and command lines.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..ode.integrators import ADAPTIVE, EACH, FIXED
 from .build import CORRECTORS, EMBEDDINGS, FITTED, GRIDS, LABELS, METHODS, NETWORKS, PREDICTORS, RULES, SDES
 from .objective import NAMES, TIME_LAWS
 
-# The largest numbers: float32's, of integers more than any size can be, and for some keys int64's.
+# The largest numbers: that of float32, for integers one above any size, and for some keys that of int64.
 LARGEST: dict[type, float] = {float: 3e38, int: 2**31 - 1}
 INT64 = 2**63 - 1
 LETTERS = 1000
@@ -34,7 +34,7 @@ _KINDS = {bool: "true or false", int: "an integer", float: "a number", str: "a n
 
 
 class Limit(NamedTuple):
-    """What a number may be: in the words of the refusal, and as a test."""
+    """What a number may be: in words, and as a test."""
 
     words: str
     holds: Callable[[float], bool]
@@ -44,9 +44,9 @@ class Limit(NamedTuple):
 class Key:
     """A key of the config: its default, what it means, and what it may be.
 
-    `may` are the names that it may have, or a limit of its number; None: anything of the default's type. `most` is the
-    largest size of its number, 0 for `LARGEST`. With `classes` it also takes names of classes, and with `own` also
-    FILE.py:NAME, code of the user's own; the sha256 of that file is in the key of the same name with _sha256.
+    `may` has the names that it may be, or the limit of its number; None: anything of the default's type. `most` is the
+    largest size of its number, 0 for `LARGEST`. With `classes` it may also be names of classes, and with `own` also
+    FILE.py:NAME, code of the user's own, whose file's sha256 is in the key of the same name with _sha256.
     """
 
     default: Any
@@ -63,15 +63,20 @@ class Key:
 
     @property
     def choices(self) -> tuple[str, ...]:
-        """The names that it may have; () where it takes no names, or any."""
+        """The names that it may be; () where it takes no names, or any."""
         return () if self.may is None or isinstance(self.may, Limit) else tuple(self.may)
 
     @property
     def allowed(self) -> str:
-        """What it may be, in words."""
+        """What values it may have, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}" + (", or FILE.py:NAME of your own" if self.own else "")
         return f"{self._kind}, {self.may.words}" if isinstance(self.may, Limit) else self._kind
+
+    @property
+    def explained(self) -> str:
+        """Its meaning, and what values it may have."""
+        return f"{self.meaning} ({self.allowed})"
 
     @property
     def _kind(self) -> str:
@@ -83,8 +88,8 @@ class Key:
             value = float(value)
         if self.kind is tuple and isinstance(value, list):
             value = tuple(value)
-        parts = value if isinstance(value, tuple) else (value,)
-        for text in parts:
+        elements = value if isinstance(value, tuple) else (value,)
+        for text in elements:
             if isinstance(text, str) and (len(text) > LETTERS or not text.isprintable()):
                 raise ValueError(f"must be at most {LETTERS} printable characters, got {brief(text)}")
         if self.classes and self.kind is int and type(value) is str:
@@ -92,7 +97,7 @@ class Key:
         if not self._is_of_kind(value):
             raise ValueError(f"must be {self._kind}, got {brief(value)}")
         most = self.most or LARGEST[float if self.kind is float else int]
-        if any(abs(number) > most for number in parts if not isinstance(number, str)):
+        if any(abs(number) > most for number in elements if not isinstance(number, str)):
             raise ValueError(f"must be at most {most} in size, got {brief(value)}")
         if self.choices and value not in self.choices and not (self.own and own_code.is_own(value)):
             near = nearest(value.lower(), self.choices)
@@ -120,12 +125,12 @@ WEIGHTS = ("ema", "raw")
 
 SECTIONS: dict[str, dict[str, Key]] = {
     "": {
-        "seed": Key(42, "of initial weights, data order, times and noise in training", AT_LEAST_0, INT64),
-        "device": Key("auto", "auto: a GPU where there is one; else a name of torch's: cpu, cuda, cuda:1, mps"),
+        "seed": Key(42, "seed of initial weights, data order, times and noise in training", AT_LEAST_0, INT64),
+        "device": Key("auto", "auto: a GPU if there is one; or torch's name of a device: cpu, cuda, cuda:1, mps"),
     },
     "training": {
-        "sde": Key("vpsde", "what noise does to data", tuple(SDES), own=True),
-        "sde_sha256": Key("", "sha256 of the file, where sde is FILE.py:NAME; filled in as the config is read"),
+        "sde": Key("vpsde", "the SDE, by which noise is added to data", tuple(SDES), own=True),
+        "sde_sha256": Key("", "sha256 of the file if sde is FILE.py:NAME; filled in when the config is read"),
         "continuous": Key(True, "False: train on the num_scales steps of DDPM (vpsde, cosine) or SMLD (vesde)"),
         "n_iters": Key(1_300_000, "training stops after this many steps", AT_LEAST_1, INT64),
         "batch_size": Key(128, "examples per step, in total over all processes and accumulated parts", AT_LEAST_1),
@@ -136,14 +141,14 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "kl_weight": Key(1.0, "autoencoder: weight of the codes' divergence from N(0, I); 1 gives the evidence's bound",
             AT_LEAST_0),
         "projections": Key(1, "random directions per example, for the sliced objectives", AT_LEAST_1),
-        "projection": Key("rademacher", "law of these directions", get_args(Law)),
-        "difference_step": Key(0.05, "finite_difference: its step, in units of sigma(t)", ABOVE_0),
+        "projection": Key("rademacher", "distribution of these directions", get_args(Law)),
+        "difference_step": Key(0.05, "finite_difference: step, in units of sigma(t)", ABOVE_0),
         "likelihood_weighting": Key(False, "weight the noise error by (g/sigma)² instead of 1"),
         "reduce_mean": Key(True, "a loss is a mean over dimensions; False: half the sum"),
         "time": Key("uniform", "law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), edm "
             "(EDM's log-normal sigma with EDM's weight), or for chains second_moment (of their losses; unbiased)",
             (*TIME_LAWS, "second_moment")),
-        "condition_dropout": Key(0.1, "fraction of examples that are trained on without their label", FRACTION),
+        "condition_dropout": Key(0.1, "fraction of examples trained on without their label or caption", FRACTION),
         "augmentation": Key(0.0, "super_resolution: noise the small image up to this time, at random", FRACTION),
         "low_discrepancy": Key(False, "spread the times of a batch evenly"),
         "soft_truncation": Key(0.0, "k: a batch's smallest time has density tau^-k; 0: always model.t_min", AT_LEAST_0),
@@ -151,8 +156,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "compile": Key(False, "torch.compile the network"),
         "channels_last": Key(False, "memory format of images and weights"),
         "checkpoint_activations": Key(False, "recompute activations in the backward pass, to save memory"),
-        "origin": Key("", "workdir or checkpoint whose weights a new run begins from (--checkpoint of --mode train)"),
-        "origin_weights": Key("ema", "which weights: their moving average, or raw", WEIGHTS),
+        "origin": Key("", "workdir or checkpoint with whose weights a new run begins (--checkpoint of --mode train)"),
+        "origin_weights": Key("ema", "the weights of origin: their moving average, or raw", WEIGHTS),
         "origin_sha256": Key("", "sha256 of that checkpoint, filled in by training"),
         "log_freq": Key(50, "steps between lines of the log", AT_LEAST_1),
         "eval_freq": Key(100, "steps between losses on held-out data", AT_LEAST_1),
@@ -169,29 +174,29 @@ SECTIONS: dict[str, dict[str, Key]] = {
             tuple(METHODS)),
         "predictor": Key("euler_maruyama", "pc: the predictor", tuple(PREDICTORS)),
         "corrector": Key("none", "pc: the corrector", tuple(CORRECTORS)),
-        "variance": Key("small", "of ancestral sampling, and of the bound on the likelihood: the posterior's variance "
+        "variance": Key("small", "variance of ancestral steps and of the bound on the likelihood: the posterior's "
             "(small), the forward step's (large), or between them (learned)", get_args(Variance)),
-        "clip_denoised": Key(False, "hold the estimate of the clean data to the data's range"),
-        "threshold": Key(0.0, "dynamic thresholding: by this quantile of its size, such as 0.995; 0: none", FRACTION),
+        "clip_denoised": Key(False, "clip the estimate of the clean data to the data's range"),
+        "threshold": Key(0.0, "dynamic thresholding: by this quantile of sizes, such as 0.995; 0: none", FRACTION),
         "snr": Key(0.16, "signal-to-noise ratio of the corrector's step", ABOVE_0),
         "step_lr": Key(0.0, "ald: NCSN's eps in place of snr, the step is eps (sigma/sigma_min)²; 0: snr", AT_LEAST_0),
         "n_steps_each": Key(1, "corrector steps per predictor step, or per level of ald", AT_LEAST_1),
         "probability_flow": Key(False, "predict along the probability flow, without noise"),
         "noise_removal": Key(True, "end with the estimate of the clean data"),
-        "temperature": Key(1.0, "of the start, for methods without noise: below 1 samples are more alike; also of "
-            "decode and interpolate", AT_LEAST_0),
+        "temperature": Key(1.0, "scale of the start, for methods without noise: below 1 samples are more alike; also "
+            "for decode and interpolate", AT_LEAST_0),
         "eta": Key(0.0, "ddim, dpm_solver++: 0 draws no noise, 1 is ancestral sampling, the reverse SDE", AT_LEAST_0),
-        "order": Key(2, "of dpm_solver, dpm_solver++, deis and unipc", Limit("1, 2 or 3", lambda v: v in (1, 2, 3))),
+        "order": Key(2, "order of dpm_solver, dpm_solver++, deis, unipc", Limit("1, 2 or 3", lambda v: v in (1, 2, 3))),
         "predict": Key("data", "what dpm_solver and unipc interpolate: data or noise; unipc also both in turn",
             ("data", "noise", "both")),
         "unipc_variant": Key("b2", "unipc: its B(h): b1 is h, b2 is exp(h) - 1", ("b1", "b2")),
         "churn": Key(40.0, "edm: how much noise is put back over the walk (S_churn)", AT_LEAST_0),
         "churn_low": Key(0.05, "edm: noise is put back where sigma/alpha lies above this (S_tmin)", AT_LEAST_0),
         "churn_high": Key(50.0, "edm: and below this (S_tmax)", AT_LEAST_0),
-        "churn_inflate": Key(1.003, "edm: deviation of that noise (S_noise)", AT_LEAST_0),
+        "churn_inflate": Key(1.003, "edm: standard deviation of that noise (S_noise)", AT_LEAST_0),
         "steps": Key(1000, "predictor steps; adaptive solvers choose their own", AT_LEAST_1),
-        "start": Key(1.0, "time at which sampling begins; below 1 with the examples of --input, noised to that time, "
-            "whose coarse features the samples keep: more of them the smaller it is (SDEdit)", UP_TO_1),
+        "start": Key(1.0, "time at which sampling begins; below 1 with the examples of --input, noised to that time "
+            "(SDEdit): the smaller it is, the more of their coarse features the samples keep", UP_TO_1),
         "grid": Key("uniform", "where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7) or "
             "arcsinh(log-SNR/4); or fitted to the model", (*GRIDS, FITTED)),
         "t_min": Key(1e-3, "time at which sampling stops (a discrete model stops at its first step)", BELOW_1),
@@ -200,14 +205,14 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "atol": Key(1e-5, "absolute tolerance of adaptive solvers", ABOVE_0),
         "sde_rtol": Key(0.02, "adaptive_sde: its relative tolerance", UP_TO_1),
         "sde_atol": Key(2 / 256, "adaptive_sde: its absolute tolerance, a pixel level", ABOVE_0),
-        "batch_size": Key(64, "examples sampled together; changes no sample, unless method ode has one adaptive step "
-            "for all", AT_LEAST_1),
+        "batch_size": Key(64, "examples sampled together; it changes no sample, unless method ode has one adaptive "
+            "step for all", AT_LEAST_1),
         "num_samples": Key(64, "how many samples", AT_LEAST_1),
         "seed": Key(0, "sample i depends on (seed, i) alone", AT_LEAST_0, INT64),
         "single_png": Key(False, "also a PNG of every sample"),
-        "weights": Key("ema", "of the network: their moving average, or raw", WEIGHTS),
-        "labels": Key((), "classes of the samples, in turn, by number or name; -1: none. (): all that there are, or "
-            "none where images are restored", classes=True),
+        "weights": Key("ema", "weights of the network: their moving average, or raw", WEIGHTS),
+        "labels": Key((), "classes of the samples, in turn, by number or name; -1: none. (): all classes, or none "
+            "where images are restored", classes=True),
         "negative_label": Key(-1, "class that guidance leads away from, in place of no label; -1: none",
             Limit("at least -1", lambda v: v >= -1), classes=True),
         "guidance": Key(1.0, "scale of guidance. Classifier-free: 0 ignores the label, 1 is the conditional model, "
@@ -223,35 +228,35 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "classifier": Key("", "classifier guidance: workdir or checkpoint of a classifier of noisy examples"),
     },
     "eval": {
-        "split": Key("test", "whose bits/dim or log-likelihood", ("test", "train")),
+        "split": Key("test", "the split whose bits/dim or log-likelihood is computed", ("test", "train")),
         "num_images": Key(0, "the first n; 0: all", AT_LEAST_0),
         "batch_size": Key(64, "examples evaluated together", AT_LEAST_1),
         "estimate": Key("auto", "ode: exact, along the probability flow; sde_bound: variational, of the SDE, on the "
             "same scale and cheaper; bound: variational, of the chain; auto: ode for continuous models, bound for "
             "discrete ones", ("auto", "ode", "sde_bound", "bound")),
-        "steps": Key(0, "bound: of the chain; 0: all of a discrete model's, 1000 of a continuous one's", NONE_OR_2),
+        "steps": Key(0, "bound: steps of the chain; 0: all of a discrete model, 1000 of a continuous one", NONE_OR_2),
         "terms": Key(0, "bound: steps evaluated per image, drawn at random; 0: all of them", AT_LEAST_0),
-        "clip_denoised": Key(False, "bound: hold the estimate of the clean data to the data's range"),
+        "clip_denoised": Key(False, "bound: clip the estimate of the clean data to the data's range"),
         "dequantization": Key("uniform", "ode, sde_bound: noise within a pixel's level, uniform, truncated_normal "
             "(that of t_min; for models trained without dequantization) or variational (a flow that --mode dequantize "
             "has fitted)", ("uniform", "truncated_normal", "variational")),
         "dequantizations": Key(1, "estimates per image, each with noise and probes of its own, averaged", AT_LEAST_1),
         "importance_samples": Key(1, "ode: draws of noise in each estimate, which tighten its bound", AT_LEAST_1),
-        "draws": Key(64, "sde_bound: of time and noise, per image", AT_LEAST_1),
-        "probe": Key("rademacher", "of the divergence; exact is a pass per dimension", get_args(Probe)),
+        "draws": Key(64, "sde_bound: draws of time and noise per image", AT_LEAST_1),
+        "probe": Key("rademacher", "probes of the divergence; exact takes a pass per dimension", get_args(Probe)),
         "probes": Key(1, "probes per example, averaged", AT_LEAST_1),
-        "check_images": Key(16, "ode: computed again for the errors of solver and single probes; 0: unknown",
+        "check_images": Key(16, "ode: images computed again for the errors of solver and probes; 0: errors unknown",
             AT_LEAST_0),
-        "heat_map": Key(0, "ode: draw where the bits are in the first n images", AT_LEAST_0),
-        "t_min": Key(1e-5, "time at which the image stands (truncated_normal: the earliest that it may choose); of a "
-            "continuous model's bound, the last", BELOW_1),
+        "heat_map": Key(0, "ode: draw a map of the bits for the first n images", AT_LEAST_0),
+        "t_min": Key(1e-5, "time of the clean image (truncated_normal: the earliest that it may choose); the last "
+            "time of a continuous model's bound", BELOW_1),
         "ode_method": Key("embedded", "embedded: step sizes for each example; the others: one for the batch",
             (EACH, *ADAPTIVE)),
         "rtol": Key(1e-5, "relative tolerance of the solver", UP_TO_1),
         "atol": Key(1e-5, "absolute tolerance of the solver", ABOVE_0),
-        "seed": Key(0, "of dequantisation and probes, or of the bound's noise", AT_LEAST_0, INT64),
-        "weights": Key("ema", "of the network: their moving average, or raw", WEIGHTS),
-        "conditional": Key(True, "class-conditional models: given each example's label; False: given none"),
+        "seed": Key(0, "seed of dequantisation and probes, or of the bound's noise", AT_LEAST_0, INT64),
+        "weights": Key("ema", "weights of the network: their moving average, or raw", WEIGHTS),
+        "conditional": Key(True, "class-conditional models: condition on each example's label; False: on none"),
     },
     "dequantizer": {  # the flow of eval.dequantization=variational, which --mode dequantize fits
         "n_iters": Key(2000, "steps of its training", AT_LEAST_1),
@@ -274,29 +279,29 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "factor": Key(4, "superresolve: how many times larger", AT_LEAST_1),
         "blur": Key(1.0, "deblur: standard deviation of the Gaussian, in pixels",
             Limit("above 0 and at most 1000", lambda v: 0 < v <= 1000)),
-        "variance": Key(1.0, "pigdm, twisted, and ddnm with noise: of the data, whose covariance they take for this "
-            "times I. 1 is the paper's; pigdm overshoots in smooth directions, where images vary much more: 10 is "
-            "safer", ABOVE_0),
+        "variance": Key(1.0, "pigdm, twisted, and ddnm with noise: variance of the data, whose covariance they take "
+            "as this times I. 1 is the paper's; pigdm overshoots in smooth directions, where images vary much more: "
+            "10 is safer", ABOVE_0),
         "rate": Key(100.0, "dps: the paper's step size times the number of steps", ABOVE_0),
-        "iterations": Key(3, "moment_matching: of conjugate gradients", AT_LEAST_1),
-        "resamplings": Key(5, "repaint: how often each step is walked", AT_LEAST_1),
-        "particles": Key(8, "twisted: for each image", AT_LEAST_1),
+        "iterations": Key(3, "moment_matching: iterations of conjugate gradients", AT_LEAST_1),
+        "resamplings": Key(5, "repaint: how often each step is repeated", AT_LEAST_1),
+        "particles": Key(8, "twisted: particles for each image", AT_LEAST_1),
     },
     "data": {
         "dataset": Key("cifar10", "files: a folder or zip of images, a folder of .wav, a .npy or .npz at data.path",
             DATASETS, own=True),
-        "dataset_sha256": Key("", "sha256 of the file, where dataset is FILE.py:NAME; filled in as the config is read"),
+        "dataset_sha256": Key("", "sha256 of the file if dataset is FILE.py:NAME; filled in when the config is read"),
         "path": Key("", "where the data lie; empty: the usual place, data/"),
         "image_size": Key(32, "files are cropped to a square of this size, other images shrunk to it; 0: left as they "
             "are", AT_LEAST_0),
         "num_channels": Key(3, "files are made grey (1) or RGB (3); 0: as they are", AT_LEAST_0),
         "length": Key(0, "the first samples of .wav files that are taken; 0: all, if all are as long", AT_LEAST_0),
         "file_bits": Key(0, "bits that image files use of each number, such as 12 in files of 16; 0: all", BITS),
-        "bits": Key(0, "how many of these bits, the highest, are kept, such as 8; 0: all", BITS),
+        "bits": Key(0, "how many of the highest of these bits are kept, such as 8; 0: all", BITS),
         "background": Key("white", "colour that transparent files are laid over: a name or #rrggbb"),
         "random_flip": Key(True, "mirror training images with probability 1/2"),
         "centered": Key(True, "pixels in [-1, 1]; False: [0, 1]"),
-        "leave_out": Key("", "captions, separated by commas, whose examples are not trained on"),
+        "leave_out": Key("", "captions, separated by commas, whose examples are left out of training"),
         "autoencoder": Key("", "model the codes of an autoencoder of these images: the workdir or checkpoint of one, a "
             "folder of diffusers' AutoencoderKL, or a Python file with get_autoencoder()"),
         "autoencoder_sha256": Key("", "sha256 of that autoencoder, filled in by training"),
@@ -304,11 +309,11 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "model": {
         "name": Key("ncsnpp", "the network; ncsnpp is DDPM++ and NCSN++, mlp for vectors", tuple(NETWORKS), own=True),
-        "name_sha256": Key("", "sha256 of the file, where name is FILE.py:NAME; filled in as the config is read"),
+        "name_sha256": Key("", "sha256 of the file if name is FILE.py:NAME; filled in when the config is read"),
         "rule": Key("noise", "what the network's output means", RULES),
         "learned_variance": Key(False, "the network has twice the channels: the other half sets the reverse steps' "
             "variance"),
-        "label": Key("time", "what the network is given of t: time: 999 t, sigma: sigma/alpha, log_sigma: 4 "
+        "label": Key("time", "the label of t that the network takes: time: 999 t, sigma: sigma/alpha, log_sigma: 4 "
             "log(sigma/alpha), edm: log(sigma/alpha)/4, or index: the chain's", tuple(LABELS)),
         "sigma_data": Key(0.5, "root mean square of the data as the model sees them; for rule edm", ABOVE_0),
         "sigma_min": Key(0.01, "noise at t = 0 (vesde, edm)", ABOVE_0),
@@ -325,10 +330,10 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "num_res_blocks": Key(4, "residual blocks per level", AT_LEAST_1),
         "attn_resolutions": Key((16,), "image sizes of the levels with attention"),
         "dropout": Key(0.1, "fraction of features that are dropped in training", BELOW_1),
-        "embedding_type": Key("positional", "of the label: sinusoidal, or random Fourier features of its logarithm",
+        "embedding_type": Key("positional", "of the label: sinusoidal waves, or Fourier features of its logarithm",
             tuple(EMBEDDINGS)),
         "fourier_scale": Key(16.0, "standard deviation of the random frequencies", ABOVE_0),
-        "conditional": Key(True, "give the network the label of the time at all"),
+        "conditional": Key(True, "give the network the label of the time"),
         "resamp_with_conv": Key(True, "ddpm blocks: resample by convolution"),
         "fir": Key(False, "resample with the kernel fir_kernel; else nearest and average"),
         "fir_kernel": Key((1, 3, 3, 1), "taps of the resampling filter"),
@@ -337,7 +342,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
             get_args(BlockKind)),
         "progressive": Key("none", "how the output is gathered from the levels", get_args(Progressive)),
         "progressive_input": Key("none", "how the input is fed to the levels", get_args(ProgressiveInput)),
-        "progressive_combine": Key("sum", "how that input joins", get_args(Combine)),
+        "progressive_combine": Key("sum", "how that input is combined with the features", get_args(Combine)),
         "class_conditional": Key(False, "condition the model on the example's class"),
         "num_classes": Key(0, "how many classes; 0: as many as the data have", AT_LEAST_0),
         "code_channels": Key(4, "channels of an autoencoder's codes", AT_LEAST_1),
@@ -351,10 +356,10 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "pooled_width": Key(0, "width of a summary of the text; 0: none", AT_LEAST_0),
         "scale_shift": Key(False, "the label scales the features of a block as well as shifting them"),
         "num_heads": Key(1, "heads of attention", AT_LEAST_1),
-        "head_channels": Key(0, "channels of each head, which then says how many there are; 0: num_heads says",
+        "head_channels": Key(0, "channels of each head, in place of num_heads; 0: by num_heads",
             AT_LEAST_0),
-        "attend_each": Key(False, "on the way up attention follows each block, not a level's last alone"),
-        "init_scale": Key(0.0, "of the last layer of each block; 0: blocks begin as the identity", AT_LEAST_0),
+        "attend_each": Key(False, "on the way up attention follows each block, not only the last of a level"),
+        "init_scale": Key(0.0, "scale of each block's last layer; 0: blocks begin as the identity", AT_LEAST_0),
         "nonlinearity": Key("swish", "activation", get_args(Activation)),
         "fourier_features": Key((), "n: sin and cos of 2^n pi x join the image's channels"),
         "hidden": Key(128, "mlp, dit: width", AT_LEAST_1),
@@ -364,12 +369,12 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "ema_halflife": Key(0, "its half-life in training examples instead; 0: use ema_rate", AT_LEAST_0, INT64),
     },
     "optim": {
-        "optimizer": Key("Adam", "of the weights", ("Adam", "AdamW")),
+        "optimizer": Key("Adam", "optimizer of the weights", ("Adam", "AdamW")),
         "lr": Key(2e-4, "learning rate", ABOVE_0),
         "beta1": Key(0.9, "decay of the gradient's mean", BELOW_1),
         "beta2": Key(0.999, "decay of the gradient's square", BELOW_1),
         "eps": Key(1e-8, "added to the gradient's root mean square", UP_TO_1),
-        "weight_decay": Key(0.0, "towards 0; of Adam as a penalty, of AdamW decoupled", AT_LEAST_0),
+        "weight_decay": Key(0.0, "decay towards 0: Adam's a penalty, AdamW's decoupled", AT_LEAST_0),
         "warmup": Key(5000, "steps over which the learning rate rises from 0", AT_LEAST_0),
         "decay": Key(0.0, "last fraction of the run, over which the learning rate falls to 0", FRACTION),
         "grad_clip": Key(1.0, "largest norm of the gradient; negative: no clipping",
@@ -379,7 +384,7 @@ SECTIONS: dict[str, dict[str, Key]] = {
 
 KEYS = {f"{section}.{name}".lstrip("."): key for section, keys in SECTIONS.items() for name, key in keys.items()}
 
-# score_sde's keys that are something else here.
+# Keys of score_sde_pytorch that have another name here.
 MOVED = {
     "training.snapshot_freq_for_preemption": "set training.snapshot_freq (every checkpoint can be resumed)",
     "eval.enable_bpd": "use --mode likelihood",
@@ -398,15 +403,14 @@ def default_config() -> ConfigDict:
 
 
 def explain(key: str) -> str:
-    """A line on a key, such as "seed=42: of initial weights ... (an integer, at least 0)". ValueError for no key."""
+    """A line on a key: "seed=42: seed of initial weights ... (an integer, at least 0)". ValueError for no key."""
     if key not in KEYS:
         refuse_unknown(key)
-    known = KEYS[key]
-    return f"{key}={known.default}: {known.meaning} ({known.allowed})"
+    return f"{key}={KEYS[key].default}: {KEYS[key].explained}"
 
 
 def check(key: str, value: Any, where: str = "") -> Any:
-    """`value` as the type that `key` has, or a ValueError, after `where`, that says what it may be."""
+    """`value` as the type of `key`. Raises ValueError, which begins with `where`, for a value that it may not have."""
     if key not in KEYS:
         refuse_unknown(key, where)
     try:
@@ -416,7 +420,7 @@ def check(key: str, value: Any, where: str = "") -> Any:
 
 
 def refuse_unknown(key: str, where: str = "") -> NoReturn:
-    """Refuse a key that does not exist, with the nearest that does: the right spelling, or the right section."""
+    """Raise ValueError for an unknown key, with the nearest known one: another spelling, or another section."""
     sections = sorted(section for section in SECTIONS if section)
     section, _, name = key.rpartition(".")
 
@@ -444,9 +448,9 @@ def nearest(word: str, words: Sequence[str]) -> str | None:
 
 
 def brief(value: Any) -> str:
-    """A value as it is written, cut where nobody would read on."""
+    """The repr of a value, cut after 80 characters where it is long."""
     try:
         text = repr(value)
-    except ValueError:  # an integer of more digits than Python writes
+    except ValueError:  # Python refuses to write integers of thousands of digits
         text = "an integer of thousands of digits"
     return text if len(text) <= 100 else f"{text[:80]}..."

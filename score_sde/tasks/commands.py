@@ -81,7 +81,7 @@ def show(arguments: list[str]) -> str:
         changed = configs.differences(configs.default_config(), config)
         return "\n".join(changed) or f"{options.name} has the defaults throughout"
     values = flat(config)
-    return "\n".join(f"{key} = {values[key]!r}  # {KEYS[key].meaning}" for key in KEYS)
+    return "\n".join(f"{key} = {values[key]!r}  # {KEYS[key].explained}" for key in KEYS)
 
 
 def begin(arguments: list[str]) -> str:

@@ -71,7 +71,7 @@ def test_a_config_is_shown_key_by_key_with_what_each_means(capsys: pytest.Captur
     assert run(["config", "vp_cifar", "--config.training.batch_size=7"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(" = ")[0] for line in lines] == list(KEYS)
-    assert f"training.batch_size = 7  # {KEYS['training.batch_size'].meaning}" in lines
+    assert f"training.batch_size = 7  # {KEYS['training.batch_size'].explained}" in lines
 
 
 def test_what_differs_from_the_defaults_is_shown_alone(capsys: pytest.CaptureFixture[str]) -> None:
