@@ -13,6 +13,7 @@ import torch
 import torch.multiprocessing as multiprocessing
 from ml_collections import ConfigDict
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from score_sde.cli import run
 from score_sde.config import default_config
@@ -145,8 +146,11 @@ def two_nodes(folder: Path, work: Node) -> list[Any]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
+    if tqdm.monitor is not None:  # a thread; were it to hold tqdm's lock when we fork, the children would wait for ever
+        tqdm.monitor.exit()
+        tqdm.monitor = None
     both = multiprocessing.start_processes(_enter, (port, folder, work), nprocs=2, join=False, start_method="fork")
-    deadline = time.monotonic() + 150
+    deadline = time.monotonic() + 300
     try:
         while not both.join(timeout=1):
             assert time.monotonic() < deadline, "the two wait for each other"

@@ -2,11 +2,11 @@
 
 A file holds the parameters (`model/NAME`), their average (`ema/NAME`), the optimizer's moments (`optimizer/KEY/NAME`),
 and what a law of t has learned (`law/NAME`), as plain tensors; its header holds, as JSON, the step, the config and what
-the data were. So a file stands for itself: `load(path)` builds the model it describes. What is read is what was saved:
-`tensor_file.py` tells any change by its hashes, and types, shapes and names are compared with what the config asks for.
+the data were. So a file is enough: `load(path)` builds the model it describes. What is read is what was saved:
+`whole_files.py` detects any change by hashes, and types, shapes and names are compared with what the config asks for.
 
-In a workdir, checkpoints are the files that training names, by their step. What else is beside them, such as a copy
-`best.safetensors`, is read where it is named, and otherwise left alone.
+In a workdir, checkpoints are the files that training named by their step. Other files beside them, such as a copy
+`best.safetensors`, are read only by name, and never deleted.
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Card:
-    """What a checkpoint says of itself: the config (as JSON text), the shape of an example, and the step.
+    """A checkpoint's description of itself: the config (as JSON text), the shape of an example, and the step.
 
-    `codes`, of a model of an autoencoder's codes, are their statistics, and `data` is a `DataCard`, both as JSON text;
-    "" where there is none, as in files of version 0.1.0.
+    `codes` are the statistics of the codes, for a model of codes, and `data` is a `DataCard`, both as JSON text, or ""
+    without one, as in files of version 0.1.0.
     """
 
     config: str
@@ -61,43 +61,46 @@ class Card:
     data: str = ""
 
     def header(self) -> dict[str, str]:
-        known = {"format": FORMAT, "config": self.config, "shape": json.dumps(self.shape), "step": str(self.step)}
-        return known | {name: text for name, text in (("codes", self.codes), ("data", self.data)) if text}
+        header = {"format": FORMAT, "config": self.config, "shape": json.dumps(self.shape), "step": str(self.step)}
+        return header | {name: text for name, text in (("codes", self.codes), ("data", self.data)) if text}
 
     @classmethod
     def from_header(cls, header: Mapping[str, str]) -> Card:
-        """What `header` wrote. Raises ValueError, one sentence, for what it cannot have written."""
-        for key in ("config", "shape", "step"):
+        """The card in a header that `header` wrote. Raises ValueError, one sentence, for any other header."""
+        values = {}
+        for key, kind, fits in (
+            ("config", "JSON object", lambda value: isinstance(value, dict)),
+            ("shape", "list of sizes", lambda value: isinstance(value, list) and value and all(map(_is_size, value))),
+            ("step", "count", _is_count),
+        ):
             if key not in header:
                 raise ValueError(f"its header has no {key}")
-        found = {key: _json(key, header[key]) for key in ("config", "shape", "step")}
-        if not isinstance(found["config"], dict):
-            raise ValueError(f"its config is no JSON object but {header['config'][:60]!r}")
-        shape = found["shape"]
-        if not (isinstance(shape, list) and shape and all(_is_count(size) and size > 0 for size in shape)):
-            raise ValueError(f"its shape is no list of sizes but {header['shape'][:60]!r}")
-        if not _is_count(found["step"]):
-            raise ValueError(f"its step is no count but {header['step'][:60]!r}")
+            try:
+                values[key] = json.loads(header[key])
+            except (ValueError, RecursionError):
+                raise ValueError(f"its {key} is no JSON but {header[key][:60]!r}") from None
+            if not fits(values[key]):
+                raise ValueError(f"its {key} is no {kind} but {header[key][:60]!r}")
         codes, data = header.get("codes", ""), header.get("data", "")
         if codes:
             Statistics.from_json(codes)
         if data:
             DataCard.from_json(data)
-        return cls(header["config"], tuple(shape), found["step"], codes, data)
+        return cls(header["config"], tuple(values["shape"]), values["step"], codes, data)
 
 
 @dataclass(frozen=True)
 class DataCard:
-    """What a model's data were, so that sampling needs them not, and training on others can be told.
+    """A description of the data that a model was trained on: sampling needs no data, and other data are noticed.
 
     Args:
-        levels: values of a pixel, None for floats; of a model of codes, of the images' pixels.
+        levels: number of values of a pixel (of the images, also for a model of codes); None for floats.
         rate: samples per second of recordings, else None.
         num_classes: 0 unless the labels are classes.
-        class_names: one for each class, or () where nothing names them.
-        digest: `Split.digest` of the training split, captions included.
-        empty_classes: those without an example to train on.
-        examples: how many it has; 0 where that is not known.
+        class_names: one for each class, or () for classes without names.
+        digest: `Split.digest` of the training split, with its captions.
+        empty_classes: classes without training examples.
+        examples: number of training examples; 0 if it is not known.
     """
 
     levels: int | None
@@ -110,7 +113,7 @@ class DataCard:
 
     @classmethod
     def of(cls, data: Data, codec: Codec) -> DataCard:
-        """Of data that `codec` encodes."""
+        """The description of data that `codec` encodes."""
         levels = None if codec.pixels is None else codec.pixels.levels
         digest = data.train.digest(data.captions)
         return cls(levels, data.rate, data.num_classes, data.class_names, digest, data.empty_classes, len(data.train))
@@ -120,11 +123,11 @@ class DataCard:
 
     @classmethod
     def from_json(cls, text: str) -> DataCard:
-        """What `to_json` wrote. Raises ValueError for a text that it cannot have written."""
+        """The description in a text that `to_json` wrote. Raises ValueError for any other text."""
         try:
-            found = json.loads(text)
-            lists = {key: tuple(found[key]) for key in ("class_names", "empty_classes") if key in found}
-            card = cls(**{**found, **lists})
+            values = json.loads(text)
+            lists = {key: tuple(values[key]) for key in ("class_names", "empty_classes") if key in values}
+            card = cls(**{**values, **lists})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{text[:60]!r} does not describe a model's data ({error!r})") from error
         counts = (card.levels, card.rate, card.num_classes, card.examples)
@@ -139,9 +142,9 @@ class DataCard:
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint, opened once: its file, what that says of itself, and the config that it was trained with.
+    """A checkpoint, opened once: its file, its card, and the config that it was trained with.
 
-    `card` and `config` are None for a file of score_sde_pytorch, which says nothing of itself.
+    `card` and `config` are None for a file of score_sde_pytorch, which has neither.
     """
 
     path: Path
@@ -150,7 +153,7 @@ class Trained:
 
     @classmethod
     def open(cls, path: Path) -> Trained:
-        """The checkpoint in a file; errors as `read_card`, and ValueError for a config that cannot be read."""
+        """The checkpoint in a file. Raises what `read_card` raises, and ValueError for an unreadable config."""
         if path.is_file() and path.suffix != SUFFIX:
             return cls(path)
         card = read_card(path)
@@ -158,18 +161,18 @@ class Trained:
 
     @cached_property
     def sha256(self) -> str:
-        """The file's, for the stamps of what is made with it."""
+        """The file's hash, for the stamps of results."""
         return file_hash(self.path)
 
     @cached_property
     def data(self) -> DataCard | None:
-        """What its data were, if it says so."""
+        """The description of its training data, if it has one."""
         return DataCard.from_json(self.card.data) if self.card is not None and self.card.data else None
 
     def network(self, ema: bool = True, device: str | torch.device = "cpu") -> Trainable:
-        """What a checkpoint of ours holds, a model, a classifier or an autoencoder, in eval mode.
+        """The model, classifier or autoencoder of a checkpoint of ours, in eval mode.
 
-        Raises ValueError for a file that is broken.
+        Raises ValueError for a broken file.
         """
         assert self.card is not None
         try:
@@ -186,7 +189,7 @@ class Trained:
         return model.to(device).eval().requires_grad_(False)
 
     def model(self, ema: bool = True, device: str | torch.device = "cpu", config: Any = None) -> ScoreModel:
-        """The score model, in eval mode; `config` and errors are those of `load`."""
+        """The score model, in eval mode; `config` and errors as in `load`."""
         if self.card is None:
             return load_score_sde_file(self.path, config, ema, device)
         model, kind = self.network(ema, device), kind_of(self.config)
@@ -195,22 +198,20 @@ class Trained:
         return model
 
     def classifier(self, ema: bool = True, device: str | torch.device = "cpu") -> NoisyClassifier:
-        """The classifier of noisy examples. Raises ValueError for a file that is broken or holds something else."""
-        return self._only(NoisyClassifier, ("no classifier", "cross_entropy", "classifier_digits"), ema, device)
+        """The classifier of noisy examples. Raises ValueError for a broken file, or one without a classifier."""
+        remedy = "training.objective=cross_entropy, such as configs/classifier_digits.py"
+        return self._only(NoisyClassifier, "classifier", remedy, ema, device)
 
     def autoencoder(self, ema: bool = True, device: str | torch.device = "cpu") -> ConvolutionalAutoencoder:
-        """The autoencoder. Raises ValueError for a file that is broken or holds something else."""
-        other = ("no autoencoder", "autoencoder", "autoencoder_digits32")
-        return self._only(ConvolutionalAutoencoder, other, ema, device)
+        """The autoencoder. Raises ValueError for a broken file, or one without an autoencoder."""
+        remedy = "training.objective=autoencoder, such as configs/autoencoder_digits32.py"
+        return self._only(ConvolutionalAutoencoder, "autoencoder", remedy, ema, device)
 
-    def _only(self, kind: type[M], other: tuple[str, str, str], ema: bool, device: str | torch.device) -> M:
-        held = self.network(ema, device) if self.card is not None else None
-        if not isinstance(held, kind):
-            name, objective, config = other
-            raise ValueError(
-                f"{self.path} is {name}: train one with training.objective={objective}, such as configs/{config}.py"
-            )
-        return held
+    def _only(self, kind: type[M], name: str, remedy: str, ema: bool, device: str | torch.device) -> M:
+        network = self.network(ema, device) if self.card is not None else None
+        if not isinstance(network, kind):
+            raise ValueError(f"{self.path} is no {name}: train one with {remedy}")
+        return network
 
 
 def save(
@@ -223,7 +224,7 @@ def save(
 ) -> None:
     """Write a checkpoint under a temporary name, flush and rename it: `path` is whole or absent.
 
-    Raises FloatingPointError, and writes nothing, where a number is not finite.
+    Raises FloatingPointError, and writes nothing, if a number is not finite.
     """
     tensors = tensors_of(model, ema, optimizer, law)
     for name, value in tensors.items():
@@ -236,7 +237,7 @@ def save(
 
 
 def read_card(path: Path) -> Card:
-    """The card of a checkpoint. Raises FileNotFoundError, or ValueError for a file that is broken or not ours."""
+    """The card of a checkpoint. Raises FileNotFoundError, or ValueError for a broken file or one that is not ours."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     header = read_header(path)
@@ -255,100 +256,91 @@ def restore(
     optimizer: Optimizer | None = None,
     law: nn.Module | None = None,
 ) -> Card:
-    """Copy a checkpoint into `model`, and its average, its moments and its law's memory into the others, each if given.
+    """Copy a checkpoint into `model`, and its average, moments and time law into those of the others that are given.
 
-    A moment lies in memory as its parameter does. Everything is read and compared first: names, shapes and types must
-    be exactly those expected, else ValueError is raised and nothing was changed.
+    A moment has its parameter's memory layout. Everything is read and compared first: if names, shapes and types are
+    not exactly those expected, ValueError is raised and nothing is changed.
     """
-    card = read_card(path)
+    card, saved = read_card(path), read_tensors(path)
     expected = _tensors(model, ema, law)
-    found = read_tensors(path)
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad] if optimizer is not None else []
-    moments = {f"optimizer/{key}/{name}": p for name, p in trained for key in _MOMENTS}
-    counts = {f"optimizer/step/{name}": torch.zeros((), dtype=torch.float32) for name, _ in trained}
-    begun = any(name.startswith("optimizer/") for name in found)
-    if trained and card.step > 0 and not begun:
+    if any(name.startswith("optimizer/") for name in saved):
+        expected |= {f"optimizer/{key}/{name}": p for name, p in trained for key in _MOMENTS}
+        expected |= {f"optimizer/step/{name}": torch.zeros((), dtype=torch.float32) for name, _ in trained}
+    elif trained and card.step > 0:
         raise ValueError(f"{path} holds no optimizer state for this model; it cannot be resumed")
-    _compare(path, expected | (moments | counts if begun else {}), found)
-    put(found, model, ema, optimizer, law)
+    _compare(path, expected, saved)
+    put(saved, model, ema, optimizer, law)
     return card
 
 
 def tensors_of(
     model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None, law: nn.Module | None
 ) -> dict[str, Tensor]:
-    """All that a checkpoint of these holds, by its name there."""
+    """All tensors of a checkpoint of these, by name."""
     tensors = _tensors(model, ema, law)
     if optimizer is not None:
         for name, parameter in model.named_parameters():
-            known = optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in known.items()}
+            moments = optimizer.state.get(parameter, {})
+            tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.items()}
     return tensors
 
 
 def put(
-    found: Mapping[str, Tensor],
+    saved: Mapping[str, Tensor],
     model: nn.Module,
     ema: nn.Module | None,
     optimizer: Optimizer | None,
     law: nn.Module | None,
 ) -> None:
-    """Copy what `tensors_of` gave into these; a moment lies in memory as its parameter does."""
+    """Copy the tensors of `tensors_of` into these; a moment has its parameter's memory layout."""
     for name, value in _tensors(model, ema, law).items():
-        value.copy_(found[name])
+        value.copy_(saved[name])
     if optimizer is None:
         return
     optimizer.state.clear()
     for name, p in model.named_parameters():
-        if f"optimizer/step/{name}" not in found:
-            continue
-        # Fused steps go through memory side by side, and Adam counts on the CPU unless it is fused on a GPU.
-        known = {key: torch.empty_like(p).copy_(found[f"optimizer/{key}/{name}"]) for key in _MOMENTS}
-        where = p.device if optimizer.param_groups[0].get("fused") else torch.device("cpu")
-        optimizer.state[p] = {"step": found[f"optimizer/step/{name}"].to(where, copy=True), **known}
+        if f"optimizer/step/{name}" in saved:
+            # Fused steps read parameters and moments in the order of memory; Adam counts on the CPU unless it is fused.
+            moments = {key: torch.empty_like(p).copy_(saved[f"optimizer/{key}/{name}"]) for key in _MOMENTS}
+            device = p.device if optimizer.param_groups[0].get("fused") else torch.device("cpu")
+            optimizer.state[p] = {"step": saved[f"optimizer/step/{name}"].to(device, copy=True), **moments}
 
 
 def _tensors(model: nn.Module, ema: nn.Module | None, law: nn.Module | None) -> dict[str, Tensor]:
-    parts = {"model": model, "ema": ema, "law": law}
-    return {
-        f"{part}/{name}": value
-        for part, module in parts.items()
-        if module is not None
-        for name, value in module.state_dict().items()
-    }
+    modules = [(key, m) for key, m in (("model", model), ("ema", ema), ("law", law)) if m is not None]
+    return {f"{key}/{name}": value for key, module in modules for name, value in module.state_dict().items()}
 
 
-def _compare(path: Path, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    parts = {name.split("/")[0] for name in expected}
-    ours = {name for name in found if name.split("/")[0] in parts}
-    for name in sorted(expected.keys() ^ ours):
+def _compare(path: Path, expected: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    remedy = "use the config that it was trained with"
+    keys = {name.split("/")[0] for name in expected}
+    for name in sorted(expected.keys() ^ {name for name in saved if name.split("/")[0] in keys}):
         where = "is missing from" if name in expected else "is in"
-        raise ValueError(f"{name} {where} {path}, against the model's config; {_AS_TRAINED}")
+        raise ValueError(f"{name} {where} {path}, against the model's config; {remedy}")
     for name, value in expected.items():
-        for what, a, b in (
-            ("has shape", tuple(found[name].shape), tuple(value.shape)),
-            ("is", found[name].dtype, value.dtype),
-        ):
-            if a != b:
-                raise ValueError(f"{name} {what} {a} in {path}, but the config asks for {b}; {_AS_TRAINED}")
-
-
-_AS_TRAINED = "use the config that it was trained with"
-
-
-def _json(key: str, text: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise ValueError(f"its {key} is no JSON but {text[:60]!r}") from None
+        shape, shape_saved, dtype, dtype_saved = (
+            tuple(value.shape),
+            tuple(saved[name].shape),
+            value.dtype,
+            saved[name].dtype,
+        )
+        if shape != shape_saved:
+            raise ValueError(f"{name} has shape {shape_saved} in {path}, but the config asks for {shape}; {remedy}")
+        if dtype != dtype_saved:
+            raise ValueError(f"{name} is {dtype_saved} in {path}, but the config asks for {dtype}; {remedy}")
 
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
 
 
+def _is_size(value: object) -> bool:
+    return _is_count(value) and value != 0
+
+
 def checkpoints(workdir: Path) -> list[Path]:
-    """The checkpoints of a workdir that training named, oldest first by their names."""
+    """The checkpoints of a workdir that training named, in order of the steps in their names."""
     named = (p for p in (workdir / "checkpoints").glob(f"*{SUFFIX}") if _NAMED.fullmatch(p.name))
     return sorted(named, key=lambda path: int(path.stem))
 
@@ -358,10 +350,10 @@ def checkpoint_path(workdir: Path, step: int) -> Path:
 
 
 def prune(written: Path, keep_last: int, keep_every: int) -> None:
-    """Delete what a workdir needs no more, now that `written` is there.
+    """Delete the checkpoints that a workdir no longer needs, now that `written` is there.
 
-    The last `keep_last` stay, and those whose step is a multiple of `keep_every` (0: none), and `written` whatever its
-    step. What cannot be read does not count and stays, and so does a file under another step's name.
+    The last `keep_last` stay, those whose step is a multiple of `keep_every` (0: none), and `written` whatever its
+    step. Files that cannot be read, or whose name has another step, do not count and stay.
     """
     steps: dict[Path, int] = {}
     for path in checkpoints(written.parent.parent):
@@ -377,9 +369,9 @@ def prune(written: Path, keep_last: int, keep_every: int) -> None:
 
 
 def newest(workdir: Path) -> tuple[Trained | None, list[str]]:
-    """The checkpoint of the highest step, by its card, that is whole, and a sentence for each later one that is broken.
+    """The whole checkpoint with the highest step on its card, and a sentence for each later one that is broken.
 
-    Whole means that every byte of it is as it was saved.
+    Whole means that every byte is as it was saved.
     """
     broken: list[tuple[int, str]] = []
     cards: list[tuple[int, Path, Card]] = []
@@ -402,25 +394,24 @@ def newest(workdir: Path) -> tuple[Trained | None, list[str]]:
     return None, [sentence for _, sentence in sorted(broken, reverse=True)]
 
 
-_APART = 100_000_000  # ns; two changes of a file nearer in time may bear one stamp
-_whole: dict[Path, tuple[int, ...]] = {}  # what was read and found whole, as it was then
+_APART = 100_000_000  # ns; two changes of a file nearer in time may have the same time stamp
+_whole: dict[Path, tuple[int, ...]] = {}  # the state of each file when it was read and was whole
 
 
 def _check_whole(path: Path) -> None:
-    """Raises ValueError for a broken file; one that nobody touched since it was read here is not read again."""
-    about = path.stat()
-    stamp = (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
-    if _whole.get(path) == stamp:
-        return
-    read_tensors(path)
-    if time.time_ns() - max(about.st_mtime_ns, about.st_ctime_ns) > _APART:
-        _whole[path] = stamp
+    """Raise ValueError for a broken file; a file that is unchanged since it was read here is not read again."""
+    s = path.stat()
+    state = (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
+    if _whole.get(path) != state:
+        read_tensors(path)
+        if time.time_ns() - max(s.st_mtime_ns, s.st_ctime_ns) > _APART:
+            _whole[path] = state
 
 
 def find(where: str | Path) -> Trained:
-    """The checkpoint that `where` means, opened: a file, or the newest whole one of a workdir.
+    """Open the checkpoint at `where`: a file, or the newest whole one of a workdir.
 
-    Warns of later ones that are broken. Raises FileNotFoundError where there is none, and ValueError for a broken file.
+    Warns of later ones that are broken. Raises FileNotFoundError if there is none, and ValueError for a broken file.
     """
     path = Path(where)
     if not path.exists() and not path.suffix:  # no name of a file
@@ -429,33 +420,30 @@ def find(where: str | Path) -> Trained:
         return Trained.open(path)
     if diffusers.is_folder(path):
         raise ValueError(
-            f"{path} is a folder of diffusers': --mode train --checkpoint {path} trains it further, and the workdir of "
-            "that run is one of ours; score_sde.load reads it in Python"
+            f"{path} is a folder of diffusers': --mode train --checkpoint {path} trains it further, into a workdir of "
+            "ours; score_sde.load reads it in Python"
         )
     trained, skipped = newest(path)
     if trained is None:
         others = sorted(p.name for p in (path / "checkpoints").glob(f"*{SUFFIX}") if not p.name.startswith("."))
-        named = [name for name in others if not _NAMED.fullmatch(name)]
+        other = next((name for name in others if not _NAMED.fullmatch(name)), None)
         raise FileNotFoundError(
             f"{path} has no checkpoint in {path / 'checkpoints'}; train it first with --mode train"
-            + (f", or name the file that you mean, such as {path / 'checkpoints' / named[0]}" if named else "")
+            + (f", or name the file that you mean, such as {path / 'checkpoints' / other}" if other else "")
             + "".join(f" ({sentence})" for sentence in skipped)
         )
     for sentence in skipped:
-        _tell(sentence)
+        _warn_once(sentence)
     return trained
 
 
-@cache
-def _tell(sentence: str) -> None:
-    """A warning, once however many parts of a command look for the same checkpoint."""
-    log.warning(sentence)
+_warn_once = cache(log.warning)  # several steps of a command look for the same checkpoint
 
 
 def load(
     path: str | Path, config: Any = None, ema: bool = True, map_location: str | torch.device = "cpu"
 ) -> ScoreModel:
-    """The model in a workdir, in a checkpoint of ours, or in one of score_sde_pytorch or diffusers, in eval mode.
+    """Load the model of a workdir, of a checkpoint of ours, or of one of score_sde_pytorch or diffusers, in eval mode.
 
     Args:
         path: a workdir (its newest checkpoint), a `.safetensors` of ours, a `.pth` of score_sde_pytorch, or the folder
@@ -464,7 +452,7 @@ def load(
         ema: take the averaged weights (default) or the raw ones.
         map_location: device of the result.
 
-    Raises FileNotFoundError where nothing is, ValueError for a file that is broken, does not fit its config or holds a
+    Raises FileNotFoundError if there is none, ValueError for a file that is broken, does not fit its config or holds a
     classifier or an autoencoder.
     """
     if diffusers.is_folder(path):
@@ -473,9 +461,9 @@ def load(
 
 
 def load_classifier(path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu") -> NoisyClassifier:
-    """The classifier of noisy examples in a workdir or checkpoint, in eval mode: ``classifier(model, it, label=y)``.
+    """Load the noisy classifier of a workdir or checkpoint, in eval mode, for ``classifier(model, it, label=y)``.
 
-    Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds a model.
+    Raises FileNotFoundError if there is none, ValueError for a file that is broken or holds something else.
     """
     return find(path).classifier(ema, map_location)
 
@@ -483,16 +471,17 @@ def load_classifier(path: str | Path, ema: bool = True, map_location: str | torc
 def load_autoencoder(
     path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu"
 ) -> ConvolutionalAutoencoder:
-    """The autoencoder in a workdir or checkpoint, in eval mode.
-
-    Raises FileNotFoundError where nothing is, ValueError for a file that is broken or holds none.
-    """
+    """Load the autoencoder of a workdir or checkpoint, in eval mode; errors as `load_classifier`."""
     return find(path).autoencoder(ema, map_location)
 
 
 def file_hash(path: Path) -> str:
-    """sha256 of a file, for the stamps of what was made with it."""
+    """sha256 of a file, or of the safetensors and JSON files in a folder, for the stamps of results."""
     digest = hashlib.sha256()
+    if path.is_dir():
+        for file_path in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json")):
+            digest.update(f"{file_path.name} {file_hash(file_path)} ".encode())
+        return digest.hexdigest()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)

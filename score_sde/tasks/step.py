@@ -1,17 +1,17 @@
 """One step of training, which tests and other loops can call: a batch, the update by it, and the held-out loss.
 
-Everything random in step n (which examples, flips, times, noise, dropout) is drawn from (seed, n) for the whole batch,
-of which each process takes its part. So a resumed run repeats an uninterrupted one bit for bit on a CPU, and several
-processes compute what one would.
+Everything random in step n (examples, flips, times, noise, dropout) is drawn from (seed, n) for the whole batch, and
+each process takes its part. So a resumed run repeats an uninterrupted one bit for bit on a CPU, and several processes
+compute what one would.
 """
 
 from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -30,7 +30,7 @@ from ..data.sets import Split, batch_indices, mirrored
 from ..losses import time_laws
 from ..losses.time_laws import SecondMoments, TimeLaw
 from ..machine.devices import sent
-from ..machine.parallel import Processes
+from ..machine.parallel import ALONE, Processes
 from ..noise import StepStream, generator
 from ..sdes.linear import SDE, like
 from .conditions import Conditions, left_out, low_resolution, of_data
@@ -41,7 +41,7 @@ from .ema import ema_decay, ema_update
 class State:
     """What training changes: the model, the average of its weights, the optimizer's moments, the step, and a law of t.
 
-    Most laws learn nothing: `law` is there where the config's does, and takes the place of `time_law(config)`.
+    `law` is None unless the config's time law learns; then it replaces `time_law(config)`.
     """
 
     model: Trainable
@@ -58,32 +58,30 @@ class State:
 
 
 class Batch(NamedTuple):
-    """One process' part of a batch: data, times and importance weights (float64, CPU), noise, and projections."""
+    """One process's part of a batch: data, times and importance weights (float64, CPU), noise, and projections."""
 
     x0: Tensor
     t: Tensor
     importance: Tensor
     z: Tensor
     v: Tensor  # (B, M, *shape), M = 0 where the objective takes none
-    condition: dict[str, Tensor]  # (B, ...) each, what the model is given of the examples
+    condition: dict[str, Tensor]  # (B, ...) each: the model's conditions
 
     def parts(self, count: int) -> list[Batch]:
         """The batch in `count` parts."""
         x0, t, importance, z, v = (value.chunk(count) for value in self[:5])
-        given = {name: value.chunk(count) for name, value in self.condition.items()}
-        return [
-            Batch(x0[i], t[i], importance[i], z[i], v[i], {name: value[i] for name, value in given.items()})
-            for i in range(len(x0))
-        ]
+        names, values = self.condition.keys(), zip(*(value.chunk(count) for value in self.condition.values()))
+        conditions = [dict(zip(names, each)) for each in values] or [{} for _ in x0]
+        return list(map(Batch, x0, t, importance, z, v, conditions))
 
 
 class Record(NamedTuple):
-    """What one step leaves for the log, unread until then so that no step waits for the device."""
+    """What one step leaves for the log; nobody reads it before, so that no step waits for the device."""
 
     step: int
     learning_rate: float
     grad_norm: Tensor
-    measure: Tensor  # per example: mean squared error of the noise, unweighted, or what else the objective measures
+    measure: Tensor  # of each example: mean squared error of the noise, unweighted, or another measure of the objective
     loss: Tensor
     t: Tensor
 
@@ -95,17 +93,16 @@ def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device)
     if t.channels_last and len(shape) == 3:
         model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     ema = copy.deepcopy(model).eval().requires_grad_(False)
-    kind = {"Adam": torch.optim.Adam, "AdamW": torch.optim.AdamW}[o.optimizer]
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = device.type in ("cpu", "cuda")
-    optimizer = kind(
-        parameters, lr=o.lr, betas=(o.beta1, o.beta2), eps=o.eps, weight_decay=o.weight_decay, fused=fused or None
-    )
+    options = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay}
+    fused = True if device.type in ("cpu", "cuda") else None
+    optimizer = getattr(torch.optim, o.optimizer)(parameters, **options, fused=fused)  # Adam or AdamW
     return State(model, ema, optimizer, law=learned_law(config))
 
 
 def learning_rate(config: ConfigDict, step: int) -> float:
-    """Rises linearly from 0 over optim.warmup steps, and falls to 0 over the last fraction optim.decay of the run."""
+    """The learning rate of a step: it rises linearly from 0 over optim.warmup steps, and falls to 0 over the last
+    fraction optim.decay of the run."""
     o, n = config.optim, config.training.n_iters
     rise = min(step / o.warmup, 1.0) if o.warmup else 1.0
     fall = min((n - step) / (o.decay * n), 1.0) if o.decay else 1.0
@@ -114,13 +111,13 @@ def learning_rate(config: ConfigDict, step: int) -> float:
 
 @dataclass(frozen=True)
 class Batches:
-    """What the batches of a run are made by, whatever the split and the step.
+    """Draws the batches of a run, from any split and for any step.
 
     Args:
         codec: between the split's examples and the model's.
         sde: whose times are drawn.
-        part: what this process takes of each batch.
-        text: of the data's captions, for a model that takes them.
+        part: of each batch, for this process.
+        text: the embedded captions, for a model of captions.
     """
 
     config: ConfigDict
@@ -132,7 +129,7 @@ class Batches:
     def draw(
         self, split: Split, step: int, *, flip: bool = False, held_out: bool = False, law: TimeLaw | None = None
     ) -> Batch:
-        """This process' part of batch `step`: data, times and noise, all from (seed, step), and from `law`."""
+        """This process's part of batch `step`: data, times and noise, all from (seed, step), and from `law`."""
         config, part, n, seed = self.config, self.part, self.config.training.batch_size, self.config.seed
         index = batch_indices(len(split), n, step, seed)[part]
         k, _ = split[index]
@@ -141,15 +138,15 @@ class Batches:
         apart = StepStream.HELD_OUT if held_out else 0
         times = self._times(step, held_out, law)
         noise = generator(seed, step, StepStream.NOISE + apart, k.device)
-        shape, floats = (n, *k.shape[1:]), torch.float32
-        u = torch.rand(shape, generator=noise, device=k.device)[part] if config.data.uniform_dequantization else None
-        of_noise = (n, *kind_of(config).noise_shape(config, split.shape))
-        z = torch.randn(of_noise, generator=noise, device=k.device, dtype=floats)[part]
+        u = None
+        if config.data.uniform_dequantization:
+            u = torch.rand((n, *k.shape[1:]), generator=noise, device=k.device)[part]
+        z = self._normal(kind_of(config).noise_shape(config, split.shape), noise)
         m = config.training.projections if config.training.objective in PROJECTED else 0
-        v = torch.randn((n, m, *k.shape[1:]), generator=noise, device=k.device, dtype=floats)[part]
-        x0 = self.codec.encode(k, u).to(floats)
-        if split.std is not None:  # examples are laws of codes, of which each step has a draw of its own
-            own = self._normal(x0, generator(seed, step, StepStream.CODES + apart, k.device))
+        v = self._normal((m, *k.shape[1:]), noise)
+        x0 = self.codec.encode(k, u).to(torch.float32)
+        if split.std is not None:  # examples are means of codes, and each step draws codes around them
+            own = self._normal(x0.shape[1:], generator(seed, step, StepStream.CODES + apart, k.device))
             x0 = x0 + split.std[sent(index, k.device)] * own
         if config.training.channels_last and x0.ndim == 4:
             x0, z = (each.contiguous(memory_format=torch.channels_last) for each in (x0, z))
@@ -159,18 +156,17 @@ class Batches:
         return Batch(x0, times.t[part], times.weight[part], z, v, condition)
 
     def _times(self, step: int, held_out: bool, law: TimeLaw | None) -> time_laws.Times:
-        """Those of the whole batch."""
-        t, n = self.config.training, self.config.training.batch_size
+        """The times of the whole batch."""
+        t, law = self.config.training, law or time_law(self.config)
         numbers = time_laws.low_discrepancy if t.low_discrepancy else time_laws.uniform_numbers
-        apart = StepStream.HELD_OUT if held_out else 0
-        source, law = generator(self.config.seed, step, StepStream.TIMES + apart), law or time_law(self.config)
-        drawn = numbers(n, source)
-        if t.soft_truncation > 0 and not held_out:  # a held-out loss is one over all times
+        source = generator(self.config.seed, step, StepStream.TIMES + (StepStream.HELD_OUT if held_out else 0))
+        drawn = numbers(t.batch_size, source)
+        if t.soft_truncation > 0 and not held_out:  # a held-out loss covers all times
             law = time_laws.soft_truncation(law, t.soft_truncation, time_laws.uniform_numbers(1, source)[0])
         return law(self.sde, drawn)
 
     def _left_out(self, condition: Conditions, step: int, held_out: bool) -> Conditions:
-        """The conditions, which in training are left out for some of the examples."""
+        """The conditions; training leaves them out for some of the examples."""
         if held_out or not condition or not kind_of(self.config).left_out:
             return condition
         t = self.config.training
@@ -179,21 +175,21 @@ class Batches:
 
     def _smaller(self, k: Tensor, step: int, apart: int) -> Conditions:
         """The images k at a lower resolution, noised as the config says."""
-        config, n = self.config, self.config.training.batch_size
-        u = time_laws.uniform_numbers(n, generator(config.seed, step, StepStream.AUGMENTATION + apart))[self.part]
+        config, t = self.config, self.config.training
+        numbers = generator(config.seed, step, StepStream.AUGMENTATION + apart)
+        level = t.augmentation * time_laws.uniform_numbers(t.batch_size, numbers)[self.part]
         source = generator(config.seed, step, StepStream.AUGMENTATION_NOISE + apart, k.device)
-        spread = partial(self._normal, source=source)
-        level = config.training.augmentation * u
-        return low_resolution(k, config.model.super_resolution, self.codec, self.sde, level, spread)
+        noise = lambda x: self._normal(x.shape[1:], source, x.dtype)
+        return low_resolution(k, config.model.super_resolution, self.codec, self.sde, level, noise)
 
-    def _normal(self, like: Tensor, source: torch.Generator) -> Tensor:
-        """Standard normal numbers for this process' part of a batch."""
-        shape = (self.config.training.batch_size, *like.shape[1:])
-        return torch.randn(shape, generator=source, device=like.device, dtype=like.dtype)[self.part]
+    def _normal(self, shape: Sequence[int], source: torch.Generator, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Standard normal numbers, of `shape` for each example of this process's part of a batch."""
+        whole = (self.config.training.batch_size, *shape)
+        return torch.randn(whole, generator=source, device=source.device, dtype=dtype)[self.part]
 
 
 def seed_dropout(seed: int, step: int, processes: Processes) -> None:
-    """Seed torch's own generator, the only one that dropout knows, for one step of one process."""
+    """Seed torch's default generator, the only one that dropout uses, for one step of one process."""
     state = int(np.random.SeedSequence([seed, step, StepStream.DROPOUT, processes.rank]).generate_state(1)[0])
     torch.default_generator.manual_seed(state)
     if processes.device.type == "cuda":
@@ -202,7 +198,7 @@ def seed_dropout(seed: int, step: int, processes: Processes) -> None:
 
 def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict) -> Record:
     """One update of the parameters and their average by a batch; nothing is read back from the device."""
-    t, o = config.training, config.optim
+    t, o, m = config.training, config.optim, config.model
     rate = learning_rate(config, state.step)
     for group in state.optimizer.param_groups:
         group["lr"] = rate
@@ -220,9 +216,7 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
     norm = update(state, o.grad_clip if o.grad_clip >= 0 else math.inf)
     record = Record(state.step, rate, norm, torch.cat(measures), torch.cat(values), b.t)
     state.step += 1
-    decay = ema_decay(
-        state.step, rate=config.model.ema_rate, halflife=config.model.ema_halflife, batch_size=t.batch_size
-    )
+    decay = ema_decay(state.step, rate=m.ema_rate, halflife=m.ema_halflife, batch_size=t.batch_size)
     ema_update(state.averages, state.values, decay)
     return record
 
@@ -233,7 +227,7 @@ def in_precision(config: ConfigDict, device: torch.device) -> torch.autocast:
 
 
 def loss_of(objective: nn.Module, b: Batch, config: ConfigDict) -> tuple[Tensor, Tensor]:
-    """The objective's loss and measure of each example, the loss with the importance weight of its time."""
+    """The objective's loss and measure of each example; the loss carries the importance weight of its time."""
     loss, measured = objective(b.x0, b.t, b.z, b.v, b.condition)
     return loss * like(b.importance, loss) if importance_weighted(config) else loss, measured
 
@@ -261,26 +255,23 @@ def evaluate_loss(
     split: Split,
     codec: Codec,
     text: Text | None = None,
-    processes: Processes | None = None,
+    processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call.
 
     As in training each of the `processes` computes its part of the batch, in training.accumulate parts and in
-    training.precision; all have the whole batch's numbers, to the rounding of sums.
+    training.precision; all return the whole batch's numbers, up to the rounding of sums.
     """
-    sde, part = kind_of(config).sde(state.ema, config), slice(None) if processes is None else part_of(config, processes)
-    whole = Batches(config, codec, sde, part, text).draw(split, 0, held_out=True)
     kind = kind_of(config)
-    objective = kind.objective(state.ema, config, codec)
-    with in_precision(config, whole.x0.device):
-        found = [loss_of(objective, b, config) for b in whole.parts(config.training.accumulate)]
-    loss, measured = (torch.cat(each).double() for each in zip(*found, strict=True))
-    if processes is not None:
-        loss, measured = processes.gather(loss), processes.gather(measured)
+    batches = Batches(config, codec, kind.sde(state.ema, config), part_of(config, processes), text)
+    batch, objective = batches.draw(split, 0, held_out=True), kind.objective(state.ema, config, codec)
+    with in_precision(config, batch.x0.device):
+        results = [loss_of(objective, b, config) for b in batch.parts(config.training.accumulate)]
+    loss, measured = (processes.gather(torch.cat(each).double()) for each in zip(*results, strict=True))
     return {"eval_loss": float(loss.mean()), **kind.means(measured, "eval_")}
 
 
 def part_of(config: ConfigDict, processes: Processes) -> slice:
-    """What this process takes of each batch."""
+    """The part of each batch that is for this process."""
     share = config.training.batch_size // processes.world
     return slice(processes.rank * share, (processes.rank + 1) * share)

@@ -1,4 +1,4 @@
-"""The mode train: the loop, which yields what there is to report, and what is written and shown of it."""
+"""The mode train: the training loop, its checkpoints, and how a run begins or resumes."""
 
 from __future__ import annotations
 
@@ -38,16 +38,7 @@ from .job import source_of
 from .noise_bins import by_noise_level
 from .origin import check_fits, check_origin, take_weights
 from .show import Metrics, Show, warn
-from .step import (
-    Batches,
-    Record,
-    State,
-    evaluate_loss,
-    make_state,
-    part_of,
-    seed_dropout,
-    train_step,
-)
+from .step import Batches, Record, State, evaluate_loss, make_state, part_of, seed_dropout, train_step
 from .texts import embedded_captions
 
 
@@ -57,9 +48,9 @@ def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, proc
         reserve(stack, options, config, workdir, processes)
         data, codec = read_for_training(config, processes)
         resolve_conditions(config, data.shape[0])
-        made = opened(config.data.autoencoder, processes.device) if config.data.autoencoder else None
-        source = source_of(config, made, data)
-        if source is not None or config.model.text_encoder:  # before all is encoded
+        autoencoder = opened(config.data.autoencoder, processes.device) if config.data.autoencoder else None
+        source = source_of(config, autoencoder, data)
+        if source is not None or config.model.text_encoder:  # refuse before all images or captions are encoded
             processes.agreed(lambda: check_fits(config, workdir, data.shape if source is None else source.shape))
         if source is not None:
             data, codec = _codes(source, data, config, workdir, processes)
@@ -70,7 +61,7 @@ def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, proc
 def reserve(
     stack: ExitStack, options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes
 ) -> None:
-    """Make the workdir this run's, and look for what it is to begin from."""
+    """Lock the workdir for this run, and check the checkpoint that it begins from."""
 
     def work() -> None:
         stack.enter_context(held(workdir, "training"))
@@ -84,9 +75,9 @@ def reserve(
 def run_training(
     config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes, text: Text | None = None
 ) -> int:
-    """The loop of `train`, shown as a bar, lines of a log, TensorBoard scalars and grids; returns the exit code.
+    """Run the loop of `train` and show it as a bar, a log, TensorBoard scalars and grids; returns the exit code.
 
-    The first that the loop yields comes when the command is accepted: before it nothing is written into the workdir
+    The loop yields for the first time when the command is accepted: before that, nothing is written into the workdir
     that another command reads.
     """
     n, step, show = config.training.n_iters, 0, None
@@ -114,19 +105,18 @@ def run_training(
 
 def _accept(config: ConfigDict, workdir: Path) -> None:
     """Make the folders of an accepted run, and write its config, whole or not at all."""
-    failures.writable(workdir / "checkpoints")
-    failures.writable(workdir / "tensorboard")
-    if config.training.snapshot_sampling and kind_of(config).pictures:
-        failures.writable(workdir / "samples")
+    pictures = config.training.snapshot_sampling and kind_of(config).pictures
+    for name in ("checkpoints", "tensorboard", *(("samples",) if pictures else ())):
+        failures.writable(workdir / name)
     keep_log()
     with whole(workdir / "config.json") as file:
         file.write((configs.to_json(config) + "\n").encode())
 
 
 def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, processes: Processes) -> tuple[Data, Codec]:
-    """The data as codes, from the workdir's file of them, which is made if it is not there.
+    """The data as codes, read from the workdir's file of codes or encoded and written there, and their codec.
 
-    Raises ValueError where the workdir's model was trained on other codes.
+    Raises ValueError if the workdir's model was trained on other codes.
     """
 
     def check(statistics: Statistics | None = None) -> None:
@@ -144,13 +134,13 @@ def _codes(source: Source, data: Data, config: ConfigDict, workdir: Path, proces
 def check_finite(records: list[Record], sde: SDE) -> None:
     """Raise FloatingPointError for the first step whose loss or gradient is not finite, with what may explain it."""
     for r in records:
-        loss = r.loss.cpu()
-        bad = ~torch.isfinite(loss)
-        if bool(bad.any()) or not bool(torch.isfinite(r.grad_norm)):
-            t = r.t[bad] if bool(bad.any()) else r.t
+        bad = ~torch.isfinite(r.loss.cpu())
+        count = int(bad.sum())
+        if count or not bool(torch.isfinite(r.grad_norm)):
+            t = r.t[bad] if count else r.t
             sigma = sde.sigma(t.double())
             raise FloatingPointError(
-                f"the loss is not finite at step {r.step}: {int(bad.sum())} of {len(bad)} examples, gradient norm "
+                f"the loss is not finite at step {r.step}: {count} of {len(bad)} examples, gradient norm "
                 f"{float(r.grad_norm):.3g}, learning rate {r.learning_rate:.3g}, noise levels t = {t.min():.3g} to "
                 f"{t.max():.3g} (sigma {sigma.min():.3g} to {sigma.max():.3g}); the last checkpoint is intact: lower "
                 "optim.lr, raise optim.warmup, lower optim.grad_clip or set training.precision=float32, and run again"
@@ -158,9 +148,9 @@ def check_finite(records: list[Record], sde: SDE) -> None:
 
 
 def of_all(records: list[Record], processes: Processes) -> list[Record]:
-    """The records of whole batches, in all processes, of those that each process has of its parts.
+    """The records of whole batches, joined from those that each process has of its parts, in all processes.
 
-    So that the log tells of the whole batch, and all stop at a loss that is not finite in one of them.
+    So the log shows the whole batch, and all processes stop when the loss is not finite in one of them.
     """
     if processes.world == 1 or not records:
         return records
@@ -183,17 +173,17 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     text: Text | None = None,
 ) -> Iterator[Metrics]:
-    """Train, or go on from the workdir's newest checkpoint, to step training.n_iters; yield what there is to report.
+    """Train, or resume from the workdir's newest checkpoint, to step training.n_iters; yield what there is to report.
 
-    `text` is of the data's captions, for a model that takes them. A new run begins from the weights of training.origin,
-    if that is set. The first that is yielded are notes of where it begins: what can be refused has been refused then,
-    and nothing was written yet. Of several processes the main one reads the checkpoint, and the others get all from it.
-    Writes checkpoints every snapshot_freq steps, at the end and where `stop()` turns true. Raises FloatingPointError
-    where the loss is not finite, and leaves the last checkpoint as it was.
+    `text` are the embedded captions, for a model of captions. A new run begins from the weights of training.origin, if
+    that is set. The first Metrics hold notes about where the run begins: every refusal has been raised by then, and
+    nothing was written yet. Of several processes the main one reads the checkpoint, and sends it to the others.
+    Writes checkpoints every snapshot_freq steps, at the end and when `stop()` turns true. Raises FloatingPointError
+    if the loss is not finite, and leaves the last checkpoint as it was.
     """
     t = config.training
     run = _Run(config, workdir, data, codec, processes, text)
-    yield Metrics(run.state.step, notes=run.notes)  # all that could be refused has been by now
+    yield Metrics(run.state.step, notes=run.notes)
     run.begin()
     while run.state.step < t.n_iters:
         if processes.any(stop()):
@@ -213,7 +203,7 @@ def train(
 
 
 class _Run:
-    """A run of `train`: its state, where its batches come from, and what of its steps is still to be reported."""
+    """A run of `train`: its state, its batches, and the records of steps that are not reported yet."""
 
     def __init__(
         self, config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes, text: Text | None
@@ -243,7 +233,7 @@ class _Run:
         self.batches = Batches(config, codec, sde, part_of(config, processes), text)
 
     def begin(self) -> None:
-        """The command is accepted: the clock runs, and the workdir is there."""
+        """Start the clock: the command is accepted, and the main process has made the workdir."""
         self.records: list[Record] = []
         self.since, self.clock = self.state.step, time.perf_counter()
         self.made = (self.workdir / "checkpoints").is_dir()
@@ -251,28 +241,27 @@ class _Run:
     def step(self) -> None:
         state, config = self.state, self.config
         seed_dropout(config.seed, state.step, self.processes)
-        flip = config.data.random_flip and self.split.std is None  # codes are there of both
+        flip = config.data.random_flip and self.split.std is None  # codes of mirrored images are stored
         b = self.batches.draw(self.split, state.step, flip=flip, law=state.law)
         self.records.append(train_step(state, self.objective, b, config))
         if state.law is not None:  # the next step's times depend on these losses: this law alone waits for the device
             state.law.update(self.processes.gather(b.t), self.processes.gather(self.records[-1].measure))
 
     def report(self) -> Metrics:
-        """What the steps since the last report left."""
-        config, sde, step = self.config, self.batches.sde, self.state.step
-        whole = of_all(self.records, self.processes)
-        check_finite(whole, sde)
+        """Losses and speed of the steps since the last report."""
+        sde, step, kind = self.batches.sde, self.state.step, kind_of(self.config)
+        records = of_all(self.records, self.processes)
+        check_finite(records, sde)
         seconds = max(time.perf_counter() - self.clock, 1e-9)
         scalars = {
-            "training_loss": float(torch.cat([r.loss for r in whole]).mean()),
-            "grad_norm": float(torch.stack([r.grad_norm for r in whole]).mean()),
-            "learning_rate": whole[-1].learning_rate,
-            "images_per_second": (step - self.since) * config.training.batch_size / seconds,
+            "training_loss": float(torch.cat([r.loss for r in records]).mean()),
+            "grad_norm": float(torch.stack([r.grad_norm for r in records]).mean()),
+            "learning_rate": records[-1].learning_rate,
+            "images_per_second": (step - self.since) * self.config.training.batch_size / seconds,
         }
-        measured = torch.cat([r.measure for r in whole]).cpu()
-        kind = kind_of(config)
+        measured = torch.cat([r.measure for r in records]).cpu()
         if kind.noisy:
-            levels = by_noise_level(sde, torch.cat([r.t for r in whole]), measured)
+            levels = by_noise_level(sde, torch.cat([r.t for r in records]), measured)
             scalars |= {f"{kind.measures[0]}/{name}": value for name, value in levels.items()}
         else:
             scalars |= kind.means(measured)
@@ -282,12 +271,12 @@ class _Run:
 
     def evaluation(self) -> Metrics:
         """The loss on held-out data."""
-        codec, text = self.batches.codec, self.batches.text
-        found = evaluate_loss(self.state, self.config, self.held_out, codec, text, self.processes)
-        return Metrics(self.state.step, found)
+        b = self.batches
+        loss = evaluate_loss(self.state, self.config, self.held_out, b.codec, b.text, self.processes)
+        return Metrics(self.state.step, loss)
 
     def snapshot(self) -> Metrics:
-        """A checkpoint; raises FileNotFoundError where somebody has deleted the workdir, and then it is there again."""
+        """Write a checkpoint. Raises FileNotFoundError, after writing it, if the workdir was deleted during the run."""
         t, state, processes = self.config.training, self.state, self.processes
         check_finite(of_all(self.records, processes), self.batches.sde)
         path = checkpoint.checkpoint_path(self.workdir, state.step)
@@ -306,27 +295,25 @@ class _Run:
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
-        """What is done within it, and with what it yields, does not count as time of the steps."""
+        """Time within the block does not count as time of the steps."""
         before = time.perf_counter()
         yield
         self.clock += time.perf_counter() - before
 
 
 def _card(config: ConfigDict, data: Data, codec: Codec) -> checkpoint.Card:
-    """What the run's checkpoints say of themselves, at step 0."""
+    """The card of the run's checkpoints, at step 0."""
     codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
-    about = checkpoint.DataCard.of(data, codec).to_json()
-    return checkpoint.Card(configs.to_json(config), data.shape, 0, codes, about)
+    return checkpoint.Card(configs.to_json(config), data.shape, 0, codes, checkpoint.DataCard.of(data, codec).to_json())
 
 
 def _check_data(data: Data, card: checkpoint.Card, processes: Processes) -> None:
-    """Raise ValueError where another process has read other data, such as those of another node's disk."""
-    about = {"shape": card.shape, **json.loads(card.data)}
+    """Raise ValueError if another process has read other data, such as those of another node's disk."""
+    description = {"shape": card.shape, **json.loads(card.data)}
     if isinstance(data.train.x, Stream):
-        del about["digest"]  # of files' times, which may be others for each copy
-    own = json.dumps(about, sort_keys=True)
-    found = processes.texts(f"{socket.gethostname()} {own}")
-    hosts, texts = zip(*(text.split(" ", 1) for text in found))
+        del description["digest"]  # it contains the files' times, which differ between copies
+    own = f"{socket.gethostname()} {json.dumps(description, sort_keys=True)}"
+    hosts, texts = zip(*(text.split(" ", 1) for text in processes.texts(own)))
     other = next((rank for rank, text in enumerate(texts) if text != texts[0]), None)
     if other is not None:
         raise ValueError(
@@ -336,17 +323,16 @@ def _check_data(data: Data, card: checkpoint.Card, processes: Processes) -> None
 
 
 def _begin(config: ConfigDict, workdir: Path, state: State, card: checkpoint.Card) -> tuple[int, list[str]]:
-    """Bring a fresh state to the workdir's newest checkpoint, or else to the weights of training.origin if that is set.
+    """Restore a fresh state from the workdir's newest checkpoint, or else its weights from training.origin, if set.
 
-    Returns the checkpoint's step, -1 where there is none, and notes for the log.
+    Returns the checkpoint's step, -1 without a checkpoint, and notes for the log.
     """
     remove_leftovers(workdir / "checkpoints")
     begun, notes = checkpoint.newest(workdir)
     check_origin(config, workdir, begun)
     if begun is not None:
-        theirs = checkpoint.restore(begun.path, state.model, state.ema, state.optimizer, state.law)
-        state.step = theirs.step
-        return theirs.step, [*notes, f"going on from step {theirs.step} of {begun.path}", *_changes(begun, card)]
+        state.step = checkpoint.restore(begun.path, state.model, state.ema, state.optimizer, state.law).step
+        return state.step, [*notes, f"going on from step {state.step} of {begun.path}", *_changes(begun, card)]
     if not config.training.origin:
         return -1, [*notes, "a new run"]
     notes += take_weights(config, state.model, card.shape)
@@ -355,25 +341,23 @@ def _begin(config: ConfigDict, workdir: Path, state: State, card: checkpoint.Car
 
 
 def _changes(begun: Trained, now: checkpoint.Card) -> list[str]:
-    """In what a run that goes on differs from its checkpoint, as warnings."""
-    was = begun.card
-    assert was is not None
-    found = [
-        f"warning: the config differs from that of this workdir's earlier run: {line}"
-        for line in configs.differences(begun.config, configs.from_text(now.config, "its config"))
+    """Warnings where the config or the data of a resumed run differ from its checkpoint's."""
+    assert begun.card is not None
+    config = configs.differences(begun.config, configs.from_text(now.config, "its config"))
+    old, new = ({"shape": list(card.shape), **json.loads(card.data or "{}")} for card in (begun.card, now))
+    keys = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key]]
+    data = [f"{key}: {old[key]!r} -> {new[key]!r}" for key in keys]
+    return [
+        *(f"warning: the config differs from that of this workdir's earlier run: {line}" for line in config),
+        *(f"warning: the data differ from those of this workdir's earlier run: {line}" for line in data),
     ]
-    old, new = ({"shape": list(card.shape), **json.loads(card.data or "{}")} for card in (was, now))
-    others = [f"{name}: {old[name]!r} -> {new[name]!r}" for name in sorted(old.keys() & new.keys())]
-    lines = [line for line, name in zip(others, sorted(old.keys() & new.keys())) if old[name] != new[name]]
-    return found + [f"warning: the data differ from those of this workdir's earlier run: {line}" for line in lines]
 
 
 def _receive(state: State, saved: int, processes: Processes) -> None:
-    """Bring the state of every process to that of the main one, bit for bit."""
-    if processes.world == 1:
-        return
-    parts = (state.model, state.ema, state.optimizer, state.law)
-    found = processes.copies(lambda: checkpoint.tensors_of(*parts))
-    if not processes.main:
-        state.step = max(saved, 0)
-        checkpoint.put(found, *parts)
+    """Copy the main process's state to every other process, bit for bit."""
+    if processes.world > 1:
+        parts = (state.model, state.ema, state.optimizer, state.law)
+        tensors = processes.copies(lambda: checkpoint.tensors_of(*parts))
+        if not processes.main:
+            state.step = max(saved, 0)
+            checkpoint.put(tensors, *parts)
