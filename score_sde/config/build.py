@@ -1,4 +1,4 @@
-"""From a config's names to the package's values: the only tables of names, each a dict one can read."""
+"""Builds SDE, network, model, sampler and times from a config: the tables of its names, and what each name makes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def _learned(gamma_min: float, gamma_max: float, learn_ends: bool, t_min: float)
     return LearnedVPSDE(schedule=MonotoneSchedule(gamma_min, gamma_max, learn_ends=learn_ends), t_min=t_min)
 
 
-# What makes an SDE, called with the keys of the section model that its arguments have the names of.
+# What makes an SDE, called with the keys of the section model that have the names of its arguments.
 SDES: dict[str, Callable[..., SDE]] = {
     "vpsde": VPSDE,
     "subvpsde": SubVPSDE,
@@ -71,11 +71,11 @@ CORRECTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
 
 
 class Method(NamedTuple):
-    """What makes a sampler of the section sampling, and on which times it walks."""
+    """What makes the sampler of a sampling.method, and the times that it takes."""
 
     make: Callable[[ConfigDict], Sampler]
-    fitted: bool = False  # whether a grid can be fitted to it, which takes a solver without noise
-    grid: str = ""  # in place of sampling.grid; "ends": it chooses its own steps between these
+    fitted: bool = False  # whether a grid can be fitted to it, as to solvers without noise
+    grid: str = ""  # its grid in place of sampling.grid; "ends": it chooses its own steps between both ends
 
 
 def _ode(s: ConfigDict) -> Sampler:
@@ -103,12 +103,12 @@ GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
     grid.__name__: grid for grid in (times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh)
 }
 CLASSIFY = "cross_entropy"  # the objective of classifiers
-AUTOENCODE = "autoencoder"  # that of autoencoders
-FITTED = "fitted"  # the grid that is made from the model, for the methods that step along it without noise
+AUTOENCODE = "autoencoder"  # the objective of autoencoders
+FITTED = "fitted"  # the grid that is fitted to the model
 
 
 def build_sde(config: ConfigDict) -> SDE:
-    """The forward SDE; for a discrete model its chain's curves in continuous time."""
+    """The forward SDE; of a discrete model its chain's curves in continuous time."""
     t = config.training
     if not t.continuous:
         return build_chain(config).as_sde()
@@ -127,9 +127,8 @@ def build_chain(config: ConfigDict) -> DDPM | SMLD:
 def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The network for examples of `shape`; its weights depend on seed alone.
 
-    (D,) for the MLP, (C, L), (C, H, W) or (C, D, H, W) for U-Nets and (C, H, W) for the others.
-
-    Raises ValueError where network and shape do not fit.
+    The shape is (D,) for the MLP, (C, L), (C, H, W) or (C, D, H, W) for U-Nets and (C, H, W) for the others. Raises
+    ValueError for another shape.
     """
     m = config.model
     with torch.random.fork_rng(devices=[]):
@@ -146,25 +145,27 @@ def _check_rank(name: str, shape: tuple[int, ...]) -> None:
         **{name: ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4)) for name in UNETS},
     }.get(name, ("images, (C, H, W)", (3,)))
     if len(shape) not in ranks:
-        raise ValueError(f"model.name={name} is for {wanted}, but the data have shape {tuple(shape)}")
+        raise ValueError(
+            f"model.name={name} is for {wanted}, but the data have shape {tuple(shape)}: set another model.name"
+        )
 
 
 def _own_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The network that model.name=FILE.py:NAME makes, whose answer to one example has the right shape."""
+    """The network that model.name=FILE.py:NAME makes. Raises ValueError if its output has another shape than needed."""
     m = config.model
     own_code.check_unchanged(m.name, "model.name", m.name_sha256)
     network: nn.Module = own_code.make(m.name, "model.name", nn.Module, {**m, "shape": shape})
     wanted = (1, 2 * shape[0] if m.learned_variance else shape[0], *shape[1:])
     with torch.no_grad():
-        answer = network.eval()(torch.zeros(1, *shape), torch.full((1,), 0.5))
-    if not isinstance(answer, Tensor) or answer.shape != wanted:
-        got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
-        raise ValueError(f"model.name={m.name} must answer x and time of one example by {wanted}, got {got}")
+        output = network.eval()(torch.zeros(1, *shape), torch.full((1,), 0.5))
+    if not isinstance(output, Tensor) or output.shape != wanted:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"model.name={m.name} must return shape {wanted} for one example x and its time, got {got}")
     return network.train()
 
 
 def _options(config: ConfigDict, shape: tuple[int, ...], names: str) -> dict[str, Any]:
-    """Options of the networks' constructors by their names there, with the values that the config gives them."""
+    """The options of a network's constructor that have these `names`, with the config's values."""
     m = config.model
     every: dict[str, Any] = dict(
         dimensions=len(shape) - 1,
@@ -210,14 +211,14 @@ _UNET = (
     f"{_LEVELS} {_CONDITIONS} checkpoint_activations dimensions scale_shift head_channels attend_each fourier_features "
     "out_channels"
 )
-_SONG = "block fir skip_rescale"  # of Song et al. 2021, as are these
+_SONG = "block fir skip_rescale"  # these and _PYRAMIDS are Song et al. 2021's
 _PYRAMIDS = "progressive progressive_input combine"
 
 
 def _ddpm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """Ho et al. 2020's U-Net, with GroupNorm of 32 groups."""
-    own: dict[str, Any] = dict(block="ddpm", skip_rescale=False, groups=32, embedding=_embedding(config, "sinusoidal"))
-    return UNet(shape[0], **_options(config, shape, _UNET), **own)
+    fixed: dict[str, Any] = dict(block="ddpm", skip_rescale=False, groups=32)
+    return UNet(shape[0], **_options(config, shape, _UNET), **fixed, embedding=_embedding(config, "sinusoidal"))
 
 
 def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
@@ -227,10 +228,10 @@ def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
 
 
 def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The U-Net of Dhariwal & Nichol 2021, section 3, with adaptive group normalisation always."""
-    own: dict[str, Any] = dict(scale_shift=True, attend_each=True, skip_rescale=False, project=False, norm_eps=1e-5)
-    own["embedding"] = _embedding(config, "transformer")
-    return UNet(shape[0], **{**_options(config, shape, f"{_UNET} init_scale"), **own})
+    """ADM, the U-Net of Dhariwal & Nichol 2021, section 3, always with adaptive group normalisation."""
+    fixed = dict(scale_shift=True, attend_each=True, skip_rescale=False, project=False, norm_eps=1e-5)
+    options = {**_options(config, shape, f"{_UNET} init_scale"), **fixed}
+    return UNet(shape[0], **options, embedding=_embedding(config, "transformer"))
 
 
 def _embedding(config: ConfigDict, name: str) -> str | None:
@@ -238,7 +239,7 @@ def _embedding(config: ConfigDict, name: str) -> str | None:
 
 
 def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The transformer of Peebles & Xie 2023."""
+    """DiT, the transformer of Peebles & Xie 2023."""
     m = config.model
     heads = m.hidden // m.head_channels if m.head_channels else m.num_heads
     names = f"patch depth dropout centered checkpoint_activations out_channels {_CONDITIONS}"
@@ -246,17 +247,17 @@ def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
 
 
 def _ncsn(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The RefineNet of Song & Ermon 2019, with a row of norm parameters for each step of the chain."""
+    """NCSN, the RefineNet of Song & Ermon 2019, whose norms have parameters for each step of the chain."""
     return NCSN(shape[0], levels=config.model.num_scales, **_options(config, shape, _STAGES))
 
 
 def _ncsnv2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The RefineNet of Song & Ermon 2020."""
+    """NCSNv2, the RefineNet of Song & Ermon 2020."""
     return NCSNv2(shape[0], **_options(config, shape, _STAGES))
 
 
 def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The MLP of vectors."""
+    """The MLP, for vectors."""
     m = config.model
     options = _options(config, shape, "depth embedding fourier_scale dropout classes")
     return MLP(shape[0], width=m.hidden, out_features=2 * shape[0] if m.learned_variance else None, **options)
@@ -282,18 +283,17 @@ def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
     if classes == 0:
         whose = "model.class_conditional=False" if m.class_conditional else "training.objective=denoising"
         raise ValueError(
-            f"{name} has no classes, which are whole numbers from 0 or folders: set {whose}, or take data with such "
-            "labels"
+            f"{name} has no classes, which are whole numbers from 0 or folders: set {whose}, or give data with classes"
         )
     if m.num_classes not in (0, classes):
-        raise ValueError(f"model.num_classes={m.num_classes}, but {name} has {classes}: leave it 0")
+        raise ValueError(f"the config has model.num_classes={m.num_classes}, {name} has {classes} classes: leave it 0")
     m.num_classes = classes
 
 
 def resolve_conditions(config: ConfigDict, channels: int) -> None:
-    """Put what a text encoder, or an image at a lower resolution, asks of the network into the config.
+    """Put the widths of the text encoder and the channels of the low-resolution image into the config.
 
-    Raises FileNotFoundError where there is no encoder.
+    Raises FileNotFoundError for a missing encoder.
     """
     m = config.model
     if m.super_resolution:
@@ -304,7 +304,7 @@ def resolve_conditions(config: ConfigDict, channels: int) -> None:
 
 
 def takes_labels(config: ConfigDict) -> bool:
-    """Whether training is given the examples' labels."""
+    """Whether training takes the examples' labels."""
     return bool(config.model.class_conditional or config.training.objective == CLASSIFY)
 
 
@@ -312,7 +312,7 @@ def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassif
     """The classifier of noisy examples of `shape`, with a fresh network: the MLP, or the U-Net's way down."""
     m = config.model
     if (m.name == "mlp") != (len(shape) != 3):
-        raise ValueError(f"model.name={m.name} does not classify examples of shape {tuple(shape)}: use mlp for vectors")
+        raise ValueError(f"model.name={m.name} does not classify shape {tuple(shape)}: set model.name=mlp for vectors")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         network = (_judge if m.name == "mlp" else _encoder)(config, shape)
@@ -320,22 +320,22 @@ def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassif
 
 
 def _judge(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The MLP, to a number for each class."""
+    """The MLP with one output for each class."""
     m = config.model
     options = _options(config, shape, "depth embedding fourier_scale dropout")
     return MLP(shape[0], width=m.hidden, out_features=m.num_classes, **options)
 
 
 def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The way down of `_ncsnpp`, without its pyramids."""
+    """The way down of `_ncsnpp`'s U-Net, without pyramids, with one output for each class."""
     names = f"{_LEVELS} {_SONG} embedding fourier_scale init_scale scale_shift checkpoint_activations"
     return Encoder(shape[0], config.model.num_classes, **_options(config, shape, names))
 
 
 def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of the codes of an autoencoder of images of `shape`: each level but the last halves height and width.
+    """Shape of an autoencoder's codes of images of `shape`: each level except the last halves height and width.
 
-    Raises ValueError for what cannot be halved so often.
+    Raises ValueError for sizes that cannot be halved so often.
     """
     factor = 2 ** (len(config.model.ch_mult) - 1)
     if len(shape) != 3 or any(size % factor for size in shape[1:]):
@@ -373,7 +373,7 @@ def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
 
 
 def _scale(config: ConfigDict) -> TimeMap:
-    """What the network's input is multiplied by."""
+    """The factor of the network's input."""
     m = config.model
     return partial(rules.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else rules.unscaled
 
@@ -387,7 +387,7 @@ def build_sampler(config: ConfigDict) -> Sampler:
 
 
 def steps_together(config: ConfigDict) -> bool:
-    """Whether the sampler has one step size for all examples of a batch, so that a sample depends on its neighbours."""
+    """Whether the sampler has one step size for a batch, so that a sample depends on the others in its batch."""
     return config.sampling.method == "ode" and config.sampling.ode_method in ADAPTIVE
 
 
@@ -401,10 +401,10 @@ def grid_name(config: ConfigDict) -> str:
 def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, shape: tuple[int, ...] = ()) -> Tensor:
     """The times to sample on, decreasing from sampling.start; for `sample(..., denoise=config.sampling.noise_removal)`.
 
-    A continuous model stops at sampling.t_min. A discrete one begins at the step of its chain that is nearest to
-    sampling.start, visits sampling.steps of those that are left, or all, and stops at the first, from where the
-    estimate of the clean data is the chain's own last step. Adaptive solvers get both ends. For sampling.grid=fitted 32
-    trajectories of the `model` are solved, of examples of `shape`.
+    A continuous model stops at sampling.t_min. A discrete one begins at the step of its chain nearest to
+    sampling.start, takes at most sampling.steps of the remaining steps, and stops at the first, where the estimate of
+    the clean data is the chain's own last step. Adaptive solvers get both ends. sampling.grid=fitted solves 32
+    trajectories of the `model`, of examples of `shape`.
     """
     s, grid = config.sampling, grid_name(config)
     if grid == FITTED:
@@ -423,8 +423,8 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
 def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:
     """The times of the chain whose variational bound is evaluated, in eval.steps steps (0: all, or 1000).
 
-    All of a discrete model's steps or some of them, down to clean data; for a continuous model a grid uniform in log
-    SNR down to eval.t_min.
+    A discrete model has all or some of its own steps, down to clean data; a continuous one a grid that is uniform in
+    log SNR, down to eval.t_min.
     """
     e, n = config.eval, config.model.num_scales
     if config.training.continuous:
@@ -433,12 +433,12 @@ def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:
 
 
 def _label_index(alpha: Tensor, sigma: Tensor, t: Tensor, n: int) -> Tensor:
-    """N t - 1: the index of a chain's step, 0 for all times before the first."""
+    """N t - 1: the index of a chain's step; times before the first step have 0."""
     return (n * t - 1).clamp_min(0)
 
 
 def _predictor_corrector(predictor: Sampler | None, corrector: Sampler | None) -> Sampler:
-    """Both, or the one there is; `validate` refuses none."""
+    """Both, or the one that is not None."""
     if predictor is not None and corrector is not None:
         return samplers.PredictorCorrector(predictor, corrector)
     one = predictor or corrector

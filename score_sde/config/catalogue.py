@@ -1,4 +1,4 @@
-"""Where configs lie, and by which names they go: those of the package, and those of the current folder."""
+"""Finds configs by name: those of the package, and those of the current folder."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def known() -> dict[str, Path]:
 
 
 def find(named: str | Path) -> Path:
-    """The file of a config that is named by its path, or by its bare name.
+    """The file of a config with this path or bare name.
 
-    A bare name is that of NAME.py in the current folder, of configs/NAME.py there, or of a config of the package.
-    Raises ValueError where two of these differ, and FileNotFoundError, with the nearest name, where there is none.
+    A bare name stands for NAME.py in the current folder, configs/NAME.py there, or a config of the package. Raises
+    ValueError if two of these differ, and FileNotFoundError, with the nearest name, if there is none.
     """
     path = Path(named)
     if path.is_file():
@@ -35,13 +35,13 @@ def find(named: str | Path) -> Path:
     files = [file for place in places if (file := place / f"{named}.py").is_file()]
     for other in files[1:]:
         if other.read_bytes() != files[0].read_bytes():
-            raise ValueError(f"the config {named} may be {files[0]} or {other}, which differ: give the path of one")
+            raise ValueError(f"the config {named} may be {files[0]} or {other}, which differ: give a path")
     if files:
         return files[0]
     local = [*Path("configs").glob("*.py"), *path.parent.glob("*.py")]
     names = {name: name for name in known()} | ({} if bare else {file.stem: str(file) for file in local})
     near = nearest(path.stem, list(names))
-    hint = f"did you mean {names[near]}?" if near else "`score_sde configs` lists those that there are"
+    hint = f"did you mean {names[near]}?" if near else "`score_sde configs` lists those that exist"
     raise FileNotFoundError(f"there is no config {'' if bare else 'file '}{named}; {hint}")
 
 

@@ -1,4 +1,4 @@
-"""From a config to the loss of a batch: a time law, and an estimator times a weight."""
+"""Objectives: from a config to the loss of a batch, an estimator times a weight, and to the law of t."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..sdes.linear import like
 from .build import AUTOENCODE, CLASSIFY
 
 # (model, x0, t, z, v) -> (B,): the unweighted loss, a mean over dimensions, of x_t = alpha x0 + sigma z with the
-# projections v, (B, M, *shape). All but the chains' have the expectation of the error of the noise.
+# projections v, (B, M, *shape). All except those of chains have the expectation of the noise's error.
 Loss = Callable[[ScoreModel, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -37,7 +37,7 @@ def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -
 
 
 def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: Law) -> Loss:
-    """The loss of an estimate (model, x_t, t, v) -> (B,) of |s|²/2 + tr(ds/dx), blind to how x_t was made.
+    """The score-matching loss of an estimate (model, x_t, t, v) -> (B,) of |s|²/2 + tr(ds/dx), blind to the noise.
 
     By Stein's identity E |noise + sigma s|²/D = 1 + 2 sigma²/D E [|s|²/2 + tr(ds/dx)].
     """
@@ -65,7 +65,7 @@ def _finite_difference(config: ConfigDict) -> Loss:
 
 
 def _of_chain(value: Callable[..., Tensor], config: ConfigDict, codec: Codec) -> Loss:
-    """A loss of a chain's reverse steps, whose variance and whose decoder of the data it must know."""
+    """A loss of a chain's reverse steps, with their variance and the decoder of the data."""
     variance = "learned" if config.model.learned_variance else config.sampling.variance
 
     def loss(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
@@ -75,12 +75,12 @@ def _of_chain(value: Callable[..., Tensor], config: ConfigDict, codec: Codec) ->
 
 
 class Estimator(NamedTuple):
-    """What makes the loss of an objective, and what is to be known of it elsewhere."""
+    """What makes the loss of a training.objective, and what rules and training steps must know of it."""
 
     make: Callable[[ConfigDict, Codec], Loss]
     projected: bool = False  # it draws projections
     twice: bool = False  # its gradient is a second derivative of the network
-    decoded: bool = False  # it is of a chain's bound, and asks for the reverse steps' variance too
+    decoded: bool = False  # it is the bound of a chain, which depends on the reverse steps' variance too
 
 
 OBJECTIVES = {
@@ -110,10 +110,10 @@ TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
 
 
 class Objective(nn.Module):
-    """The config's loss of a model, one value per example, with the unweighted loss beside it.
+    """The config's loss of a score model, one value per example, and the unweighted loss, each (B,).
 
-    For a learned SDE the loss has the gradients of its schedule too: the variance's for the shape and, for ends that
-    are learned, the bound's, whose end terms are then part of the value.
+    For a learned SDE the loss has gradients of the schedule too: of the variance for its shape, and of the bound for
+    its ends where they are learned; the value then has the bound's end terms.
     """
 
     def __init__(self, model: ScoreModel, config: ConfigDict, codec: Codec | None = None) -> None:
@@ -129,7 +129,7 @@ class Objective(nn.Module):
         if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
             if config.model.learn_ends and codec.levels > COARSE:
                 raise ValueError(
-                    f"model.learn_ends compares each pixel with each of {codec.levels} levels: set data.bits=8, or "
+                    f"model.learn_ends compares each pixel with {codec.levels} levels, too many: set data.bits=8, or "
                     "data.uniform_dequantization=True"
                 )
             self.levels = codec.encode(torch.arange(codec.levels))
@@ -146,7 +146,7 @@ class Objective(nn.Module):
         return loss, error.detach()
 
     def ends(self, schedule: MonotoneSchedule, x0: Tensor, z: Tensor) -> Tensor:
-        """The bound's end terms, on the scale of the weighted error, where the schedule's ends are learned."""
+        """The bound's end terms on the scale of the weighted error, (B,); 0 if the schedule's ends are not learned."""
         if not isinstance(schedule.ends, nn.Parameter):
             return x0.new_zeros(len(x0))
         sde, start = self.model.sde, torch.tensor(self.model.sde.t_min, dtype=torch.float64)
@@ -155,9 +155,9 @@ class Objective(nn.Module):
 
 
 class CrossEntropy(nn.Module):
-    """-log P(y | x_t) of a classifier, one value per example, with 1 beside it where y is the likeliest class, else 0.
+    """-log P(y | x_t) of a classifier, (B,), and its accuracy, (B,): 1 where y is the likeliest class, else 0.
 
-    It takes what `Objective` takes, of which it needs no projections.
+    It has the arguments of `Objective`, and ignores the projections.
     """
 
     def __init__(self, model: NoisyClassifier) -> None:
@@ -173,16 +173,16 @@ class CrossEntropy(nn.Module):
 
 
 class EvidenceBound(nn.Module):
-    """An autoencoder's bound in bits/dim, its divergence weighted, and beside it PARTS, (B, 3).
+    """An autoencoder's bound in bits/dim with its divergence weighted, (B,), and PARTS, (B, 3).
 
-    PARTS are unweighted: the two parts of the bound, in bits/dim, and the PSNR of the decoded images. It takes what
-    `Objective` takes, where z is the codes' noise, and times and projections are not looked at.
+    PARTS are unweighted: the two terms of the bound, in bits/dim, and the PSNR of the decoded images. The arguments are
+    those of `Objective`: z is the codes' noise, and times and projections are ignored.
     """
 
     def __init__(self, model: ConvolutionalAutoencoder, weight: float, codec: Codec | None) -> None:
         super().__init__()
         if not isinstance(codec, PixelCodec):
-            raise ValueError("an autoencoder is trained on pixels: take data of uint8 images")
+            raise ValueError("an autoencoder is trained on pixels: give data of uint8 images")
         self.model, self.weight, self.codec = model, weight, codec
 
     def forward(
@@ -204,10 +204,10 @@ def time_law(config: ConfigDict) -> TimeLaw:
 
 
 def learned_law(config: ConfigDict) -> time_laws.SecondMoments | None:
-    """A fresh law that learns how to draw t, where the config asks for one; it takes the place of `time_law`."""
+    """A fresh law that learns how to draw t if the config says so, in place of `time_law`; else None."""
     return time_laws.SecondMoments(config.model.num_scales) if config.training.time == "second_moment" else None
 
 
 def importance_weighted(config: ConfigDict) -> bool:
-    """Whether times' importance weights enter the loss: "log_snr" and "edm" are objectives of their own, without."""
+    """Whether the loss has the importance weights of times; "log_snr" and "edm" are objectives without them."""
     return bool(config.training.time in ("importance", "second_moment") or config.training.soft_truncation > 0)

@@ -1,4 +1,4 @@
-"""Reading and writing configs: Python files, JSON, and what a command line overrides, each checked as it is read.
+"""Reads and writes configs: Python files, JSON, and overrides of a command line, each checked when it is read.
 
 A config file is Python with ``get_config()`` and states differences only: from `default_config`, or from another file
 by ``load(Path(__file__).with_name("vp_cifar.py"))``. `load` reads it, applies what the command line overrides, and
@@ -39,8 +39,8 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
             of a config of the package or of the current folder.
         overrides: dotted key to value, as the command line spells them: ``{"training.n_iters": "1000"}``.
 
-    Raises FileNotFoundError where there is none, and ValueError where two files of that name differ, and for whatever
-    is wrong in the file or in the overrides.
+    Raises FileNotFoundError for a missing file, and ValueError if two files of that name differ, and for anything wrong
+    in the file or in the overrides.
     """
     path = find(path)
     if path.suffix == ".json":
@@ -50,9 +50,9 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
 
 
 def overridden(stated: ConfigDict, overrides: dict[str, str], where: str = "") -> ConfigDict:
-    """The validated, locked config that has the values of another, and of `overrides` as `load` takes them.
+    """A validated, locked copy of a config with `overrides`, as `load` takes them.
 
-    Raises ValueError for whatever is wrong in them; `where` is said before what is wrong in `stated`.
+    Raises ValueError for anything wrong in them; errors in `stated` begin with `where`.
     """
     return _overridden(flat(stated), overrides, where)
 
@@ -63,7 +63,7 @@ def _overridden(stated: dict[str, Any], overrides: dict[str, str], where: str) -
         put(config, key, value, where)
     for key, text in overrides.items():
         put(config, key, parse(key, text))
-        if key in OWN:  # which the user names now, whatever it was before
+        if key in OWN:  # the user names this file now, so it may have changed
             put(config, OWN[key], "")
     _seal(config)
     validate(config)
@@ -71,7 +71,7 @@ def _overridden(stated: dict[str, Any], overrides: dict[str, str], where: str) -
 
 
 def _seal(config: ConfigDict) -> None:
-    """Put the sha256 of files of the user's own into the config where it has none. FileNotFoundError for no file."""
+    """Put the missing sha256 of files of the user's own into the config. Raises FileNotFoundError for no file."""
     for key, sealed in OWN.items():
         section, name = key.split(".")
         value, known = config[section][name], config[section][sealed.split(".")[1]]
@@ -82,9 +82,9 @@ def _seal(config: ConfigDict) -> None:
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
-    """(other arguments, overrides): takes ``--config.section.key=value`` and ``--config.section.key value`` out.
+    """(other arguments, overrides): separates ``--config.section.key=value`` and ``--config.section.key value``.
 
-    A bare ``--config.section.key`` means true for a switch. Raises ValueError where another key has no value.
+    A bare ``--config.section.key`` means true for a switch. Raises ValueError for another key without a value.
     """
     rest: list[str] = []
     overrides: dict[str, str] = {}
@@ -107,7 +107,7 @@ def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def validate(config: ConfigDict) -> None:
-    """Raise ValueError, in one sentence, for the first value that is impossible by itself or beside the others."""
+    """Raise ValueError, in one sentence, for the first value that its key or a rule between keys does not allow."""
     for key, value in flat(config).items():
         check(key, value)
     rules.check(config)
@@ -121,18 +121,18 @@ def to_json(config: ConfigDict) -> str:
 
 
 def from_json(path: str | Path) -> ConfigDict:
-    """The config that a workdir's config.json holds; keys that a file of an older version lacks have their defaults.
+    """The config in a workdir's config.json; keys that a file of an older version lacks have their defaults.
 
-    Raises FileNotFoundError, or ValueError for text that is no config of this package.
+    Raises FileNotFoundError, and ValueError for text that is no config of this package.
     """
     try:
         return from_text(Path(path).read_text(), str(path))
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no config {path}; training writes it into its workdir") from None
     except ValueError as error:
-        said = f"{path} is not text ({error})" if isinstance(error, UnicodeDecodeError) else error
+        problem = f"{path} is not text ({error})" if isinstance(error, UnicodeDecodeError) else error
         raise ValueError(
-            f"{said} (the checkpoints of a workdir carry its config: leave --config out and give --workdir "
+            f"{problem} (the checkpoints of a workdir carry its config: leave --config out and give --workdir "
             f"{Path(path).parent})"
         ) from None
 
@@ -152,14 +152,14 @@ def from_text(text: str, where: str) -> ConfigDict:
         if key not in KEYS and key not in MOVED:
             near = nearest(key, list(KEYS))
             raise ValueError(
-                f"{where}: unknown config key '{key}', perhaps of a newer version of score_sde, which reads this file"
+                f"{where}: unknown config key '{key}', perhaps of a newer score_sde: read it with that version"
                 + (f"; or did you mean '{near}'?" if near else "")
             )
         put(config, key, value, f"{where}: ")
     for key, sealed in OWN.items():
         section, name = key.split(".")
         if own_code.is_own(config[section][name]) and not config[section][sealed.split(".")[1]]:
-            raise ValueError(f"{where}: {key}={config[section][name]} is without {sealed}, and so not used")
+            raise ValueError(f"{where}: {key}={config[section][name]} has no {sealed}: give a file of a workdir")
     return config
 
 
@@ -170,7 +170,7 @@ def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
 
 
 def flat(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"section.key": value} of all that is no section."""
+    """{"section.key": value} for all keys."""
     values: dict[str, Any] = {}
     for name, value in config.items():
         inside = isinstance(value, (ConfigDict, dict))
@@ -188,19 +188,19 @@ def put(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
 
 
 def parse(key: str, text: str) -> Any:
-    """A command line's text as the type of `key`'s default, or as it is, for `check` to refuse."""
+    """A command line's text as the type of `key`; text of another type is returned as it is, and `check` refuses it."""
     kind = KEYS[key].kind if key in KEYS else str
     if key in KEYS and KEYS[key].classes:
         names = _names(text)
         return names if kind is tuple else names[0] if len(names) == 1 else text
     try:
         return _PARSERS[kind](text) if kind in _PARSERS else text
-    except (ValueError, SyntaxError, RecursionError, MemoryError):  # the last two of thousands of brackets
+    except (ValueError, SyntaxError, RecursionError, MemoryError):  # thousands of brackets raise the last two
         return text
 
 
 def _integer(text: str) -> int | float:
-    """ "1000", "1_000" and "1e3" are 1000; what is no integer stays a float."""
+    """ "1000", "1_000" and "1e3" are 1000; another number stays a float."""
     try:
         return int(text)
     except ValueError:
@@ -215,7 +215,7 @@ def _tuple(text: str) -> tuple[Any, ...]:
 
 
 def _names(text: str) -> tuple[int | str, ...]:
-    """ "1,2" are numbers, and "cat,dog" names, as are "07", "1e3" and "None"; one in quotes may have commas."""
+    """ "1,2" are numbers; "cat,dog" are names, as are "07", "1e3" and "None"; a quoted name may have commas."""
     try:
         values = _tuple(text)
         if all(type(v) in (int, str) for v in values) or set("()[]{}") & set(text):
@@ -236,7 +236,7 @@ _PARSERS: dict[type, Callable[[str], Any]] = {
 
 
 def _run(path: Path) -> ConfigDict:
-    """What get_config() of a Python file returns; slips in it are reported with their line."""
+    """What get_config() of a Python file returns. Raises ValueError, with the line, for mistakes in the file."""
     try:
         with own_code.slips(path):
             module = runpy.run_path(str(path))

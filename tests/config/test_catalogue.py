@@ -50,7 +50,7 @@ def test_a_name_of_two_files_that_differ_is_refused_with_both(tmp_path: Path, mo
         ("vp_digit", r"there is no config vp_digit; did you mean vp_digits\?"),
         ("configs/vp_digits.py", r"there is no config file configs/vp_digits\.py; did you mean vp_digits\?"),
         ("my_fil.py", r"there is no config file my_fil\.py; did you mean my_file\.py\?"),
-        ("qqqqqqqqqq", "there is no config qqqqqqqqqq; `score_sde configs` lists those that there are"),
+        ("qqqqqqqqqq", "there is no config qqqqqqqqqq; `score_sde configs` lists those that exist"),
     ],
 )
 def test_an_unknown_name_is_answered_with_the_nearest(

@@ -122,7 +122,7 @@ def test_code_that_a_checkpoint_names_is_not_run_without_its_hash(folder: Path) 
     (folder / "net.py").write_text("open('ran', 'w')\n")
     for sha256 in ("", "0" * 64):
         card["model"]["name_sha256"] = sha256
-        with pytest.raises(ValueError, match="is without model.name_sha256" if not sha256 else "is not the one"):
+        with pytest.raises(ValueError, match="has no model.name_sha256" if not sha256 else "is not the one"):
             build_network(from_text(json.dumps(card), "it"), (2,))
     assert not (folder / "ran").exists()
 
@@ -158,7 +158,7 @@ def test_a_config_file_names_own_code_anew_and_json_keeps_its_hash(folder: Path)
             "model.name",
             "bad.py:Net",
             NETWORK.replace("return self.out(", "return self.inner(torch.cat([x, x[:, :1]], 1))\n        ("),
-            r"bad.py:Net must answer x and time of one example by \(1, 2\), got \(1, 5\)",
+            r"bad.py:Net must return shape \(1, 2\) for one example x and its time, got \(1, 5\)",
         ),
         ("training.sde", "bad.py:It", "def It(): return 3", "=bad.py:It must return an instance of SDE, got int"),
         ("data.dataset", "bad.py:it", "def it(): return 3", "=bad.py:it must return an instance of Data, got int"),

@@ -384,7 +384,7 @@ def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
         ("--scales 0,2 has no effect on", ["--scales=0,2", "--config.sampling.labels=-1"]),
         ("guidance_low", ["--config.sampling.guidance_low=2", "--config.sampling.guidance_high=1"]),
         ("has no classes", ["--mode=train", "--config.data.dataset=ring", "--config.model.name=mlp"]),
-        ("has 10: leave it 0", ["--config.model.num_classes=7"]),
+        ("has 10 classes: leave it 0", ["--config.model.num_classes=7"]),
         ("networks that take the time", ["--config.model.name=ncsnv2"]),
     ],
 )
@@ -586,7 +586,7 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
             ["--config.sampling.guidance_checkpoint={told}", "--config.sampling.guidance=2"],
         ),
         ("was trained without classes", ["--config.model.class_conditional=true", "--config.sampling.labels=3"]),
-        ("sampling.labels are for class-conditional models, or for", ["--config.sampling.labels=3"]),
+        ("sampling.labels need a class-conditional model or", ["--config.sampling.labels=3"]),
     ],
 )
 def test_what_cannot_guide_is_said(
