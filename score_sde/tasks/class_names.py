@@ -1,4 +1,4 @@
-"""Classes by their names: from sampling.labels=cat,dog to their numbers, and from numbers to the names on grids."""
+"""Names of classes: from sampling.labels=cat,dog to numbers of classes, and from numbers to the names on grids."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..machine.log import log
 
 
 def resolve_labels(config: ConfigDict, data: Data, restores: bool = False) -> None:
-    """Put the numbers of classes into the config for names, and leave out those that had no example to train on.
+    """Replace names of classes in the config by numbers.
 
-    That is only where no classes are asked for; with `restores` that means none, and else all.
-    Raises ValueError for a class that there is not, with the nearest name.
+    A config without labels means all classes, and here those with training examples; with `restores` it means none.
+    Raises ValueError for an unknown class, with the nearest name.
     """
     s, names = config.sampling, data.class_names
     with s.ignore_type():
@@ -28,15 +28,15 @@ def resolve_labels(config: ConfigDict, data: Data, restores: bool = False) -> No
     if not s.labels and conditional and not restores and data.empty_classes:
         full = [i for i in range(data.num_classes) if i not in data.empty_classes]
         s.labels = tuple(full[: s.num_samples])
-        log.info("classes without training examples are not sampled: %s", _listed(data.empty_classes, names))
+        empty = [f"{i} ({names[i]})" if names else str(i) for i in data.empty_classes]
+        log.info("classes without training examples are not sampled: %s", some(empty))
 
 
 def class_number(label: int | str, key: str, names: Sequence[str]) -> int:
-    """The number of a class, given by its name or by that number; -1 is none.
+    """The number of a class, from its name or its number; -1 is no class.
 
-    Where all names are whole numbers themselves, such as of folders 1, 2, ..., 10, a number is a name; else only one
-    that is no class's number.
-    Raises ValueError, which says which `key` is wrong, for a name that there is not.
+    If all names are whole numbers, such as of folders 1, 2, ..., 10, a number is read as a name; otherwise only if it
+    is no class's number. Raises ValueError, which names the `key`, for an unknown class.
     """
     if isinstance(label, str) and label not in names and re.fullmatch(r"-?\d+", label):
         label = int(label)
@@ -54,20 +54,17 @@ def class_number(label: int | str, key: str, names: Sequence[str]) -> int:
         raise ValueError(f"{key}: nothing names the classes of these data, so {text!r} is none: give numbers from 0")
     near = difflib.get_close_matches(text, names, n=1, cutoff=0.0)
     hint = f"the nearest name is {near[0]!r}, and " if near else ""
-    raise ValueError(f"{key}: there is no class {text!r}: {hint}there are {_some(names)}, -1 for none")
+    raise ValueError(f"{key}: there is no class {text!r}: {hint}there are {some(names)}, -1 for none")
 
 
 def class_name(label: int, names: Sequence[str]) -> str:
-    """What a picture calls a class: its name, its number where there are no names, and "no label" for -1."""
+    """A class in pictures: its name, its number if it has none, and "no label" for -1."""
     if label < 0:
         return "no label"
     return names[label] if label < len(names) else str(label)
 
 
-def _listed(classes: Sequence[int], names: Sequence[str]) -> str:
-    return _some([f"{i} ({names[i]})" if names else str(i) for i in classes])
-
-
-def _some(words: Sequence[str], most: int = 20) -> str:
+def some(words: Sequence[str], most: int = 20) -> str:
+    """A list of the first words, and how many more there are."""
     more = f" and {len(words) - most} more" if len(words) > most else ""
     return ", ".join(words[:most]) + more

@@ -1,8 +1,8 @@
-"""Data sets of an autoencoder's codes: which autoencoder, the statistics of its codes, and the file that keeps them.
+"""Data sets of an autoencoder's codes: the autoencoder, the statistics of its codes, and the file of codes.
 
 A model of codes is trained on draws of q(z | x), new ones in every step. So each training image is encoded once, to a
-mean and a standard deviation, which are kept in a file under the autoencoder's hash and the images' digest; mirrored
-images are encoded too where training mirrors. Elsewhere codes are made of the images as they are asked for.
+mean and a standard deviation, which are kept in a file named by the autoencoder's hash and the images' digest; mirrored
+images are encoded too if training mirrors. Other tasks encode images when they read them.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _MEASURED = 1000  # training images from which the decoder's deviation is measur
 
 @dataclass(frozen=True)
 class Source:
-    """An autoencoder, what it sees of images, the shape of its codes, and a hash that changes with it."""
+    """An autoencoder for images of one shape: their codec, the shape of its codes, its hash, and its path."""
 
     autoencoder: Autoencoder
     pixels: PixelCodec
@@ -46,13 +46,13 @@ class Source:
     where: str
 
     def codec(self, statistics: Statistics) -> AutoencoderCodec:
-        """What is between the images and a model of codes of these statistics."""
+        """The codec between the images and a model of codes with these statistics."""
         return AutoencoderCodec(self.autoencoder, statistics, self.pixels)
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An autoencoder that was read, whatever its images; a hash that changes with it, and where it lies."""
+    """An autoencoder that was read, before its images are known; its hash and its path."""
 
     autoencoder: Autoencoder
     sha256: str
@@ -61,7 +61,7 @@ class Opened:
 
     @torch.no_grad()
     def decoded_shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of the images that it makes of codes of this shape. Raises ValueError where it makes none."""
+        """Shape of the images that codes of this shape decode to. Raises ValueError for codes that it cannot decode."""
         try:
             return tuple(self.autoencoder.decode(torch.zeros(1, *codes, device=self.device)).shape[1:])
         except (RuntimeError, ValueError, TypeError) as error:
@@ -71,7 +71,7 @@ class Opened:
             ) from error
 
     def source(self, levels: int | None, shape: tuple[int, ...]) -> Source:
-        """For uint8 images of `shape` (C, H, W) and so many levels.
+        """The autoencoder for uint8 images of `shape` (C, H, W) with this number of levels.
 
         Raises ValueError for an autoencoder of other images, and for data that are no images.
         """
@@ -93,20 +93,20 @@ class DiffusersAutoencoder(nn.Module):
         return law.mean, law.std
 
     def decode(self, z: Tensor) -> Tensor:
-        found: Tensor = self.model.decode(z).sample
-        return found
+        images: Tensor = self.model.decode(z).sample
+        return images
 
 
 def open_autoencoder(
     where: str | Path, levels: int | None, shape: tuple[int, ...], device: torch.device | str = "cpu"
 ) -> Source:
-    """The autoencoder at `where`, for uint8 images of `shape` (C, H, W) and so many levels.
+    """Open the autoencoder at `where`, for uint8 images of `shape` (C, H, W) with this number of levels.
 
-    That is a workdir or checkpoint of this package's, a folder with `diffusers`' AutoencoderKL (config.json and
+    `where` is a workdir or checkpoint of this package's, a folder with `diffusers`' AutoencoderKL (config.json and
     safetensors; only local files are read), or a Python file whose get_autoencoder() returns a module, see
     `Autoencoder`.
 
-    Raises FileNotFoundError where none is, and ValueError for one of other images, or data that are no images.
+    Raises FileNotFoundError if there is none, and ValueError for one of other images, or data that are no images.
     """
     return opened(where, device).source(levels, shape)
 
@@ -130,10 +130,10 @@ def opened(where: str | Path, device: torch.device | str = "cpu") -> Opened:
 
 
 def _from_file(where: Path) -> tuple[Any, str]:
-    found = runpy.run_path(str(where))
-    if not callable(found.get("get_autoencoder")):
+    get_autoencoder = runpy.run_path(str(where)).get("get_autoencoder")
+    if not callable(get_autoencoder):
         raise ValueError(f"{where} defines no get_autoencoder(); it returns a module with encode and decode")
-    made = found["get_autoencoder"]()
+    made = get_autoencoder()
     if not isinstance(made, nn.Module) or not all(callable(getattr(made, name, None)) for name in ("encode", "decode")):
         raise ValueError(f"get_autoencoder() of {where} must return a torch.nn.Module with encode and decode")
     own = hashlib.sha256(where.read_bytes())
@@ -153,10 +153,7 @@ def _from_diffusers(where: Path) -> tuple[DiffusersAutoencoder, str]:
         model = AutoencoderKL.from_pretrained(where, local_files_only=True, use_safetensors=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"{where} holds no AutoencoderKL that diffusers can read: {error}") from error
-    own = hashlib.sha256()
-    for path in sorted(p for p in where.iterdir() if p.suffix in (".safetensors", ".json")):
-        own.update(f"{path.name} {checkpoint.file_hash(path)} ".encode())
-    return DiffusersAutoencoder(model), own.hexdigest()
+    return DiffusersAutoencoder(model), checkpoint.file_hash(where)
 
 
 def _code_shape(made: Opened, pixels: PixelCodec, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -183,31 +180,32 @@ def _code_shape(made: Opened, pixels: PixelCodec, shape: tuple[int, ...]) -> tup
 def codes_of(
     source: Source, data: Data, folder: Path, mirror: bool, processes: Processes = ALONE
 ) -> tuple[Data, Statistics]:
-    """The data's images as normalised codes, and their statistics over the training images.
+    """The data's images as normalised codes, and the codes' statistics over the training images.
 
-    They are read from a file in `folder`, or written there, by the main process, of which the others get them. With
-    `mirror` the training images are there twice, as they are and mirrored. Raises ValueError for codes that do not
-    vary.
+    The main process reads them from a file in `folder`, or writes it, and sends them to the others. With `mirror` each
+    training image is encoded twice, once mirrored. Raises ValueError for codes that do not vary.
     """
-    about = {"autoencoder": source.sha256, "images": _fingerprint(data), "mirror": str(mirror)}
-    key = hashlib.sha256(json.dumps(about).encode()).hexdigest()[:16]
+    made_from = {"autoencoder": source.sha256, "images": _fingerprint(data), "mirror": str(mirror)}
+    key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     path = folder / f"{source.sha256[:16]}-{key}.safetensors"
 
     def work() -> dict[str, Tensor]:
-        found = _read(path, about)
-        if found is None:
-            found = _encode_all(source, data, mirror)
-            write_tensors(path, found, {"format": FORMAT, **about})
-        return found
+        header = {"format": FORMAT, **made_from}
+        try:
+            if read_header(path) == header:
+                return read_tensors(path)
+        except (FileNotFoundError, ValueError):
+            pass  # there is no file of codes, or a broken one, which is replaced
+        encoded = _encode_all(source, data, mirror)
+        write_tensors(path, encoded, header)
+        return encoded
 
-    found = processes.copies(work)
-    statistics = Statistics(
-        tuple(found["mean"].tolist()), tuple(found["std"].tolist()), float(found["deviation"].item())
-    )
+    codes = processes.copies(work)
+    statistics = Statistics(tuple(codes["mean"].tolist()), tuple(codes["std"].tolist()), codes["deviation"].item())
     mean, std = (torch.tensor(v, dtype=torch.float32)[:, None, None] for v in (statistics.mean, statistics.std))
 
     def part(split: Split, name: str) -> Split:
-        x, deviation = (found[f"{name}/mean"] - mean) / std, found[f"{name}/std"] / std
+        x, deviation = (codes[f"{name}/mean"] - mean) / std, codes[f"{name}/std"] / std
         times = len(x) // len(split)
         y, caption = (None if v is None else torch.cat([v] * times) for v in (split.y, split.caption))
         return Split(x, y, caption=caption, std=deviation)
@@ -218,12 +216,11 @@ def codes_of(
 
 
 def as_asked(data: Data, codec: AutoencoderCodec, device: torch.device | str) -> Data:
-    """The data's images as the means of their normalised codes, made whenever they are read."""
+    """The data's images as the means of their normalised codes, encoded whenever they are read."""
 
     def part(split: Split) -> Split:
         def read(index: list[int]) -> Tensor:
-            k = split[torch.tensor(index, dtype=torch.int64)][0].to(device)
-            return codec.posterior(k)[0].cpu()
+            return codec.posterior(split[torch.tensor(index, dtype=torch.int64)][0].to(device))[0].cpu()
 
         one = codec.posterior(torch.zeros(1, *split.shape, dtype=torch.uint8, device=device))[0]
         x = Stream((len(split), *one.shape[1:]), lambda index: read(list(index)), f"codes of {split.digest()}")
@@ -233,7 +230,7 @@ def as_asked(data: Data, codec: AutoencoderCodec, device: torch.device | str) ->
 
 
 def as_drawn(data: Data) -> Data:
-    """The data, of codes with one draw of each training example, as steps see them."""
+    """The data with one draw of each training example's code, as training steps see them."""
     x, std = data.train.x, data.train.std
     if std is None or not isinstance(x, Tensor):
         return data
@@ -241,25 +238,21 @@ def as_drawn(data: Data) -> Data:
     return replace(data, train=replace(data.train, x=x + std * noise, std=None))
 
 
-def codec_from(path: str | Path, source: Source) -> AutoencoderCodec:
-    """What is between the pixels and the model in a workdir or checkpoint, whose autoencoder must be `source`.
+def codec_from(path: str | Path | Trained, source: Source) -> AutoencoderCodec:
+    """The codec between the pixels and the model of a workdir or checkpoint, whose autoencoder must be `source`.
 
-    Raises ValueError where it is another, or the model has no codes.
+    Raises ValueError if it is another, or the model has no codes.
     """
-    return codec_of_codes(checkpoint.find(path), source)
-
-
-def codec_of_codes(trained: Trained, source: Source) -> AutoencoderCodec:
-    """`codec_from` of a checkpoint that is opened."""
+    trained = path if isinstance(path, Trained) else checkpoint.find(path)
     check_codes(trained, source.sha256, source.where)
     assert trained.card is not None
     return source.codec(Statistics.from_json(trained.card.codes))
 
 
 def check_codes(trained: Trained, sha256: str, where: str, statistics: Statistics | None = None) -> None:
-    """Raise ValueError where a checkpoint is not of the codes of the autoencoder at `where`, or of other statistics.
+    """Raise ValueError unless a checkpoint's model has the codes of the autoencoder at `where`, with these statistics.
 
-    `sha256` is that autoencoder's, '' where there is none and the model should be of pixels.
+    `sha256` is that autoencoder's, or '' for a model of pixels.
     """
     path, card = trained.path, trained.card
     theirs = (trained.config or configs.default_config()).data
@@ -270,18 +263,18 @@ def check_codes(trained: Trained, sha256: str, where: str, statistics: Statistic
             raise ValueError(f"{path} is a model of {was}, and the config says {now}: set data.autoencoder{remedy}")
         raise ValueError(
             f"{path} is a model of the codes of another autoencoder, sha256 {theirs.autoencoder_sha256[:12]}..., than "
-            f"data.autoencoder={where}, {sha256[:12]}...: that one was trained further, or replaced; give back "
-            "the one that the codes were made with, or train a new model in another workdir"
+            f"data.autoencoder={where}, {sha256[:12]}...: that one was trained further, or replaced; restore the "
+            "first one, or train a new model in another workdir"
         )
     if statistics is not None and card is not None and card.codes != statistics.to_json():
         raise ValueError(
-            f"{path} was trained on codes of other statistics: the data are not those that it was trained on; go on "
-            "with these, or train a new model in another workdir"
+            f"{path} was trained on codes with other statistics, so on other data: use those, or train a new model in "
+            "another workdir"
         )
 
 
 def _fingerprint(data: Data) -> str:
-    """Of both splits' images, whatever their labels and captions."""
+    """A hash of both splits' images, without their labels and captions."""
     both = (replace(split, y=None, caption=None).digest() for split in (data.train, data.test))
     return hashlib.sha256(" ".join(both).encode()).hexdigest()
 
@@ -289,20 +282,21 @@ def _fingerprint(data: Data) -> str:
 @torch.no_grad()
 def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
     """Mean and standard deviation of every code, (N, c, h, w) float32 in the autoencoder's units, and statistics."""
-    device = next((p.device for p in _parameters(source.autoencoder)), torch.device("cpu"))
+    parameters = source.autoencoder.parameters() if isinstance(source.autoencoder, nn.Module) else iter(())
+    device = next((p.device for p in parameters), torch.device("cpu"))
     parts: list[tuple[str, Split, Callable[[Tensor], Tensor]]] = [("train", data.train, lambda k: k)]
     if mirror:
         parts.append(("train", data.train, lambda k: k.flip(-1)))
     parts.append(("test", data.test, lambda k: k))
-    found: dict[str, list[Tensor]] = {}
+    parts_of: dict[str, list[Tensor]] = {}
     with Progress("encoding", sum(len(split) for _, split, _ in parts), "image") as bar:
         for name, split, turned in parts:
             for index in torch.arange(len(split)).split(_TOGETHER):
                 k = turned(split[index][0]).to(device)
                 for kind, value in zip(("mean", "std"), source.autoencoder.encode(source.pixels.encode(k))):
-                    found.setdefault(f"{name}/{kind}", []).append(value.float().cpu())
+                    parts_of.setdefault(f"{name}/{kind}", []).append(value.float().cpu())
                 bar.update(len(index))
-    codes = {name: torch.cat(values) for name, values in found.items()}
+    codes = {name: torch.cat(values) for name, values in parts_of.items()}
     # the variance of draws is that of the means and the mean of the variances
     mean = torch.stack([c.double().mean() for c in codes["train/mean"].unbind(1)])
     spread = torch.stack([c.double().var(correction=0) for c in codes["train/mean"].unbind(1)])
@@ -316,11 +310,8 @@ def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
     deviation = getattr(source.autoencoder, "deviation", None)
     if deviation is None:
         deviation = _measured_deviation(source, data.train, codes, device)
-    return codes | {
-        "mean": mean,
-        "std": std,
-        "deviation": torch.as_tensor(deviation, dtype=torch.float64).detach().cpu(),
-    }
+    deviation = torch.as_tensor(deviation, dtype=torch.float64).detach().cpu()
+    return codes | {"mean": mean, "std": std, "deviation": deviation}
 
 
 def _measured_deviation(source: Source, split: Split, codes: dict[str, Tensor], device: torch.device) -> Tensor:
@@ -333,15 +324,3 @@ def _measured_deviation(source: Source, split: Split, codes: dict[str, Tensor], 
         squares.append((source.autoencoder.decode(z.to(device)) - x).double().square().flatten(1).mean(1).cpu())
     least = source.pixels.width / (2 * source.pixels.levels)  # of the rounding to levels, were all else perfect
     return torch.cat(squares).mean().sqrt().clamp_min(least / 3**0.5)
-
-
-def _parameters(autoencoder: Autoencoder) -> list[nn.Parameter]:
-    return list(autoencoder.parameters()) if isinstance(autoencoder, nn.Module) else []
-
-
-def _read(path: Path, about: dict[str, str]) -> dict[str, Tensor] | None:
-    """The codes in a file that is of these images and this autoencoder; None where there is none that can be read."""
-    try:
-        return read_tensors(path) if read_header(path) == {"format": FORMAT, **about} else None
-    except (FileNotFoundError, ValueError):
-        return None

@@ -25,7 +25,7 @@ from ..models.base import ScoreModel
 from . import checkpoint
 from .checkpoint import Trained
 from .class_names import resolve_labels
-from .codes import Opened, Source, check_codes, codec_of_codes, opened
+from .codes import Opened, Source, check_codes, codec_from, opened
 from .conditions import RESTORING, check_conditions
 from .inputs import read_data
 from .options import scales_of
@@ -79,7 +79,7 @@ def open_job(
     shape = data.shape if source is None else source.shape
     model = _model(trained, options.mode, config, shape, processes)
     plain = codec_of(data.levels, config.data.centered, data.rate)
-    codec = plain if source is None else codec_of_codes(trained, source)
+    codec = plain if source is None else codec_from(trained, source)
     return Job(model, config, codec, trained, shape, workdir, processes), data
 
 

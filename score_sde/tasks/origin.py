@@ -1,14 +1,13 @@
 """Fine-tuning: a run that begins from the weights of a checkpoint, of this package or of another project.
 
-The network must be the checkpoint's own, shown by its tensors' names and shapes and, where the configs differ, by its
-answers. Two things may be otherwise, the number of classes and of the images' channels: the layers that depend on them,
-and these alone, are made anew.
+The config's network must be the checkpoint's: names and shapes of tensors are compared and, where the configs differ,
+outputs. Only the number of classes and of the images' channels may differ: the layers that depend on them start fresh.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +26,12 @@ from ..networks.blocks import Head
 from . import checkpoint
 from .checkpoint import Trained
 
-# Keys of the section model without a say in what a network computes from its weights: told where they are others.
+# Keys of the section model that do not change what a network computes from its weights: a change is a warning.
 _READ_OTHERWISE = (
     *("rule", "label", "sigma_data", "sigma_min", "sigma_max", "beta_min", "beta_max", "gamma_min", "gamma_max"),
     *("learn_ends", "num_scales", "t_min", "super_resolution"),
 )
-# And those that may be others without a word.
+# Keys that may differ without a warning.
 _FREE = (
     *("num_classes", "class_conditional", "image_channels", "dropout", "ema_rate", "ema_halflife"),
     *("text_encoder", "text_length"),
@@ -40,21 +39,10 @@ _FREE = (
 _AS_IT_WAS = "take the config that it was trained with (only the numbers of classes and of channels may differ)"
 
 
-def origin_hash(path: Path) -> str:
-    """sha256 of a checkpoint, or of the network in a folder of diffusers'."""
-    if not path.is_dir():
-        return checkpoint.file_hash(path)
-    path = diffusers.network_folder(path)
-    whole = hashlib.sha256()
-    for part in sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".json")):
-        whole.update(f"{part.name} {checkpoint.file_hash(part)} ".encode())
-    return whole.hexdigest()
-
-
 def find_origin(where: str) -> Trained:
-    """The checkpoint that training.origin means: a file, a workdir's newest, or a folder of diffusers'.
+    """The checkpoint that training.origin names: a file, a workdir's newest, or a folder of diffusers'.
 
-    Raises FileNotFoundError where there is none.
+    Raises FileNotFoundError if there is none.
     """
     path = Path(where)
     if not path.exists():
@@ -68,7 +56,7 @@ def find_origin(where: str) -> Trained:
 def check_origin(config: ConfigDict, workdir: Path, begun: Trained | None) -> None:
     """Put the origin's hash into the config, and refuse one that the workdir's own run did not begin from.
 
-    `begun` is that run's newest checkpoint, or None. Without an origin in the config, that of the run stays.
+    `begun` is that run's newest checkpoint, or None. Without an origin in the config, the run's origin stays.
     """
     t = config.training
     theirs = begun.config.training if begun is not None else None
@@ -82,10 +70,11 @@ def check_origin(config: ConfigDict, workdir: Path, begun: Trained | None) -> No
             "--workdir"
         )
     if theirs is not None and (theirs.origin, theirs.origin_sha256) == (t.origin, t.origin_sha256):
-        return  # the run's own config says so, and the file may be gone by now
+        return  # the run's own config says so, and the file may be deleted by now
     if not t.origin:
         return
-    t.origin_sha256 = origin_hash(find_origin(t.origin).path)
+    path = find_origin(t.origin).path
+    t.origin_sha256 = checkpoint.file_hash(diffusers.network_folder(path) if path.is_dir() else path)
     if theirs is not None and theirs.origin_sha256 != t.origin_sha256:
         was = f"began from {theirs.origin}, with other content" if theirs.origin_sha256 else "did not begin from a file"
         raise ValueError(
@@ -95,56 +84,56 @@ def check_origin(config: ConfigDict, workdir: Path, begun: Trained | None) -> No
 
 
 def check_fits(config: ConfigDict, workdir: Path, shape: tuple[int, ...]) -> None:
-    """Raise what `take_weights` would for a run that is about to begin in a workdir, before work is done."""
+    """Raise what `take_weights` would raise for a new run in a workdir, before any work is done."""
     if config.training.origin and checkpoint.newest(workdir)[0] is None:
         take_weights(config, kind_of(config).build(config, shape), shape)
 
 
 @torch.no_grad()
 def take_weights(config: ConfigDict, model: Trainable, shape: tuple[int, ...]) -> list[str]:
-    """Copy the weights of the checkpoint training.origin into `model`, fresh and for examples of `shape`.
+    """Copy the weights of the checkpoint training.origin into `model`, a fresh one for examples of `shape`.
 
-    Returns what was done, in sentences. Raises FileNotFoundError, or ValueError for a checkpoint that does not fit;
-    `model` is unchanged then.
+    Returns sentences for the log. Raises FileNotFoundError, or ValueError for a checkpoint that does not fit; then
+    `model` is unchanged.
     """
     trained, t = find_origin(config.training.origin), config.training
     path, read = trained.path, _foreign if trained.card is None else _ours
-    held, notes = read(trained, config, shape)
-    found, target = held.state_dict(), model.state_dict()
-    anew = {_layer(name) for name, value in target.items() if name not in found or found[name].shape != value.shape}
+    origin, notes = read(trained, config, shape)
+    weights, target = origin.state_dict(), model.state_dict()
+    anew = {_layer(name) for name, v in target.items() if name not in weights or weights[name].shape != v.shape}
     for name, value in target.items():
         if _layer(name) not in anew:
-            value.copy_(found[name])
+            value.copy_(weights[name])
     begun = [f"a new run, from the {'averaged' if t.origin_weights == 'ema' else 'raw'} weights of {path}"]
     if anew:
         begun.append(f"made anew, as classes or channels are others than there: {', '.join(sorted(anew))}")
-    if unused := {_layer(name) for name in found.keys() - target.keys()}:
+    if unused := {_layer(name) for name in weights.keys() - target.keys()}:
         begun.append(f"without its {', '.join(sorted(unused))}")
     return begun + notes
 
 
 def foreign_config(config: ConfigDict, channels: int | None = None) -> dict[str, Any]:
-    """The config as score_sde_pytorch has it, whose files carry none: there VE networks are divided by sigma."""
-    given: dict[str, Any] = config.to_dict()
-    given["model"]["scale_by_sigma"] = config.training.sde == "vesde"
-    given["data"]["num_channels"] = channels or config.data.num_channels
-    return given
+    """The config in the form of score_sde_pytorch, whose files carry none: VE networks are divided by sigma there."""
+    theirs: dict[str, Any] = config.to_dict()
+    theirs["model"]["scale_by_sigma"] = config.training.sde == "vesde"
+    theirs["data"]["num_channels"] = channels or config.data.num_channels
+    return theirs
 
 
 def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
-    """What a checkpoint of ours holds, which fits the config but for classes and channels; and what is to be told."""
+    """The network of a checkpoint of ours, which may differ from the config in classes and channels; and warnings."""
     path, card, theirs = trained.path, trained.card, trained.config
     assert card is not None
     pairs = [
         ("", kind_of(theirs).name, kind_of(config).name),
-        ("data.autoencoder: ", _coded(theirs), _coded(config)),
-        ("model.text_encoder: ", theirs.model.text_sha256[:12] or "none", config.model.text_sha256[:12] or "none"),
+        ("", _coded(theirs), _coded(config)),
+        ("model.text_encoder ", theirs.model.text_sha256[:12] or "none", config.model.text_sha256[:12] or "none"),
         ("examples of shape ", _size(card.shape), _size(shape)),
     ]
     for what, have, want in pairs:
         if have != want:
             raise ValueError(
-                f"{path} cannot be trained further so: it is of {what}{have}, and the config of {want}; take a "
+                f"{path} cannot be trained further with this config: it has {what}{have}, the config {want}; take a "
                 "checkpoint of the same, or begin anew"
             )
     bridge = ConfigDict(config.to_dict())
@@ -153,37 +142,37 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
         bridge.model[key] = theirs.model[key]
     if config.model.super_resolution:
         bridge.model.image_channels = card.shape[0]
-    held = trained.network(config.training.origin_weights == "ema")
+    network = trained.network(config.training.origin_weights == "ema")
     example = _with_channels(shape, card.shape[0])
-    fitting = _filled(path, kind_of(bridge).build(bridge, example), held.state_dict())
+    fitting = _filled(path, kind_of(bridge).build(bridge, example), network.state_dict())
     others = [
         f"model.{key}={value}"
         for key, value in theirs.model.items()
         if key not in _FREE and key not in _READ_OTHERWISE and value != config.model[key]
     ]
-    if others and not torch.equal(_answer(fitting, example), _answer(held, example)):
+    if others and not torch.equal(_answer(fitting, example), _answer(network, example)):
         raise ValueError(
-            f"{path} is of another network than the config's: set {', '.join(others)} as it was (what of this the "
-            "network has), or begin anew"
+            f"{path} has another network than the config: set {', '.join(others)} as it was (only keys that the "
+            "network uses matter), or begin anew"
         )
     keys = [*(f"model.{key}" for key in _READ_OTHERWISE), "training.sde", "training.continuous", "data.centered"]
     lines = [line for line in configs.differences(theirs, config) if line.partition(":")[0] in keys]
-    return held, [f"warning: the weights were trained to be read otherwise: {line}" for line in lines]
+    return network, [f"warning: the weights were trained to be read otherwise: {line}" for line in lines]
 
 
 def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple[Trainable, list[str]]:
-    """What a file of score_sde_pytorch or a folder of diffusers' holds, in the model that the config makes of it."""
+    """The weights of a file of score_sde_pytorch or a folder of diffusers', in the config's model; and warnings."""
     path = trained.path
     if kind_of(config) is not MODEL:
-        raise ValueError(f"{path} is of a score model, and the config trains {kind_of(config).name}: begin anew")
+        raise ValueError(f"{path} holds a score model, and the config trains {kind_of(config).name}: begin anew")
     bridge = ConfigDict(config.to_dict())
     remedy = _AS_IT_WAS
     if path.is_dir():
         where = diffusers.network_folder(path)
         theirs: nn.Module = diffusers.load_network(where).float()
-        about = score_sde_pytorch.read_config(where / "config.json")
-        channels = int(about.get("in_channels", shape[0]))
-        wanted = diffusers.settings(about, shape[-1]).items()
+        settings = score_sde_pytorch.read_config(where / "config.json")
+        channels = int(settings.get("in_channels", shape[0]))
+        wanted = diffusers.settings(settings, shape[-1]).items()
         own = [f"model.{key}={value}" for key, value in wanted if config.model[key] != value]
         remedy = f"set {', '.join(own)}" if own else "nothing in the section model makes that network"
     else:
@@ -195,59 +184,56 @@ def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tu
     bridge.model.num_classes = len(weights.get("network.classes.table", ()))
     bridge.model.class_conditional = bridge.model.num_classes > 0
     example = _with_channels(shape, channels)
-    made = _filled(path, kind_of(bridge).build(bridge, example), weights, remedy)
-    if not _alike(made, theirs, example) and not path.is_dir():
-        _negate(made, channels)  # a network whose output over sigma is the score has the noise's other sign
-    if not _alike(made, theirs, example):
+    model = _filled(path, kind_of(bridge).build(bridge, example), weights, remedy)
+    if not _alike(model, theirs, example) and not path.is_dir():
+        _negate(model, channels)  # a network whose output over sigma is the score has minus the sign of the noise
+    if not _alike(model, theirs, example):
         raise ValueError(
-            f"{path} answers otherwise than what the config makes of its weights: set the sections model and training "
-            "as they were there, or begin anew"
+            f"{path} and the config compute different outputs from its weights: set the sections model and training as "
+            "they were there, or begin anew"
         )
-    return made, _read_by_scheduler(path, made, example) if path.is_dir() else []
+    return model, _read_by_scheduler(path, model, example) if path.is_dir() else []
 
 
-def _read_by_scheduler(folder: Path, made: Trainable, shape: tuple[int, ...]) -> list[str]:
-    """What is to be told where the scheduler beside a network of diffusers' reads it otherwise than the config."""
+def _read_by_scheduler(folder: Path, model: Trainable, shape: tuple[int, ...]) -> list[str]:
+    """A warning if the scheduler beside a network of diffusers' reads its output differently than the config."""
     try:
         theirs = diffusers.load_folder(folder)
     except (FileNotFoundError, ValueError):  # a network alone, or a scheduler without counterpart
         return []
-    if _alike(made, theirs, shape):
+    if _alike(model, theirs, shape):
         return []
     return [
-        "warning: the weights were trained to be read otherwise: by the scheduler of that folder the score is another "
-        "than by model.rule, model.label and the section's noise levels"
+        "warning: the weights were trained to be read otherwise: the scheduler of that folder gives another score than "
+        "model.rule, model.label and the section's noise levels"
     ]
 
 
 def _score_sde(path: Path, config: ConfigDict, channels: int) -> tuple[ScoreModel, int]:
-    """The model in a file of score_sde_pytorch, which says nowhere how many channels it is for, and how many."""
-    tried = list(dict.fromkeys((channels, 3, 1)))
-    for number in tried:
-        try:
-            ema = config.training.origin_weights == "ema"
+    """The model in a file of score_sde_pytorch, and its number of channels, which the file does not say."""
+    ema = config.training.origin_weights == "ema"
+    *first, last = dict.fromkeys((channels, 3, 1))
+    for number in first:
+        with suppress(ValueError):
             return score_sde_pytorch.load_score_sde_file(path, foreign_config(config, number), ema), number
-        except ValueError:
-            if number == tried[-1]:
-                raise
-    raise AssertionError
+    return score_sde_pytorch.load_score_sde_file(path, foreign_config(config, last), ema), last
 
 
 def _filled(path: Path, model: Trainable, weights: Mapping[str, Tensor], remedy: str = _AS_IT_WAS) -> Trainable:
-    """The model with these weights. Raises ValueError, with the remedy, unless names and shapes are its own."""
+    """The model with these weights. Raises ValueError, with the remedy, unless names and shapes agree."""
     own = model.state_dict()
     for name in sorted(own.keys() | weights.keys()):
         here, there = (str(tuple(v[name].shape)) if name in v else "none" for v in (own, weights))
         if here != there:
             raise ValueError(
-                f"{path} is of another network than the config's: {name} is {there} there and {here} here; {remedy}"
+                f"{path} has another network than the config: {name} is {there} there and {here} here; {remedy}"
             )
     model.load_state_dict(weights)
     return model.eval()
 
 
 def _negate(model: Trainable, channels: int) -> None:
-    """Turn the sign of what the network answers, at each convolution that makes an image of it."""
+    """Turn the sign of a network's output, at each convolution that outputs an image."""
     for module in model.modules():
         last = module.conv if isinstance(module, Head) else getattr(module, "last", None)
         if isinstance(last, nn.Conv2d) and last.out_channels == channels:
@@ -256,10 +242,10 @@ def _negate(model: Trainable, channels: int) -> None:
 
 
 def _alike(made: Trainable, theirs: nn.Module, shape: tuple[int, ...]) -> bool:
-    """Whether two models (or the network of one, and another network) answer alike.
+    """Whether two models (or the network of one, and another network) have like outputs.
 
-    Discrete models of score_sde_pytorch tell the time between a chain's steps in another way: a few per cent may be
-    between answers; a turned sign, another rule or another order of the steps is far more.
+    Discrete models of score_sde_pytorch label times between a chain's steps in another way, so outputs may differ by a
+    few per cent; another sign, rule or order of the steps makes far larger differences.
     """
     if not isinstance(theirs, ScoreModel):
         return torch.equal(_answer(made, shape), _answer(theirs, shape))
@@ -273,15 +259,15 @@ def _alike(made: Trainable, theirs: nn.Module, shape: tuple[int, ...]) -> bool:
 
 
 def _answer(model: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """What a network computes of an example of random numbers, told as little as it can be."""
+    """A network's output for one example of random numbers, with as few conditions as it allows."""
     source = torch.Generator().manual_seed(0)
     x = torch.randn(1, *shape, generator=source)
     if isinstance(model, ConvolutionalAutoencoder):
         return model.decode(model.encode(x)[0])
     network = getattr(model, "network", model)
     image = {"image": x} if getattr(network, "image_channels", 0) else {}
-    found: Tensor = network(x, torch.full((1,), 3.0), **image)
-    return found
+    output: Tensor = network(x, torch.full((1,), 3.0), **image)
+    return output
 
 
 def _coded(config: ConfigDict) -> str:
@@ -290,7 +276,7 @@ def _coded(config: ConfigDict) -> str:
 
 
 def _size(shape: tuple[int, ...]) -> str:
-    """What must be alike of examples: the size of vectors, the rank of the others."""
+    """What two runs' examples must have in common: the size of vectors, the rank of the others."""
     return str(shape) if len(shape) == 1 else f"(channels and {len(shape) - 1} dimensions)"
 
 

@@ -1,4 +1,4 @@
-"""Captions and prompts as the model sees them: each text is encoded once, and kept in a file of the workdir."""
+"""Embeddings of captions and prompts: each text is encoded once, and kept in a file of the workdir."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .job import Job
 
 
 def embedded_captions(config: ConfigDict, data: Data, workdir: Path, processes: Processes) -> Text | None:
-    """Of the data's captions; None where the model takes none. Raises ValueError for data without captions."""
+    """The embedded captions; None for a model without captions. Raises ValueError for data without captions."""
     if not config.model.text_encoder:
         return None
     if not data.captions:
@@ -30,7 +30,7 @@ def embedded_captions(config: ConfigDict, data: Data, workdir: Path, processes: 
 
 
 def with_prompts(wanted: Wanted, options: argparse.Namespace, job: Job) -> Wanted:
-    """With the prompts, if there are any, and behind them what is not wanted."""
+    """`wanted` with the embedded prompts, if there are any, and after them the negative prompt."""
     if not options.prompt:
         return wanted
     unwanted = [options.negative] if options.negative else []
@@ -39,7 +39,7 @@ def with_prompts(wanted: Wanted, options: argparse.Namespace, job: Job) -> Wante
 
 
 def _embedded(config: ConfigDict, texts: Sequence[str], workdir: Path, processes: Processes) -> Text:
-    """The main process reads them from the workdir's file, or makes them, for all."""
+    """The main process reads the embeddings from the workdir's file, or encodes the texts, for all processes."""
     m = config.model
     cache = workdir / "text" / f"{m.text_sha256[:16]}-{m.text_length}.safetensors"
 

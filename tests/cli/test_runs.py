@@ -271,9 +271,9 @@ def test_other_classes_make_their_layer_anew_and_no_other(
         ("cond_digits", {"model__num_res_blocks": 2}, "is none there and"),
         ("cond_digits", {"model__nonlinearity": "elu"}, "set model.nonlinearity=swish as it was"),
         ("cond_digits", {"model__skip_rescale": "false"}, "set model.skip_rescale=True as it was"),
-        ("classifier_digits", {}, "it is of a score model, and the config of a classifier"),
-        ("autoencoder_digits32", {"model__ch_mult": "1,2"}, "it is of a score model, and the config of an autoencoder"),
-        ("vp_toy", {}, "examples of shape (channels and 2 dimensions), and the config of (2,)"),
+        ("classifier_digits", {}, "it has a score model, the config a classifier"),
+        ("autoencoder_digits32", {"model__ch_mult": "1,2"}, "it has a score model, the config an autoencoder"),
+        ("vp_toy", {}, "examples of shape (channels and 2 dimensions), the config (2,)"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_work(
@@ -320,7 +320,7 @@ def test_a_checkpoint_of_score_sde_pytorch_is_trained_further(
     x, t = torch.randn(2, 3, 16, 16), torch.tensor(0.4, dtype=torch.float64)
     torch.testing.assert_close(checkpoint.load(tmp_path / "run").score(x, t), model.score(x, t), rtol=1e-5, atol=1e-6)
     error = refused(capsys, line(config, "train", tmp_path / "x", *words, **{**change, **wrong}))
-    assert "answers otherwise than what the config makes of its weights" in error
+    assert "and the config compute different outputs from its weights" in error
 
 
 # -- a checkpoint is enough

@@ -453,9 +453,7 @@ def test_an_autoencoder_that_changed_since_is_refused(
     shutil.copytree(trained[1], workdir)
     for mode in ("sample", "likelihood", "train"):
         words = refused("latent_digits32", mode, workdir, of(changed), "--config.training.n_iters=4")
-        assert re.search(
-            "codes of another autoencoder, sha256 .* give back the one that the codes were made with", words
-        )
+        assert re.search("codes of another autoencoder, sha256 .* restore the first one", words)
     words = refused("latent_digits32", "sample", workdir, "--config.data.autoencoder=")
     assert re.search("is a model of codes, and the config says pixels: set data.autoencoder=", words)
 
@@ -468,7 +466,7 @@ def test_a_model_resumed_on_other_images_is_refused(trained: tuple[Path, Path], 
     np.savez(tmp_path / "other.npz", x=images)
     other = ["--config.data.dataset=files", f"--config.data.path={tmp_path / 'other.npz'}"]
     words = refused("latent_digits32", "train", workdir, of(autoencoder), *other, "--config.training.n_iters=4")
-    assert "was trained on codes of other statistics" in words
+    assert "was trained on codes with other statistics" in words
 
 
 @pytest.mark.parametrize(
