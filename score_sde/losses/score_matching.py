@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from ..models.base import ScoreModel, twice_differentiable
-from ..models.traces import PART, differentiable, quadratic_forms
+from ..models.traces import BLOCK, differentiable, quadratic_forms
 from ..sdes.linear import like
 
 Score = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> score, of x's shape
@@ -59,7 +59,7 @@ class Energy(nn.Module):
             return torch.autograd.grad(-energy.sum(), x, create_graph=graph)[0]
 
 
-def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 1024, products: int = PART) -> Tensor:
+def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 1024, products: int = BLOCK) -> Tensor:
     """|s|²/2 + tr(ds/dx) with the exact trace, (B,) (Hyvärinen 2005, eq. 4; its sample average is eq. 8).
 
     Takes D vector-Jacobian products per example, D being the dimension.

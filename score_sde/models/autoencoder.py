@@ -1,13 +1,13 @@
-"""Autoencoders of images: a posterior q(z | x) of a code z, and a decoder p(x | z), with a bound between them.
+"""Autoencoders of images: the encoder's posterior q(z | x) of a code z, the decoder p(x | z), and the bound they give.
 
 For a prior p(z) of any kind (Kingma & Welling 2014, arXiv:1312.6114, eq. 3)
 
     -log P(x) <= E_q [-log P(x | z)] + KL(q(z | x) || p(z)),
 
-in bits of the pixels if P(x | z) gives a probability to each level: here that of a normal law around the decoded image,
-of one standard deviation for all pixels, which is learned or measured (Rybkin et al. 2021, arXiv:2006.13202). An
-autoencoder is trained with p(z) = N(0, I) and a weight of the divergence (Higgins et al. 2017; Rombach et al. 2022,
-arXiv:2112.10752, section 3.1); a score model of its codes then takes the prior's place.
+It counts bits of the pixels if P(x | z) gives a probability to each level. Here the decoder is a normal law around the
+decoded image, with one standard deviation for all pixels, learned or measured (Rybkin et al. 2021, arXiv:2006.13202).
+An autoencoder is trained with p(z) = N(0, I) and a weight of the divergence (Higgins et al. 2017; Rombach et al. 2022,
+arXiv:2112.10752, section 3.1); a score model of its codes then replaces the prior.
 """
 
 from __future__ import annotations
@@ -22,17 +22,16 @@ from .reverse import decode
 
 
 class Autoencoder(Protocol):
-    """What a model of codes asks of an autoencoder; any module with these two methods is one.
+    """What a model of codes needs of an autoencoder; any module with these two methods is one.
 
-    Images x are (B, C, H, W) in [-1, 1], or in [0, 1] if it says ``centered = False``; codes are (B, c, h, w). If it
-    has a `deviation`, a number or a tensor (), this is the standard deviation of x around decode(z); else it is
-    measured.
+    Images x are (B, C, H, W) in [-1, 1], or in [0, 1] if it has ``centered = False``; codes are (B, c, h, w). Its
+    `deviation`, a number or a tensor (), is the standard deviation of x around decode(z); without one it is measured.
     """
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of q(z | x), normal and independent; a deviation of 0 is no posterior, a point.
+        """Mean and standard deviation of q(z | x), a normal law with independent dimensions.
 
-        A model of such codes can be sampled, and has no bound on the likelihood.
+        With a standard deviation of 0 the code is a point: a model of such codes can be sampled, but has no bound.
         """
 
     def decode(self, z: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ class Autoencoder(Protocol):
 
 
 class Evidence(NamedTuple):
-    """The negative evidence lower bound under N(0, I), (B,) nats, in two parts, and the decoded images."""
+    """The negative evidence lower bound (ELBO) under N(0, I), (B,) nats, in two parts, and the decoded images."""
 
     reconstruction: Tensor
     divergence: Tensor
@@ -48,10 +47,10 @@ class Evidence(NamedTuple):
 
 
 class ConvolutionalAutoencoder(nn.Module):
-    """This package's own `Autoencoder`: two networks, and the decoder's standard deviation as a parameter.
+    """This package's own `Autoencoder` (VAE): two networks, and the decoder's standard deviation as a parameter.
 
     Args:
-        encoder: module F(x) -> (B, 2 c, h, w), the posterior's mean and log variance, which is held to [-30, 20].
+        encoder: module F(x) -> (B, 2 c, h, w), the posterior's mean and its log variance, clamped to [-30, 20].
         decoder: module F(z) -> (B, C, H, W).
         centered: x is in [-1, 1]; if False, in [0, 1].
     """
@@ -59,7 +58,7 @@ class ConvolutionalAutoencoder(nn.Module):
     def __init__(self, encoder: nn.Module, decoder: nn.Module, *, centered: bool = True) -> None:
         super().__init__()
         self.encoder, self.decoder, self.centered = encoder, decoder, centered
-        # its logarithm in tenths: Adam moves all parameters alike, and this one has far to go
+        # a tenth of its logarithm: Adam moves all parameters by equal steps, and this one has far to go
         self.log_deviation = nn.Parameter(torch.tensor(math.log(0.25 if centered else 0.125) / 10))
 
     @property
@@ -74,14 +73,14 @@ class ConvolutionalAutoencoder(nn.Module):
         return self.decoder(z).to(z.dtype)
 
     def forward(self, x: Tensor, noise: Tensor, levels: int | None = None, width: float = 2.0) -> Evidence:
-        """Its bound at images x for one draw of z, made of standard normal `noise` of the codes' shape."""
+        """The bound at images x for one draw of z, made of standard normal `noise` of the codes' shape."""
         mean, std = self.encode(x)
         decoded = self.decode(mean + std * noise)
         return Evidence(-log_prob(x, decoded, self.deviation, levels, width), divergence(mean, std), decoded)
 
 
 def log_prob(x: Tensor, decoded: Tensor, deviation: Tensor, levels: int | None = None, width: float = 2.0) -> Tensor:
-    """log p(x | z) of N(decoded, deviation²), (B,) nats; with levels a log probability, see `bounds.discretised`."""
+    """log p(x | z) of N(decoded, deviation²), (B,) nats; with levels a log probability, see `reverse.discretised`."""
     return decode(x, decoded, (2 * deviation.log()).expand_as(x), levels, width)
 
 
@@ -91,5 +90,5 @@ def divergence(mean: Tensor, std: Tensor) -> Tensor:
 
 
 def entropy(std: Tensor) -> Tensor:
-    """Of N(mean, std²), (B,) nats: E[-log q(z | x)]."""
+    """Entropy of N(mean, std²), (B,) nats: E[-log q(z | x)]."""
     return (std.log() + (1 + math.log(2 * math.pi)) / 2).flatten(1).sum(1)

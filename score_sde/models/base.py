@@ -1,9 +1,9 @@
-"""What a score model answers with, and how a network becomes one.
+"""Score models: what they return, how conditions are bound to them, and how any score function becomes one.
 
 A model is a callable ``model(x, t) -> Estimate``: given x_t = alpha(t) x_0 + sigma(t) z it returns its estimates of
 E[x_0 | x_t] and E[z | x_t]. By Tweedie's formula the score is -E[z | x_t]/sigma (Efron 2011; Vincent 2011). Networks,
-closed forms, guided models and checkpoints of other projects are all models, so samplers, losses and likelihoods never
-ask what they hold.
+closed forms, guided models and checkpoints of other projects are all models, so samplers, losses and likelihoods take
+each of them without knowing which it is.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from ..sdes.linear import SDE, WrongShape, add_, like
 class Estimate(NamedTuple):
     """E[x_0 | x_t] and E[z | x_t], of x_t's shape, with x_t = alpha data + sigma noise; sigma broadcasts against both.
 
-    Both halves are kept because neither can be had from the other without dividing by something that vanishes.
-    `fraction`, where a model learned the variances of its reverse steps, is what `reverse_log_variance` makes them of;
-    it has x_t's shape too.
+    Both are kept because to compute one from the other one divides by alpha or sigma, which may vanish. A model with
+    learned variances of its reverse steps also returns `fraction`, of x_t's shape, for `reverse_log_variance`.
     """
 
     data: Tensor
@@ -43,9 +42,9 @@ class Estimate(NamedTuple):
 class ScoreModel(nn.Module, ABC):
     """A map ``(x, t, **condition) -> Estimate`` for the marginals of `sde`; x is (B, *shape), t is () or (B,).
 
-    What a model holds of the examples at hand, such as their labels, is kept in its `condition`, for `of_examples`.
+    What a model holds for each example of a batch, such as labels, is in its `condition`, for `of_examples`.
 
-    Raises WrongShape, a ValueError, for an estimate that is not of x's shape: it would be broadcast without a word.
+    Raises WrongShape, a ValueError, for an estimate that does not have x's shape: it would be broadcast silently.
     """
 
     def __init__(self, sde: SDE) -> None:
@@ -83,13 +82,13 @@ class ScoreModel(nn.Module, ABC):
 
 
 def at(t: Tensor) -> str:
-    """Times in words: "t = 0.5", or the first and last of several."""
+    """Times as text: "t = 0.5", or the smallest and the largest of several."""
     low, high = (f"{edge.item():.4g}" for edge in (t.min(), t.max())) if t.numel() else ("none", "none")
     return f"t = {low}" if low == high else f"t = {low} to {high}"
 
 
 def check_finite(terms: Tensor, t: Tensor, name: str) -> None:
-    """Raise FloatingPointError where terms (B, K), made of estimates at t, (K,) or (B, K), are not finite."""
+    """Raise FloatingPointError where terms (B, K), computed from estimates at t, (K,) or (B, K), are not finite."""
     bad = ~terms.isfinite().cpu()
     if bool(bad.any()):
         k = int(bad.any(0).nonzero()[0])
@@ -99,30 +98,41 @@ def check_finite(terms: Tensor, t: Tensor, name: str) -> None:
         )
 
 
-def in_precision_of(part: Any, x: Tensor) -> Tensor:
-    """x in the floating-point type of a module's first parameter; x itself for other callables and without parameters.
+def in_precision_of(network: Any, x: Tensor) -> Tensor:
+    """x in the dtype of a module's first parameter; x itself for other callables and modules without parameters.
 
     States are kept in float32 or float64; a network may compute in bfloat16.
     """
-    p = next(part.parameters(), None) if isinstance(part, nn.Module) else None
+    p = next(network.parameters(), None) if isinstance(network, nn.Module) else None
     return x if p is None or not p.is_floating_point() else x.to(p.dtype)
 
 
 def twice_differentiable(wanted: bool = True) -> AbstractContextManager[None]:
-    """Attention in plain operations, if `wanted`: the fused kernels have no second derivative."""
+    """Within it attention is computed in plain operations, if `wanted`: fused kernels have no second derivative."""
     return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
 
 
-def absent(value: Tensor) -> Tensor:
-    """What stands for no condition where `value` does for one: -1 for labels (integers), False in masks, 0 in numbers.
+def with_graph(h: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Tensor, bool]:
+    """(h(y), y, whether gradients are enabled), with a graph from h(y) to y also where they are disabled.
 
-    A model that was trained with such examples among the others is unconditional where it is given them.
+    y has x's value; it is x itself where gradients are enabled and x requires one.
+    """
+    graph = torch.is_grad_enabled()
+    with torch.enable_grad(), twice_differentiable(graph):
+        y = x if graph and x.requires_grad else x.detach().requires_grad_()
+        return h(y), y, graph
+
+
+def absent(value: Tensor) -> Tensor:
+    """The value for "no condition", shaped as `value`: -1 for labels (integers), False for masks, 0 for numbers.
+
+    A model that was trained with some conditions replaced by it is unconditional there.
     """
     return torch.full_like(value, False if value.dtype == torch.bool else 0 if value.is_floating_point() else -1)
 
 
 class Given(ScoreModel):
-    """`model` with `condition` bound; conditions given later are added to it."""
+    """`model` with `condition` bound; later conditions are added to it."""
 
     def __init__(self, model: ScoreModel, condition: dict[str, Any]) -> None:
         super().__init__(model.sde)
@@ -136,7 +146,7 @@ class Given(ScoreModel):
 
 
 class Counted(ScoreModel):
-    """`model`, whose evaluations are counted in `nfe`."""
+    """`model` with its evaluations counted in `nfe`."""
 
     def __init__(self, model: ScoreModel) -> None:
         super().__init__(model.sde)
@@ -149,34 +159,34 @@ class Counted(ScoreModel):
 
 @contextmanager
 def of_examples(model: ScoreModel, rows: Tensor, batch: int) -> Iterator[None]:
-    """Within it, what `model` is given for each of `batch` examples is that of the examples `rows`.
+    """Within it, the conditions that `model` has for `batch` examples are reduced to those of the examples `rows`.
 
-    That is each tensor (B, ...) in a part's `condition`, as `bound` finds them. As many rows as examples are all, in
-    order; more repeat them.
+    These are the tensors (B, ...) in the `condition` of each of its `conditioned` modules. As many rows as examples
+    are taken as all of them in order; more rows repeat examples.
     """
-    parts = bound(model) if len(rows) != batch else []
-    whole = [m.condition for m in parts]
+    modules = conditioned(model) if len(rows) != batch else []
+    whole = [m.condition for m in modules]
 
     def chosen(value: object) -> object:
         each = isinstance(value, Tensor) and value.ndim > 0 and len(value) == batch
         return value[sent(rows, value.device)] if each else value  # type: ignore[index,attr-defined]
 
     try:
-        for m, condition in zip(parts, whole, strict=True):
+        for m, condition in zip(modules, whole, strict=True):
             m.condition = {name: chosen(value) for name, value in condition.items()}
         yield
     finally:
-        for m, condition in zip(parts, whole, strict=True):
+        for m, condition in zip(modules, whole, strict=True):
             m.condition = condition
 
 
-def bound(model: nn.Module) -> list[ScoreModel]:
-    """The parts of a model that something is bound to: score models with a `condition`, a dict."""
+def conditioned(model: nn.Module) -> list[ScoreModel]:
+    """The score models within a model that have a condition bound."""
     return [m for m in model.modules() if isinstance(m, ScoreModel) and m.condition]
 
 
 class FromScore(ScoreModel):
-    """A score function (x, t) -> score, lifted to a model: noise = -sigma score, data = (x + sigma² score)/alpha."""
+    """A score function (x, t) -> score as a model: noise = -sigma score, data = (x + sigma² score)/alpha."""
 
     def __init__(self, sde: SDE, fn: Callable[..., Tensor]) -> None:
         super().__init__(sde)
@@ -201,18 +211,19 @@ class FromScore(ScoreModel):
 
 
 def from_score(sde: SDE, fn: Callable[..., Tensor]) -> ScoreModel:
-    """Lift any callable ``score(x, t) -> Tensor`` of x's shape to a model; an nn.Module's parameters come along."""
+    """A model from any callable ``score(x, t) -> Tensor`` of x's shape; it has the parameters of an nn.Module."""
     return FromScore(sde, fn)
 
 
 def default_state(
     model: nn.Module | Tensor, dtype: torch.dtype | None, device: torch.device | str | None
 ) -> tuple[torch.dtype, torch.device]:
-    """Those given; else those of the state, or of the model's first parameter or buffer; else float32 on the CPU.
+    """Dtype and device of a state: those passed; else those of the model's first parameter or buffer, or of a state.
 
-    A state is float32 for a model in half precision: the increments of many steps would be lost in its rounding.
+    Without any they are float32 and the CPU. For a model in half precision a state is float32: its rounding would lose
+    the increments of many steps.
     """
-    known = (model,) if isinstance(model, Tensor) else (*model.parameters(), *model.buffers())
-    like = next((p for p in known if p.is_floating_point()), None)
+    tensors = (model,) if isinstance(model, Tensor) else (*model.parameters(), *model.buffers())
+    like = next((p for p in tensors if p.is_floating_point()), None)
     dtype = dtype or (torch.float32 if like is None else torch.promote_types(like.dtype, torch.float32))
     return dtype, torch.device(device if device is not None else "cpu" if like is None else like.device)

@@ -1,12 +1,12 @@
-"""Models whose answer is known exactly: Gaussians, Gaussian mixtures, uniform boxes and finite data sets.
+"""Models that are exact in closed form: Gaussians, Gaussian mixtures, uniform boxes and finite data sets.
 
 If the data are N(m, C), then x_t ~ N(alpha m, V) with V = alpha² C + sigma² I, and for r = x_t - alpha m
 
     E[x_0 | x_t] = m + alpha C V⁻¹ r,    E[z | x_t] = sigma V⁻¹ r;
 
-a mixture averages these with its responsibilities, and a finite data set is a mixture of points. If they are uniform on
-a box, then z given x_t is, in each dimension, a normal number cut off to an interval. These models are the truth
-against which losses, samplers and likelihoods are tested, and models like any other.
+a mixture averages these with its responsibilities, and a finite data set is a mixture of points. For data uniform on a
+box, z given x_t is a truncated normal number in each dimension. Losses, samplers and likelihoods are tested against
+these models, which are score models like all others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _SQRT2 = math.sqrt(2)
 
 
 class Mixture(ScoreModel):
-    """Exact model of data from sum_k weights_k N(means_k, covs_k).
+    """Exact model of a Gaussian mixture, sum_k weights_k N(means_k, covs_k).
 
     Args:
         sde: the forward SDE.
@@ -34,8 +34,8 @@ class Mixture(ScoreModel):
         covs: one variance for all, (K,) variances, (K, *shape) variances per dimension, or (K, D, D) full matrices,
             with D the product of `shape`.
 
-    ``model.given(label=y)`` with y an int or (B,) restricts to component y. Buffers are float64 unless `means` is not;
-    computations follow the dtype of x. Raises ValueError for shapes that do not fit.
+    ``model.given(label=y)``, y an int or (B,), is the model of component y alone. Buffers are float64 unless `means` is
+    float32; results have the dtype of x. Raises ValueError for shapes that do not fit.
     """
 
     log_weights: Tensor
@@ -53,7 +53,7 @@ class Mixture(ScoreModel):
             raise ValueError(f"weights must be {k} positive numbers, one per mean, got {weights.tolist()}")
         basis = None
         if covs.shape == (k, d, d) and covs.shape != means.shape:
-            variances, basis = torch.linalg.eigh(covs.double())  # also for float32: an inexact basis is no basis
+            variances, basis = torch.linalg.eigh(covs.double())  # also for float32, whose basis would not be orthogonal
         elif covs.shape in ((), (k,), (k, *self.shape)):
             variances = covs.reshape(k, -1) if covs.ndim else covs.expand(k, 1)
             variances = variances.expand(k, d).clone()
@@ -77,7 +77,7 @@ class Mixture(ScoreModel):
         return r, alpha**2 * self.variances.to(x) + sigma**2
 
     def _log_joint(self, r: Tensor, v: Tensor, label: Any) -> Tensor:
-        """log of weight times density for each component, (B, K); a label leaves only its component."""
+        """log of weight times density for each component, (B, K); with a label, of its component alone."""
         log_density = -0.5 * (r.square() / v + torch.log(2 * math.pi * v)).sum(-1)
         if label is None:
             return log_density + self.log_weights.to(r)
@@ -108,7 +108,7 @@ class Mixture(ScoreModel):
         return Estimate(data.reshape(x.shape), noise.reshape(x.shape), like(sigma, x))
 
     def log_prob(self, x: Tensor, t: Tensor | None = None, label: Any = None) -> Tensor:
-        """Log density of x_t in nats, (B,); without t, of the data themselves."""
+        """Log density of x_t in nats, (B,); without t that of the data."""
         zero, one = x.new_zeros(()), x.new_ones(())
         alpha, sigma = (one, zero) if t is None else (self.sde.alpha(t), self.sde.sigma(t))
         r, v = self._whitened(x, _columns(alpha, x), _columns(sigma, x))
@@ -132,7 +132,7 @@ class Gaussian(Mixture):
         super().__init__(sde, torch.ones(1), mean[None], cov[None] if cov.ndim else cov)
 
     def flow(self, x: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        """The probability flow's exact map from x at time t to time s: each eigen-direction is scaled by its std."""
+        """The probability flow's exact map from x at time t to time s: each eigendirection is scaled by its std."""
         a_t, a_s = _columns(self.sde.alpha(t), x), _columns(self.sde.alpha(s), x)
         r, v_t = self._whitened(x, a_t, _columns(self.sde.sigma(t), x))
         v_s = a_s**2 * self.variances.to(x) + _columns(self.sde.sigma(s), x) ** 2
@@ -145,15 +145,15 @@ class Gaussian(Mixture):
 class Boxes(ScoreModel):
     """Exact model of data that are uniform on boxes, sum_k weights_k U(low_k <= x <= high_k), such as a checkerboard.
 
-    Given x_t and the box, z lies between u = (x_t - alpha high)/sigma and v = (x_t - alpha low)/sigma, in each
-    dimension, as a standard normal number does that is cut off there; the box's density at x_t is
-    (Phi(v) - Phi(u))/(alpha (high - low)). Computed in float64 whatever x is, for that difference vanishes far from a
-    box and beside much noise.
+    Given x_t and the box, z is in each dimension a standard normal number truncated to the interval from
+    u = (x_t - alpha high)/sigma to v = (x_t - alpha low)/sigma; the box's density at x_t is
+    (Phi(v) - Phi(u))/(alpha (high - low)). It is computed in float64 for every dtype of x: the difference vanishes far
+    from a box and where there is much noise.
 
     Args:
         sde: the forward SDE.
         weights: (K,) positive; normalised here.
-        low, high: (K, *shape), corners.
+        low, high: (K, *shape), the boxes' corners.
 
     Raises ValueError for shapes that do not fit, or a box without volume.
     """
@@ -200,7 +200,7 @@ class Boxes(ScoreModel):
 
 
 class Empirical(ScoreModel):
-    """Exact model of a finite data set (N, *shape), every point equally likely: what a perfect memoriser would answer.
+    """Exact model of a finite data set (N, *shape) of equally likely points: a network that has memorised it.
 
     E[x_0 | x_t] is the softmax-weighted mean of the points (Karras et al. 2022, eq. 57). Memory is B × N.
     """
@@ -223,14 +223,14 @@ class Empirical(ScoreModel):
 
 
 def _cut_normal(middle: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
-    """(log P(z in the interval), E[z | z in it] - middle) of a standard normal z and the interval middle ± half.
+    """(log P(z in the interval), E[z | z in it] - middle) for a standard normal z and the interval middle ± half.
 
-    Both tails are scaled by the density at the end nearer to 0, so that nothing vanishes far outside.
+    Both tails are divided by the density at the end nearer to 0, so that nothing underflows far from 0.
     """
     near, far = middle.abs() - half, middle.abs() + half  # by symmetry the interval is that of |middle|
     outside = near > 0
     drop = torch.expm1(-2 * middle.abs() * half)  # density at the far end over that at the near end, less 1
-    # P/density(near): with Q(y)/density(y) = sqrt(pi/2) erfcx(y/sqrt(2)), as erf would vanish there
+    # P/density(near), with Q(y)/density(y) = sqrt(pi/2) erfcx(y/sqrt(2)): the difference of two erf would be 0 there
     tail = torch.special.erfcx(near.clamp_min(0) / _SQRT2) - (1 + drop) * torch.special.erfcx(far / _SQRT2)
     tail = torch.where(outside, math.sqrt(math.pi / 2) * tail, 1.0)
     log_density = -near.square() / 2 - math.log(2 * math.pi) / 2
@@ -241,7 +241,7 @@ def _cut_normal(middle: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _floating(values: Sequence[float] | Tensor | float) -> Tensor:
-    """A tensor, float64 unless it is float32 already."""
+    """The values as a tensor: float32 if they are already, else float64."""
     if not isinstance(values, Tensor):
         return torch.tensor(values, dtype=torch.float64)
     return values if values.dtype == torch.float32 else values.double()
@@ -253,5 +253,5 @@ def _turned(r: Tensor, basis: Tensor) -> Tensor:
 
 
 def _columns(a: Tensor, x: Tensor) -> Tensor:
-    """`a` of shape () or (B,) as (1, 1, 1) or (B, 1, 1), to meet (B, K, D)."""
+    """`a` of shape () or (B,) as (1, 1, 1) or (B, 1, 1), to broadcast against (B, K, D)."""
     return like(a, x.flatten(1)[..., None]).reshape(-1, 1, 1)

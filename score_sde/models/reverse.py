@@ -20,9 +20,9 @@ def reverse_log_variance(estimate: Estimate, small: Tensor, large: Tensor, varia
     """Log variance of the model's Gaussian x_s | x_t, to broadcast against x_t.
 
     "small" is the posterior's beta-tilde (`small`) and "large" the forward step's beta (`large`), both of shape () or
-    (B,): the least and the most that data of standard deviation 0 and 1 ask for (Ho et al. 2020, section 3.2).
-    "learned" lies between them, on a log scale: fraction log beta + (1 - fraction) log beta-tilde (Nichol & Dhariwal
-    2021, arXiv:2102.09672, eq. 15), of any two times. Raises ValueError where the estimate holds no fraction.
+    (B,): the best variances for data of standard deviation 0 and 1 (Ho et al. 2020, section 3.2). "learned" lies
+    between them on a log scale: fraction log beta + (1 - fraction) log beta-tilde (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, eq. 15), for any two times. Raises ValueError for an estimate without a fraction.
     """
     low, high = like(small.log(), estimate.data), like(large.log(), estimate.data)
     if variance != "learned":
@@ -44,11 +44,11 @@ def chain_term(
     levels: int | None = None,
     width: float = 2.0,
 ) -> Tensor:
-    """The bound's term at the chain's times t, (B,) nats: L_0 where t is the first step's, else a divergence.
+    """The chain bound's term at times t, (B,) nats: L_0 where t is the first step's, else a divergence.
 
     `sde` is a chain's and `t` (B,) among its times; `estimate` is the model's at x_t. N times the mean over uniform t
-    is the bound without its prior, which no model can change: the L_vlb of Nichol & Dhariwal 2021, section 3.1.
-    Raises ValueError for an SDE that is not a chain's of at least two steps.
+    is the bound without its prior term, which does not depend on the model: the L_vlb of Nichol & Dhariwal 2021,
+    section 3.1. Raises ValueError unless the SDE is that of a chain of at least two steps.
     """
     n = sde.steps or 0
     if n < 2:
@@ -56,14 +56,14 @@ def chain_term(
     i = (t * n).round() - 1
     s, t, after = i / n, (i + 1) / n, (i + 2) / n
     first = i == 0
-    # The posterior at s = 0 is a point: where the divergence is not wanted take it elsewhere, or it would be NaN.
+    # The posterior at s = 0 is a point, and its divergence NaN: for the first step compute it at t/2, and drop it.
     kl = divergence(sde, estimate, x0, torch.where(first, t / 2, s), t, variance)
     nll = -decode(x0, estimate.data, decoder_log_variance(sde, estimate, s, t, after, variance), levels, width)
     return torch.where(sent(first, kl.device), nll, kl)
 
 
 def divergence(sde: SDE, estimate: Estimate, x0: Tensor, s: Tensor, t: Tensor, variance: Variance = "small") -> Tensor:
-    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), (B,) nats, for the model's estimate at x_t and s < t not clean data.
+    """KL(q(x_s | x_t, x_0) || p(x_s | x_t)), (B,) nats, for the model's estimate at x_t and s < t with sigma(s) > 0.
 
     With "small" variance it is (SNR(s) - SNR(t)) |x_0 - data|² / 2 (Kingma et al. 2021, section 4).
     """
@@ -84,7 +84,7 @@ def prior_divergence(sde: SDE, x0: Tensor, t: Tensor) -> Tensor:
 
 
 def decode(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int | None = None, width: float = 2.0) -> Tensor:
-    """log p(x_0 | x_1) for N(mean, exp(log_variance)), (B,) nats: a log density, or with levels a log probability."""
+    """log p(x_0 | x_1) under N(mean, exp(log_variance)), (B,) nats: a log density, or with levels a log probability."""
     if levels is not None:
         log_prob = discretised(x0, mean, log_variance, levels, width)
     else:
@@ -94,17 +94,17 @@ def decode(x0: Tensor, mean: Tensor, log_variance: Tensor, levels: int | None = 
 
 
 def discretised(x: Tensor, mean: Tensor, log_variance: Tensor, levels: int, width: float = 2.0) -> Tensor:
-    """Log of the mass that N(mean, exp(log_variance)) has in the bin of each x, of x's shape.
+    """Log probability of the bin of each x under N(mean, exp(log_variance)), of x's shape (a discretised Gaussian).
 
-    The bin of a level, `levels.value_of` scaled to [1 - width, 1], reaches half way to its neighbours, and without end
-    at the first and the last: the masses of all levels sum to 1 (Ho et al. 2020, eq. 13). Computed in float64 from
-    log Phi(a) - log Phi(b) in the left tail, on which every bin is laid by symmetry, so that no tail underflows; the
-    published code replaces Phi by a tanh, up to 2e-4 off, and bounds the mass below by 1e-12.
+    The bin of a level, `pixel_levels.value_of` scaled to [1 - width, 1], reaches half way to its neighbours, those of
+    the first and the last level to infinity: all probabilities sum to 1 (Ho et al. 2020, eq. 13). It is computed in
+    float64 as log Phi(a) - log Phi(b), by symmetry in the left tail for every bin, so that no tail underflows; the
+    published code replaces Phi by a tanh, up to 2e-4 off, and bounds the probability below by 1e-12.
     """
     half, (low, high) = half_bin(levels, width), ends(levels, width)
     wide = widest(x)
     off, std = (x - mean).to(wide), torch.exp(log_variance.to(wide) / 2)
-    middle, reach = off / std, half / std  # one width for all may be a number on the CPU, and stays there
+    middle, reach = off / std, half / std
     left = -middle.abs()
     upper, lower = torch.special.log_ndtr(left + reach), torch.special.log_ndtr(left - reach)
     gap = (lower - upper).clamp_max(-torch.finfo(wide).tiny)  # the logarithm and its gradient stay finite

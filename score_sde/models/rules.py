@@ -42,7 +42,7 @@ def predict_v(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
 
 
 def predict_residual(alpha: Tensor, sigma: Tensor) -> tuple[Row, Row]:
-    """F = noise - x, as the open code of Kingma et al. 2021 has it: at much noise it is small."""
+    """F = noise - x, as in the published code of Kingma et al. 2021: where there is much noise it is small."""
     one = torch.ones_like(alpha)
     return ((1 - sigma) / alpha, -sigma / alpha), (one, one)
 
@@ -58,9 +58,9 @@ def predict_edm(alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> tuple[
 
 
 def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
-    """F = mean of x_{i-1} | x_i, x_0, the first parametrisation of Ho et al. 2020 (eq. 7-8); for a chain's SDE.
+    """F = mean of x_{i-1} | x_i, x_0, the first parametrisation of Ho et al. 2020 (eq. 7-8), for a chain's SDE.
 
-    Raises ValueError where `sde` is not a chain's: a continuous SDE has no previous step.
+    Raises ValueError for the SDE of no chain: it has no previous step.
     """
     steps = sde.steps
     if steps is None:
@@ -95,10 +95,10 @@ def label_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
 
 
 def label_log_sigma(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-    """4 log(sigma/alpha): even in log-SNR, and slow enough for solvers.
+    """4 log(sigma/alpha): linear in log SNR, and slow enough for solvers.
 
-    The fastest wave of a sinusoidal embedding, sin(label), has a period of 1.6 in log(sigma/alpha). With much faster
-    ones a network's answer swings between an adaptive solver's steps.
+    The fastest wave of a sinusoidal embedding, sin(label), has a period of 1.6 in log(sigma/alpha). With a much faster
+    one the network's output oscillates between an adaptive solver's steps.
     """
     return 4 * torch.log(sigma / alpha)
 
@@ -109,28 +109,36 @@ def label_edm(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
 
 
 def unscaled(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-    """1: the network sees x itself."""
+    """1: the network gets x itself."""
     return torch.ones_like(alpha)
 
 
 def unit_variance(alpha: Tensor, sigma: Tensor, t: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """1/sqrt(alpha² sigma_data² + sigma²): EDM's c_in, the network sees unit variance (Karras et al. 2022, eq. 7)."""
+    """1/sqrt(alpha² sigma_data² + sigma²): EDM's c_in, an input of unit variance (Karras et al. 2022, eq. 7)."""
     return torch.rsqrt((alpha * sigma_data) ** 2 + sigma**2)
 
 
+def network_input(model: Any, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor) -> tuple[Tensor, Tensor]:
+    """(scale · x, label (B,)) for model.network: a floating-point label in the dtype of x, an integer one as it is."""
+    label = model.label(alpha, sigma, t)
+    label = sent(label, x.device, x.dtype if label.is_floating_point() else None).expand(x.shape[0])
+    scaled = x if model.scale is unscaled else like(model.scale(alpha, sigma, t), x) * x
+    return in_precision_of(model.network, scaled), label
+
+
 class Preconditioned(ScoreModel):
-    """A network F(scale · x, label) made a model by a rule, a label and an input scale.
+    """A score model from a network F(scale · x, label), by a rule, a time label and an input scale (preconditioning).
 
     Args:
-        network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,), both given
-            by position. With `learned_variance` the output has twice x's channels.
-        sde: whose marginals the model describes.
+        network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,), both
+            positional. With `learned_variance` the output has twice x's channels.
+        sde: the SDE whose marginals the model describes.
         rule: what F means: "noise", "residual", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) ->
             2×2 matrix.
-        label: (alpha, sigma, t) -> (B,), what the network is told about the time; the default is 999 t.
+        label: (alpha, sigma, t) -> (B,), the network's time label; the default is 999 t.
         scale: (alpha, sigma, t) -> (B,), a factor of the network's input; the default is 1.
         learned_variance: the second half w of the output's channels is the estimate's `fraction`, (w + 1)/2, which
-            is not held to [0, 1] (Nichol & Dhariwal 2021, section 3.1).
+            is not clamped to [0, 1] (Nichol & Dhariwal 2021, section 3.1).
 
     Raises ValueError for an unknown rule.
     """
@@ -156,15 +164,12 @@ class Preconditioned(ScoreModel):
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         (skip, out), (lift, gain) = self.rule(alpha, sigma)
         from_x, std = like(skip, x), like(sigma, x)
-        label = self.label(alpha, sigma, t)
-        label = sent(label, x.device, x.dtype if label.is_floating_point() else None).expand(x.shape[0])
-        scaled = x if self.scale is unscaled else like(self.scale(alpha, sigma, t), x) * x
-        y = self.network(in_precision_of(self.network, scaled), label, **condition)
+        y = self.network(*network_input(self, x, t, alpha, sigma), **condition)
         channels = (1 + self.learned_variance) * x.shape[1]
         if y.shape != (x.shape[0], channels, *x.shape[2:]):
-            wanted = ", which needs twice its channels for learned variances" if self.learned_variance else ""
+            needed = ", which needs twice its channels for learned variances" if self.learned_variance else ""
             raise WrongShape(
-                f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)} at {at(t)}{wanted}"
+                f"the network returned shape {tuple(y.shape)} for an input of shape {tuple(x.shape)} at {at(t)}{needed}"
             )
         y, fraction = y.to(x.dtype), None
         if self.learned_variance:

@@ -1,15 +1,15 @@
-"""Products of a Jacobian with probes: what every trace and every divergence here is made of.
+"""Vector-Jacobian products with probes: Hutchinson's trace estimator, and every trace and divergence of the package.
 
 For a function h of x, example by example, with the Jacobian J, a product e^T J is one backward pass. The trace of J is
-the sum of e^T J e over the unit vectors e, and its expectation over random e with E e e^T = I (Hutchinson 1990); the
-numbers e_i (e^T J)_i are the same for each entry J_ii of its diagonal.
+the sum of e^T J e over the unit vectors e, and its expectation over random e with E e e^T = I (Hutchinson 1990);
+likewise e_i (e^T J)_i estimates the entry J_ii of its diagonal.
 
-Where a gradient of such a product is wanted, J is differentiated twice; so it is where h itself holds a gradient, as
-models guided by a classifier or an observation do. Attention then takes its plain operations, for the fused kernels
-have no second derivative. And several products go through one backward pass of vmap only where each of its steps is
-known to be right there (`ELEMENTARY`); through networks with norms or convolutions they go one by one. Under vmap
-torch's second derivative of group normalisation raises for most shapes and is wrong for some, without a word, and its
-first raises in channels-last; of networks of some size the single products take as long.
+A gradient of such a product differentiates h twice; so does a product where h itself holds a gradient, as models guided
+by a classifier or an observation do. Attention is then computed in plain operations, as the fused kernels have no
+second derivative. Several products share one backward pass by vmap only if each of its steps is known to be right there
+(`ELEMENTARY`); through networks with norms or convolutions they are computed one by one. Under vmap torch's second
+derivative of group normalisation raises for most shapes and is silently wrong for some, and its first derivative raises
+in channels-last; through large networks single products are as fast.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from ..noise import example_generators
-from .base import twice_differentiable
+from .base import with_graph
 
 Law = Literal["rademacher", "gaussian", "sphere"]
 Probe = Literal["rademacher", "gaussian", "sphere", "exact"]
-PART = 2048  # products of all examples together that are held at a time: of an exact trace all are D² an example
+BLOCK = 2048  # products held at a time, over all examples: each of the exact trace is D numbers
 
-# The steps of a backward pass that vmap takes right, also where their own gradient is wanted: as autograd names them,
-# "Add0" for AddBackward0. A test compares every one with single products.
+# The steps of a backward pass that are right under vmap, also for their own gradient, by autograd's names: "Add0" is
+# AddBackward0. A test compares each with single products.
 _STEPS = """
     Abs0 Add0 Add1 Addcmul0 Addmm0 Bmm0 Cat0 Clamp0 Clamp1 ClampMin0 ClampMin1 Clone0 ConstantPadNd0 Cos0 Div0 Div1 Elu0
     EluBackward0 Exp0 Expand0 Expm10 Flip0 Gelu0 GeluBackward0 Index0 IndexPutImpl0 LeakyRelu0 LeakyReluBackward0 Lerp0
@@ -40,7 +40,7 @@ _STEPS = """
     Sqrt0 Squeeze1 Stack0 Sub0 Sum0 Sum1 T0 Tanh0 TanhBackward0 ThresholdBackward0 ToCopy0 Transpose0 Unbind0
     UnsafeView0 Unsqueeze0 View0 Where0
 """
-# Besides the ends of a graph; the last is of torchdiffeq's times, where no product passes.
+# The ends of a graph; the second is torchdiffeq's, for its times, through which no product goes.
 _ENDS = {"torch::autograd::AccumulateGrad", "_StitchGradientBackward"}
 ELEMENTARY = frozenset(f"{step[:-1]}Backward{step[-1]}" for step in _STEPS.split()) | _ENDS
 
@@ -48,8 +48,8 @@ ELEMENTARY = frozenset(f"{step[:-1]}Backward{step[-1]}" for step in _STEPS.split
 def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.Generator, first: int) -> Tensor:
     """Probes of Hutchinson's trace estimator (Skilling-Hutchinson), (K, B, *shape); for "exact" the D unit vectors.
 
-    Example i's depend on (seed, first + i) alone; a torch.Generator serves the whole batch. Raises ValueError for an
-    unknown probe, a tensor of another shape, or less than one.
+    Those of example i depend on (seed, first + i) alone; a torch.Generator serves the whole batch. Raises ValueError
+    for an unknown probe, a tensor of another shape, or a count below 1.
     """
     if isinstance(probe, Tensor):
         if probe.shape[1:] != x.shape or not len(probe):
@@ -73,7 +73,7 @@ def draw_probes(probe: Probe | Tensor, count: int, x: Tensor, seed: int | torch.
 
 
 def projections(z: Tensor, law: Law = "rademacher") -> Tensor:
-    """Standard normal numbers z, (M, B, *shape), made into projections of E v v^T = I.
+    """Random projections v with E v v^T = I from standard normal numbers z, both (M, B, *shape).
 
     "rademacher": signs; "gaussian": z itself; "sphere": uniform on the sphere of radius sqrt(D).
     Raises ValueError for another law.
@@ -90,60 +90,57 @@ def projections(z: Tensor, law: Law = "rademacher") -> Tensor:
 
 
 def of_rows(e: Tensor, rows: Tensor, exact: bool) -> Tensor:
-    """The probes (K, n, *shape) of the examples `rows`. Unit vectors are everybody's: a view, not D² numbers each."""
+    """The probes (K, n, *shape) of the examples `rows`. All examples share the unit vectors: a view, not D² numbers."""
     return e[:, :1].expand(-1, len(rows), *e.shape[2:]) if exact else e[:, rows.to(e.device)]
 
 
 def differentiable(h: Callable[[Tensor], Tensor], x: Tensor, needed: str) -> tuple[Tensor, Tensor, bool]:
-    """(h(y), y, whether gradients are wanted of what is made of its Jacobian), with a graph to y, which is x's value.
+    """`with_graph`, for products with the Jacobian of h.
 
-    y is x itself where gradients are enabled and x asks for one. Raises ValueError, which says what is `needed`, where
-    h has no gradient in x; and for a third derivative that torch has wrong.
+    Raises ValueError, with the sentence `needed`, if h has no gradient in x, and where torch's third derivative is
+    wrong.
     """
-    graph = torch.is_grad_enabled()
-    with torch.enable_grad(), twice_differentiable(graph):
-        y = x if graph and x.requires_grad else x.detach().requires_grad_(True)
-        value = h(y)
+    value, y, graph = with_graph(h, x)
     if not value.requires_grad:
         raise ValueError(needed)
     if graph and any("NormBackwardBackward" in step for step in _steps(value, y)):
         raise ValueError(
-            "a gradient of the divergence of a model that holds a gradient, by guidance or as an energy, takes third "
+            "the model holds a gradient, by guidance or as an energy, so a gradient of its divergence takes third "
             "derivatives, and those of torch's layer, batch and instance normalisation are wrong: write the norm in "
-            "plain operations, or take GroupNorm"
+            "plain operations, or use GroupNorm"
         )
     return value, y, graph
 
 
 def products(value: Tensor, y: Tensor, e: Tensor, graph: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """The probes e, (K, B, *shape), and their e^T J, part by part, with J = d value/dy of what `differentiable` gave.
+    """Blocks of the probes e, (K, B, *shape), and their e^T J, with J = d value/dy from `differentiable`.
 
     A product is differentiable if `graph`, and zero where the value does not depend on y.
     """
     together = len(e) > 1 and elementary(value, y)
-    for part in e.split(max(PART // max(len(y), 1), 1)):
-        yield part, _products(value, y, part, graph, together)
+    for block in e.split(max(BLOCK // max(len(y), 1), 1)):
+        yield block, _products(value, y, block, graph, together)
 
 
 def quadratic_forms(value: Tensor, y: Tensor, e: Tensor, graph: bool) -> Tensor:
     """e^T J e for each of the K probes, (K, B)."""
-    return torch.cat([(product * part).flatten(2).sum(2) for part, product in products(value, y, e, graph)])
+    return torch.cat([(product * block).flatten(2).sum(2) for block, product in products(value, y, e, graph)])
 
 
 def elementary(value: Tensor, y: Tensor) -> bool:
-    """Whether all steps from the value back to y are `ELEMENTARY`: then products may go through one backward pass."""
+    """Whether all steps from the value back to y are `ELEMENTARY`: then products may share one backward pass."""
     return all(step in ELEMENTARY for step in _steps(value, y))
 
 
 def _steps(value: Tensor, y: Tensor) -> Iterator[str]:
-    """Autograd's names of the steps of the backward pass from the value to y, and to all else but what is before y."""
+    """Autograd's names of the steps of the value's backward pass, without those that come before y."""
     seen, left = {None, y.grad_fn}, [value.grad_fn]
     while left:
         step = left.pop()
         if step is not None and step not in seen:
             yield step.name()
             seen.add(step)
-            left += [before for before, _ in step.next_functions]
+            left += [previous for previous, _ in step.next_functions]
 
 
 def _products(value: Tensor, y: Tensor, e: Tensor, graph: bool, together: bool) -> Tensor:
@@ -154,6 +151,6 @@ def _products(value: Tensor, y: Tensor, e: Tensor, graph: bool, together: bool) 
             return take(e, is_grads_batched=True)[0]
         except torch.OutOfMemoryError:
             raise
-        except RuntimeError:  # what a part computed again draws or changes, vmap refuses
+        except RuntimeError:  # vmap refuses random numbers and changes in place, as in checkpointed layers
             pass
     return torch.stack([take(probe)[0] for probe in e])

@@ -256,7 +256,7 @@ def test_exact_traces_in_many_dimensions_come_in_parts(method: str, monkeypatch:
     monkeypatch.setattr(traces, "_products", watched)
     for size in (1, 8):
         parts.clear()
-        monkeypatch.setattr(traces, "PART", size)
+        monkeypatch.setattr(traces, "BLOCK", size)
         torch.testing.assert_close(exactly(model, x, **coarse).log_prob, whole.log_prob, rtol=1e-9, atol=1e-9)
         assert all(len(e) == 1 or len(e) * e.shape[1] <= size for e in parts)
         assert max(e.untyped_storage().nbytes() for e in parts) == 3 * 3 * x.element_size()
