@@ -28,7 +28,7 @@ from ..machine.devices import widest
 from ..models.base import ScoreModel, default_state, in_precision_of
 from ..models.traces import Probe, differentiable, draw_probes, of_rows, products
 from ..noise import Noise, noise_source
-from ..ode.circle import Circle, Slopes, carry
+from ..ode.circle import NO_JACOBIAN, Circle, Slopes, carry
 from ..ode.integrators import EACH, Solver, integrate
 from ..sdes.linear import SDE, WrongShape, normal_log_prob
 
@@ -63,7 +63,7 @@ class ProbabilityFlow(nn.Module):
     def forward(self, t: Tensor, x: Tensor) -> Tensor:
         e = self.model(x, t)
         if x.requires_grad and not e.noise.requires_grad:  # the velocity would have f's gradient alone
-            raise ValueError("the score has no gradient in x, and a density needs its Jacobian")
+            raise ValueError(NO_JACOBIAN)
         return self.model.sde.velocity(x, t, e.score.to(x.dtype))
 
 

@@ -23,7 +23,7 @@ from ..machine.devices import widest
 from ..models.base import ScoreModel
 from ..models.pixel_levels import bits
 from ..models.traces import differentiable, draw_probes, of_rows, products
-from ..ode.circle import Circle, carry
+from ..ode.circle import NO_JACOBIAN, Circle, carry
 from ..ode.integrators import EACH, Solver, integrate
 from .flows import ProbabilityFlow, as_state, check_start
 
@@ -74,12 +74,11 @@ def heat_map(
     flow, sde, solver = ProbabilityFlow(model), model.sde, solver or Solver(EACH)
 
     def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        needed = "the score has no gradient in x, and a density needs its Jacobian"
-        found, y, graph = differentiable(velocity, y, needed)
+        value, y, graph = differentiable(velocity, y, NO_JACOBIAN)
         terms = torch.zeros_like(y)
-        for part, product in products(found, y, of_rows(e, rows, probes is None), graph):
-            terms = terms + share * (part * product).sum(0)
-        return found, terms.flatten(1)
+        for block, product in products(value, y, of_rows(e, rows, probes is None), graph):
+            terms = terms + share * (block * product).sum(0)
+        return value, terms.flatten(1)
 
     def field(t: Tensor, state: Tensor) -> Tensor:
         y = state[:, 0].to(x.dtype).reshape(x.shape)

@@ -5,8 +5,8 @@ A conditional score is the unconditional score plus the score of the condition,
     grad log p_t(x | y) = grad log p_t(x) + grad log p_t(y | x).
 
 `classifier` adds the last term, `guide` computes it as the difference of two models' scores, and both can multiply it
-by a scale s. For s other than 0 and 1 the result is the score of p(x) p(y | x)^s at t = 0 only, and not that of this law
-with noise at later times: samples have the law only approximately.
+by a scale s. For s other than 0 and 1 the result is the score of p(x) p(y | x)^s at t = 0 only, and not the score of
+that law with noise at later times: samples have the law only approximately.
 """
 
 from __future__ import annotations

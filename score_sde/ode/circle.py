@@ -1,4 +1,4 @@
-"""The probability flow on a circle, solved with steps of each example's own.
+"""The probability flow on a circle, solved with a step size for each example.
 
 With tan(a) = sigma/(c alpha) the state y = x/sqrt(c² alpha² + sigma²) is cos(a) data/c + sin(a) noise, and as dx = data
 d alpha + noise d sigma along the flow (Song et al. 2021, eq. 13),
@@ -6,18 +6,18 @@ d alpha + noise d sigma along the flow (Song et al. 2021, eq. 13),
     dy/da = cos(a) noise - sin(a) data/c.
 
 The angle goes from about 0 to about pi/2 for every SDE. The slope is bounded at both ends and smooth where a chain's f
-and g jump; for data N(0, c² I) it is 0, and it is the output that EDM's preconditioning asks of a network (Karras et
-al. 2022, table 1, with sigma_data = c): the linear part of the flow, which i-DODE integrates exactly in noise
-prediction (Zheng et al. 2023, arXiv:2305.03935, section 4), is integrated exactly here for data of any noise level.
+and g jump. For data N(0, c² I) it is 0, and it is the output of a network with EDM's preconditioning (Karras et al.
+2022, table 1, with sigma_data = c). The linear part of the flow, which i-DODE integrates exactly in noise prediction
+(Zheng et al. 2023, arXiv:2305.03935, section 4), is integrated exactly here at every noise level.
 
-Data have structure on many scales: what varies by s in some direction turns at tan(a) = s/c. So the steps that an error
-allows shrink by factors towards both ends, and a solver with one unit for them would try many in vain. It is told
+Data have structure on many scales: where data vary by s in some direction, y turns at tan(a) = s/c. Towards both ends
+the steps that an error allows therefore shrink by factors, and in a a solver would try many steps in vain. It steps in
 
     u = log(a + e) - log(pi/2 - a + e),    e = 0.02,
 
-in which steps of one size are of about the same use: like log(sigma/alpha), but with ends at a finite distance. Well
-below e, as for the levels of 8-bit images (a of 0.004), it is linear in a again. `python -m benchmarks.coordinates`
-compares it with a, t and the log SNR: smooth densities alone are better off with a.
+where steps of one size suit all angles: u is like log(sigma/alpha), but with its ends at a finite distance. Well below
+e, as for the levels of 8-bit images (a of 0.004), it is linear in a again. `python -m benchmarks.coordinates` compares
+it with a, t and the log SNR: only for smooth densities a is better.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ from ..models.base import ScoreModel, of_examples
 from ..sdes.linear import add_, like
 from .integrators import GaveUp, Solver, integrate_each, root_mean_square
 
-SCALE = 0.5  # of data in [-1, 1], as EDM's sigma_data
+SCALE = 0.5  # standard deviation of data in [-1, 1], as EDM's sigma_data
 SOFT = 0.02  # the e above
 WHOLE = math.pi / 2 + 2 * SOFT
-FIRST_STEP = 0.02  # of the way: near the data a network may be rougher than the error of a long step shows
+FIRST_STEP = 0.02  # of the whole way: near the data the error estimate of a long step may miss a network's roughness
+NO_JACOBIAN = "the score has no gradient in x, and a density needs its Jacobian"
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Circle:
         return torch.log((torch.atan2(noise, data) + SOFT) / (torch.atan2(data, noise) + SOFT))
 
     def angles(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """a and pi/2 - a: the second apart, since the difference has few digits where alpha is small."""
+        """a and pi/2 - a: the second by a formula of its own, as the difference has few digits where alpha is small."""
         return WHOLE * torch.sigmoid(u) - SOFT, WHOLE * torch.sigmoid(-u) - SOFT
 
     def time(self, u: Tensor) -> Tensor:
@@ -67,17 +68,17 @@ class Circle:
         return torch.hypot(self.scale * self.model.sde.alpha(t), self.model.sde.sigma(t))
 
     def velocity(self, u: Tensor, y: Tensor) -> Tensor:
-        """dy/du at the places u, (B,). Raises ValueError where y asks for a gradient and the model has none in x."""
+        """dy/du at u, (B,). Raises ValueError where y requires a gradient and the model has none in x."""
         t, (a, rest) = self.time(u), self.angles(u)
         e = self.model(like(self.radius(t), y) * y, t)
         if y.requires_grad and not e.noise.requires_grad:
-            raise ValueError("the score has no gradient in x, and a density needs its Jacobian")
+            raise ValueError(NO_JACOBIAN)
         rate = WHOLE * torch.sigmoid(u) * torch.sigmoid(-u)  # da/du
         noise, data = rate * torch.sin(rest), -rate * torch.sin(a) / self.scale
         return add_(like(noise, y) * e.noise.to(y.dtype), data, e.data.to(y.dtype))
 
 
-# (velocity: y (n, *shape) -> dy/du, y, rows) -> (dy/du, (n, columns)): a slope, and what is to be integrated beside it.
+# (velocity: y (n, *shape) -> dy/du, y, rows) -> (dy/du, (n, columns)): the slope, and rates to be integrated with it
 Slopes = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -91,18 +92,18 @@ def carry(
     columns: int = 0,
     dimensions: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Carry x from time t to s along the probability flow, each example with steps of its own.
+    """Carry x from time t to s along the probability flow, with a step size for each example.
 
     Args:
-        circle: of any score model; conditions bound by `given` go with their examples.
+        circle: of any score model, also one with conditions bound for each example.
         x: (B, *shape).
         solver: its tolerances. A step is accepted where the root mean squares of its error over atol + rtol |v| are at
             most 1 both for the state (v = y) and for the integrals (v = an integral's mean over dimensions).
-        slopes: the slope with parts of its divergence, which are integrated along; by default the slope alone.
-        columns: how many parts or estimates of the divergence that is.
+        slopes: the slope with terms or estimates of its divergence, to be integrated too; by default the slope alone.
+        columns: number of these terms.
         dimensions: how many dimensions each of them sums over.
 
-    Returns x at time s in float64 (float32 on MPS); the integrals (B, columns) over t of the same parts of div dx/dt;
+    Returns x at time s in float64 (float32 on MPS); the integrals (B, columns) over t of the same terms of div dx/dt;
     and the evaluations that each example took, (B,). Raises RuntimeError where the solver gives up.
     """
     batch, shape, d = len(x), x.shape[1:], math.prod(x.shape[1:])
@@ -124,13 +125,13 @@ def carry(
     def norm(error: Tensor, old: Tensor, new: Tensor, rtol: float, atol: float) -> Tensor:
         size = root_mean_square(error[:, :d], old[:, :d], new[:, :d], rtol, atol)
         if columns:
-            error, old, new = (part[:, d:] / dimensions for part in (error, old, new))
+            error, old, new = (value[:, d:] / dimensions for value in (error, old, new))
             size = torch.maximum(size, root_mean_square(error, old, new, rtol, atol))
         return size
 
     (before, after), (start, end) = circle.radius(ends).tolist(), circle.place(ends)
     state = torch.cat([x.flatten(1).to(wide) / before, x.new_zeros(batch, columns, dtype=wide)], dim=1)
-    found = integrate_each(
+    state, _, nfe, failure = integrate_each(
         field,
         state,
         start,
@@ -139,12 +140,12 @@ def carry(
         atol=solver.atol,
         step=FIRST_STEP * (end - start).abs().expand(batch),
         norm=norm,
-        time=lambda u, rows: circle.time(u),
+        time=circle.time,
     )
-    if found.failure:
-        if slopes is None or bool(found.state.isnan().any(1).all()):
-            raise GaveUp(found.failure)
-        warnings.warn(found.failure, RuntimeWarning, stacklevel=2)
-    # x = radius · y: a dimension's divergence in t is that of the circle and the rate of log radius.
-    integrals = found.state[:, d:] + dimensions * math.log(after / before)
-    return (after * found.state[:, :d]).reshape(x.shape), integrals, found.nfe
+    if failure:
+        if slopes is None or bool(state.isnan().any(1).all()):
+            raise GaveUp(failure)
+        warnings.warn(failure, RuntimeWarning, stacklevel=2)
+    # x = radius · y: a dimension's divergence in t is that on the circle plus the rate of log radius.
+    integrals = state[:, d:] + dimensions * math.log(after / before)
+    return (after * state[:, :d]).reshape(x.shape), integrals, nfe

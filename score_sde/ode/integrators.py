@@ -25,13 +25,13 @@ EACH = "embedded"  # one for each example
 FIXED = ("euler", "midpoint", "heun2", "rk4")
 MAX_EVALUATIONS = 100_000
 
-# (u (n,) float64 on the CPU, y (n, ...), rows (n,) on the CPU, whole) -> dy/du of the examples `rows`, here at u and y.
-# Where not `whole`, the slope serves later stages alone: what the field itself does not depend on may be 0 in it.
+# (u (n,) float64 on the CPU, y (n, ...), rows (n,) on the CPU, whole) -> dy/du at u and y, of the examples `rows`.
+# Where not `whole`, only later stages use the slope: in columns on which the field does not depend it may be 0.
 FieldOfEach = Callable[[Tensor, Tensor, Tensor, bool], Tensor]
 MAX_STEPS = 10_000
 LEAST_STEP = 1e-12  # in units of u
 
-# Dormand and Prince's 5(4): rows of the stages and of the solution, its nodes, and the weights of its error.
+# Dormand-Prince 5(4): rows of the stages and of the solution, its nodes, and the weights of its error.
 _ROWS: list[list[float]] = [
     [],
     [1 / 5],
@@ -48,7 +48,7 @@ _WHOLE = [*(bool(b or e) for b, e in zip(_ROWS[-1], _ERROR)), True]  # the last 
 
 @contextmanager
 def numbered(evaluation: int, name: str) -> Iterator[None]:
-    """Within it, an error about an estimate's shape says in which evaluation of which solver it was."""
+    """Within it, an error about an estimate's shape names the solver and the evaluation."""
     try:
         yield
     except WrongShape as error:
@@ -56,22 +56,22 @@ def numbered(evaluation: int, name: str) -> Iterator[None]:
 
 
 class GaveUp(RuntimeError):
-    """A solver stopped short of the end: at a limit, or where a slope is not finite."""
+    """A solver did not reach the end: it met a limit, or a slope that is not finite."""
 
 
 @dataclass(frozen=True)
 class Solver:
-    """How an ODE is solved, and how its solution is differentiated where gradients are wanted.
+    """How an ODE is solved, and how its solution is differentiated: method, tolerances or steps, and gradient.
 
     Args:
         method: "dopri5", "dopri8" or "bosh3", whose steps adapt; "RK45", scipy's, which has no gradient; with `steps`,
             "euler", "midpoint", "heun2" or "rk4"; or, for the probability flow of a score model, "embedded":
-            Dormand-Prince 5(4) on the flow's circle with steps of each example's own (`circle.carry`), no gradient.
+            Dormand-Prince 5(4) on the flow's circle with a step size for each example (`circle.carry`), no gradient.
         rtol, atol: tolerances of an adaptive method.
         steps: number of equal steps of a fixed-step method.
-        gradient: "backprop" goes back through the solver's own operations: exact for what was computed, in memory that
+        gradient: "backprop" differentiates the solver's own operations: exact for the computed result, in memory that
             grows with the evaluations. "adjoint" solves the adjoint ODE from the end (Chen et al. 2018,
-            arXiv:1806.07366, algorithm 1): as accurate as the solver, in memory that does not.
+            arXiv:1806.07366, algorithm 1): as accurate as the solver, in constant memory.
 
     Raises ValueError for an unknown method or gradient, impossible tolerances, or steps that do not suit the method.
     """
@@ -101,7 +101,7 @@ class Solver:
 
 
 def check_tolerances(rtol: float, atol: float) -> None:
-    """Raise ValueError where no step could be accepted, or any."""
+    """Raise ValueError for tolerances that would reject every step, or accept every step."""
     if not (0 <= rtol < math.inf and 0 < atol < math.inf):
         raise ValueError(f"rtol must be at least 0 and atol above 0, both finite, got {rtol:g} and {atol:g}")
 
@@ -118,14 +118,14 @@ def integrate(
 ) -> tuple[Tensor, int]:
     """Solve dy/dt = field(t, y) from t0 to t1; return (y(t1), number of evaluations of `field`).
 
-    The independent variable is t, but for a chain's `sde`, whose f and g jump at every step, it is the log SNR, in
-    which a probability flow is smooth: dt/d(log SNR) = -(sigma/g)².
+    The independent variable is t. For a chain's `sde`, whose f and g jump at every step, it is the log SNR, in which a
+    probability flow is smooth: dt/d(log SNR) = -(sigma/g)².
 
-    The error of an adaptive step is the root mean square of err/(atol + rtol |y|) over the whole tensor: all that is in
-    `y` shares one step size. "RK45" is scipy's, the reference of Song et al. 2021; all others are torchdiffeq's.
-    In grad mode the result is differentiable as `solver` says; the adjoint must be told the `parameters` of `field`.
-    Raises GaveUp, a RuntimeError, where the solver does, and ValueError for the method "embedded", which is not of this
-    kind.
+    The error of an adaptive step is the root mean square of err/(atol + rtol |y|) over the whole tensor `y`, which
+    shares one step size. "RK45" is scipy's, the reference of Song et al. 2021; all others are torchdiffeq's.
+    In grad mode the result is differentiable as `solver` says; the adjoint needs the `parameters` of `field`.
+    Raises GaveUp, a RuntimeError, where the solver gives up, and ValueError for the method "embedded", which needs a
+    score model.
     """
     if solver.method == EACH:
         raise ValueError(f'"{EACH}" steps the probability flow of a score model; use one of {", ".join(ADAPTIVE)} here')
@@ -149,7 +149,7 @@ def integrate(
         reached = t.item()
         with numbered(count, solver.method):
             slope = field(t, y)
-        if not bool(slope.isfinite().all()):  # no solver ends on its own then
+        if not bool(slope.isfinite().all()):  # the solvers would go on without end
             raise GaveUp(gave_up(f"a slope that is not finite at t = {reached:.3g}"))
         return slope if chain is None else slope * -((chain.sigma(t) / chain.g(t)) ** 2).item()
 
@@ -161,9 +161,9 @@ def integrate(
         )
 
     if solver.method == "RK45":
-        from scipy.integrate import solve_ivp  # slow to import, and needed here alone
+        from scipy.integrate import solve_ivp  # slow to import
 
-        if torch.is_grad_enabled() and any(part.requires_grad for part in (y, *parameters)):
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, *parameters)):
             raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or solve under torch.no_grad()")
 
         @torch.no_grad()
@@ -176,16 +176,13 @@ def integrate(
             raise GaveUp(gave_up(f"{solution.message} t = {reached:.3g} was reached"))
         return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), count
 
-    from torchdiffeq import odeint, odeint_adjoint  # which import scipy's, too
+    from torchdiffeq import odeint, odeint_adjoint  # slow to import: it imports scipy's, too
 
     times = torch.tensor([u0, u1], dtype=y.dtype, device=y.device)
     settings: dict[str, Any] = {"rtol": solver.rtol, "atol": solver.atol, "method": solver.method}
-    forward: dict[str, Any]
-    backward: dict[str, Any]
-    if solver.steps is None:
-        forward, backward = {"step_t": times[1:]}, {"step_t": times[:1]}
-    else:
-        # A step size instead would round to one step more or less.
+    forward: dict[str, Any] = {"step_t": times[1:]}
+    backward: dict[str, Any] = {"step_t": times[:1]}
+    if solver.steps is not None:  # a step size instead would round to one step more or less
         grid = {"grid_constructor": lambda f, y, t: torch.linspace(t[0], t[-1], solver.steps + 1, dtype=t.dtype).to(t)}
         forward = backward = grid
     try:
@@ -200,9 +197,9 @@ def integrate(
 
 
 class Arrival(NamedTuple):
-    """The states at the end, the steps' sizes there (B,), and the evaluations that each example took (B,).
+    """The states at the end, the last step sizes (B,), and the evaluations that each example took (B,).
 
-    `failure` says which examples did not arrive, where and why; their states are NaN. It is empty where all did.
+    `failure` says which examples did not arrive, where and why; their states are NaN. It is empty if all arrived.
     """
 
     state: Tensor
@@ -212,7 +209,7 @@ class Arrival(NamedTuple):
 
 
 def root_mean_square(error: Tensor, old: Tensor, new: Tensor, rtol: float, atol: float) -> Tensor:
-    """Of error/(atol + rtol |y|) over each example, (B,), with the larger |y| of a step's two ends."""
+    """Root mean square of error/(atol + rtol |y|) over each example, (B,), with the larger |y| of a step's two ends."""
     return (error / (atol + rtol * torch.maximum(old.abs(), new.abs()))).flatten(1).square().mean(1).sqrt()
 
 
@@ -226,28 +223,28 @@ def integrate_each(
     atol: float,
     step: Tensor | None = None,
     norm: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] = root_mean_square,
-    time: Callable[[Tensor, Tensor], Tensor] = lambda u, rows: u,
+    time: Callable[[Tensor], Tensor] = lambda u: u,
     name: str = EACH,
 ) -> Arrival:
-    """Solve dy/du = field from u = start to end by Dormand-Prince 5(4), each example with steps of its own.
+    """Solve dy/du = field from u = start to end by Dormand-Prince 5(4), with a step size for each example.
 
-    None depends on its neighbours or waits for them: only the examples that have not arrived are evaluated, once and
-    then six times a step. A step is accepted where the norm of its error is at most 1. What is left is cut into equal
-    steps no longer than the error allows, so that the last is no stub.
+    No example depends on its neighbours or waits for them: only those that have not arrived are evaluated, once and
+    then six times a step. A step is accepted where the norm of its error is at most 1. The rest of the way is divided
+    into equal steps no longer than the error allows, so that the last step is not much shorter than the others.
 
     Args:
         field: the slope of some of the examples, see `FieldOfEach`.
         y: (B, ...), the states at start.
         start, end: () or (B,) in float64 on the CPU, end after start or before it.
         rtol, atol: tolerances.
-        step: (B,), the first steps' sizes; by default a tenth of the way.
+        step: (B,), the first step sizes; by default a tenth of the way.
         norm: (error, old state, new state, rtol, atol) -> (B,).
-        time: (u, rows) -> t, what a failure calls the place.
-        name: what a failure calls the solver.
+        time: u -> t, for the text of a failure.
+        name: the solver's name in the text of a failure.
 
-    A trial step that leaves the finite numbers is rejected, as one with too large an error is. An example fails, and
-    the others go on, where its slope at the start is not finite, where steps too short to move u are rejected, and
-    after 10 000 steps.
+    A trial step whose result is not finite is rejected, like one with too large an error. An example fails, and the
+    others go on, where its slope at the start is not finite, where steps too short to move u are rejected, and after
+    10 000 steps.
     """
     batch = len(y)
     u, goal = start.expand(batch).clone(), end.expand(batch)
@@ -257,12 +254,12 @@ def integrate_each(
     nfe, going, why = torch.zeros(batch, dtype=torch.long), u != goal, dict[int, str]()
     if not bool(going.any()):
         return Arrival(y, h, nfe, "")
-    asked = 0
+    evaluation = 0
 
     def counted(u: Tensor, y: Tensor, rows: Tensor, whole: bool) -> Tensor:
-        nonlocal asked
-        asked += 1
-        with numbered(asked, name):
+        nonlocal evaluation
+        evaluation += 1
+        with numbered(evaluation, name):
             return field(u, y, rows, whole)
 
     def give_up(which: Tensor, reason: str) -> None:
@@ -276,40 +273,39 @@ def integrate_each(
         left = going.nonzero()[:, 0]
         if len(left) == 0:
             break
-        here, distance = left.to(y.device), (goal[left] - u[left]).abs()
+        own, distance = left.to(y.device), (goal[left] - u[left]).abs()  # `own` on the state's device
         size = distance / torch.ceil(distance / h[left] * (1 - 1e-9)).clamp_min(1)
         arriving = size == distance
-        new, error, last = trial(counted, y[here], u[left], sign[left] * size, slope[here], left)
+        new, error, last = trial(counted, y[own], u[left], sign[left] * size, slope[own], left)
         nfe[left] += len(_NODES) - 1
-        # in the state's dtype an error may vanish; a step grows to four times its size at most
-        e = norm(error, y[here], new, rtol, atol).detach()  # a gradient holds the steps constant
-        sound = e.isfinite() & _finite(new) & _finite(last)
-        e, sound = e.masked_fill(~sound, math.inf).cpu().double(), sound.cpu()
+        e = norm(error, y[own], new, rtol, atol).detach()  # a gradient holds the steps constant
+        finite = e.isfinite() & _finite(new) & _finite(last)
+        e, finite = e.masked_fill(~finite, math.inf).cpu().double(), finite.cpu()
         good = e <= 1
         kept = good.to(y.device)
-        y[here[kept]], slope[here[kept]] = new[kept], last[kept]
+        y[own[kept]], slope[own[kept]] = new[kept], last[kept]
         u[left[good]] = torch.where(arriving, goal[left], u[left] + sign[left] * size)[good]
-        grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 4)
+        grown = size * (0.9 * e.clamp_min(1e-12) ** -0.2).clamp(0.2, 4)  # an error may round to 0
         h[left] = torch.where(good & arriving, torch.maximum(h[left], grown), grown)
         going[left[good & arriving]] = False
         short = ~good & (grown < least[left])
-        give_up(left[short & ~sound], "a slope that is not finite, after steps however short")
-        give_up(left[short & sound], "steps too short to advance")
+        give_up(left[short & ~finite], "a slope that is not finite, after steps however short")
+        give_up(left[short & finite], "steps too short to advance")
     give_up(going.nonzero()[:, 0], f"{MAX_STEPS} steps")
     if not why:
         return Arrival(y, h, nfe, "")
     failed = torch.tensor(sorted(why))
     y[failed.to(y.device)] = math.nan
-    place, reason = time(u[failed], failed)[0].item(), why[int(failed[0])]
     failure = (
-        f"{name} gave up on {which_of(failed, batch)}, at t = {place:.3g} ({reason}) after {nfe[failed[0]]} evaluations"
-        f"; check the model there, or raise rtol and atol (now {rtol:g} and {atol:g}) or t_min"
+        f"{name} gave up on {which_of(failed, batch)}, at t = {time(u[failed])[0].item():.3g} ({why[int(failed[0])]}) "
+        f"after {nfe[failed[0]]} evaluations; check the model there, or raise rtol and atol (now {rtol:g} and "
+        f"{atol:g}) or t_min"
     )
     return Arrival(y, h, nfe, failure)
 
 
 def which_of(which: Tensor, batch: int) -> str:
-    """Examples in words: "2 of 4 examples (1, 3)"."""
+    """Examples as text: "2 of 4 examples (1, 3)"."""
     names = [str(i) for i in which[:9].tolist()] + ["..."] * (len(which) > 9)
     return f"{len(which)} of {batch} examples" + (f" ({', '.join(names)})" if len(which) < batch else "")
 

@@ -1,4 +1,4 @@
-"""An embedded Runge-Kutta pair on the probability flow, with a step size for each example."""
+"""The probability flow by an embedded Runge-Kutta pair, with a step size for each example."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from .deterministic import check_noisy
 
 @dataclass(frozen=True)
 class EmbeddedODE(Sampler):
-    """The probability flow by Dormand-Prince 5(4), also known as dopri5 and RK45, each example with steps of its own.
+    """The probability flow by Dormand-Prince 5(4), also known as dopri5 and RK45, with a step size for each example.
 
-    No example depends on its neighbours, or waits for them.
     The flow is solved on its `Circle`, which suits both ends of every SDE, and chains. A step is accepted where the
-    root mean square of error/(atol + rtol |y|) over an example is at most 1. Only the examples that have not arrived
-    are evaluated. The grid's points are where the state is reported.
+    root mean square of error/(atol + rtol |y|) over an example is at most 1. No example depends on its neighbours or
+    waits for them: only those that have not arrived are evaluated. States are reported at the grid's points.
 
-    Raises ValueError for impossible tolerances, and where the grid ends at clean data (sigma = 0); RuntimeError, with
-    the examples at which it does, where the solver gives up: see `ode.integrate_each`, for each two times of the grid.
+    Raises ValueError for impossible tolerances, and where the grid ends at clean data (sigma = 0); RuntimeError, which
+    names the examples, where the solver gives up between two times of the grid (see `ode.integrate_each`).
     """
 
     rtol: float = 1e-4
@@ -55,7 +54,7 @@ class EmbeddedODE(Sampler):
                 rtol=self.rtol,
                 atol=self.atol,
                 step=h,
-                time=lambda u, rows: circle.time(u),
+                time=circle.time,
                 name="EmbeddedODE",
             )
             if failure:
