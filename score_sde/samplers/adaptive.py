@@ -1,4 +1,4 @@
-"""The reverse SDE with adaptive steps (Jolicoeur-Martineau et al. 2021)."""
+"""The reverse SDE with adaptive step sizes (Jolicoeur-Martineau et al. 2021)."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ MAX_STEPS = 100_000
 
 @dataclass(frozen=True)
 class AdaptiveSDE(Sampler):
-    """Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), algorithm 1: stochastic improved Euler, steps per example.
+    """The reverse SDE by stochastic improved Euler, with an adaptive step size for each example.
 
-    x' by Euler-Maruyama, x'' by the mean of its increment and the one at x' with the same noise. A step is accepted,
-    and x'' taken, where the root mean square of (x'' - x')/max(atol, rtol |x'|, rtol |last x'|) over an example is
-    E <= 1; the next step is `safety` E^-exponent times as long. After a rejection the noise of the longer step is kept,
-    and that of the shorter drawn given it (a Brownian bridge): the paper's code draws anew, which prefers paths that
-    need no short steps (2-D Gaussians come out with almost twice their variance).
+    Jolicoeur-Martineau et al. 2021 (arXiv:2105.14080), algorithm 1. x' is Euler-Maruyama's step, x'' takes the mean of
+    its increment and the one at x' with the same noise. A step is accepted, and ends at x'', where the root mean square
+    of (x'' - x')/max(atol, rtol |x'|, rtol |last x'|) over an example is E <= 1; the next step is `safety` E^-exponent
+    times as long. After a rejection the longer step's noise is kept, and the shorter step's is drawn conditioned on it
+    (a Brownian bridge). The paper's code draws anew, which prefers paths without short steps (2-D Gaussians come out
+    with almost twice their variance).
 
     Args:
         rtol, atol: the paper takes rtol from 0.01 to 0.05, and for atol one pixel level, 2/256 for data in [-1, 1].
         first: size of the first step, in t.
-        safety, exponent: its theta and r.
+        safety, exponent: the paper's theta and r.
 
-    The grid's points are where the state is reported. A gradient holds the steps, and so the Brownian path, constant.
-    Raises ValueError for impossible settings, and where the grid ends at clean data (sigma = 0); RuntimeError, with the
-    examples at which it does, where it gives up: where no step that still moves t has a finite error that is small
-    enough, or after 100 000 steps.
+    States are reported at the grid's points. A gradient holds the steps, and so the Brownian path, constant. Raises
+    ValueError for impossible settings, and where the grid ends at clean data (sigma = 0); RuntimeError, which names the
+    examples, after 100 000 steps, or where even steps too short to move t have too large an error.
     """
 
     rtol: float = 0.02
@@ -54,32 +54,32 @@ class AdaptiveSDE(Sampler):
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)
-        # Nobody waits at a time of the grid, so that an example's numbers do not depend on when others arrive.
+        # No example waits at a time of the grid, so that its numbers do not depend on when others arrive there.
         reached = [x.clone() for _ in times[1:]]
         x, past, path, goal = x.clone(), x.clone(), Path(len(x)), torch.ones(len(x), dtype=torch.long)
-        t, h, told = times[0].expand(len(x)).clone(), torch.full((len(x),), self.first, dtype=torch.float64), 0
+        t, h, reported = times[0].expand(len(x)).clone(), torch.full((len(x),), self.first, dtype=torch.float64), 0
         for tries in range(1, MAX_STEPS + 1):
-            while told < len(reached) and bool((goal > told + 1).all()):
-                yield reached[told]
-                told += 1
+            while reported < len(reached) and bool((goal > reported + 1).all()):
+                yield reached[reported]
+                reported += 1
             left = (goal < len(times)).nonzero()[:, 0]
             if len(left) == 0:
                 return
-            here, end = left.to(x.device), times[goal[left]]
+            own, end = left.to(x.device), times[goal[left]]  # `own` on the state's device
             step = torch.minimum(h[left], t[left] - end)
             arrived = step == t[left] - end
             s = torch.where(arrived, end, t[left] - step)
-            dw = path.increments(left, step, noise(x)[here])  # drawn for all, for the same reason
+            dw = path.increments(left, step, noise(x)[own])  # drawn for all, for the same reason
             with of_examples(model, left, len(x)):
-                euler, improved = improved_euler(model, x[here], t[left], s, dw)
-            size = (self.rtol * torch.maximum(euler.abs(), past[here].abs())).clamp_min(self.atol)
+                euler, improved = improved_euler(model, x[own], t[left], s, dw)
+            size = (self.rtol * torch.maximum(euler.abs(), past[own].abs())).clamp_min(self.atol)
             e = ((improved - euler) / size).detach().flatten(1).square().mean(1).sqrt().cpu().double()
-            sound = e.isfinite()
-            e = e.masked_fill(~sound, 10)  # rejected; a tenth of the step is tried
+            finite = e.isfinite()
+            e = e.masked_fill(~finite, 10)  # rejected; a tenth of the step is tried
             good = e <= 1
             path.settle(left, step, dw, good)
-            there = good.to(x.device)
-            x[here[there]], past[here[there]] = improved[there], euler[there]
+            kept = good.to(x.device)
+            x[own[kept]], past[own[kept]] = improved[kept], euler[kept]
             t[left[good]] = s[good]
             for i in left[good & arrived].tolist():
                 reached[goal[i] - 1][i] = x[i]
@@ -88,8 +88,7 @@ class AdaptiveSDE(Sampler):
             h[left] = torch.where(good & arrived, torch.maximum(h[left], grown), grown)
             short = ~good & (grown < LEAST_STEP * t[left])
             if bool(short.any()):
-                finite = bool(sound[short].all())
-                reason = "steps too short to advance" if finite else "an error that is not finite"
+                reason = "steps too short to advance" if bool(finite[short].all()) else "an error that is not finite"
                 self._give_up(t, left[short], reason, 2 * tries)
         self._give_up(t, left, f"{MAX_STEPS} steps", 2 * MAX_STEPS)
 
@@ -102,7 +101,7 @@ class AdaptiveSDE(Sampler):
 
 
 class Path:
-    """A Brownian path for each example, known where a step has looked: pieces (duration, increment) from now on."""
+    """A Brownian path for each example, as far as it has been drawn: pieces (duration, increment) from now on."""
 
     def __init__(self, count: int) -> None:
         self.pieces: list[list[tuple[float, Tensor]]] = [[] for _ in range(count)]
@@ -112,17 +111,17 @@ class Path:
         dw = like(steps.sqrt(), z) * z
         for k, (row, step) in enumerate(zip(rows.tolist(), steps.tolist(), strict=True)):
             if self.pieces[row]:
-                dw[k] = self._known(self.pieces[row], step, z[k])
+                dw[k] = self._drawn(self.pieces[row], step, z[k])
         return dw
 
-    def _known(self, pieces: list[tuple[float, Tensor]], left: float, z: Tensor) -> Tensor:
-        """The sum over the next `left` of the pieces, which are cut or made longer to end there."""
+    def _drawn(self, pieces: list[tuple[float, Tensor]], left: float, z: Tensor) -> Tensor:
+        """The increment over a duration `left` of the pieces, of which one is divided or added to end there."""
         total = torch.zeros_like(z)
         for j, (duration, dw) in enumerate(pieces):
-            if duration > left:  # given the whole, a part is normal about its share
-                part = left / duration * dw + math.sqrt(left * (duration - left) / duration) * z
-                pieces[j : j + 1] = [(left, part), (duration - left, dw - part)]
-                return total + part
+            if duration > left:  # a Brownian bridge: the first part is normal around its share of the whole
+                first = left / duration * dw + math.sqrt(left * (duration - left) / duration) * z
+                pieces[j : j + 1] = [(left, first), (duration - left, dw - first)]
+                return total + first
             total, left = total + dw, left - duration
             if left <= 0:
                 return total
@@ -130,19 +129,19 @@ class Path:
         return total + pieces[-1][1]
 
     def settle(self, rows: Tensor, steps: Tensor, dw: Tensor, taken: Tensor) -> None:
-        """Forget what lies in the steps that were taken, and keep what was seen of the others."""
-        for k, (row, step, went) in enumerate(zip(rows.tolist(), steps.tolist(), taken.tolist(), strict=True)):
+        """Remove the pieces of the steps that were taken, and keep those of rejected steps."""
+        for k, (row, step, accepted) in enumerate(zip(rows.tolist(), steps.tolist(), taken.tolist(), strict=True)):
             pieces = self.pieces[row]
-            if not went and not pieces:
+            if not accepted and not pieces:
                 pieces.append((step, dw[k].clone()))
-            while went and pieces and step > 0:
+            while accepted and pieces and step > 0:
                 step -= pieces.pop(0)[0]
 
 
 def improved_euler(model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
-    """(x', x'') at s < t from x at t and the Brownian increment dw, by one evaluation and by two.
+    """(x', x'') at s < t from x at t and the Brownian increment dw, with one and two evaluations.
 
-    For these SDEs, whose noise does not depend on x, of weak orders 1 and 2.
+    Their weak orders are 1 and 2, as the noise of these SDEs does not depend on x.
     """
     sde, h = model.sde, t - s
 

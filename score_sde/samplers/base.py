@@ -1,9 +1,9 @@
-"""What a sampler is, and the one door through which samples leave.
+"""What a sampler is, and `sample`, which runs one.
 
 A sampler walks a decreasing grid of times, yielding the state at each; one-step samplers define `step` and inherit the
-walk. Most define it in two parts (`Planned`): numbers that depend on the times alone, which a walk computes for its
-whole grid at once, and passes over the state. Samplers are frozen values: printable, comparable, composable. They see
-randomness only as ``noise(like)``.
+walk. Most divide the step in two (`Planned`): numbers that depend on the times alone, which a walk computes for its
+whole grid at once, and operations on the state. Samplers are frozen values: printable, comparable, composable. Their
+only source of random numbers is ``noise(like)``.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..sdes.linear import SDE, add_, as_grid, check_first
 
 _LOOK = 50  # steps between looks for values that are not finite
 
-Update = Callable[[Tensor, Noise], Tensor]  # a step: the next state, of x and the source of noise
+Update = Callable[[Tensor, Noise], Tensor]  # a step: (x, source of noise) -> the next state
 
 
 @dataclass(frozen=True)
@@ -51,14 +51,14 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Planned(Sampler, ABC):
-    """A one-step sampler in two parts: the `numbers` of a step, and what it does to the state with them.
+    """A one-step sampler in two parts: the `numbers` of a step, and the step itself with these numbers.
 
-    Arithmetic on a tensor of one time takes microseconds, as long as a pass over a small batch: a walk does it once.
+    Arithmetic on a tensor of one time takes as long as on a small batch, microseconds: a walk does it once for all.
     """
 
     @abstractmethod
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        """What the steps from t to s take from the curves, each of the times' shape."""
+        """The coefficients of the steps from t to s, from the SDE's curves, each of the times' shape."""
 
     @abstractmethod
     def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
@@ -74,17 +74,17 @@ class Planned(Sampler, ABC):
 
 
 def rows(columns: Sequence[Any]) -> list[tuple[Any, ...]]:
-    """Tensors or arrays of shape (n,) as n tuples of numbers; of tensors where a learned schedule has a gradient."""
+    """Tensors or arrays of shape (n,) as n tuples of numbers, or of tensors where a learned schedule has a gradient."""
     learned = any(isinstance(column, Tensor) and column.requires_grad for column in columns)
     return list(zip(*(column.unbind() if learned else column.tolist() for column in columns), strict=True))
 
 
 def refuse_learned(curve: Tensor, name: str) -> None:
-    """Raise ValueError where a curve of the SDE asks for a gradient, which the sampler `name` would lose in silence."""
+    """Raise ValueError where a curve of the SDE requires a gradient, which the sampler `name` would silently lose."""
     if curve.requires_grad:
         raise ValueError(
-            f"{name} gives no gradient to a learned schedule: hold it constant by "
-            "model.schedule.requires_grad_(False), or take a sampler that does, such as DDIM() or Heun()"
+            f"{name} gives no gradient to a learned schedule: hold the schedule constant by "
+            "model.schedule.requires_grad_(False), or take a sampler that gives one, such as DDIM() or Heun()"
         )
 
 
@@ -110,7 +110,7 @@ def sample(
     temperature: float = 1.0,
     progress: bool = False,
 ) -> Tensor:
-    """Draw from the prior and walk the sampler over `times`.
+    """Draw samples: a draw from the prior, then the sampler's walk over `times`.
 
     Args:
         model: any score model.
@@ -118,16 +118,15 @@ def sample(
             its grid for a number of evaluations.
         shape: (B, *shape) of the result.
         times: decreasing 1-D grid from 1 to where sampling stops, e.g. ``times.uniform(model.sde, 1000)``.
-        start: the state at times[0], which may then be below 1, in place of a draw from the prior. It is not changed.
+        start: the state at times[0], which may then be below 1, instead of a draw from the prior. It is not changed.
             ``model.sde.perturb(x0, grid[0], z)`` gives variants of x0 (SDEdit; Meng et al. 2022, arXiv:2108.01073).
-        seed: of the draws; example i's depend on (seed, first + i) alone, so results do not depend on the batch's size.
-            A torch.Generator gives one stream for the batch instead.
-        first: index of the batch's first example.
+        seed, first: example i's draws depend on (seed, first + i) alone, so results do not depend on the batch's size.
+            A torch.Generator as seed gives one stream for the whole batch.
         dtype, device: of the state; by default those of `start`, else of the model's first parameter or buffer, else
             float32 on the CPU; float32 for half precision.
         denoise: return E[x_0 | x] at the last time instead of x; where that is clean data (sigma = 0), x itself.
-        temperature: factor of the draw from the prior. Below 1 samples are nearer to what the flow carries the prior's
-            middle to: more alike, and of another law than the model's. For samplers that draw no noise.
+        temperature: factor of the draw from the prior, for samplers that draw no noise. Below 1 samples are less
+            diverse, and not from the model's law.
         progress: show a bar, or a line every half minute where standard error is no terminal.
 
     Returns x of shape `shape`, without a gradient. Raises ValueError for a grid that is not 1-D and decreasing within
@@ -146,7 +145,7 @@ def sample(
     else:
         _check_start(start, shape, temperature)
     dtype, device = default_state(model if start is None else start, dtype, device)
-    before = seed.get_state() if isinstance(seed, torch.Generator) else None
+    state = seed.get_state() if isinstance(seed, torch.Generator) else None
 
     def begin() -> tuple[Tensor, Noise]:
         noise = noise_source(shape, seed, first, dtype, device)
@@ -170,24 +169,26 @@ def sample(
     except WrongShape as error:
         raise WrongShape(f"{error}, in step {min(done + 1, n)} of {n}") from None
     if not _finite(x):
-        if isinstance(seed, torch.Generator) and before is not None:
-            seed.set_state(before)
+        if isinstance(seed, torch.Generator) and state is not None:
+            seed.set_state(state)
         raise FloatingPointError(_why(model, sampler, times, *begin()))
     return x
 
 
 def _check_start(start: Tensor, shape: tuple[int, ...], temperature: float) -> None:
     if not isinstance(start, Tensor) or start.shape != shape or not start.is_floating_point():
-        what = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
-        raise ValueError(f"start must be a floating-point tensor of the samples' shape {shape}, got {what}")
+        kind = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
+        raise ValueError(f"start must be a floating-point tensor of the samples' shape {shape}, got {kind}")
     if temperature != 1:
-        raise ValueError(f"temperature={temperature:g} scales the draw from the prior, and start is given in its place")
+        raise ValueError(
+            f"temperature={temperature:g} scales the draw from the prior, which start replaces: leave it 1"
+        )
     if not _finite(start):
         raise ValueError("start holds values that are not finite")
 
 
 class Watched(ScoreModel):
-    """`model`, which raises FloatingPointError for a state or an estimate that is not finite."""
+    """`model`, raising FloatingPointError for a state or an estimate that is not finite."""
 
     def __init__(self, model: ScoreModel) -> None:
         super().__init__(model.sde)
@@ -214,9 +215,9 @@ def _finite(x: Tensor) -> bool:
 
 
 def _why(model: ScoreModel, sampler: Sampler, times: Tensor, x: Tensor, noise: Noise) -> str:
-    """Walk again, looking at every evaluation: where a walk that ended badly went wrong first.
+    """Where a walk whose result is not finite first went wrong, as text.
 
-    So a walk that ends well is not slowed down by looking.
+    It walks again and checks every evaluation, so that a walk with a good result is not slowed down by checks.
     """
     watched, n = Watched(model), len(times) - 1
     states = sampler.walk(watched, x, times, noise)
@@ -229,14 +230,14 @@ def _why(model: ScoreModel, sampler: Sampler, times: Tensor, x: Tensor, noise: N
     except FloatingPointError as error:
         where = f"step {step + 1} of {n}" if step < n else "the last estimate of the data"
         return f"{error} (in {where} of {type(sampler).__name__})"
-    return "samples are not finite, but were so when drawn again: does the model draw numbers, as dropout does?"
+    return "samples are not finite, but were finite when drawn again: does the model draw numbers, as dropout does?"
 
 
 def _refuse(sampler: Sampler, temperature: float) -> Noise:
     def noise(like: Tensor) -> Tensor:
         raise ValueError(
-            f"temperature={temperature:g} scales the draw from which a sampler without noise starts, and {sampler} "
-            "draws noise: take one that does not, such as Heun() (sampling.method=heun), or temperature 1"
+            f"temperature={temperature:g} is for samplers that draw no noise, and {sampler} draws noise: take another, "
+            "such as Heun() (sampling.method=heun), or temperature 1"
         )
 
     return noise

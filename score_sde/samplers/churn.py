@@ -1,4 +1,4 @@
-"""EDM's stochastic sampler: Heun's steps, before each of which some noise is put back."""
+"""EDM's stochastic sampler: Heun's method, with some noise added before each step."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from .deterministic import Heun
 
 @dataclass(frozen=True)
 class Churn(Sampler):
-    """EDM's stochastic sampler, also known as Heun with S_churn: noise is put back before each step of `Heun`.
+    """EDM's stochastic sampler, also known as Heun with S_churn: noise is added before each step of `Heun`.
 
     Karras et al. 2022 (arXiv:2206.00364), algorithm 2, on any SDE: its sigma is sigma/alpha here, its x is x/alpha.
-    At noise levels r = sigma/alpha in [low, high] noise of deviation `inflate` sqrt(r'² - r²) takes x up to
-    r' = r (1 + gamma), gamma = min(churn/n, sqrt(2) - 1) for n steps; from there `Heun` steps to the next time. Noise
-    is never raised above that at t = 1, which no model has seen. With churn = 0 nothing is drawn and it is `Heun`.
+    At noise levels r = sigma/alpha in [low, high] noise of standard deviation `inflate` sqrt(r'² - r²) raises x to
+    r' = r (1 + gamma), gamma = min(churn/n, sqrt(2) - 1) for n steps; from there `Heun` steps to the next time. The
+    level is never raised above that at t = 1, where no model was trained. With churn = 0 the sampler is `Heun`.
 
     Args:
-        churn: S_churn, how much noise is put back over a whole walk.
-        low, high: S_tmin and S_tmax, between which it is.
+        churn: S_churn, the amount of noise added over a whole walk.
+        low, high: S_tmin and S_tmax, the noise levels between which it is added.
         inflate: S_noise, slightly above 1 against the loss of detail that networks cause.
 
     Raises ValueError for values below 0, or low above high.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,10 +32,10 @@ def check_noisy(model: ScoreModel, s: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Heun(Planned):
-    """Heun's method in r = sigma/alpha, also known as EDM's deterministic sampler: order 2, two evaluations.
+    """Heun's method in r = sigma/alpha, also known as EDM's deterministic sampler: order 2, two evaluations per step.
 
     The flow of y = x/alpha is dy/dr = noise. Karras et al. 2022, algorithm 1: DDIM's step, then the mean of the slopes
-    at its two ends. The rates f and g, which jump at the steps of a chain, do not enter. A last step to clean data is
+    at its two ends. It does not use the rates f and g, which jump at the steps of a chain. A last step to clean data is
     DDIM's.
     """
 
@@ -72,7 +73,7 @@ class FixedODE(Sampler):
         check_noisy(model, s)
 
         def field(u: Tensor, y: Tensor) -> Tensor:
-            # torchdiffeq rounds its times to the state's dtype: it sees the fraction u of the step, and t stays exact
+            # torchdiffeq rounds its times to the state's dtype: it gets the fraction u of the step, and t stays exact
             return velocity(model, y, t + u.to("cpu", torch.float64) * (s - t)) * like(s - t, y)
 
         return odeint(field, x, torch.arange(2, dtype=x.dtype, device=x.device), method=self.method)[-1]
@@ -82,10 +83,9 @@ class FixedODE(Sampler):
 class AdaptiveODE(Sampler):
     """The probability flow by an adaptive ODE solver, also known as the ODE sampler: dopri5, RK45 and others.
 
-    The grid's points are only where the state is reported.
-    `method` is one of torchdiffeq's, or "RK45" for scipy's as the paper uses it. One step size serves the batch, so an
-    example's result depends on its neighbours to within the tolerance. Raises ValueError for another method, and where
-    the grid ends at clean data (sigma = 0).
+    `method` is one of torchdiffeq's, or "RK45" for scipy's as the paper uses it. The batch shares one step size, so an
+    example's result depends on its neighbours to within the tolerance. States are reported at the grid's points. Raises
+    ValueError for another method, and where the grid ends at clean data (sigma = 0).
     """
 
     rtol: float = 1e-5
@@ -93,15 +93,13 @@ class AdaptiveODE(Sampler):
     method: str = "dopri5"
 
     def __post_init__(self) -> None:
-        Solver(self.method, self.rtol, self.atol)  # which refuses what is no method or tolerance
+        Solver(self.method, self.rtol, self.atol)  # checks them
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)
-
-        def field(t: Tensor, y: Tensor) -> Tensor:
-            return velocity(model, y, t)
-
-        solver = Solver(self.method, self.rtol, self.atol)
-        for t, s in zip(times[:-1].tolist(), times[1:].tolist(), strict=True):
-            x, _ = integrate(field, x, t, s, solver=solver, sde=model.sde, parameters=model.parameters())
+        solver, parameters = Solver(self.method, self.rtol, self.atol), tuple(model.parameters())
+        for start, end in pairwise(times.tolist()):
+            x, _ = integrate(
+                lambda t, y: velocity(model, y, t), x, start, end, solver=solver, sde=model.sde, parameters=parameters
+            )
             yield x

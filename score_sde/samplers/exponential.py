@@ -1,20 +1,20 @@
-"""Exponential integrators of the probability flow and of the reverse SDE: one core for a family of fast solvers.
+"""Exponential integrators of the probability flow and the reverse SDE: DPM-Solver, DPM-Solver++, DEIS and UniPC.
 
-With lambda = log(alpha/sigma), half the log SNR, the flow has a linear part that is solved exactly, and what is left is
-an integral over the model's estimates along the path, of the data D or of the noise E (Lu et al. 2022,
-arXiv:2206.00927, eq. 3.4; 2211.01095, eq. 9):
+With lambda = log(alpha/sigma), half the log SNR, the flow has a linear part that is solved exactly, and an integral
+over the model's estimates along the path, of the data D or of the noise E (Lu et al. 2022, arXiv:2206.00927, eq. 3.4;
+2211.01095, eq. 9):
 
     x_s/sigma_s = x_t/sigma_t + ∫ exp(lambda) D dlambda,    x_s/alpha_s = x_t/alpha_t - ∫ exp(-lambda) E dlambda,
 
-from lambda_t up to lambda_s = lambda_t + h. Putting a polynomial through some values F_j in the place of D or E gives
+from lambda_t up to lambda_s = lambda_t + h. A polynomial through some values F_j of D or E gives
 
     x_s = keep x_t + sum_j weight_j F_j,    with weights exact for F = 1, u, u², ..., where u = (lambda - lambda_t)/h.
 
-Which values are taken makes the method: those of intermediate points (`DPMSolver`), of steps before (`Multistep`), of
-these and the new point (`UniPC`). Which estimate is the smoother changes on the way: in a direction in which the data
-have variance v, D grows as exp(lambda) while v alpha² < sigma², and E departs from its limit as exp(2 lambda)/2, so
-that what a polynomial of degree p - 1 misses of it weighs 2^(p-1) times as much; afterwards the two have changed
-places. `TURN` stands for where that happens. Of the reverse SDE with eta times its noise,
+The methods differ in these values: those at intermediate points (`DPMSolver`), of previous steps (`Multistep`), or of
+previous steps and the new point (`UniPC`). Which estimate is smoother changes on the way. In a direction in which the
+data have variance v, D grows as exp(lambda) while v alpha² < sigma², and E departs from its limit as exp(2 lambda)/2,
+so the error of a polynomial of degree p - 1 is 2^(p-1) times as large for E; later it is the other way round. `TURN`
+is an estimate of where that happens. For the reverse SDE with eta times its noise,
 ``dx = [f x - (1 + eta²)/2 g² score] dt + eta g dw``, the same holds with exp((1 + eta²) lambda) for exp(lambda).
 """
 
@@ -36,7 +36,7 @@ from ..sdes.linear import SDE, add, add_, scaled
 from .base import Sampler, add_noise_, refuse_learned, rows
 from .times import arcsinh
 
-# Coefficients are NumPy's: on a few numbers its arithmetic costs a third of torch's, and a walk's plan counts.
+# Coefficients are NumPy's: on a few numbers its arithmetic takes a third of torch's time, which counts in a walk.
 Array = NDArray[np.float64]
 
 Prediction = Literal["data", "noise"]  # what a step interpolates
@@ -54,13 +54,12 @@ class Point(NamedTuple):
     sigma: Array
     half_log_snr: Array
 
-    def part(self, first: int, count: int) -> Point:
-        """Those at `count` times from the first on."""
+    def section(self, first: int, count: int) -> Point:
+        """The curves at `count` of the times, from the one with index `first`."""
         return Point(*(curve[first : first + count] for curve in self))
 
 
-# A step x_s = keep x_t + fresh z + sum_j weight_j F_j in one row: keep, fresh, and the weights; numbers, or of the
-# times' shape.
+# A step x_s = keep x_t + fresh z + sum_j weight_j F_j as (keep, fresh, *weights): numbers, or of the times' shape
 Row = Sequence[Any]
 
 
@@ -90,10 +89,10 @@ def moments(z: Any, n: int, predict: Prediction) -> list[Array]:
 def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tuple[Array, ...]:
     """Weights of the values at `nodes`, nodes[0] = 0, of the polynomial's z ∫ w(u) F(u) du (see `moments`).
 
-    "exact" integrates the polynomial. The others are what papers and their code take instead of the moment of u or u²,
-    where it does not change the order but the numbers: "b1" and "b2", with two nodes, B(h)/2 with B = h and exp(h) - 1
-    (Zhao et al. 2023, arXiv:2302.04867, section 3.1: with more nodes B cancels); "published", DPM-Solver++'s: "b2" with
-    two nodes, and with three half of the moment of u², by which its third order is lost.
+    "exact" integrates the polynomial. The other rules replace the moment of u or u², as papers and their code do. "b1"
+    and "b2", for two nodes, take B(h)/2 with B = h and exp(h) - 1: another number, the same order (Zhao et al. 2023,
+    arXiv:2302.04867, section 3.1: with more nodes B cancels). "published" is DPM-Solver++'s: "b2" for two nodes; for
+    three half of the moment of u², so that the third order is lost.
     """
     z, places, n = np.asarray(z), [np.asarray(c) for c in nodes], len(nodes)
     m = moments(z, n, predict)
@@ -119,7 +118,7 @@ def coefficients(
 ) -> tuple[Array, ...]:
     """The `Row` of the step from t to s, with the weights of F at t and at the `places` u; all of one shape.
 
-    Where s is clean data (sigma = 0) there may be no places, and the step lands on the estimate of the data at t.
+    Where s is clean data (sigma = 0) `places` must be empty, and the step ends at the estimate of the data at t.
     """
     h = s.half_log_snr - t.half_log_snr
     zero = np.zeros_like(h)
@@ -135,9 +134,9 @@ def coefficients(
 
 
 def advance(x: Tensor, values: Sequence[Tensor], row: Row) -> Tensor:
-    """keep x + sum_j weights_j values_j, a new tensor; values beyond the weights do not count."""
+    """keep x + sum_j weights_j values_j, a new tensor; values beyond the weights are ignored."""
     keep, _, *weights = row
-    # Where x is kept as it is (VE), its copy takes the first term along; DPM-Solver-2's first weight is 0.
+    # With keep = 1 (VE) the first sum is the copy of x; DPM-Solver-2's first weight is 0.
     y = x if isinstance(keep, float) and keep == 1 else scaled(x, keep)
     for weight, value in zip(weights, values, strict=False):
         if isinstance(weight, Tensor) or weight != 0:
@@ -145,44 +144,40 @@ def advance(x: Tensor, values: Sequence[Tensor], row: Row) -> Tensor:
     return y
 
 
-def estimate(model: ScoreModel, x: Tensor, t: Tensor, predict: Prediction) -> Tensor:
-    return part(model(x, t), predict)
-
-
-def part(e: Estimate, predict: Prediction) -> Tensor:
+def predicted(e: Estimate, predict: Prediction) -> Tensor:
     return e.data if predict == "data" else e.noise
 
 
-# Intermediate points in units of h. The last step interpolates the values at its two ends 0 and the last of them; for
-# order 3 that is enough at 2/3, as Radau's quadrature of two nodes is of order 3.
+# Intermediate points in units of h. The last step interpolates the values at 0 and at the last of them: with that at
+# 2/3 this suffices for order 3, as Radau's quadrature of two nodes has order 3.
 _STAGES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 
 
-# What a step of DPM-Solver takes: the times of its intermediate points, each with the `coefficients` of the step there
-# from where it starts; last those of the step to its end, where nothing is evaluated.
+# A step of DPM-Solver: the times of its intermediate points, each with the `coefficients` of the step to it from the
+# start; then None, as nothing is evaluated at the end, with those of the step to the end.
 Stages = Sequence[tuple[Tensor | None, Row]]
 
 
 def stages(sde: SDE, start: Point, end: Point, order: int, predict: Prediction) -> Stages:
-    """Those from some times to others, of order 1 where they end at clean data."""
+    """The stages of the steps from `start` to `end`, of order 1 where they end at clean data."""
     if (end.sigma == 0).any():
         order = 1
-    found: list[tuple[Tensor | None, Row]] = []
+    inner: list[tuple[Tensor | None, Row]] = []
     places: list[float] = []
     for c in _STAGES[order]:
         half_log_snr = start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)
         u = sde.time(torch.as_tensor(2 * half_log_snr))
-        found.append((u, coefficients(start, point(sde, u), [p / c for p in places], predict)))
+        inner.append((u, coefficients(start, point(sde, u), [p / c for p in places], predict)))
         places = [c]
-    return [*found, (None, coefficients(start, end, places, predict, "b2" if order == 2 else "exact"))]
+    return [*inner, (None, coefficients(start, end, places, predict, "b2" if order == 2 else "exact"))]
 
 
 def stages_of(sde: SDE, grid: Point, order: int, predict: Prediction) -> list[Stages]:
-    """Those of every step of a grid, as numbers; at its end there may be clean data."""
+    """The stages of every step of a grid, as numbers; the grid may end at clean data."""
 
     def numbers(first: int, count: int) -> list[Stages]:
-        found = stages(sde, grid.part(first, count), grid.part(first + 1, count), order, predict)
-        planned = [(count * [None] if u is None else u.unbind(), rows(columns)) for u, columns in found]
+        steps = stages(sde, grid.section(first, count), grid.section(first + 1, count), order, predict)
+        planned = [(count * [None] if u is None else u.unbind(), rows(columns)) for u, columns in steps]
         return [[(times[i], row[i]) for times, row in planned] for i in range(count)]
 
     n, clean = len(grid.sigma) - 1, int(grid.sigma[-1] == 0)
@@ -190,27 +185,27 @@ def stages_of(sde: SDE, grid: Point, order: int, predict: Prediction) -> list[St
     return steps + numbers(n - 1, 1) if clean else steps
 
 
-def climb(model: ScoreModel, x: Tensor, parts: Stages, predict: Prediction, first: Tensor) -> Tensor:
-    """Through the `stages`, each of which takes the first estimate and that of the stage before."""
+def climb(model: ScoreModel, x: Tensor, stages: Stages, predict: Prediction, first: Tensor) -> Tensor:
+    """The state after the `stages`, each of which takes the first estimate and that of the stage before."""
     values, y = [first], x
-    for u, row in parts:
+    for u, row in stages:
         y = advance(x, values, row)
-        values = values if u is None else [first, estimate(model, y, u, predict)]
+        values = values if u is None else [first, predicted(model(y, u), predict)]
     return y
 
 
 def orders(grid: Point, order: int, short: int = SHORT) -> list[int]:
-    """The order of each step: no more than there are values, and lower at the end where that is short or clean.
+    """The order of each step: at most the number of values so far, and lower at the end of a short or clean grid.
 
-    The papers' code lowers it on grids of fewer than `short` = 15 steps; at sigma = 0 lambda is infinite, and no
-    polynomial in it gets there.
+    The papers' code lowers it on grids of fewer than `short` = 15 steps. At sigma = 0 lambda is infinite, and the order
+    is 1.
     """
     n, clean = len(grid.sigma) - 1, grid.sigma[-1] == 0
     return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
 
 
 def predictions(grid: Point, predict: Prediction | Literal["both"]) -> list[Prediction]:
-    """What each step of a grid interpolates."""
+    """The estimate, "data" or "noise", that each step of a grid interpolates."""
     if predict != "both":
         return [predict] * (len(grid.sigma) - 1)
     return ["data" if 2 * lam < TURN else "noise" for lam in grid.half_log_snr[:-1]]
@@ -226,39 +221,38 @@ def plan(
 ) -> list[Row]:
     """The steps of a grid, as numbers: step i takes the values at the orders[i] points up to the grid's point i.
 
-    A corrector's step takes the value at point i + 1 besides, as its last. The steps from the first to the last of each
-    order and prediction are computed at once.
+    A corrector's step also takes the value at point i + 1, as its last. For each order and prediction the steps from
+    the first to the last are computed at once.
     """
     lam = grid.half_log_snr
     kinds = list(zip(orders, predict, strict=False))
-    found: dict[int, Row] = {}
+    planned: dict[int, Row] = {}
     for kind in set(kinds):
         own = [i for i, other in enumerate(kinds) if other == kind]
-        first, count, (q, what) = own[0], own[-1] - own[0] + 1, kind
-        t, s = grid.part(first, count), grid.part(first + 1, count)
+        first, count, (q, prediction) = own[0], own[-1] - own[0] + 1, kind
+        t, s = grid.section(first, count), grid.section(first + 1, count)
         h = s.half_log_snr - t.half_log_snr
         places = [(lam[first - j :][:count] - t.half_log_snr) / h for j in range(1, q)]
-        steps = rows(coefficients(t, s, places + [1.0] * corrector, what, rule, eta))
-        found |= {i: steps[i - first] for i in own}
-    return [found[i] for i in range(len(kinds))]
+        steps = rows(coefficients(t, s, places + [1.0] * corrector, prediction, rule, eta))
+        planned |= {i: steps[i - first] for i in own}
+    return [planned[i] for i in range(len(kinds))]
 
 
-def _check(order: int, predict: str, start: str = "lower", known: Sequence[str] = ("data", "noise", "both")) -> None:
+def _check(order: int, predict: str, start: str = "lower", allowed: Sequence[str] = ("data", "noise", "both")) -> None:
     if order not in _STAGES:
         raise ValueError(f"order must be 1, 2 or 3, got {order!r}")
-    if predict not in known:
-        raise ValueError(f"predict must be one of {', '.join(known)}, got {predict!r}")
+    if predict not in allowed:
+        raise ValueError(f"predict must be one of {', '.join(allowed)}, got {predict!r}")
     if start not in ("singlestep", "lower"):
         raise ValueError(f'start must be "singlestep" or "lower", got {start!r}')
 
 
 @dataclass(frozen=True)
 class DPMSolver(Sampler):
-    """DPM-Solver-1, 2 and 3: singlestep exponential integrators, of as many evaluations per step as their order.
+    """DPM-Solver-1, 2 and 3, also known as singlestep DPM-Solver: `order` evaluations per step.
 
-    Also known as singlestep DPM-Solver. Lu et al. 2022 (arXiv:2206.00927), algorithms 1-2 and section 3.1, with r1 =
-    1/2, or r1 = 1/3 and r2 = 2/3; with ``predict="data"`` DPM-Solver++'s (arXiv:2211.01095, appendix A). A step to
-    clean data is of order 1 (DDIM's).
+    Lu et al. 2022 (arXiv:2206.00927), algorithms 1-2 and section 3.1, with r1 = 1/2, or r1 = 1/3 and r2 = 2/3; with
+    ``predict="data"`` DPM-Solver++'s (arXiv:2211.01095, appendix A). A step to clean data is of order 1 (DDIM's).
 
     Raises ValueError for another order or prediction.
     """
@@ -267,38 +261,38 @@ class DPMSolver(Sampler):
     predict: Prediction = "noise"
 
     def __post_init__(self) -> None:
-        _check(self.order, self.predict, known=("data", "noise"))
+        _check(self.order, self.predict, allowed=("data", "noise"))
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        found = stages(model.sde, point(model.sde, t), point(model.sde, s), self.order, self.predict)
-        parts = [(u, [torch.as_tensor(c) for c in row]) for u, row in found]
-        return climb(model, x, parts, self.predict, estimate(model, x, t, self.predict))
+        planned = stages(model.sde, point(model.sde, t), point(model.sde, s), self.order, self.predict)
+        tensors = [(u, [torch.as_tensor(c) for c in row]) for u, row in planned]
+        return climb(model, x, tensors, self.predict, predicted(model(x, t), self.predict))
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
-        """These steps, with the coefficients of all of them computed at once."""
+        """The same steps, with all their coefficients computed at once."""
         planned = stages_of(model.sde, point(model.sde, times), self.order, self.predict)
-        for t, parts in zip(times[:-1], planned, strict=True):
-            x = climb(model, x, parts, self.predict, estimate(model, x, t, self.predict))
+        for t, stages in zip(times[:-1], planned, strict=True):
+            x = climb(model, x, stages, self.predict, predicted(model(x, t), self.predict))
             yield x
 
 
 @dataclass(frozen=True)
 class Multistep(Sampler):
-    """DPM-Solver++(2M) and (3M), their SDE forms, and DEIS: one evaluation per step, interpolated with those before.
+    """DPM-Solver++(2M) and (3M), their SDE forms, and DEIS: multistep solvers of one evaluation per step.
 
     Also known as dpmpp_2m, dpmpp_3m and dpmpp_2m_sde, and as tAB-DEIS. Lu et al. 2022b (arXiv:2211.01095), algorithm 2
-    and appendix B; ``eta=1`` is SDE-DPM-Solver++ (section 4), other values have that much of the reverse SDE's noise,
-    all with the same marginals; ``predict="noise"`` is DEIS with polynomials in log(sigma/alpha) (Zhang & Chen 2022,
-    arXiv:2204.13902, tAB in that variable). Order 1 is `DDIM`, with eta = 1 `Ancestral`. With noise two orders are the
-    most, weakly: one normal number per step says no more of a path.
+    and appendix B; ``eta=1`` is SDE-DPM-Solver++ (section 4), other values have eta times the reverse SDE's noise, all
+    with the same marginals; ``predict="noise"`` is DEIS with polynomials in log(sigma/alpha) (Zhang & Chen 2022,
+    arXiv:2204.13902, tAB in that variable). Order 1 is `DDIM`, with eta = 1 `Ancestral`. With noise the weak order is
+    at most 2: one normal number per step does not determine more of a path.
 
     Args:
         order: 1, 2 or 3.
         predict: what is interpolated: "data", "noise", or "both", data below a log SNR of -2 and noise above.
-        eta: 0 draws no noise.
-        rule: "exact" weights, or DPM-Solver++'s "published" ones (see `weights`), with which order 3 is 2.
-        start: of order 3 without noise: "singlestep" takes the first step by an intermediate evaluation more; "lower"
-            takes it at order 1, as the published code does, with which order 3 is 2 on ever finer grids.
+        eta: factor of the reverse SDE's noise; 0 draws none.
+        rule: "exact" weights, or DPM-Solver++'s "published" ones (see `weights`), which reduce order 3 to 2.
+        start: for order 3 without noise: "singlestep" takes the first step with one more, intermediate evaluation;
+            "lower" takes it at order 1, as the published code does, which reduces order 3 to 2 on ever finer grids.
 
     On grids shorter than 15 steps the last steps are of lower order; a step to clean data is always of order 1.
     Raises ValueError for other settings, or noise with other than data prediction.
@@ -322,14 +316,14 @@ class Multistep(Sampler):
         allowed = orders(grid, self.order)
         kinds = predictions(grid, self.predict)
         steps = plan(grid, allowed, kinds, self.rule, self.eta)
-        # A first step of local error h² is all right for order 2; order 3 needs h³.
+        # A first step of local error h² suffices for order 2; order 3 needs h³.
         single = self.start == "singlestep" and self.eta == 0 and max(allowed) == 3
         past: list[Estimate] = []  # newest first
         for i, (t, kind) in enumerate(zip(times[:-1], kinds, strict=True)):
             past = [model(x, t), *past[: self.order - 1]]
-            values = [part(e, kind) for e in past]
+            values = [predicted(e, kind) for e in past]
             if i == 0 and single:
-                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 2, kind)[0], kind, values[0])
+                x = climb(model, x, stages_of(model.sde, grid.section(0, 2), 2, kind)[0], kind, values[0])
             else:
                 x = advance(x, values, steps[i])
             x = add_noise_(x, steps[i][1], noise)
@@ -338,19 +332,18 @@ class Multistep(Sampler):
 
 @dataclass(frozen=True)
 class UniPC(Sampler):
-    """UniPC-p: a multistep predictor of order p, then corrected with the next evaluation to order p + 1.
+    """UniPC-p (unified predictor-corrector): a multistep predictor of order p, corrected to order p + 1.
 
-    Also known as the unified predictor-corrector; "b1" and "b2" are its B1(h) and B2(h). Zhao et al. 2023
-    (arXiv:2302.04867), algorithms 5-8. One evaluation per step: the one at the predicted point serves the correction of
-    that point and the next step. The last point is not corrected.
+    Zhao et al. 2023 (arXiv:2302.04867), algorithms 5-8. It takes one evaluation per step: that at the predicted point
+    serves both the correction of the point and the next step. The last point is not corrected.
 
     Args:
         order: p, 1, 2 or 3.
-        variant: "b1" or "b2", their B(h) = h or exp(h) - 1.
-        predict: what is interpolated: "data", "noise", or "both", data below a log SNR of -2 and noise above.
-        start: of p = 3: "singlestep" takes the first step by two evaluations more; "lower" at order 1, as the published
-            code does, with which the order is 3 on ever finer grids.
-        short: on grids of fewer steps the last ones are of lower order.
+        variant: "b1" or "b2", the paper's B1(h) = h or B2(h) = exp(h) - 1.
+        predict: as for `Multistep`.
+        start: for p = 3: "singlestep" takes the first step with two more evaluations; "lower" takes it at order 1, as
+            the published code does, which reduces the order to 3 on ever finer grids.
+        short: on grids of fewer steps the last steps are of lower order.
 
     A step to clean data is always of order 1. Raises ValueError for other settings.
     """
@@ -371,9 +364,9 @@ class UniPC(Sampler):
         allowed = orders(grid, self.order, self.short)
         kinds = predictions(grid, self.predict)
         steps = plan(grid, allowed, kinds, self.variant)
-        # The corrected point is the predicted one, moved by what the weights differ in. The last one, which may be
-        # clean data, is not corrected.
-        corrected = plan(grid.part(0, len(allowed)), allowed[:-1], kinds, self.variant, corrector=True)
+        # The corrected point is the predicted one plus the differences of the weights times their values. The last
+        # point, which may be clean data, is not corrected.
+        corrected = plan(grid.section(0, len(allowed)), allowed[:-1], kinds, self.variant, corrector=True)
         moves = [
             (1.0, 0.0, new[-1], *(a - b for a, b in zip(new[2:], old[2:], strict=False)))
             for new, old in zip(corrected, steps, strict=False)
@@ -383,23 +376,23 @@ class UniPC(Sampler):
         for i, (t, kind) in enumerate(zip(times[:-1], kinds, strict=True)):
             new = model(x, t)
             if i > 0 and not (i == 1 and single):
-                x = advance(x, [part(e, kinds[i - 1]) for e in (new, *past)], moves[i - 1])
+                x = advance(x, [predicted(e, kinds[i - 1]) for e in (new, *past)], moves[i - 1])
             past = [new, *past[: self.order - 1]]
-            values = [part(e, kind) for e in past]
+            values = [predicted(e, kind) for e in past]
             if i == 0 and single:
-                x = climb(model, x, stages_of(model.sde, grid.part(0, 2), 3, kind)[0], kind, values[0])
+                x = climb(model, x, stages_of(model.sde, grid.section(0, 2), 3, kind)[0], kind, values[0])
             else:
                 x = advance(x, values, steps[i])
             yield x
 
 
 def recommended(sde: SDE, nfe: int) -> tuple[Sampler, Tensor]:
-    """(sampler, times) of the least error found for `nfe` evaluations of a network, one per step; it draws no noise.
+    """(sampler, times) with the smallest error in benchmarks for `nfe` evaluations, one per step; it draws no noise.
 
-    On the grid `times.arcsinh`, with ``predict="both"``, which interpolates estimates of the data where noise outweighs
-    them and of the noise afterwards: `Multistep` of order 3 below 7 steps, from there `UniPC`, of order 2 below 15 and
-    then of order 3. The choice is measured: ``python -m benchmarks.solvers`` compares it with the other samplers here
-    and those of diffusers and score_sde_pytorch (docs/performance.md, also where it loses).
+    It is `Multistep` of order 3 below 7 steps, `UniPC` of order 2 below 15 and of order 3 from there on, with
+    ``predict="both"`` on the grid `times.arcsinh`. The choice is measured: ``python -m benchmarks.solvers`` compares it
+    with the package's other samplers and those of diffusers and score_sde_pytorch (docs/performance.md, also where it
+    loses).
 
         sampler, grid = recommended(model.sde, 20)
         x = sample(model, sampler, (16, 1, 8, 8), grid)
@@ -411,7 +404,7 @@ def recommended(sde: SDE, nfe: int) -> tuple[Sampler, Tensor]:
 
 
 def fast(nfe: int) -> Sampler:
-    """The sampler alone."""
-    if nfe < 7:  # over steps as long as these a corrector makes a network's errors larger
+    """The sampler of `recommended`."""
+    if nfe < 7:  # with steps as long as these a corrector increases a network's errors
         return Multistep(3, "both", start="lower")
     return UniPC(2 if nfe < SHORT else 3, predict="both", start="lower", short=25)

@@ -1,4 +1,4 @@
-"""Time grids fitted to a model and a solver, on a few trajectories."""
+"""Time grids fitted to a model and a solver on a few trajectories."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def fit_times(
     fine: int = 256,
     seed: int = 0,
 ) -> Tensor:
-    """n + 1 decreasing times from 1 to t_min, on which this solver leads this model's trajectories best to their ends.
+    """n + 1 decreasing times from 1 to t_min, fitted so that this solver's trajectories end nearest to the exact ends.
 
-    The ends are those of a third-order solver on a fine grid. The best of the grids of `times` is taken to begin with;
-    then each node in turn is moved in log SNR, by a half, a quarter and an eighth of the way to its neighbours,
-    wherever that brings the mean distance from the ends down: 6 n² evaluations of the batch for a solver of one per
-    step, after 256 for the ends. On the trajectories of the fit the result is at least as good as every grid of
-    `times`. The aim is that of Sabour et al. 2024 (arXiv:2404.14507), who minimise a bound on the distance of laws.
+    The exact ends are those of a third-order solver on a fine grid. The fit begins at the best of the grids of `times`;
+    then it moves each node in turn in log SNR, by a half, a quarter and an eighth of the way to its neighbours,
+    wherever that reduces the mean distance from the ends: 6 n² evaluations of the batch for a solver of one per step,
+    after 256 for the ends. On the trajectories of the fit the result is at least as good as every grid of `times`.
+    Sabour et al. 2024 (arXiv:2404.14507) have the same aim, and minimise a bound on the distance of laws.
 
     Args:
         model: any score model.
-        sampler: a deterministic one, which will walk the grid.
+        sampler: a deterministic sampler, which is to walk the grid.
         n: number of steps.
         shape: (B, *shape) of the trajectories; a few tens are enough, more in few dimensions.
         sde: the model's, with the t_min at which to stop; by default the model's own.
@@ -57,24 +57,18 @@ def fit_times(
         *_, y = sampler.walk(model, x, grid, _refuse)
         return float((y - ends).flatten(1).square().mean(1).sqrt().mean().nan_to_num(torch.inf))
 
-    grids = [
-        uniform(sde, n),
-        quadratic(sde, n),
-        log_snr(sde, n),
-        arcsinh(sde, n),
-        *(karras(sde, n, rho) for rho in (3.0, 7.0, 15.0)),
-    ]
+    grids = [rule(sde, n) for rule in (uniform, quadratic, log_snr, arcsinh)]
+    grids += [karras(sde, n, rho) for rho in (3.0, 7.0, 15.0)]
     least, grid = min(((distance(grid), grid) for grid in grids), key=lambda pair: pair[0])
     for move in _MOVES:
         for i in range(1, n):
             for neighbour in (i - 1, i + 1):
                 trial = grid.clone()
                 trial[i] = sde.time(torch.lerp(sde.log_snr(grid[i]), sde.log_snr(grid[neighbour]), move))
-                found = distance(trial)
-                if found < least:
-                    least, grid = found, trial
+                if (off := distance(trial)) < least:
+                    least, grid = off, trial
     return grid
 
 
 def _refuse(like: Tensor) -> Tensor:
-    raise ValueError("fit_times needs a sampler that draws no noise: its trajectories would not have one end each")
+    raise ValueError("fit_times needs a sampler that draws no noise, such as Heun(): with noise a start has many ends")

@@ -1,4 +1,4 @@
-"""Langevin dynamics at one density p, with and without Metropolis' test.
+"""Langevin dynamics at one density p, with and without the Metropolis test (ULA and MALA).
 
     x <- x + h score(x) + sqrt(2h) z,    score = grad log p, z standard normal
 
@@ -6,12 +6,13 @@ is a step of size h of the diffusion ``dx = score dt + sqrt(2) dw``, whose law t
 Papers that write eps/2 and sqrt(eps) (Welling & Teh 2011; Song & Ermon 2019, eq. 4) have h = eps/2; Song & Ermon 2020
 have h = eps.
 
-The discrete steps have a law of their own: on N(0, s²) they settle at variance s²/(1 - h/(2 s²)), and diverge from
-h = 2 s² on. Metropolis' test removes that bias at any h: the step, from x to y, is taken with probability
+The discrete steps have another stationary law: on N(0, s²) its variance is s²/(1 - h/(2 s²)), and from h = 2 s² on they
+diverge. The Metropolis test removes this bias at any h: a step from x to y is taken with probability
 
-    min(1, p(y) q(x|y) / (p(x) q(y|x))),    q(y|x) = N(y; x + h score(x), 2h I)
+    min(1, p(y) q(x|y) / (p(x) q(y|x))),    q(y|x) = N(y; x + h score(x), 2h I),
 
-and else x stays. What neither cures is that modes far apart are hardly ever left: see `AnnealedLangevin`.
+and otherwise x stays. With and without it, walks hardly ever go from one mode to another far away: see
+`AnnealedLangevin`.
 """
 
 from __future__ import annotations
@@ -56,31 +57,30 @@ def langevin_dynamics(
     """n steps of Langevin dynamics from x, without a gradient.
 
     Args:
-        target: a score model, at its time t; or a function of x, which is a log density up to a constant where it
-            returns (B,) (its gradient is taken by autograd), and a score where it returns x's shape. A score that
-            sees another mini-batch at each call makes this SGLD (Welling & Teh 2011).
+        target: a score model, at its time t; or a function of x, which is a log density up to a constant if it
+            returns (B,) (its gradient is taken by autograd), and a score if it returns x's shape. A score of another
+            mini-batch at each call makes this SGLD (Welling & Teh 2011).
         x: where to start, (B, *shape), one independent walk per example; not changed.
         step: h; or a function of the step's number, such as SGLD's ``lambda i: a * (b + i) ** -0.55``.
         n: number of steps.
         t: the model's time, () or (B,).
-        metropolis: take a step only by Metropolis' test (MALA). With a log density it is exact. With a score the log
-            density's difference is its integral along the straight line from x to y, by a quadrature of order 8 (four
-            more evaluations a step): as good as exact for the gradient of a smooth function, meaningless for SGLD.
-        seed: of the draws; example i's depend on (seed, first + i) alone. A torch.Generator gives one stream.
-        first: index of the batch's first example.
+        metropolis: accept steps by the Metropolis test (MALA). With a log density it is exact. With a score the log
+            density's difference is the score's integral along the straight line from x to y, by a quadrature of order 8
+            (four more evaluations a step): as good as exact for the gradient of a smooth function, useless for SGLD.
+        seed, first: example i's draws depend on (seed, first + i) alone. A torch.Generator gives one stream.
 
     Raises ValueError for a state that is no batch, for a model without t or a function with it, and for a function
     whose result is neither (B,) nor of x's shape; FloatingPointError where the score is not finite at the start of a
-    walk with Metropolis' test, which would stay there, or the state after a step without it.
+    walk with the Metropolis test, which would never move, or the state after a step without it.
     """
     noise = noise_source(tuple(x.shape), seed, first, x.dtype, x.device)
     taken = torch.zeros(x.shape[:1], dtype=x.dtype, device=x.device)
-    sound = torch.zeros((), dtype=torch.long, device=x.device)  # steps: what is not finite remains so
+    finite = torch.zeros((), dtype=torch.long, device=x.device)  # steps; a state does not become finite again
     for y, moved in islice(langevin_walk(target, x, step, noise, t=t, metropolis=metropolis), n):
-        x, taken, sound = y, taken + moved, sound + y.isfinite().all()
-    if sound < n:
+        x, taken, finite = y, taken + moved, finite + y.isfinite().all()
+    if finite < n:
         raise FloatingPointError(
-            f"the state is not finite after step {int(sound) + 1} of {n}{_at(t)}: check the score there, or take "
+            f"the state is not finite after step {int(finite) + 1} of {n}{_at(t)}: check the score there, or take "
             "smaller steps"
         )
     return Draws(x, taken / max(n, 1))
@@ -95,10 +95,10 @@ def langevin_walk(
     t: Tensor | float | None = None,
     metropolis: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`langevin_dynamics` without an end: the states after each step, and who moved, (B,); errors are the same."""
+    """Endless `langevin_dynamics`: the state after each step and which examples moved, (B,), with the same errors."""
     if x.ndim < 2:
         raise ValueError(f"x must be (B, *shape), a batch of states, got shape {tuple(x.shape)}")
-    x, read = x.detach(), _reader(target, t)  # half of its gradient would be wrong
+    x, read = x.detach(), _reader(target, t)
     size: StepSize = step if callable(step) else lambda i: step
     if not metropolis:
         return _unadjusted(read, x, size, noise)
@@ -135,11 +135,11 @@ def _adjusted(
         y = x + h * score + math.sqrt(2 * h) * noise(x)
         log_p_y, score_y = read(y)
         rise = _line_integral(read, x, y) if log_p is None or log_p_y is None else log_p_y - log_p
-        # a uniform number from the one source of numbers there is; NaN, as outside of p's support, is refused
+        # a uniform number from the source of normal numbers; NaN, as outside of p's support, rejects the step
         log_u = torch.special.log_ndtr(noise(x).flatten(1)[:, 0])
         moved = log_u < log_acceptance(rise, x, score, y, score_y, h)
-        there = like(moved, x).bool()
-        x, score = torch.where(there, y, x), torch.where(there, score_y, score)
+        mask = like(moved, x).bool()
+        x, score = torch.where(mask, y, x), torch.where(mask, score_y, score)
         log_p = None if log_p is None or log_p_y is None else torch.where(moved, log_p_y, log_p)
         yield x, moved
 

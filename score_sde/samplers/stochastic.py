@@ -1,4 +1,4 @@
-"""Predictors and correctors of Song et al. 2021, and DDIM: one line of code per line of the algorithm."""
+"""Predictors and correctors of Song et al. 2021, ancestral sampling (DDPM) and DDIM."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .base import Planned, Sampler, Update, add_noise_
 
 @dataclass(frozen=True)
 class ReverseStep(Planned):
-    """x_s = keep x_t + slope noise + fresh z. The score is noise/-sigma; its factor is in `slope`, at no cost."""
+    """x_s = keep x_t + slope noise + fresh z: as score = -noise/sigma, `slope` is the score's factor over -sigma."""
 
     def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
         keep, slope, fresh = numbers
@@ -41,15 +41,16 @@ class EulerMaruyama(ReverseStep):
 
 @dataclass(frozen=True)
 class ReverseDiffusion(ReverseStep):
-    """The forward step reversed, also known as the reverse diffusion predictor.
+    """The reversed forward step, also known as the reverse diffusion predictor.
 
     x_s = (2 - scale) x_t + std² score + std z with x_t | x_s ~ N(scale x_s, std²). Song et al. 2021, eq. 44-46 and
     appendix E, with the exact transition as discretisation; on a chain it is the paper's sampler. `flow` halves the
-    score's share and leaves out the noise: their probability-flow discretisation.
+    score's factor and leaves out the noise: their probability-flow discretisation.
 
-    A step of the flow, where noise is all there is, multiplies deviations by 1 + (1 - scale)²/2, and nothing takes that
-    back. It is nearly 1 in each step of the paper's SDEs and chains. A cosine schedule loses half of the signal and
-    more in its noisiest steps, and samples come out twice too wide: see `check_flow`, whose ValueError it raises.
+    Where the state is nearly pure noise, a step of the flow multiplies its standard deviation by 1 + (1 - scale)²/2,
+    which no later step corrects. The factor is nearly 1 in each step of the paper's SDEs and chains. A cosine schedule
+    loses half of the signal and more in its noisiest steps, which would make samples twice too wide: `check_flow`
+    raises a ValueError.
     """
 
     flow: bool = False
@@ -63,10 +64,10 @@ class ReverseDiffusion(ReverseStep):
 
 
 def check_flow(sde: SDE, start: float = 1.0) -> None:
-    """Raise ValueError for an SDE of which ``ReverseDiffusion(flow=True)`` makes no samples from time `start` on.
+    """Raise ValueError for an SDE that ``ReverseDiffusion(flow=True)`` cannot sample from time `start` on.
 
-    That is where a step loses more than two fifths of the signal, of a chain or of a thousand even ones: each of those
-    would add 8 % to the samples' deviation, however many there are in all.
+    There a step of the chain, or one of a thousand even steps, loses more than two fifths of the signal: each such step
+    would add 8 % to the samples' standard deviation, however many steps there are.
     """
     n = sde.steps or 1000
     alpha = sde.alpha(torch.arange(math.floor(start * n + 1e-6) + 1, dtype=torch.float64) / n)
@@ -74,7 +75,7 @@ def check_flow(sde: SDE, start: float = 1.0) -> None:
     if lost > 0.4:
         raise ValueError(
             f"ReverseDiffusion(flow=True) is for steps that lose little of the signal, and one of {n} of {sde} loses "
-            f"{100 * lost:.0f} % of it: its samples would be too wide; take DDIM(), the flow's step on any schedule "
+            f"{100 * lost:.0f} % of it: samples would be too wide; take DDIM(), which steps the flow on any schedule "
             "(sampling.method=ddim)"
         )
 
@@ -83,10 +84,10 @@ def check_flow(sde: SDE, start: float = 1.0) -> None:
 class Ancestral(Planned):
     """Ancestral sampling, also known as DDPM sampling, on any SDE.
 
-    x_s comes from the posterior of x_s | x_t, x_0 with x_0 the model's estimate. Ho et al. 2020, algorithm 2; Song et
-    al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde), "large", the forward step's (beta), or
-    "learned" between them (Nichol & Dhariwal 2021, section 3.1), for the step from t to s whatever the chain's own
-    steps are. Where s is clean data no noise is added.
+    x_s is drawn from the posterior of x_s | x_t, x_0 with the model's estimate as x_0. Ho et al. 2020, algorithm 2;
+    Song et al. 2021, appendix F. `variance` is "small", the posterior's (beta-tilde), "large", the forward step's
+    (beta), or "learned" between them (Nichol & Dhariwal 2021, section 3.1), of the step from t to s, which need not be
+    a step of the chain. Where s is clean data no noise is added.
     """
 
     variance: Variance = "small"
@@ -117,18 +118,18 @@ class Ancestral(Planned):
 class DDIM(Planned):
     """DDIM: with eta = 0 the implicit, deterministic sampler; with eta = 1 `Ancestral`, also known as DDPM.
 
-    x_s = alpha_s data + sqrt(sigma_s² - fresh²) noise + fresh z, fresh = eta times the posterior's deviation. Song et
-    al. 2021 (arXiv:2010.02502), eq. 12 and 16. eta = 1 is `Ancestral`; eta = 0 draws nothing and is the first-order
-    exponential integrator of the probability flow.
+    x_s = alpha_s data + sqrt(sigma_s² - fresh²) noise + fresh z, fresh = eta times the posterior's standard deviation.
+    Song et al. 2021 (arXiv:2010.02502), eq. 12 and 16. eta = 1 is `Ancestral`; eta = 0 draws nothing and is the
+    first-order exponential integrator of the probability flow.
 
-    Above 1, where a step is long, the noise is all of sigma_s and more. Raises ValueError for a negative eta.
+    With eta above 1 the fresh noise of a long step may exceed sigma_s. Raises ValueError for a negative eta.
     """
 
     eta: float = 0.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.eta < math.inf:
-            raise ValueError(f"eta must be 0, no noise, or above, such as 1, ancestral sampling, got {self.eta}")
+            raise ValueError(f"eta must be finite and at least 0 (0: no noise, 1: ancestral sampling), got {self.eta}")
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         alpha, sigma = sde.alpha(s), sde.sigma(s)
@@ -145,9 +146,10 @@ class DDIM(Planned):
 
 @dataclass(frozen=True)
 class Corrector(Planned):
-    """A sampler whose step stays at its time t. Alone it visits every time of the grid, also the last one.
+    """A sampler whose step stays at its time t.
 
-    Not beside a predictor, which ends there; nor where that time is clean data (sigma = 0).
+    Alone it visits every time of the grid, also the last one unless that is clean data (sigma = 0); with a predictor it
+    does not visit the last.
     """
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
@@ -166,7 +168,7 @@ class Langevin(Corrector):
     h = 2 a (snr |z| / |score|)², a = transition(s, t).scale² (Song et al. 2021, algorithms 4-5). Norms are per
     example; ``norm="batch"`` averages them over the batch as the paper's code does, which makes an image depend on
     its neighbours. In few dimensions the score of a single example is often near 0 and its step then far too long (2-D
-    Gaussians come out almost 3 times too wide): take ``norm="batch"`` or `AnnealedLangevin` there.
+    Gaussians come out almost 3 times too wide): use ``norm="batch"`` or `AnnealedLangevin` there.
     """
 
     snr: float = 0.16
@@ -194,7 +196,7 @@ class Langevin(Corrector):
 
 
 def check_steps(snr: float, steps: int) -> None:
-    """Raise ValueError for a corrector that would not move, or backwards."""
+    """Raise ValueError unless a corrector moves, and along the score."""
     if not snr > 0 or steps < 1:
         raise ValueError(f"a corrector needs an snr above 0 and at least 1 step, got snr {snr} and steps {steps}")
 
@@ -206,7 +208,7 @@ def size(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class AnnealedLangevin(Corrector):
-    """Corrector with h = 2 a (snr sigma_t)²: alone on a grid of levels, annealed Langevin dynamics, NCSN's sampler.
+    """Annealed Langevin dynamics, NCSN's sampler, if alone on a grid of levels: corrector with h = 2 a (snr sigma_t)².
 
     Song & Ermon 2019 (arXiv:1907.05600), algorithm 1, in the form of Song et al. 2021, appendix G. With a = 1 (VE), the
     h = eps (sigma_t/sigma_L)² of Song & Ermon 2020 and of both papers' code is snr = sqrt(eps/2)/sigma_L; the algorithm
@@ -236,8 +238,8 @@ class AnnealedLangevin(Corrector):
 class PredictorCorrector(Sampler):
     """Predictor-corrector (PC) sampling: the corrector at (t, s), then the predictor from t to s.
 
-    In the order of the paper's code. Song et al. 2021, algorithm 1 (which corrects after predicting: over a whole walk
-    the two differ at its ends only).
+    This is the order of the paper's code. Song et al. 2021, algorithm 1, corrects after predicting: over a whole walk
+    the two differ at its ends only.
     """
 
     predictor: Sampler = field(default_factory=ReverseDiffusion)

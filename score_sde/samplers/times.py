@@ -1,4 +1,4 @@
-"""Time grids: n + 1 decreasing float64 values from `start`, by default 1, to the SDE's t_min, apart from solvers."""
+"""Time grids for all samplers: n + 1 decreasing float64 values from `start`, by default 1, to the SDE's t_min."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ def karras(sde: SDE, n: int, rho: float = 7.0, *, start: float = 1.0) -> Tensor:
 
 
 def arcsinh(sde: SDE, n: int, scale: float = 2.0, *, start: float = 1.0) -> Tensor:
-    """Evenly spaced in arcsinh(log(alpha/sigma)/scale): `log_snr` where data and noise are alike, longer steps outside.
+    """Evenly spaced in arcsinh(log(alpha/sigma)/scale): `log_snr` around sigma = alpha, and longer steps elsewhere.
 
-    For data of about unit size, whose structure comes and goes around sigma = alpha. Grids fitted to models
-    (`fit_times`) look like it; docs/performance.md has what it gains.
+    It is for data of about unit size, whose structure appears around sigma = alpha. Grids fitted to models
+    (`fit_times`) look like it; docs/performance.md measures what it gains.
     """
     ends = _ends(sde, start)
     first, last = torch.asinh(_log_snr(sde, ends) / (2 * scale))
@@ -50,7 +50,7 @@ def arcsinh(sde: SDE, n: int, scale: float = 2.0, *, start: float = 1.0) -> Tens
 
 
 def spaced(n: int, count: int, *, start: float = 1.0) -> Tensor:
-    """`count` of a chain's n steps, evenly spaced, from the one nearest to `start` to 1/n: both, and what lies between.
+    """`count` of a chain's n steps, evenly spaced from the one nearest to `start` to 1/n, both included (respacing).
 
     The chain of these times alone is Improved DDPM's respaced one (Nichol & Dhariwal 2021, section 4), rounding
     included. Raises ValueError for more steps than there are up to `start`.
@@ -59,7 +59,7 @@ def spaced(n: int, count: int, *, start: float = 1.0) -> Tensor:
     if not 1 <= count <= within:
         raise ValueError(f"a chain of {n} steps can be walked in 1 to {n} of them, got {count} from t = {start:g}")
     stride = (within - 1) / max(count - 1, 1)
-    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code: it decides where a half is rounded to
+    places = accumulate([0.0] + [stride] * (count - 1))  # as in their code, so that halves are rounded as there
     return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
 
 
@@ -76,14 +76,14 @@ def _ends(sde: SDE, start: float) -> Tensor:
 
 
 def _log_snr(sde: SDE, ends: Tensor) -> Tensor:
-    """Those at the ends. Raises ValueError, with the remedy, for an end at which it is infinite."""
+    """Log SNR at the ends. Raises ValueError where it is infinite."""
     values = sde.log_snr(ends)
     if not bool(torch.isfinite(values[1])):
         raise ValueError(f"{sde} has no finite log SNR at t_min = {sde.t_min:g}; give it a t_min > 0 with replace()")
     if not bool(torch.isfinite(values[0])):
         raise ValueError(
             f"{sde} has no finite log SNR at t = {ends[0]:g}, where no signal is left; take times.uniform or "
-            "times.quadratic, or an SDE that keeps a little"
+            "times.quadratic, or an SDE that keeps some signal"
         )
     return values
 

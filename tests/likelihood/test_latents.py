@@ -153,7 +153,9 @@ def test_temperature_scales_the_deviation_of_gaussian_samples(sde: SDE, sampler:
 def test_temperature_is_refused_where_noise_is_drawn_and_below_0() -> None:
     model, grid = closed_form.Gaussian(VPSDE(), MEAN, COV), times.log_snr(VPSDE(), 3)
     for sampler in (Ancestral(), DDIM(eta=0.5), Churn()):
-        with pytest.raises(ValueError, match=r"temperature=0\.9 scales the draw .* draws noise: take one that"):
+        with pytest.raises(
+            ValueError, match=r"temperature=0\.9 is for samplers that draw no noise, and .* draws noise: take another"
+        ):
             sample(model, sampler, (2, 2), grid, temperature=0.9)
     with pytest.raises(ValueError, match="temperature must be a number of at least 0, got -1"):
         sample(model, Heun(), (2, 2), grid, temperature=-1.0)

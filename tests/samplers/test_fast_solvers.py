@@ -66,9 +66,9 @@ from score_sde.samplers.exponential import (
     advance,
     moments,
     orders,
-    part,
     plan,
     point,
+    predicted,
     predictions,
     weights,
 )
@@ -332,7 +332,7 @@ def test_both_predictions_are_that_of_the_data_below_the_turn_and_of_the_noise_a
     by: dict[str, tuple[float, Tensor]] = {}
     for kind in ("data", "noise"):
         keep, _, *row = plan(point(sde, grid), [min(order, i + 1) for i in range(20)], [kind] * 20, rule)[turn]  # type: ignore[list-item]
-        by[kind] = keep, sum((w * part(e, kind) for w, e in zip(row, estimates, strict=True)), torch.zeros(()))  # type: ignore[arg-type]
+        by[kind] = keep, sum((w * predicted(e, kind) for w, e in zip(row, estimates, strict=True)), torch.zeros(()))  # type: ignore[arg-type]
     state = (data[turn] - by["data"][1]) / by["data"][0]
     close(both[turn], by["noise"][0] * state + by["noise"][1])
     for predict, where in (("data", math.inf), ("noise", -math.inf)):
@@ -349,7 +349,7 @@ def test_where_noise_outweighs_a_direction_the_data_are_the_smoother_estimate_an
             grid = sde.time(log_snr + 2 * h * torch.arange(-order + 1, 2, dtype=torch.float64))
             path = [model.flow(numbers(1, 1), grid[0], t) for t in grid]
             row = plan(point(sde, grid), range(1, order + 1), [kind] * order, "exact")[-1]  # type: ignore[list-item]
-            values = [part(model(y, t), kind) for y, t in zip(path[:-1], grid[:-1], strict=True)][::-1]  # type: ignore[arg-type]
+            values = [predicted(model(y, t), kind) for y, t in zip(path[:-1], grid[:-1], strict=True)][::-1]  # type: ignore[arg-type]
             missed[kind] = float((advance(path[-2], values, row) - path[-1]).abs())
         worse, better = ("noise", "data") if log_snr < 0 else ("data", "noise")
         assert missed[worse] / missed[better] == pytest.approx(2 ** (order - 1), rel=0.1)
@@ -811,8 +811,8 @@ def test_evaluations_per_walk() -> None:
 def test_settings_that_mean_nothing_are_refused() -> None:
     for wrong, words in [
         (lambda: DPMSolver(4), "order must be 1, 2 or 3, got 4"),
-        (lambda: DDIM(-0.1), "eta must be 0, no noise, or above, such as 1, ancestral sampling, got -0.1"),
-        (lambda: DDIM(math.nan), "eta must be 0, .* got nan"),
+        (lambda: DDIM(-0.1), r"eta must be finite and at least 0 \(0: no noise, 1: ancestral sampling\), got -0.1"),
+        (lambda: DDIM(math.nan), "eta must be finite and at least 0 .* got nan"),
         (lambda: Ancestral("medium"), "variance must be one of small, large, learned, got 'medium'"),  # type: ignore[arg-type]
         (lambda: Langevin(snr=-1), "an snr above 0 and at least 1 step, got snr -1 and steps 1"),
         (lambda: Langevin(norm="all"), 'norm must be "example" or "batch", got \'all\''),  # type: ignore[arg-type]
