@@ -1,4 +1,4 @@
-"""How far samples are from a distribution, known by samples of it, and images from the truth."""
+"""Distances: of samples from a distribution (sliced Wasserstein), and of images from the truth (PSNR)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, p: float
     """Sliced Wasserstein distance of order p between two samples: (E_theta W_p(theta·x, theta·y)^p)^(1/p).
 
     theta is uniform on the sphere; on a line the optimal transport joins equal quantiles (Rabin et al. 2011; Bonneel et
-    al. 2015), so W_p^p is the integral over u in [0, 1] of |F_x^-1(u) - F_y^-1(u)|^p, exact for any two sizes. Even two
-    samples of one distribution lie apart: compare with the distance between two samples of the truth.
+    al. 2015), so W_p^p is the integral over u in [0, 1] of |F_x^-1(u) - F_y^-1(u)|^p, exact for any two sizes. Two
+    samples of one distribution have a distance above 0 too: compare with that of two samples of the truth.
 
     Args:
         x, y: (N, *shape) and (M, *shape), N and M at least 1.
@@ -36,8 +36,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, p: float
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of images y beside x, both (B, ...) in [0, 1]: -10 log10 of their mean square error.
+    """Peak signal-to-noise ratio (PSNR) of images y to x, (B, ...) in [0, 1]: -10 log10 of the mean square error.
 
-    In dB, (B,). Equal images would have infinitely many; they have 60, so that a mean over images means something.
+    In dB, (B,), and at most 60, so that a mean over images with equal ones among them is finite.
     """
     return -10 * torch.log10((x - y).flatten(1).double().square().mean(1).clamp_min(1e-6))

@@ -1,10 +1,10 @@
-"""Whose random numbers are whose: every stream of the package is named here, and made of its key alone.
+"""Random streams: every stream of random numbers of the package is named here, and determined by its key alone.
 
-A stream's key is (seed, index, stream): what belongs to example `index` of a result is an `ExampleStream`, what belongs
-to a step of training a `StepStream`. So a result depends neither on the batch nor on the processes it was made with,
-and a run that is resumed goes on with the numbers of the steps to come. The values below are fixed, as checkpoints and
-finished results go on with them. (A network's weights are torch's own stream of the config's seed, and a function that
-takes a `torch.Generator` in place of a seed draws from that.)
+A stream's key is (seed, index, stream): an `ExampleStream` belongs to example `index` of a result, a `StepStream` to a
+step of training. So a result depends neither on the batch nor on the number of processes, and a resumed run continues
+with the numbers of its next steps. The values below must not change: checkpoints and finished results rely on them.
+(A network's weights are torch's own stream of the config's seed, and a function that takes a `torch.Generator` as seed
+draws from that.)
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class ExampleStream(IntEnum):
     START = 2  # the noise of an image from which sampling starts
     AUGMENTATION = 3  # the noise of a smaller image on which the sample is conditioned
     CODE = 4  # a draw of an autoencoder's posterior
-    OBSERVATION = 5  # the noise of what is observed of an image
+    OBSERVATION = 5  # the noise of an image's observation
     PARTICLE = 6  # which of an example's particles is the result
 
 
@@ -46,14 +46,14 @@ class StepStream(IntEnum):
     HELD_OUT = 3
     FLOOR = 5  # times of the irreducible error
     FLOOR_NOISE = 6
-    CONDITION = 7  # whose condition is left out
+    CONDITION = 7  # which examples lose their condition
     AUGMENTATION = 8  # how much noise a smaller image gets
     AUGMENTATION_NOISE = 9
     CODES = 13  # draws of an autoencoder's posterior
 
 
 class DataStream(IntEnum):
-    """What decides on the examples of a batch: the first part of the key (stream, seed, epoch or step)."""
+    """What the numbers that choose a batch's examples are for: first in the key (stream, seed, epoch or step)."""
 
     ORDER = 0  # of an epoch
     FLIPS = 1  # of a step: which images are mirrored
@@ -66,23 +66,20 @@ def generator(seed: int, index: int, stream: int, device: torch.device | str = "
 
 
 def natural(value: Any, name: str, remedy: str = "") -> int:
-    """`value`, any kind of integer, as an int. Raises ValueError for what is none, or below 0."""
+    """`value`, an integer of any type, as an int. Raises ValueError for other types, and below 0."""
     try:
-        found = operator.index(value)
+        number = operator.index(value)
     except TypeError:
-        found = -1
-    if found < 0:
+        number = -1
+    if number < 0:
         raise ValueError(f"{name} must be an integer of at least 0{remedy}, got {value!r}")
-    return found
+    return number
 
 
 def example_generators(
     seed: int, first: int, count: int, device: torch.device | str = "cpu", stream: ExampleStream = ExampleStream.STATE
 ) -> list[torch.Generator]:
-    """One generator per example: that of (seed, first + i, stream).
-
-    Raises ValueError for what is no seed.
-    """
+    """One generator per example: that of (seed, first + i, stream). Raises ValueError for an invalid seed."""
     seed = natural(seed, "seed", " (or where a whole batch may share one, a torch.Generator)")
     first = natural(first, "first")
     return [generator(seed, i, stream, device) for i in range(first, first + count)]
@@ -106,8 +103,8 @@ def noise_source(
 ) -> Noise:
     """The source of standard normal states of shape `shape`: example i's depend on (seed, first + i, stream) alone.
 
-    A draw of an example costs a call, so small states are drawn several ahead, as many as fit in 16 kB.
-    A torch.Generator in place of the seed gives one stream for the whole batch.
+    A draw of an example costs a call, so several small states are drawn at once, as many as fit in 16 kB.
+    A torch.Generator as seed gives one stream for the whole batch.
     """
     if isinstance(seed, torch.Generator):
         return lambda like: torch.randn(shape, generator=seed, dtype=dtype, device=seed.device).to(device)

@@ -1,6 +1,6 @@
-"""Markov chains of DDPM and NCSN, and the continuous curves through them.
+"""Markov chains of DDPM and NCSN (SMLD), and their SDEs: the continuous curves through them.
 
-A chain adds noise in N steps, index i = 0..N-1 as in the papers. It is a discretised SDE, and `as_sde` says which: the
+A chain adds noise in N steps, index i = 0..N-1 as in the papers. It is a discretised SDE, which `as_sde` returns: the
 same curves in continuous time, so that every loss, sampler and likelihood of the package runs on a chain's model, on
 the grid `times`. Index i lies at t = (i + 1)/N; t = 0 is clean data.
 """
@@ -16,12 +16,12 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from .linear import SDE, VESDE, VPSDE, VariancePreserving, like
+from .linear import SDE, VESDE, VPSDE, VarianceExploding, VariancePreserving, like
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Piecewise(SDE):
-    """Curves through the knots (j/N, knots[j]), j = 0..N, linear between and increasing from 0: a chain's SDE.
+    """A chain's SDE: curves through the knots (j/N, knots[j]), j = 0..N, linear between them and increasing from 0.
 
     `f` and `g` are constant inside a step; at a knot they are those of the step that ends there.
     """
@@ -54,7 +54,7 @@ class Piecewise(SDE):
         return self._tables[key]
 
     def _cell(self, u: Tensor) -> Tensor:
-        """Index j of the step from j to j + 1 in which u = t N lies."""
+        """Index j of the step from j to j + 1 that contains u = t N."""
         rounding = 4 * torch.finfo(u.dtype).eps * self.steps  # so that t = (i + 1)/N, times N, is in step i
         return (u - rounding).floor().clamp(0, self.steps - 1).long()
 
@@ -92,17 +92,11 @@ class DDPMCurves(Piecewise, VariancePreserving):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class SMLDCurves(Piecewise):
+class SMLDCurves(Piecewise, VarianceExploding):
     """NCSN in continuous time: a VE SDE with sigma² linear in each step, from 0 at t = 0. The knots are sigma²."""
-
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
 
     def sigma(self, t: Tensor) -> Tensor:
         return torch.sqrt(self._value(t))
-
-    def f(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
 
     def g(self, t: Tensor) -> Tensor:
         return torch.sqrt(self._slope(t))
@@ -134,7 +128,8 @@ class Chain(ABC):
 
         Ho et al. 2020, eq. 6-7; for NCSN's levels Song et al. 2021, appendix F.
         """
-        return self.as_sde().posterior(x_i, x0, *_interval(i, len(self)))
+        i = _index(i, len(self)).double()
+        return self.as_sde().posterior(x_i, x0, i / len(self), (i + 1) / len(self))
 
     @abstractmethod
     def as_sde(self) -> SDE:
@@ -145,7 +140,7 @@ class Chain(ABC):
 class DDPM(Chain):
     """x_i = sqrt(1 - beta_i) x_{i-1} + sqrt(beta_i) z_i (Ho et al. 2020, eq. 2), for N values beta_i in (0, 1).
 
-    Raises ValueError for a beta outside (0, 1): the step would lose or invert the signal.
+    Raises ValueError for a beta outside (0, 1), which would lose or invert the signal.
     """
 
     def __init__(self, betas: Sequence[float] | Tensor) -> None:
@@ -253,14 +248,8 @@ def _table(values: Sequence[float] | Tensor, name: str) -> tuple[float, ...]:
 
 
 def _index(i: Tensor | int, n: int) -> Tensor:
-    """i as integers on the CPU, where the chain's tables are; -1 is x_0, which is no step."""
+    """i as integers on the CPU, where the chain's tables are. Index -1, x_0, is no step and refused."""
     i = torch.as_tensor(i).cpu()
     if i.is_floating_point() or not bool(((i >= 0) & (i < n)).all()):
         raise ValueError(f"i must be integers in 0..{n - 1}, the chain's steps, got {i}")
     return i
-
-
-def _interval(i: Tensor | int, n: int) -> tuple[Tensor, Tensor]:
-    """(s, t) of step i: from t = (i + 1)/n to s = i/n."""
-    i = _index(i, n).to(torch.float64)
-    return i / n, (i + 1) / n

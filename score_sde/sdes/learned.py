@@ -1,13 +1,13 @@
-"""A noise schedule with parameters: Variational Diffusion Models (Kingma et al. 2021, arXiv:2107.00630).
+"""A learned noise schedule: Variational Diffusion Models (VDM; Kingma et al. 2021, arXiv:2107.00630).
 
 Their SDE is variance preserving with log SNR = -gamma(t), gamma a monotone network. The bound on -log p is
 
     1/2 E integral of gamma'(t) |noise error|² dt = 1/2 integral from gamma_0 to gamma_1 of E|noise error|² dgamma
 
-between its end terms: the shape of gamma between its ends does not enter (section 5.1), but the variance of the
-one-sample estimate L = 1/2 gamma'(t) |noise error|² depends on it. So the ends are learned by the bound, through the
-curves; and the shape by the variance, through `MonotoneSchedule.variance_loss`, while the curves hold it constant: its
-gradient through them would be noise of mean 0.
+besides its end terms. It does not depend on the shape of gamma between its ends (section 5.1), but the variance of the
+one-sample estimate L = 1/2 gamma'(t) |noise error|² does. So the bound trains the ends, through the curves, and the
+variance trains the shape, through `MonotoneSchedule.variance_loss`. The curves hold the shape constant: its gradient
+through them would be noise of mean 0.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .linear import SDE
 
-SHARPNESS, MARGIN = 20.0, 0.25  # of the units at the start: their slope in t, and how far beyond [0, 1] they lie
+SHARPNESS, MARGIN = 20.0, 0.25  # initial slope of the units in t, and how far beyond [0, 1] they are spread
 
 
 class MonotoneSchedule(nn.Module):
@@ -31,9 +31,9 @@ class MonotoneSchedule(nn.Module):
 
         n(t) = a t + mean over k of h_k sigmoid(w_k t + b_k),    a, h, w > 0 (softplus of the parameters).
 
-    It starts within 1e-4 of linear, with units spread evenly over [0, 1], which a short training can use; their open
-    code starts from weights near 0. Evaluated in float64 on the CPU whatever the parameters' dtype and device; a GPU is
-    waited for once in each evaluation.
+    It starts within 1e-4 of linear, with units spread evenly over [0, 1], which helps a short training; the published
+    code starts from weights near 0. It is evaluated in float64 on the CPU for every dtype and device of the parameters;
+    with a GPU each evaluation waits for it once.
 
     Args:
         gamma_min, gamma_max: -log SNR at t = 0 and 1; the paper's -13.3 and 5.
@@ -71,50 +71,46 @@ class MonotoneSchedule(nn.Module):
         return low + (high - low) * value, (high - low) * rate
 
     def gamma(self, t: Tensor) -> Tensor:
-        """gamma alone, as `forward` gives it, at half the cost."""
+        """gamma alone, as `forward` returns it, in half the time."""
         (value,) = self._shape(t, self.slope.detach(), self.units.detach(), 0)
         low, high = self.ends.cpu().double()
         return low + (high - low) * value
 
-    def shape(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def shape(self, t: Tensor) -> tuple[Tensor, ...]:
         """(s, s', s'') at times of any shape, float64 on the CPU."""
-        value, rate, bend = self._shape(t, self.slope, self.units, 2)
-        return value, rate, bend
+        return self._shape(t, self.slope, self.units, 2)
 
     @staticmethod
-    def _shape(t: Tensor, slope: Tensor, units: Tensor, derivatives: int) -> list[Tensor]:
-        """s and as many of its derivatives, each a product of functions of all units with one vector."""
+    def _shape(t: Tensor, slope: Tensor, units: Tensor, derivatives: int) -> tuple[Tensor, ...]:
+        """s and its first `derivatives`, each a product of functions of all units with one vector."""
         a, (h, w, b) = _positive(slope.cpu().double()), units.cpu().double()
         h, w = _positive(h) / len(h), _positive(w)
         t = t.cpu().double()
         y = torch.sigmoid(torch.addcmul(b, w, t[..., None]))
         start, end = ((h * torch.sigmoid(w * u + b)).sum() for u in (0, 1))
-        found = [a * t + y @ h - start]
+        values = [a * t + y @ h - start]
         if derivatives > 0:
             bump = y * (1 - y)
-            found.append(a + bump @ (h * w))
+            values.append(a + bump @ (h * w))
         if derivatives > 1:
-            found.append((bump * (1 - 2 * y)) @ (h * w * w))
-        whole = a + end - start
-        return [part / whole for part in found]
+            values.append((bump * (1 - 2 * y)) @ (h * w * w))
+        return tuple(value / (a + end - start) for value in values)
 
     def same_as(self, other: MonotoneSchedule) -> bool:
-        """Whether it has the other's parameters, whatever their device."""
-        pairs = [(mine.cpu(), theirs.cpu()) for mine, theirs in zip(self._all(), other._all(), strict=True)]
-        return self is other or all(a.shape == b.shape and torch.equal(a.double(), b.double()) for a, b in pairs)
-
-    def _all(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self.slope, self.units, self.ends
+        """Whether its parameters equal the other's, on any devices."""
+        both = ((self.slope, other.slope), (self.units, other.units), (self.ends, other.ends))
+        pairs = [(a.cpu().double(), b.cpu().double()) for a, b in both]
+        return self is other or all(torch.equal(a, b) for a, b in pairs)
 
     def variance_loss(self, t: Tensor, error: Tensor) -> Tensor:
-        """Zeros (B,) whose gradient in the shape is that of E (s'(t) error)², the loss's second moment and variance.
+        """Zeros (B,) whose gradient in the shape is that of E (s'(t) error)², and so of the loss's variance.
 
-        Kingma et al. 2021, appendix I.2. As its mean is fixed, the variance of L falls with E L². At a given noise
-        level gamma the error does not depend on the shape, but t and its density 1/gamma' there do:
+        Kingma et al. 2021, appendix I.2. As the mean of L is fixed, its variance falls with E L². At a fixed noise
+        level gamma the error does not depend on the shape, but t and its density 1/gamma' do:
 
             E L² = integral of E[L² | gamma] / gamma'(t(gamma)) dgamma, so its gradient is E[L² d log gamma'(t(gamma))],
 
-        with no derivative of the network, which the paper's estimate takes.
+        without the derivative of the network that the paper's estimate takes.
 
         Args:
             t: uniform times, (B,).
@@ -129,7 +125,7 @@ class MonotoneSchedule(nn.Module):
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LearnedVPSDE(SDE):
-    """Variance preserving with a learned schedule, also known as VDM's (variational diffusion models).
+    """Variance preserving SDE with a learned schedule, also known as VDM's (variational diffusion models).
 
     With log SNR = -gamma(t): alpha² = sigmoid(-gamma), sigma² = sigmoid(gamma), f = -gamma' sigma²/2 and g² = gamma'
     sigma² (Kingma et al. 2021, section 3.2 and appendix E). A `ScoreModel` with this SDE registers the schedule, so
@@ -140,7 +136,7 @@ class LearnedVPSDE(SDE):
     t_min: float = 0.0
 
     def __eq__(self, other: object) -> bool:
-        """Also where the schedules are equal copies, as of a checkpoint that was loaded twice."""
+        """Also true for equal copies of a schedule, as from a checkpoint that was loaded twice."""
         if not isinstance(other, LearnedVPSDE):
             return NotImplemented
         return self.t_min == other.t_min and self.schedule.same_as(other.schedule)
@@ -175,7 +171,7 @@ class LearnedVPSDE(SDE):
 
     @torch.no_grad()
     def time(self, log_snr: Tensor) -> Tensor:
-        """By Newton's method from a fine table: a bisection would evaluate the network ten times as often."""
+        """Inverse of `log_snr` by Newton's method from a fine table, with a tenth of a bisection's evaluations."""
         gamma, grid = -log_snr.cpu().double(), torch.linspace(0, 1, 1025, dtype=torch.float64)
         table = self.schedule.gamma(grid)
         j = (torch.searchsorted(table, gamma) - 1).clamp(0, len(grid) - 2)

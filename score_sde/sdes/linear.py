@@ -4,9 +4,9 @@ Every SDE here is linear, ``dx = f(t) x dt + g(t) dw`` for t in [0, 1] from data
 
     x_t | x_0 ~ N(alpha(t) x_0, sigma(t)² I),    f = (log alpha)',    g² = (sigma²)' - 2 f sigma²
 
-(Song et al. 2021, arXiv:2011.13456, section 3 and appendix B; Särkkä & Solin 2019, eq. 5.50-51). An SDE *is* its four
-curves; everything else follows from them and is written once, in the base class. Nothing here assumes images: states
-have shape (B, *shape), times have shape () or (B,), and both keep their dtype and device.
+(Song et al. 2021, arXiv:2011.13456, section 3 and appendix B; Särkkä & Solin 2019, eq. 5.50-51). An SDE is defined by
+these four curves; all else follows from them, in the base class. Nothing here assumes images: states have shape
+(B, *shape), times have shape () or (B,), and both keep their dtype and device.
 
 Near t = 0 a form like ``1 - exp(-b)`` loses the digits that matter in float32; all curves are written with expm1.
 """
@@ -33,8 +33,8 @@ class WrongShape(ValueError):
 def like(a: Tensor, x: Tensor) -> Tensor:
     """Pad `a` of shape () or (B,) with trailing ones to the rank of `x`, in the dtype and on the device of `x`.
 
-    The only place where times meet states: a (B,) tensor against (B, *shape) without padding broadcasts silently along
-    the wrong axis. A CPU scalar stays on the CPU, where it may be combined with tensors of any device at no cost.
+    All times are combined with states by it: without padding a (B,) tensor against (B, *shape) would silently broadcast
+    along the wrong axis. A scalar on the CPU stays there, where it combines with tensors of any device at no cost.
 
     Raises ValueError for another shape of `a`, and for integer states, in whose dtype the curves would be 0 or 1.
     """
@@ -50,12 +50,12 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor, weight: Tensor | float) -> Tensor:
-    """weight · x, for a number, or a tensor of shape () on the CPU, or (B,)."""
+    """weight · x for a weight that is a number, or a tensor of shape () on the CPU or (B,)."""
     return x * (like(weight, x) if isinstance(weight, Tensor) else weight)
 
 
 def add_(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
-    """y += weight · z in place, for the same weights, in one pass over memory but for a single weight with gradient."""
+    """y += weight · z in place, for the weights of `scaled`; in one pass over memory unless one has a gradient."""
     weight = _as_number(weight)
     if not isinstance(weight, Tensor):
         return y.add_(z, alpha=weight)
@@ -63,7 +63,7 @@ def add_(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
 
 
 def add(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
-    """y + weight · z, likewise."""
+    """y + weight · z, like `add_`."""
     weight = _as_number(weight)
     if not isinstance(weight, Tensor):
         return torch.add(y, z, alpha=weight)
@@ -73,7 +73,7 @@ def add(y: Tensor, weight: Tensor | float, z: Tensor) -> Tensor:
 def _as_number(weight: Tensor | float) -> Tensor | float:
     """A single weight as a number, as CUDA's addcmul takes no scalar from the CPU.
 
-    One with a gradient, as a learned schedule's, or of a time that torch.func.vmap has mapped, is left as it is.
+    A weight with a gradient, as of a learned schedule, or of a time mapped by torch.func.vmap is not changed.
     """
     if not isinstance(weight, Tensor) or weight.ndim > 0 or weight.requires_grad:
         return weight
@@ -90,7 +90,7 @@ def normal_log_prob(x: Tensor, std: float = 1.0) -> Tensor:
 
 
 def some(mask: Tensor) -> bool:
-    """Whether any is true; also where nobody can tell, as of times that torch.func.vmap has mapped."""
+    """Whether any is true; also True where that cannot be read, as of times mapped by torch.func.vmap."""
     try:
         return bool(mask.any())
     except RuntimeError:
@@ -98,7 +98,7 @@ def some(mask: Tensor) -> bool:
 
 
 class Reversible:
-    """``dx = drift(x, t) dt + diffusion(t) dw``, and what takes it back with a score."""
+    """``dx = drift(x, t) dt + diffusion(t) dw``, and its reversals with a score: the flow and the reverse SDE."""
 
     drift: Callable[[Tensor, Tensor], Tensor]
     diffusion: Callable[[Tensor], Tensor]
@@ -116,7 +116,7 @@ class Reversible:
 class SDE(Reversible, ABC):
     """``dx = f(t) x dt + g(t) dw``, given by its curves `alpha`, `sigma`, `f` and `g`, all elementwise in t.
 
-    `t_min` is where sampling and training stop: the score diverges at t = 0, where all the noise is gone.
+    `t_min` is where sampling and training stop: the score diverges at t = 0, where there is no noise.
     """
 
     t_min: float = 1e-3
@@ -143,7 +143,7 @@ class SDE(Reversible, ABC):
 
     @property
     def module(self) -> nn.Module | None:
-        """What holds the parameters of the curves, for an SDE that is learned."""
+        """The module with the parameters of the curves, for a learned SDE; else None."""
         return None
 
     @property
@@ -153,11 +153,11 @@ class SDE(Reversible, ABC):
 
     @property
     def steps(self) -> int | None:
-        """Number of steps of a chain's SDE, whose f and g jump at each; None for one that is smooth in t."""
+        """Number of steps of a chain's SDE, whose f and g jump at each; None for an SDE that is smooth in t."""
         return None
 
     def log_snr(self, t: Tensor) -> Tensor:
-        """Log signal-to-noise ratio 2 log(alpha/sigma), decreasing in t (the half of it is DPM-Solver's lambda)."""
+        """Log signal-to-noise ratio 2 log(alpha/sigma), decreasing in t (half of it is DPM-Solver's lambda)."""
         return 2 * torch.log(self.alpha(t) / self.sigma(t))
 
     def time(self, log_snr: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ class SDE(Reversible, ABC):
         return scale * (sigma_s / sigma_t) ** 2, self.alpha(s) * (std / sigma_t) ** 2, sigma_s * std / sigma_t
 
     def prior(self, shape: Sequence[int], noise: Noise) -> Tensor:
-        """A draw of shape `shape` from the prior, with the numbers that `noise` gives."""
+        """A draw of shape `shape` from the prior, with numbers from `noise`."""
         return self.prior_std * noise(torch.empty(tuple(shape)))
 
     def prior_log_prob(self, x: Tensor) -> Tensor:
@@ -211,11 +211,11 @@ class SDE(Reversible, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class VariancePreserving(SDE):
-    """``dx = -beta(t)/2 x dt + sqrt(beta(t)) dw``, so that alpha² + sigma² = 1, for a beta whose integral is known."""
+    """``dx = -beta(t)/2 x dt + sqrt(beta(t)) dw``, so that alpha² + sigma² = 1, for a beta with a known integral."""
 
     @abstractmethod
     def beta(self, t: Tensor) -> Tensor:
-        """Rate at which noise comes in."""
+        """Rate at which noise is added."""
 
     @abstractmethod
     def _integral(self, t: Tensor) -> Tensor:
@@ -247,6 +247,17 @@ class VariancePreserving(SDE):
 
 
 @dataclass(frozen=True, kw_only=True)
+class VarianceExploding(SDE):
+    """``dx = g(t) dw``, so that alpha = 1: noise is added, and the data keep their scale."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(t)
+
+    def f(self, t: Tensor) -> Tensor:
+        return torch.zeros_like(t)
+
+
+@dataclass(frozen=True, kw_only=True)
 class VPSDE(VariancePreserving):
     """Variance preserving: ``dx = -beta(t)/2 x dt + sqrt(beta(t)) dw``, beta linear in t; the limit of DDPM.
 
@@ -262,7 +273,7 @@ class VPSDE(VariancePreserving):
             raise ValueError(f"beta_min and beta_max must be positive, got {self.beta_min} and {self.beta_max}")
 
     def beta(self, t: Tensor) -> Tensor:
-        """Rate at which noise comes in, beta_min at t = 0 and beta_max at t = 1."""
+        """Rate at which noise is added, beta_min at t = 0 and beta_max at t = 1."""
         return self.beta_min + t * (self.beta_max - self.beta_min)
 
     def _integral(self, t: Tensor) -> Tensor:
@@ -278,7 +289,7 @@ class VPSDE(VariancePreserving):
 class SubVPSDE(VPSDE):
     """Sub-VP: VP's drift with less noise, sigma = 1 - alpha², g² = beta (1 - alpha⁴) (Song et al. 2021, eq. 12, 29).
 
-    Its variance is bounded by VP's at every t; the paper's best likelihoods are its.
+    Its variance is at most VP's at every t; the paper has its best likelihoods with it.
     """
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -296,7 +307,7 @@ class SubVPSDE(VPSDE):
 
 
 @dataclass(frozen=True, kw_only=True)
-class VESDE(SDE):
+class VESDE(VarianceExploding):
     """Variance exploding: ``dx = sqrt(d sigma²/dt) dw``, sigma = sigma_min (sigma_max/sigma_min)^t; the limit of NCSN.
 
     Song et al. 2021, eq. 9, 30-31. As in the paper, the marginal keeps sigma(0) = sigma_min: the data at t = 0 already
@@ -315,14 +326,8 @@ class VESDE(SDE):
     def _rate(self) -> float:
         return math.log(self.sigma_max / self.sigma_min)
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
     def sigma(self, t: Tensor) -> Tensor:
         return self.sigma_min * torch.exp(self._rate * t)
-
-    def f(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
 
     def g(self, t: Tensor) -> Tensor:
         return self.sigma(t) * math.sqrt(2 * self._rate)
@@ -345,7 +350,7 @@ class CosineSDE(SDE):
     _left = math.pi / 2 * 0.001 / 1.008
 
     def _cos(self, t: Tensor) -> Tensor:
-        """Cosine of the angle: the sine of what is left to a right angle, which keeps its digits near t = 1."""
+        """Cosine of the angle, as the sine of its complement, which keeps its digits near t = 1."""
         return torch.sin(self._left + self._rate * (1 - t))
 
     def _tan(self, t: Tensor) -> Tensor:
@@ -379,10 +384,10 @@ class CosineSDE(SDE):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EDMSDE(SDE):
+class EDMSDE(VarianceExploding):
     """EDM's curve: alpha = 1 and sigma^(1/rho) linear in t from sigma_min to sigma_max (so a uniform grid is Karras's).
 
-    Karras et al. 2022 (arXiv:2206.00364), eq. 5, with the index run backwards: their sigma is itself the time.
+    Karras et al. 2022 (arXiv:2206.00364), eq. 5, with the index reversed; in the paper sigma itself is the time.
     """
 
     sigma_min: float = 0.002
@@ -401,14 +406,8 @@ class EDMSDE(SDE):
     def _slope(self) -> float:
         return self.sigma_max ** (1 / self.rho) - self.sigma_min ** (1 / self.rho)
 
-    def alpha(self, t: Tensor) -> Tensor:
-        return torch.ones_like(t)
-
     def sigma(self, t: Tensor) -> Tensor:
         return self._root(t) ** self.rho
-
-    def f(self, t: Tensor) -> Tensor:
-        return torch.zeros_like(t)
 
     def g(self, t: Tensor) -> Tensor:
         return torch.sqrt(2 * self.rho * self._slope * self._root(t) ** (2 * self.rho - 1))
@@ -423,26 +422,20 @@ def _check_increasing(sigma_min: float, sigma_max: float) -> None:
 
 
 def as_grid(times: Tensor | np.ndarray | Sequence[float], least: int = 2) -> Tensor:
-    """At least so many times as a decreasing 1-D float64 tensor on the CPU.
-
-    Raises ValueError for what is no such grid within [0, 1].
-    """
+    """At least `least` times as a decreasing 1-D float64 tensor on the CPU, within [0, 1]. Raises ValueError else."""
     try:
         values = times.detach().cpu() if isinstance(times, Tensor) else torch.from_numpy(np.array(times, np.float64))
         grid = values.to(torch.float64)
-        falls = (
-            grid.ndim == 1 and len(grid) >= least and bool((grid.diff() < 0).all() and grid[0] <= 1 and grid[-1] >= 0)
-        )
+        if grid.ndim == 1 and len(grid) >= least and bool((grid.diff() < 0).all() and grid[0] <= 1 and grid[-1] >= 0):
+            return grid
     except (TypeError, ValueError):
-        falls = False
-    if not falls:
-        raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
-    return grid
+        pass
+    raise ValueError(f"times must be a 1-D grid that falls from 1 to 0 or above, got {times}; see score_sde.times")
 
 
 def check_first(grid: Tensor, otherwise: str = "") -> None:
-    """Raise ValueError for a grid below t = 1, whose law the prior is; `otherwise` is a remedy besides."""
-    if grid[0] < 1 - 1e-6:  # in float32, say, 1 may have been rounded
+    """Raise ValueError for a grid that begins below t = 1, where the prior holds; `otherwise` is another remedy."""
+    if grid[0] < 1 - 1e-6:  # 1 may have been rounded, as in float32
         raise ValueError(
             f"the grid begins at t = {grid[0].item():.6g}, and the prior is the law at t = 1: begin it there{otherwise}"
         )

@@ -1,23 +1,24 @@
-"""NCSNv2's rules: noise levels and the Langevin step from the data's size (Song & Ermon 2020, arXiv:2006.09011).
+"""NCSNv2's rules for noise levels and the Langevin step from the data's size (Song & Ermon 2020, arXiv:2006.09011).
 
 Annealed Langevin dynamics walks levels sigma_1 > ... > sigma_L = sigma_min in geometric progression, T steps of size
 eps (sigma_i/sigma_L)² on each (h in ``x += h score + sqrt(2h) z``). The paper's techniques:
 
 1.  sigma_1 is the largest distance between two examples: at a level far below the distance of two modes, walks hardly
     ever go from one to the other.
-2.  The ratio gamma = sigma_{i-1}/sigma_i lets each level hand its states to the next. In D dimensions N(0, sigma² I) is
-    a shell, of radius N(sqrt(D) sigma, sigma²/2) for large D. Three deviations around the larger shell hold
+2.  The ratio gamma = sigma_{i-1}/sigma_i is such that each level's states are likely at the next. In D dimensions
+    N(0, sigma² I) is a shell, of radius N(sqrt(D) sigma, sigma²/2) for large D. Within three standard deviations of the
+    larger shell lies the share
 
         Phi(sqrt(2D) (gamma - 1) + 3 gamma) - Phi(sqrt(2D) (gamma - 1) - 3 gamma)
 
-    of the smaller one's mass, here called the overlap; the paper wants about 1/2.
+    of the smaller one's mass, here called the overlap; the paper takes about 1/2.
 4.  On one Gaussian level, T steps of relative size r = eps/sigma_L² bring the variance from gamma² sigma_i² to
 
         s² = sigma_i² ((1 - r)^{2T} (gamma² - b) + b),    b = 2 r/(1 - (1 - r)²) = 1/(1 - r/2)
 
-    with b the unadjusted dynamics' own bias. r is what brings s²/sigma_i² closest to 1 (from above, always).
+    with b the bias of the unadjusted dynamics. r is chosen to bring s²/sigma_i² closest to 1 (it is always above 1).
 
-(Technique 3 is the network's, a score divided by sigma: rule "noise". Technique 5 is averaging the weights.)
+(Technique 3 is in the network, a score divided by sigma: rule "noise". Technique 5 is averaging the weights.)
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from torch import Tensor
 
 
 def overlap(ratio: float, d: int) -> float:
-    """Share of a level's states that lie in the shell of the next larger level, `ratio` times it (technique 2)."""
+    """Share of a level's states that lie in the shell of the next level, `ratio` times as large (technique 2)."""
     from scipy.special import ndtr
 
     gap = math.sqrt(2 * d) * (ratio - 1)
@@ -43,7 +44,7 @@ def ratio_of_overlap(share: float, d: int) -> float:
     Raises ValueError for a share that is not between 0 and 0.997, and for d <= 4, where every ratio's overlap is above
     1/2 and the rule says nothing.
     """
-    from scipy.optimize import brentq  # slow to import, and needed in this file alone
+    from scipy.optimize import brentq  # slow to import
 
     if d < 5:
         raise ValueError(f"the rule for the ratio of levels is for shells in many dimensions, 5 at least, got d={d}")
@@ -64,7 +65,7 @@ def variance_left(r: float, ratio: float, steps: int) -> float:
 def relative_step(ratio: float, steps: int) -> float:
     """The step in units of sigma_i², r = eps/sigma_L² in (0, 1), that brings `variance_left` closest to 1.
 
-    Raises ValueError for a ratio that is not above 1, or without steps.
+    Raises ValueError for a ratio that is not above 1, or steps below 1.
     """
     from scipy.optimize import minimize_scalar
 
@@ -78,7 +79,7 @@ def relative_step(ratio: float, steps: int) -> float:
 class NoiseLevels:
     """`num_scales` levels in geometric progression for data of `d` dimensions, `steps` Langevin steps on each.
 
-    Any numbers may be given, to see what they amount to; `by_rule` finds them.
+    It also says what any other levels lead to; `by_rule` chooses them by the rules.
     """
 
     d: int
@@ -98,7 +99,7 @@ class NoiseLevels:
     def by_rule(
         cls, d: int, sigma_max: float, *, sigma_min: float = 0.01, steps: int = 5, share: float = 0.5
     ) -> NoiseLevels:
-        """As few levels as overlap by `share` at least, with `sigma_max` the largest distance between two examples."""
+        """The fewest levels that overlap by `share` at least; `sigma_max` is the largest distance of two examples."""
         needed = math.log(sigma_max / sigma_min) / math.log(ratio_of_overlap(share, d)) if sigma_max > sigma_min else 0
         return cls(d=d, sigma_min=sigma_min, sigma_max=sigma_max, num_scales=max(2, 1 + math.ceil(needed)), steps=steps)
 
@@ -110,12 +111,12 @@ class NoiseLevels:
 
     @property
     def ratio(self) -> float:
-        """gamma, of neighbouring levels."""
+        """gamma, the ratio of neighbouring levels."""
         return (self.sigma_max / self.sigma_min) ** (1 / (self.num_scales - 1))
 
     @property
     def overlap(self) -> float:
-        """Of neighbouring levels; technique 2 wants about 1/2."""
+        """Overlap of neighbouring levels; technique 2 takes about 1/2."""
         return overlap(self.ratio, self.d)
 
     @property
@@ -125,10 +126,10 @@ class NoiseLevels:
 
     @property
     def snr(self) -> float:
-        """The same step as `AnnealedLangevin` has it: h = 2 (snr sigma)²."""
+        """The same step in the form of `AnnealedLangevin`: h = 2 (snr sigma)²."""
         return math.sqrt(relative_step(self.ratio, self.steps) / 2)
 
     @property
     def variance(self) -> float:
-        """What technique 4 reaches, s²/sigma_i² at the end of a level; 1 would be perfect."""
+        """s²/sigma_i² at the end of a level, which technique 4 brings near 1."""
         return variance_left(relative_step(self.ratio, self.steps), self.ratio, self.steps)

@@ -1,12 +1,12 @@
-"""SDEs of any drift, known by their paths alone: ``dx = f(x, t) dt + g(t) dw`` for t in [0, 1] from data to noise.
+"""Nonlinear SDEs, simulated by paths: ``dx = f(x, t) dt + g(t) dw`` for t in [0, 1] from data to noise.
 
 Their kernel x_t | x_0 has no closed form, so there is no `Estimate` of data and noise, and denoising has no target. But
-`score_matching.sliced` and `implicit` take samples of x_t and nothing else: paths simulated from the data train
-a score s(x, t) at every t, and that score runs the SDE backwards (Anderson 1982; Song et al. 2021, appendix A)
+`score_matching.sliced` and `implicit` need only samples of x_t: paths simulated from the data train a score s(x, t) at
+every t, and that score runs the SDE backwards (Anderson 1982; Song et al. 2021, appendix A)
 
     dx = (f - g² s) dt + g dw,        or without noise, with the same marginals,        dx/dt = f - g² s / 2.
 
-`paths` and `backward` also take the linear SDEs of `sdes.py`, whose answers are known exactly.
+`paths` and `backward` also take the linear SDEs, for which results are known exactly.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def backward(
 ) -> Iterator[Tensor]:
     """The states at times[1], times[2], ... of a walk back from x at times[0], led by score(x, t).
 
-    With a generator of noise by Euler-Maruyama on the reverse SDE (weak order 1); without one by Heun's method on the
-    probability flow (order 2). `times` is a decreasing 1-D grid. Raises ValueError for another.
+    With a generator, Euler-Maruyama on the reverse SDE (weak order 1); without one, Heun's method on the probability
+    flow (order 2). `times` is a decreasing 1-D grid. Raises ValueError for another.
     """
     _check_grid(times, -1)
     for t, s in pairwise(times.double().cpu()):
@@ -76,5 +76,5 @@ def backward(
 
 def _check_grid(times: Tensor, direction: int) -> None:
     if times.ndim != 1 or len(times) < 2 or not bool((direction * times.diff() > 0).all()):
-        wanted = "increasing" if direction > 0 else "decreasing"
-        raise ValueError(f"times must be {wanted}, a 1-D grid of two times at least, got {times}")
+        order = "increasing" if direction > 0 else "decreasing"
+        raise ValueError(f"times must be a 1-D {order} grid of at least 2 times, got {times}")

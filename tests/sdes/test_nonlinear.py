@@ -72,7 +72,7 @@ def test_the_reverse_sde_goes_back_to_the_data() -> None:
 def test_grids_of_the_wrong_direction_are_refused() -> None:
     x = numbers(2, 1)
     for wrong in (GRID.flip(0), GRID[:1], GRID[None]):
-        with pytest.raises(ValueError, match="times must be increasing, a 1-D grid of two times at least, got"):
+        with pytest.raises(ValueError, match="times must be a 1-D increasing grid of at least 2 times, got"):
             paths(SAME, x, wrong, seeded())
-    with pytest.raises(ValueError, match="times must be decreasing"):
+    with pytest.raises(ValueError, match="times must be a 1-D decreasing grid"):
         next(backward(SAME, lambda x, t: x, x, GRID))
