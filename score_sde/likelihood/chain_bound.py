@@ -1,4 +1,4 @@
-"""The variational bound on -log p(x_0) of a Markov chain, term by term.
+"""The variational bound (ELBO) on -log p(x_0) of a Markov chain, term by term.
 
 Seen as a hierarchical latent variable model, a chain with times t_1 < ... < t_T has (Ho et al. 2020, eq. 5)
 
@@ -9,13 +9,13 @@ Seen as a hierarchical latent variable model, a chain with times t_1 < ... < t_T
     L_0     = -E log p(x_0 | x_1)                                     the reconstruction, or decoder
 
 where p(x_s | x_t) = N(posterior mean with the model's estimate of the data, a variance between the posterior's and the
-forward step's). Posteriors are exact between any two times of any SDE, so the same code bounds a chain, a chain of
-which some steps are left out, and a continuous SDE cut at any grid of times. With an exact model and ever more steps
-the bound falls to its continuous-time limit, which depends on the signal-to-noise ratio at both ends alone (Kingma et
-al. 2021, arXiv:2107.00630, section 5).
+forward step's). Posteriors are exact between any two times of any SDE, so the same code bounds a chain, a respaced
+chain, and a continuous SDE on any grid of times. With an exact model and ever more steps the bound falls to its
+continuous-time limit, which depends on the signal-to-noise ratio at both ends alone (Kingma et al. 2021,
+arXiv:2107.00630, section 5).
 
-Data with `levels` are not dequantised: the decoder gives a probability to each level, and the bound is one on
--log P(x_0). Floats have a Gaussian decoder, and the bound is one on minus a log density.
+Data with `levels` are not dequantised: the decoder gives a probability to each level, and -log P(x_0) is bounded. Data
+without levels have a Gaussian decoder, and minus the log density is bounded.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from ..sdes.linear import SDE, as_grid, check_first, like
 
 
 class Bound(NamedTuple):
-    """A bound on -log p, (B,) nats, and what it consists of.
+    """A bound on -log p, (B,) nats, and its terms.
 
-    `diffusion` is (B, K): one column for each step of the chain, from `times` (K,) to the next; or K random ones of
-    them, from `times` (B, K), where only so many were asked for. `total` then is their estimate, unbiased, with the
-    standard error `std_error` (0 where all are there, NaN for a single one; else on average at least the true one).
+    `diffusion` is (B, K): one column for each step of the chain, from `times` (K,) to the next; or, with `terms`, K
+    random ones of them, from `times` (B, K). Then `total` is an unbiased estimate with the standard error `std_error`
+    (0 with all terms, NaN for a single term; else on average at least the true one).
     """
 
     total: Tensor
@@ -53,15 +53,11 @@ class Bound(NamedTuple):
 
     @property
     def rate(self) -> Tensor:
-        """prior + diffusion: what it costs to send x_1; the rest, `reconstruction`, is the distortion (Ho et al. 2020,
-        section 4.3)."""
+        """prior + diffusion, the rate; `reconstruction` is the distortion (Ho et al. 2020, section 4.3)."""
         return self.total - self.reconstruction
 
     def bits_per_dim(self, nats: Tensor | None = None) -> Tensor:
-        """The total, or one of the parts as given in nats, in bits per dimension.
-
-        With `levels` there is no offset: it bounds -log2 P(k)/D of the levels k themselves.
-        """
+        """The total, or `nats` such as one of the terms, in bits per dimension (with `levels`, of -log2 P(k)/D)."""
         return bits(self.total if nats is None else nats, self.dimensions)
 
 
@@ -78,23 +74,22 @@ def chain_bound(
     seed: int | torch.Generator = 0,
     first: int = 0,
 ) -> Bound:
-    """The bound at each example of x0, with one draw of x_t for each term.
+    """The chain bound (L_vlb, ELBO) at each example of x0, with one draw of x_t for each term.
 
     Args:
         model: any score model.
-        x0: data, (B, *shape); with `levels` their values (`levels.value_of`), scaled to [1 - width, 1].
-        times: decreasing 1-D grid from 1 to clean data (sigma = 0) or to where the last noise is; by default all of a
-            chain's. Some of a chain's times are a respaced chain, whose betas follow from the alphas that are kept.
-        variance: of p(x_s | x_t): "small", "large" or "learned", see `reverse_log_variance`. A last step into clean
-            data, whose posterior has none, takes that of the step before it in the place of "small" and of "large", as
-            DDPM's code does; a grid that ends above clean data is decoded with (sigma/alpha)².
+        x0: data, (B, *shape); with `levels` their values (`pixel_levels.value_of`), scaled to [1 - width, 1].
+        times: decreasing 1-D grid from 1 to clean data (sigma = 0) or to the last noise; by default all of a chain's.
+            Some of a chain's times are a respaced chain, whose betas follow from the alphas that are kept.
+        variance: of p(x_s | x_t): "small", "large" or "learned", see `reverse_log_variance`. In a last step to clean
+            data, whose posterior has no variance, "small" and "large" are that of the step before it, as in DDPM's
+            code; a grid that ends above clean data is decoded with (sigma/alpha)².
         levels, width: of the data, see `PixelCodec`; without levels the decoder is a Gaussian density.
-        terms: how many of the diffusion terms to evaluate per example, one drawn at random from each of as many
-            stretches of the chain; by default all.
-        seed: of the draws; example i's depend on (seed, first + i) alone. A torch.Generator serves the whole batch.
-        first: index of the batch's first example.
+        terms: how many diffusion terms to evaluate per example, one drawn at random from each of as many stretches of
+            the chain; by default all.
+        seed, first: example i's draws depend on (seed, first + i) alone. A torch.Generator serves the whole batch.
 
-    Raises ValueError for an impossible grid, `terms` that the chain does not have, or data off their levels, and
+    Raises ValueError for an impossible grid, more `terms` than the chain has, or data that are not on their levels, and
     FloatingPointError, with the time, where a term is not finite.
     """
     sde = model.sde
@@ -138,7 +133,7 @@ def chain_bound(
 
 
 def _knots(sde: SDE, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The times of a grid that hold noise, (T,) float64 on the CPU, and that of clean data at its end if there is."""
+    """The times of a grid that have noise, (T,) float64 on the CPU, and the time of clean data at its end or None."""
     if times is None:
         if sde.steps is None:
             raise ValueError(f"{sde} has no steps of its own: pass times, a grid such as times.log_snr(sde, 1000)")
@@ -153,7 +148,7 @@ def _knots(sde: SDE, times: Tensor | None) -> tuple[Tensor, Tensor | None]:
 
 
 def _check_levels(x0: Tensor, levels: int | None, width: float) -> None:
-    """Data between their levels would get a probability that belongs to no value."""
+    """Raise ValueError for data between their levels, whose probability would be that of no value."""
     if levels is None:
         return
     low, high = ends(levels, width)
@@ -180,9 +175,9 @@ def _strata(steps: int, terms: int, batch: int, seed: int | torch.Generator, fir
 
 
 def stratified_error(weighted: Tensor) -> Tensor:
-    """Of a sum of one draw from each stretch, (B,): the squared difference of neighbours is never too small on average.
+    """Standard error of a sum of one draw from each stratum, (B,), from the squared differences of neighbours.
 
-    Collapsed strata (Cochran 1977, Sampling techniques, chapter 5A).
+    Collapsed strata: on average it is at least the true one (Cochran 1977, Sampling techniques, chapter 5A).
     """
     k = weighted.shape[1]
     if k < 2:

@@ -2,9 +2,9 @@
 
     P(y | x) = P(y) p(x | y) / sum over y' of P(y') p(x | y'),
 
-where log p(x | y) is ``log_likelihood(model.given(label=y), x)``, or a variational bound in its place, as in Li et al.
-2023 (arXiv:2303.16203) and Clark & Jaini 2023 (arXiv:2303.15233). All classes share probes, or times and noise: what
-these do to log p(x | y) is much the same for all y, and drops out of the quotient.
+where log p(x | y) is ``log_likelihood(model.given(label=y), x)``, or a variational bound instead, as in Li et al. 2023
+(arXiv:2303.16203) and Clark & Jaini 2023 (arXiv:2303.15233). All classes share probes, or times and noise: their errors
+in log p(x | y) are much the same for all y, and cancel in the quotient.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .sde_bound import variational_bound
 
 
 class Classification(NamedTuple):
-    """log P(y | x) and log p(x | y) in nats, both (B, classes), and the evaluations used, of all classes together."""
+    """log P(y | x) and log p(x | y) in nats, both (B, classes), and the number of evaluations for all classes."""
 
     log_posterior: Tensor
     log_likelihood: Tensor
@@ -30,7 +30,7 @@ class Classification(NamedTuple):
 
     @property
     def label(self) -> Tensor:
-        """The likeliest class, (B,)."""
+        """The most probable class, (B,)."""
         return self.log_posterior.argmax(1)
 
 
@@ -52,8 +52,7 @@ def classify(
         log_prior: (classes,), log P(y) up to a constant; by default all classes are equally likely.
         estimate: "ode" takes the probability flow's likelihood; "bound" minus the SDE's variational bound, which needs
             one evaluation per draw and no Jacobian, but whose gap may differ between classes.
-        seed: of the probes or draws, which are the same for every class; example i's depend on (seed, first + i).
-        first: index of the batch's first example.
+        seed, first: example i's probes or draws depend on (seed, first + i), and are the same for every class.
         options: of `log_likelihood` or of `variational_bound`.
 
     Raises ValueError for fewer than two models, a log_prior of another length, or an unknown estimate.
@@ -67,9 +66,9 @@ def classify(
     columns, nfe = [], 0.0
     for model in models:
         if estimate == "ode":
-            found = log_likelihood(model, x, seed=seed, first=first, **options)
-            columns.append(found.log_prob)
-            nfe += found.nfe
+            likelihood = log_likelihood(model, x, seed=seed, first=first, **options)
+            columns.append(likelihood.log_prob)
+            nfe += likelihood.nfe
         else:
             columns.append(-variational_bound(model, x, seed=seed, first=first, **options).total)
             nfe += options.get("draws", 64)

@@ -1,13 +1,13 @@
-"""The bound on -log P of images under a model of an autoencoder's codes, and what it consists of.
+"""The bound on -log P of images under a score model of an autoencoder's codes (latent diffusion), and its terms.
 
 With the posterior q(y | k) of an image's normalised code y, the decoder's P(k | y) and the model's log p(y),
 
     -log P(k) <= E_q [-log P(k | y)] + E_q [-log p(y)] - H(q(y | k))
 
-(Kingma & Welling 2014, arXiv:1312.6114, eq. 2; Vahdat et al. 2021, arXiv:2106.05931, eq. 3). It is exact where q is the
-posterior of decoder and model, and the gap is KL(q(y | k) || p(y | k)). The decoder gives a probability to each level,
-so nothing is dequantised. With y = (z - mean)/std both log p(z) and log q(z | k) lose log std, which their difference
-does not see: the bound does not depend on the statistics, its second and third part do.
+(Kingma & Welling 2014, arXiv:1312.6114, eq. 2; Vahdat et al. 2021, arXiv:2106.05931, eq. 3). Its gap is
+KL(q(y | k) || p(y | k)), 0 where q is the posterior of decoder and model. The decoder gives each level a probability,
+so images are not dequantised. With y = (z - mean)/std both log p and log q change by log std, which cancels in their
+difference: the second and the third term depend on the statistics of the codes, the bound does not.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .exact import Likelihood
 class LatentBound(NamedTuple):
     """-log P(k) is at most `reconstruction` + `latent` - `entropy`, all (B,) nats, for one draw of the code.
 
-    `std_error` is log p(y)'s, over probes or draws, and `nfe` what that took.
+    `std_error` is that of log p(y), over probes or draws, and `nfe` its number of evaluations.
     """
 
     reconstruction: Tensor
@@ -64,9 +64,8 @@ def latent_bound(
         k: images.
         log_prob: y (B, c, h, w) -> `Likelihood`, the model's log density or a lower bound on it, such as
             ``lambda y: log_likelihood(model, y)``.
-        seed: example i's draw of the code depends on (seed, first + i) alone.
-        first: index of the batch's first example.
-        noise: (B, c, h, w), standard normal numbers of which to make the code, in place of the seed.
+        seed, first: example i's draw of the code depends on (seed, first + i) alone.
+        noise: (B, c, h, w), standard normal numbers for the draw instead of the seed's.
 
     Raises ValueError for an autoencoder whose codes are points: without a posterior there is no bound.
     """
@@ -79,17 +78,18 @@ def latent_bound(
     if noise is None:
         noise = noise_source(tuple(mean.shape), seed, first, mean.dtype, mean.device, ExampleStream.CODE)(mean)
     y = mean + std * noise
-    found = log_prob(y)
-    return LatentBound(-codec.log_prob(k, y), -found.log_prob, entropy(std), found.std_error, found.nfe)
+    likelihood = log_prob(y)
+    return LatentBound(-codec.log_prob(k, y), -likelihood.log_prob, entropy(std), likelihood.std_error, likelihood.nfe)
 
 
 def in_bits(bound: LatentBound, dimensions: int) -> dict[str, Tensor]:
-    """The parts and their sum in bits per dimension of the pixels: value, reconstruction, latent and entropy, (B,)."""
-    parts = {"value": bound.total, "reconstruction": bound.reconstruction, "latent": bound.latent}
-    return {name: bits(nats, dimensions) for name, nats in {**parts, "entropy": bound.entropy}.items()}
+    """The terms and their sum in bits per dimension of the pixels: value, reconstruction, latent and entropy, (B,)."""
+    nats = (bound.total, bound.reconstruction, bound.latent, bound.entropy)
+    names = ("value", "reconstruction", "latent", "entropy")
+    return {name: bits(term, dimensions) for name, term in zip(names, nats, strict=True)}
 
 
 def of_standard_normal(y: Tensor) -> Likelihood:
-    """log N(y; 0, I): the prior under which an autoencoder was trained."""
+    """log N(y; 0, I), the prior of an autoencoder's training, as a `Likelihood`."""
     log_prob = normal_log_prob(y)
     return Likelihood(log_prob, torch.zeros_like(log_prob), y, 0)

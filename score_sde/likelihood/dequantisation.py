@@ -1,4 +1,4 @@
-"""Log probabilities of discrete data from a density: dequantisation, and the importance-weighted bound.
+"""Dequantisation: log probabilities of discrete data from a density, and the importance-weighted bound (IWAE).
 
 A model gives a density p of real numbers, and an image consists of levels k. With a law q(x | k) on the bin of k alone,
 
@@ -8,15 +8,15 @@ A model gives a density p of real numbers, and an image consists of levels k. Wi
 
     log P(k) >= E log 1/K sum over i of p(x_i)/q(x_i | k),
 
-which never falls with K and has log P(k) itself as its limit (Burda et al. 2016, arXiv:1509.00519,
-theorem 1; for dequantisation Hoogeboom et al. 2020, arXiv:2001.11235).
+which never falls with K and tends to log P(k) (Burda et al. 2016, arXiv:1509.00519, theorem 1; for dequantisation
+Hoogeboom et al. 2020, arXiv:2001.11235).
 
 A dequantiser is a callable ``(k, u) -> Dequantised``, a map from uniform numbers u in [0, 1) of k's shape into the bin
-of k, with an attribute `t_min`: the time whose state the result is.
+of k, with an attribute `t_min`, the time at which its result is the state.
 
-- `Uniform`: the bin itself, of the codec's (k + u)/levels, but for its top 2^-14 (`PixelCodec.filled`).
-- `TruncatedNormal`: the noise that the data have at t_min, cut off at the bin, around the level's value in training.
-  A model that was trained without dequantisation has seen just that (Zheng et al. 2023, arXiv:2305.03935).
+- `Uniform`: uniform on the bin, the codec's (k + u)/levels, without its top 2^-14 (`PixelCodec.filled`).
+- `TruncatedNormal`: the noise of t_min truncated to the bin, around the level's value in training. A model that was
+  trained without dequantisation has seen such states (Zheng et al. 2023, arXiv:2305.03935).
 - `VariationalDequantiser`: a small flow, fitted to the model by `fit_dequantiser`.
 """
 
@@ -68,14 +68,14 @@ class Dequantiser(Protocol):
 
     @property
     def t_min(self) -> float:
-        """Time at which the result is the state."""
+        """The time at which its result is the state."""
 
     def __call__(self, k: Tensor, u: Tensor) -> Dequantised: ...
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """x = (k + u)/levels, scaled, as `PixelCodec.encode` has it; q is levels/(width filled) per dimension."""
+    """Uniform dequantisation by `PixelCodec.encode`: x = (k + u)/levels, scaled; q is levels/(width filled) per dim."""
 
     codec: PixelCodec
     t_min: float = 1e-5
@@ -87,10 +87,10 @@ class Uniform:
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """x = alpha value_of(k) + sigma z, scaled, with z normal but cut off half way to the neighbouring levels.
+    """x = alpha value_of(k) + sigma z, scaled, with z normal but truncated half way to the neighbouring levels.
 
-    alpha and sigma are the SDE's at t_min; z lies in [-reach, reach]. With a reach of about 3 hardly anything is cut
-    off, and x has the law of the noised data; see `truncation_time`. Raises ValueError without noise at t_min.
+    alpha and sigma are the SDE's at t_min; z lies in [-reach, reach]. With a reach of about 3 little is truncated, and
+    x has nearly the law of the noised data; see `truncation_time`. Raises ValueError without noise at t_min.
     """
 
     codec: PixelCodec
@@ -99,7 +99,7 @@ class TruncatedNormal:
 
     def __post_init__(self) -> None:
         if not self.reach < math.inf:
-            raise ValueError(f"{self.sde} has no noise at t_min = {self.t_min:g} to be cut off; 1e-5 is usual")
+            raise ValueError(f"{self.sde} has no noise at t_min = {self.t_min:g} to truncate; 1e-5 is usual")
 
     @property
     def _curves(self) -> tuple[float, float]:
@@ -124,8 +124,8 @@ class TruncatedNormal:
 def truncation_time(codec: PixelCodec, sde: SDE, reach: float = 3.0, least: float = 1e-5) -> float:
     """The t_min at which half a bin is `reach` standard deviations of the noise, or `least` where that is later.
 
-    For 8 bits that is at a log SNR of 13.3, where the schedule of Kingma et al. 2021 begins. A longer reach asks the
-    model for noise that it can hardly see, a shorter one cuts off much of what it was trained on.
+    For 8 bits that is at a log SNR of 13.3, where the schedule of Kingma et al. 2021 begins. With a longer reach the
+    model must find noise of an amplitude that it can hardly see, with a shorter one much of the trained law is missing.
     """
     target = torch.tensor(2 * math.log(reach / half_bin(codec.levels, codec.width)), dtype=torch.float64)
     first = sde.log_snr(torch.tensor(least, dtype=torch.float64))
@@ -138,18 +138,18 @@ def _log_density(codec: PixelCodec) -> float:
 
 
 class VariationalDequantiser(nn.Module):
-    """A flow on the bin: x = (k + u')/levels, scaled, with u' = sigmoid(T(logit(u); k)).
+    """Variational dequantisation by a flow on the bin: x = (k + u')/levels, scaled, with u' = sigmoid(T(logit(u); k)).
 
-    T is a row of affine couplings (Dinh et al. 2017, arXiv:1605.08803): each scales and shifts every second dimension,
-    in a checkerboard, by what a small network makes of the others and of the whole image k. The networks' last layers
-    begin at 0, where u' = u: until it is fitted the dequantisation is uniform.
+    T is a sequence of affine couplings (Dinh et al. 2017, arXiv:1605.08803): each scales and shifts every second
+    dimension, in a checkerboard, by a small network's output for the others and the whole image k. The networks' last
+    layers are initialised with 0, where u' = u: until it is fitted the dequantisation is uniform.
 
     Args:
         codec: of the levels.
-        shape: of an example; (C, H, W) has convolutions, any other dense layers.
+        shape: of an example; (C, H, W) gets convolutions, (D,) dense layers.
         hidden: width of the couplings' networks.
-        layers: how many couplings.
-        t_min: time at which x is the state.
+        layers: number of couplings.
+        t_min: the time at which x is the state.
     """
 
     mask: Tensor
@@ -179,7 +179,7 @@ class VariationalDequantiser(nn.Module):
 
 
 def _coupling(shape: tuple[int, ...], hidden: int) -> nn.Module:
-    """A network (B, 2C, ...) -> (B, 2C, ...) that begins at 0."""
+    """A network (B, 2C, ...) -> (B, 2C, ...) whose initial output is 0."""
 
     def layer(inputs: int, outputs: int) -> nn.Module:
         return nn.Conv2d(inputs, outputs, 3, padding=1) if len(shape) == 3 else nn.Linear(inputs, outputs)
@@ -196,10 +196,10 @@ def _coupling(shape: tuple[int, ...], hidden: int) -> nn.Module:
 
 
 class LogProbability(NamedTuple):
-    """A bound on log P(k) in nats (B,), its standard error over probes (B,), the K draws that it is made of, and NFE.
+    """A bound on log P(k) in nats (B,), its standard error over probes (B,), its K draws, and NFE.
 
     `draws` (K, B) are log p(x_i) - log q(x_i | k); the bound is the logarithm of the mean of their exponentials.
-    `std_error` takes a probe's error to be the same in all draws of an image, which share their probes.
+    `std_error` assumes that a probe's error is the same in all draws of an image, which share their probes.
     """
 
     log_prob: Tensor
@@ -209,12 +209,12 @@ class LogProbability(NamedTuple):
     dimensions: int
 
     def bits_per_dim(self) -> Tensor:
-        """-log2 P(k) per dimension, (B,): q knows the size of a level, so there is no offset."""
+        """-log2 P(k) per dimension, (B,), without an offset, as q contains the size of a level."""
         return bits(-self.log_prob, self.dimensions)
 
 
 def log_mean_exp(draws: Tensor) -> Tensor:
-    """log of the mean of exp over the first dimension: the importance-weighted bound of log weights (K, B), (B,)."""
+    """log of the mean of exp over the first dimension: the importance-weighted bound (B,) from log weights (K, B)."""
     return torch.logsumexp(draws, 0) - math.log(len(draws))
 
 
@@ -237,18 +237,16 @@ def log_probability(
 ) -> LogProbability:
     """A lower bound on log P(k) by `samples` draws of the dequantiser, with p by the probability flow.
 
-    On average it rises with `samples`, to log P(k). The draws of an image share their probes: an error of the trace
-    that were independent in each would pass through the exponential and raise the bound above the truth, where one
-    that all have in common only adds to it, with mean 0. What differs between neighbours in a bin remains; with
-    probe="exact" nothing does.
+    On average it rises with `samples`, to log P(k). The draws of an image share their probes: independent errors of the
+    trace would raise the bound above the truth by way of the exponential, while a common error only adds to it, with
+    mean 0. The differences of the error within a bin remain; with probe="exact" there is none.
 
     Args:
         model: any score model.
         k: levels, (B, *shape).
-        dequantiser: whose t_min is that of the likelihood.
-        samples: number K of draws; each is a likelihood of the batch.
-        seed: of draws and probes; example i's depend on (seed, first + i) alone.
-        first: index of the batch's first example.
+        dequantiser: the law of the draws; its t_min is that of the likelihood.
+        samples: number K of draws; each costs a likelihood of the batch.
+        seed, first: example i's draws and probes depend on (seed, first + i) alone.
         dtype: of the states.
         options: of `log_likelihood`: probe, probes, rtol, atol, method, prior_log_prob.
 
@@ -261,10 +259,10 @@ def log_probability(
     with torch.no_grad():
         for u in numbers:
             x, log_q = dequantiser(k, u)
-            found = log_likelihood(model, x, t_min=dequantiser.t_min, seed=seed, first=first, **options)
-            draws.append(found.log_prob - log_q.to(found.log_prob).flatten(1).sum(1))
-            errors.append(found.std_error)
-            nfe += found.nfe
+            density = log_likelihood(model, x, t_min=dequantiser.t_min, seed=seed, first=first, **options)
+            draws.append(density.log_prob - log_q.to(density.log_prob).flatten(1).sum(1))
+            errors.append(density.std_error)
+            nfe += density.nfe
     log_weights, error = torch.stack(draws), torch.stack(errors)
     shares = torch.softmax(log_weights, 0)
     return LogProbability(log_mean_exp(log_weights), (shares * error).sum(0), log_weights, nfe, math.prod(k.shape[1:]))
@@ -278,8 +276,8 @@ def dequantisation_loss(
 ) -> Tensor:
     """One draw of a bound on -log P(k), (B,) nats.
 
-    The variational bound of the SDE in the place of -log p(x), as Song et al. 2021b train theirs: differentiable in
-    the dequantiser, and in the model, where both are to be trained together.
+    The variational bound of the SDE replaces -log p(x), as in Song et al. 2021b: it is differentiable in the
+    dequantiser and in the model.
 
     Args:
         model, dequantiser, k: (B, *shape).
@@ -311,7 +309,7 @@ def fit_dequantiser(
     seed: int = 0,
     progress: Callable[[int, Tensor], None] | None = None,
 ) -> VariationalDequantiser:
-    """A variational dequantiser fitted to a model, which stays as it is, by Adam on `dequantisation_loss`.
+    """Fit a variational dequantiser to a fixed model, by Adam on `dequantisation_loss`.
 
     Args:
         model: any score model, in eval mode.
@@ -344,6 +342,6 @@ def fit_dequantiser(
             if progress is not None:
                 progress(step + 1, loss.detach())
     finally:
-        for p, wanted in frozen.items():
-            p.requires_grad_(wanted)
+        for p, requires in frozen.items():
+            p.requires_grad_(requires)
     return dequantiser.eval().requires_grad_(False)

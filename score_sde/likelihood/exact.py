@@ -1,7 +1,7 @@
 """Exact log-likelihoods of score models: their probability flow as a normalizing flow (Song et al. 2021, eq. 39).
 
-The velocity is v = f x - g² score / 2, and log p(x at t_min) = log p_1(x at 1) + integral of div v dt, as
-`flows` solves it.
+The velocity is v = f x - g² score / 2, and log p(x at t_min) = log p_1(x at 1) + integral of div v dt, solved by
+`flows`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .flows import refuse_gradient, score_flow
 
 
 class Likelihood(NamedTuple):
-    """Log density in nats (B,), its standard error over probes (B,), the state at t = 1, and evaluations an example.
+    """Log density in nats (B,), its standard error over probes (B,), the state at t = 1, and evaluations per example.
 
-    `std_error` is 0 for the exact trace and NaN for a single probe, which cannot tell its own error. Of one example in
-    few dimensions 2 to 4 probes hardly tell it either: in two, as many signs may agree, and t-intervals of 95 % made of
-    it then hold the truth in 50 to 87 % of the cases (docs/likelihood.md); in 64 they hold it in 95 %.
+    `std_error` is 0 for the exact trace and NaN for a single probe. In few dimensions 2 to 4 probes estimate it badly:
+    in two dimensions all signs may agree, and its t-intervals of 95 % contain the truth in 50 to 87 % of the cases
+    (docs/likelihood.md); in 64 dimensions in 95 %.
     """
 
     log_prob: Tensor
@@ -55,31 +55,29 @@ def log_likelihood(
     seed: int | torch.Generator = 0,
     first: int = 0,
 ) -> Likelihood:
-    """Log density of x under the probability flow of `model`, as FFJORD computes it; x is the state at t_min.
+    """Log density of x, the state at t_min, under the probability flow of `model`, computed as in FFJORD.
 
-    With the default method an example's result and cost do not depend on its batch. The result has no gradient, neither
-    in x nor in the model's parameters: ``score_flow(model).log_prob(x)`` has both, for training by maximum likelihood.
+    With the default method an example's result and cost do not depend on its batch. The result has no gradient:
+    ``score_flow(model).log_prob(x)`` has one in x and in the model's parameters, for training by maximum likelihood.
 
     Args:
         model: any score model.
         x: (B, *shape).
         probe: "rademacher", "gaussian", "sphere", "exact" (D probes, the unit vectors), or a tensor (K, B, *shape).
-        probes: number K of random probes per example, at the cost of a product each.
-        rtol, atol: tolerances of the solver. "embedded" holds each example's root mean square of the state's error and
-            the error of its log density per dimension to them; the others that of the batch's states and log densities.
+        probes: number K of random probes per example, each of which costs a vector-Jacobian product.
+        rtol, atol: tolerances of the solver. "embedded" applies them to each example's state (root mean square error)
+            and log density per dimension, the others to those of the whole batch.
         t_min: where the integral begins.
-        method: "embedded", by steps of each example's own on the flow's circle; "dopri5" or another adaptive method of
-            torchdiffeq in t, or "RK45" for scipy's.
-        prior_log_prob: x -> (B,), the log density at t = 1; by default the SDE's prior, which is not quite the true
-            p_1: pass that to compare with a closed form.
-        seed: of the probes; example i's depend on (seed, first + i) alone. A torch.Generator serves the whole batch.
-        first: index of the batch's first example.
+        method: "embedded", on the flow's circle with a step size for each example; "dopri5" or another adaptive method
+            of torchdiffeq in t; or "RK45", scipy's.
+        prior_log_prob: x -> (B,), the log density at t = 1; by default that of the SDE's prior, which is not quite the
+            true p_1: pass the true one to compare with a closed form.
+        seed, first: example i's probes depend on (seed, first + i) alone. A torch.Generator serves the whole batch.
 
-    Raises ValueError for an unknown probe or method, a wrong shape, or where x asks for a gradient, RuntimeError where
-    the solver gives up.
+    Raises ValueError for an unknown probe or method, a wrong shape, or an x that requires a gradient; RuntimeError
+    where the solver gives up.
     """
     refuse_gradient(x, "log_likelihood", "log_prob(x)")
     flow = score_flow(model, base=prior_log_prob, t_min=t_min, solver=Solver(method, rtol, atol))
     with torch.no_grad():
-        found = flow.evaluate(x, probe=probe, probes=probes, seed=seed, first=first)
-    return Likelihood(found.log_prob, found.std_error, found.latent, found.nfe)
+        return Likelihood(*flow.evaluate(x, probe=probe, probes=probes, seed=seed, first=first)[:4])

@@ -1,18 +1,18 @@
-"""Continuous normalizing flows: a density carried along an ODE, for any vector field.
+"""Continuous normalizing flows (CNF, FFJORD): a density transported by an ODE, for any vector field.
 
 A flow dx/dt = v(t, x) takes data at t0 to a base density at t1. Along a path d log p/dt = -div v (the instantaneous
 change of variables; Chen et al. 2018, arXiv:1806.07366, theorem 1), so
 
     log p(x at t0) = log base(x at t1) + integral from t0 to t1 of div v dt,
 
-with the state and the integral solved as one ODE. The divergence is exact, or Hutchinson's estimate
-e^T J e with random e of unit covariance, drawn once per example and held through the solve (Grathwohl et al. 2019,
-arXiv:1810.01367). Each evaluation is one forward pass and a vector-Jacobian product for each probe, whose squared
-length is an estimate of |J|² and regularises the flow at no further product (Finlay et al. 2020, arXiv:2002.02798).
+with the state and the integral solved as one ODE. The divergence is exact, or Hutchinson's estimate e^T J e with random
+e of unit covariance, drawn once per example and constant during the solve (Grathwohl et al. 2019, arXiv:1810.01367).
+Each evaluation is one forward pass and a vector-Jacobian product for each probe. The product's squared length estimates
+|J|², which regularises the flow without a further product (Finlay et al. 2020, arXiv:2002.02798).
 
-The probability flow of a score model is such a flow (Song et al. 2021, eq. 39): `score_flow` makes it one, with the
-model's parameters, and `likelihood.log_likelihood` is its `evaluate`. Where no gradient is wanted, Solver("embedded")
-carries it on its circle, with steps of each example's own.
+The probability flow of a score model is such a flow (Song et al. 2021, eq. 39): `score_flow` returns it, with the
+model's parameters, and `log_likelihood` is its `evaluate`. Without gradients, Solver("embedded") solves it on its
+circle, with a step size for each example.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ DEFAULT = Solver()
 
 
 class Evaluation(NamedTuple):
-    """What the flow from data to base finds; see `Likelihood` for the first four.
+    """Results of a flow from data to base; see `Likelihood` for the first four.
 
-    `kinetic` is the integral of |v|² and `jacobian` that of |J|², both (B,), or None where not asked for.
+    `kinetic` is the integral of |v|² and `jacobian` that of |J|², both (B,), or None if not computed.
     """
 
     log_prob: Tensor
@@ -53,7 +53,7 @@ class Evaluation(NamedTuple):
 class ProbabilityFlow(nn.Module):
     """`SDE.velocity` with the model's score: the ODE with the marginals of the model's SDE (Song et al. 2021, eq. 13).
 
-    Raises ValueError where x asks for a gradient and the model has none in x.
+    Raises ValueError where x requires a gradient and the model has none in x.
     """
 
     def __init__(self, model: ScoreModel) -> None:
@@ -68,11 +68,11 @@ class ProbabilityFlow(nn.Module):
 
 
 class NetworkVelocity(nn.Module):
-    """A network F(x, label), as those of `networks`, as a velocity: its label is `scale` t, of shape (1,).
+    """A network F(x, label), like those of `networks`, as a velocity: its time label is `scale` t, of shape (1,).
 
-    One label serves the batch, so that its embedding costs nothing. The fastest wave of a sinusoidal embedding is
-    sin(scale t). At 999 t, as score models have it, maximum likelihood makes a velocity that swings between the
-    solver's steps, and the likelihood that fixed steps report is not the flow's: keep it small in training.
+    The batch shares one label, so that its embedding costs nothing. The fastest wave of a sinusoidal embedding is
+    sin(scale t). With 999 t, as in score models, maximum likelihood trains a velocity that oscillates between the
+    solver's steps, and the likelihood from fixed steps is not the flow's: keep `scale` small in training.
     """
 
     def __init__(self, network: nn.Module, scale: float = 10.0) -> None:
@@ -92,17 +92,17 @@ class Flow(nn.Module):
     """A continuous normalizing flow, also known as FFJORD: dx/dt = velocity(t, x) from data at t0 to a base at t1.
 
     Args:
-        velocity: (t, x) -> tensor of x's shape; an nn.Module where its parameters are to be trained by the adjoint. t
-            is () in x's dtype and on its device, but for a `ProbabilityFlow`, whose SDE wants float64 on the CPU.
+        velocity: (t, x) -> tensor of x's shape; an nn.Module if its parameters are to be trained by the adjoint. t is
+            () in x's dtype and on its device; for a `ProbabilityFlow` in float64 on the CPU, for its SDE.
         base: z -> (B,), the log density at t1; N(0, I) by default.
-        draw: (shape, noise) -> z, a draw of the base, for `sample`; N(0, I)'s if `base` is not given either.
+        draw: (shape, noise) -> z, a draw of the base, for `sample`; by default N(0, I)'s, with the default base only.
         t0, t1: the interval, t0 < t1.
-        solver: of the ODE, both ways.
+        solver: of the ODE, in both directions.
         sde: a chain's, whose log SNR is then the solver's time; see `ode.integrate`.
 
-    In grad mode all results but samples are differentiable, in the data and in the parameters of velocity and base, by
-    the solver's `gradient`; under torch.no_grad() nothing is kept. Networks with dropout must be in eval mode: an ODE
-    needs a velocity that does not change from one evaluation to the next.
+    In grad mode all results except samples are differentiable, in the data and in the parameters of velocity and base,
+    by the solver's `gradient`; under torch.no_grad() no graph is kept. Networks with dropout must be in eval mode: an
+    ODE needs a velocity that does not change from one evaluation to the next.
     """
 
     def __init__(
@@ -151,16 +151,15 @@ class Flow(nn.Module):
         kinetic: bool = False,
         jacobian: bool = False,
     ) -> Evaluation:
-        """Log density of x, the state at t0, and what the path to the base costs.
+        """Log density of x, the state at t0, and the regularisers of its path to the base.
 
         Args:
-            x: (B, *shape); in half precision it is taken in float32.
+            x: (B, *shape); half precision is converted to float32.
             probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", "sphere" (a Gaussian's direction, of
                 length sqrt(D)), or a tensor (K, B, *shape).
-            probes: number K of random probes per example, at the cost of a product each.
-            seed: of the probes; example i's depend on (seed, first + i) alone. In training give a torch.Generator,
-                which serves the whole batch and goes on from step to step.
-            first: index of the batch's first example.
+            probes: number K of random probes per example, each of which costs a vector-Jacobian product.
+            seed, first: example i's probes depend on (seed, first + i) alone. In training pass a torch.Generator as
+                seed: it serves the whole batch, and each step draws other probes.
             kinetic: also integrate |v|², the kinetic energy (Finlay et al. 2020).
             jacobian: also integrate |J|², the squared Frobenius norm of the velocity's Jacobian: exact for "exact",
                 else its unbiased estimate |e^T J|² with the same probe.
@@ -217,9 +216,8 @@ class Flow(nn.Module):
     def path(self, x: Tensor, times: Sequence[float] | Tensor) -> Tensor:
         """The states (len(times), B, *shape) at `times`, forwards or backwards, from x at the first of them.
 
-        The ODE is solved from each time to the next: fixed steps are as many between each two.
-
-        Raises ValueError for times that are not a 1-D grid, rising or falling, within [t0, t1].
+        The ODE is solved from each time to the next, with the solver's number of fixed steps between each two. Raises
+        ValueError for times that are not a 1-D grid, rising or falling, within [t0, t1].
         """
         grid = torch.as_tensor(times, dtype=torch.float64).cpu()
         monotonic = grid.ndim == 1 and len(grid) and bool((grid.diff() > 0).all() or (grid.diff() < 0).all())
@@ -258,7 +256,7 @@ class Flow(nn.Module):
     ) -> Tensor:
         """Decode a draw (B, *shape) of the base; seed, first, dtype and device as for `samplers.sample`.
 
-        Raises ValueError where the flow has a base of its own and no `draw`.
+        Raises ValueError for a flow with a custom base and no `draw`.
         """
         if self.draw is None:
             raise ValueError("this flow's base is a log density alone: give Flow a draw(shape, noise) of it too")
@@ -268,7 +266,7 @@ class Flow(nn.Module):
     def _carry(
         self, x: Tensor, t: float, s: float, slopes: Slopes | None = None, columns: int = 0, dimensions: int = 1
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """`circle.carry` of the model."""
+        """`circle.carry` for the model. Raises ValueError for other velocities, and where a gradient is wanted."""
         if not isinstance(self.velocity, ProbabilityFlow):
             raise ValueError(f'"{EACH}" solves the probability flow of a score model: use dopri5 for another velocity')
         if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in self.velocity.parameters())):
@@ -296,9 +294,9 @@ def score_flow(
 ) -> Flow:
     """A score model's probability flow from data at t_min to the SDE's prior at t = 1, with the model's parameters.
 
-    ``-score_flow(model).log_prob(x).mean()`` is a loss that fine-tunes the model by likelihood; conditions are bound
-    before, as in ``score_flow(model.given(label=y))``. `base` is x -> (B,), the log density at t = 1, by default the
-    prior's, which is not quite the true p_1. Raises ValueError for a t_min without noise.
+    ``-score_flow(model).log_prob(x).mean()`` is a loss that fine-tunes the model by likelihood; bind conditions first,
+    as in ``score_flow(model.given(label=y))``. `base` is x -> (B,), the log density at t = 1, by default the prior's,
+    which is not quite the true p_1. Raises ValueError for a t_min without noise.
     """
     sde = model.sde
     check_start(sde, t_min)
@@ -306,10 +304,7 @@ def score_flow(
 
 
 def as_state(x: Tensor) -> Tensor:
-    """x as a solver keeps it: half precision, whose rounding is far above tolerances, in float32.
-
-    Raises ValueError for what is no batch of states.
-    """
+    """x in float32 or float64: rounding in half precision is far above tolerances. Raises ValueError unless a batch."""
     if not isinstance(x, Tensor):
         raise ValueError(f"x must be a tensor (B, *shape), got {type(x).__name__}; torch.as_tensor(x) makes it one")
     if x.ndim < 2 or not x.is_floating_point():
@@ -318,7 +313,7 @@ def as_state(x: Tensor) -> Tensor:
 
 
 def refuse_gradient(x: Tensor, name: str, instead: str) -> None:
-    """Raise ValueError where x asks for a gradient, which what is computed without one would lose in silence."""
+    """Raise ValueError where x requires a gradient, which the function `name` would silently lose."""
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(f"{name} has no gradient, and x asks for one: take score_flow(model).{instead}, or x.detach()")
 
@@ -334,16 +329,16 @@ def _velocity_and_traces(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The velocity at x, e^T J e (B, K) for the probes e (K, *x.shape), and if `norm` their mean |e^T J|² (B, 1).
 
-    If `exact` the probes are the unit vectors: their sums take the places of both, (B, 1).
+    If `exact` the probes are the unit vectors, and both are sums over them, (B, 1).
     """
-    found, y, graph = differentiable(velocity, x, "the velocity has no gradient in x, and a density needs its Jacobian")
+    value, y, graph = differentiable(velocity, x, "the velocity has no gradient in x, and a density needs its Jacobian")
     traces, norms = [], []
-    for part, product in products(found, y, e, graph):
-        traces.append((product * part).flatten(2).sum(2))
+    for block, product in products(value, y, e, graph):
+        traces.append((product * block).flatten(2).sum(2))
         if norm:
             norms.append(product.square().flatten(2).sum(2))
     trace = torch.cat(traces).T
     squares = torch.cat(norms).T if norm else None
     if exact:
-        return found, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
-    return found, trace, None if squares is None else squares.mean(1, keepdim=True)
+        return value, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
+    return value, trace, None if squares is None else squares.mean(1, keepdim=True)

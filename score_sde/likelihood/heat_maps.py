@@ -1,13 +1,13 @@
-"""Where the bits of an image go: its log density split over its dimensions.
+"""Heat maps of bits: the log density of an image split over its dimensions.
 
 Along the probability flow dx/dt = v(x, t),
 
     log p(x) = sum over i of [log prior(x_i(1)) + integral from t_min to 1 of J_ii dt],    J = dv/dx,
 
-for an SDE's prior is a product, and div v the trace of J. A term says what dimension i's own latent costs and how much
-space is made around it; the sum is log p(x) exactly, but as x_i(1) depends on all of x, a term is no conditional
-density. J_ii is exact, or estimated by e_i (e^T J)_i with random signs e: the terms of Hutchinson's estimate, so that
-they too have its sum, and each its own mean.
+as an SDE's prior is a product, and div v the trace of J. A term has the cost of the latent of dimension i and the
+expansion of space along it; the sum is exactly log p(x), but as x_i(1) depends on all of x, a term is no conditional
+density. J_ii is exact, or estimated by e_i (e^T J)_i with random signs e, the terms of Hutchinson's estimate: each is
+unbiased, and their sum is that estimate.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from .flows import ProbabilityFlow, as_state, check_start
 
 
 class HeatMap(NamedTuple):
-    """Each dimension's share of log p(x) in nats, of x's shape, and evaluations an example."""
+    """Each dimension's share of log p(x) in nats, of x's shape, and evaluations per example."""
 
     log_prob: Tensor
     nfe: float
 
     def bits(self, levels: int = 256, width: float = 2.0) -> Tensor:
-        """Bits of each dimension, of x's shape, where x was dequantised uniformly; their mean is the bits/dim."""
+        """Bits of each dimension of a uniformly dequantised x, of x's shape; their mean is the bits/dim."""
         return bits(-self.log_prob, 1, levels, width)
 
 
@@ -55,11 +55,10 @@ def heat_map(
     Args:
         model: any score model.
         x: (B, *shape).
-        probes: random signs per example and dimension, averaged; None: the exact J_ii, by one product per dimension.
+        probes: number of random probes averaged; None: the exact J_ii, by one product per dimension.
         t_min: where the integral begins.
-        solver: of the ODE, in which all D terms of an example count as much as its state; by default "embedded".
-        seed: of the probes; example i's depend on (seed, first + i) alone.
-        first: index of the batch's first example.
+        solver: of the ODE, whose error norm includes all D terms of an example; by default "embedded".
+        seed, first: example i's probes depend on (seed, first + i) alone.
 
     Raises ValueError for probes < 1, RuntimeError where the solver gives up.
     """

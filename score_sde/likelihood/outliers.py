@@ -1,13 +1,13 @@
-"""Is an example from the distribution that a model was trained on? Scores that are higher the less it seems so.
+"""Outlier scores (out-of-distribution detection): the higher, the less likely an example is from a model's data.
 
-Bits per dimension alone mislead: a density may well be higher at simple images that never occur than at those it was
-trained on (Nalisnick et al. 2019, arXiv:1810.09136). Two corrections, both of numbers that `--mode likelihood` writes:
+Bits per dimension alone mislead: a density may be higher at simple images that never occur than at its training data
+(Nalisnick et al. 2019, arXiv:1810.09136). There are two corrections, of numbers that `--mode likelihood` writes:
 
-- typicality, how far the bits are from their mean over the data, on either side (Nalisnick et al. 2019b,
-  arXiv:1906.02994, with one example at a time);
-- bits less those of something that knows only how complex an example is: a lossless compressor (Serrà et al. 2020,
-  arXiv:1909.11480), or a background model that was trained on what is foreign too (Ren et al. 2019, arXiv:1906.02845).
-  It is a difference, and needs no function here.
+- typicality, the distance of the bits from their mean over the data, on either side (Nalisnick et al. 2019b,
+  arXiv:1906.02994, for single examples);
+- the bits minus a measure of the example's complexity: those of a lossless compressor (Serrà et al. 2020,
+  arXiv:1909.11480), or of a background model that was trained on other data too (Ren et al. 2019, arXiv:1906.02845).
+  This is a difference, and needs no function here.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 
 def typicality(bits: Tensor, reference: Tensor) -> Tensor:
-    """|bits - mean of reference|, (N,), for bits per dimension (N,) and those of data of the distribution, (M,)."""
+    """|bits - mean of reference|, (N,), for bits per dimension (N,) and those of the distribution's data, (M,)."""
     if not len(reference):
         raise ValueError("reference must hold the bits of at least one example of the distribution")
     return (bits - reference.to(bits).mean()).abs()
@@ -31,7 +31,7 @@ def typicality(bits: Tensor, reference: Tensor) -> Tensor:
 def png_bits_per_dim(k: Tensor) -> Tensor:
     """Length of each uint8 image of k (N, C, H, W), C being 1 or 3, as a PNG in bits per dimension, float64 (N,).
 
-    The file's head is part of it; it is the same for all images of a size, and no order of scores depends on it.
+    It includes the file's header, which is the same for all images of a size and does not change their order.
     """
     if k.dtype != torch.uint8 or k.ndim != 4 or k.shape[1] not in (1, 3):
         raise ValueError(f"images must be uint8 (N, 1 or 3, H, W), got {k.dtype} {tuple(k.shape)}")
@@ -48,7 +48,7 @@ def auroc(inside: Tensor, outside: Tensor) -> float:
 
     Ties count half. Raises ValueError where either is empty or a score is NaN.
     """
-    from sklearn.metrics import roc_auc_score  # slow to import, and needed here alone
+    from sklearn.metrics import roc_auc_score  # slow to import
 
     if not len(inside) or not len(outside):
         raise ValueError(f"both sets need scores, got {len(inside)} inside and {len(outside)} outside")

@@ -1,16 +1,16 @@
-"""The variational bound on -log p in continuous time, for any SDE and any model of its score.
+"""The variational bound (ELBO) on -log p in continuous time, for any SDE and any model of its score.
 
-With q the noising process from x and p the reverse SDE that a model's score drives from the prior, Girsanov's theorem
-gives (Kingma et al. 2021, arXiv:2107.00630, eq. 11-18; Song et al. 2021b, arXiv:2101.09258, theorem 3)
+With q the noising process from x and p the reverse SDE with a model's score from the prior, Girsanov's theorem gives
+(Kingma et al. 2021, arXiv:2107.00630, eq. 11-18; Song et al. 2021b, arXiv:2101.09258, theorem 3)
 
     -log p(x) <= KL(q(x_1 | x) || prior) + 1/2 E integral of (g/sigma)² |noise error|² dt + E_q[-log p(x | x_0)],
 
-the integral from t_min to 1 and x_0 the state at t_min. As (g/sigma)² = -(log SNR)', the integral depends on the SDE
-through its SNR at the two ends only. Where the model is exact and the prior is the law of x_1, the bound is -log p(x)
-itself, at every x.
+with the integral from t_min to 1 and x_0 the state at t_min. As (g/sigma)² = -(log SNR)', the integral depends on the
+SDE only by its SNR at the two ends. If the model is exact and the prior is the law of x_1, the bound is equal to
+-log p(x) at every x.
 
 Song et al. write the same number as E[-log prior(x_1)] + 1/2 E integral of (g² |score error|² - g² |z/sigma|² - 2 f D)
-dt: the last two are -(log sigma²)' D, which the entropies of x_1 and x_0 given x undo.
+dt: the last two are -(log sigma²)' D, which cancels with the entropies of x_1 and x_0 given x.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ Decoder = Literal["state", "gaussian"]
 class ContinuousBound(NamedTuple):
     """Terms of the bound in nats, (B,) each, and the standard error of the diffusion term.
 
-    The draws of time are spread evenly, and `std_error` is from the differences of neighbours: on average it is at
-    least the true one. NaN for a single draw.
+    The times are spread evenly, and `std_error` comes from the differences of neighbours: on average it is at least
+    the true one. It is NaN for a single draw.
     """
 
     prior: Tensor
@@ -56,9 +56,9 @@ class ContinuousBound(NamedTuple):
         return self.prior + self.diffusion + self.reconstruction
 
     def bits_per_dim(self, levels: int = 256, width: float = 2.0) -> Tensor:
-        """Bits per dimension (B,) where x was dequantised, as in `Likelihood.bits_per_dim`.
+        """Bits per dimension (B,) for dequantised x, as in `Likelihood.bits_per_dim`.
 
-        A decoder of discrete levels gives probabilities, not densities: take levels=1, width=1 for it.
+        For a decoder of discrete levels, which gives probabilities and not densities, pass levels=1, width=1.
         """
         return bits(self.total, self.dimensions, levels, width)
 
@@ -80,14 +80,13 @@ def variational_bound(
     Args:
         model: any score model.
         x: (B, *shape).
-        decoder: what x is, given x_0 at t_min; see `reconstruction`.
+        decoder: p(x | x_0 at t_min), see `reconstruction`.
         t_min: where the integral begins.
-        draws: of time and noise for each example; one evaluation of the model on the batch each.
+        draws: number of times and noises for each example, each of which costs an evaluation of the batch.
         law: of the times. The default, uniform in log SNR, is importance sampling by the weight (g/sigma)².
-        seed: example i's draws depend on (seed, first + i) alone.
-        first: index of the batch's first example.
+        seed, first: example i's draws depend on (seed, first + i) alone.
 
-    Raises ValueError for draws < 1, a t_min without noise, an unknown decoder, and an x that is none of the levels, and
+    Raises ValueError for draws < 1, a t_min without noise, an unknown decoder, and an x that is not on the levels, and
     FloatingPointError, with the time, where a term is not finite.
     """
     if draws < 1:
@@ -132,11 +131,10 @@ def reconstruction(sde: SDE, x: Tensor, t: Tensor, z: Tensor, decoder: Decoder |
 
     Args:
         sde, x, t, z: t is (), z of x's shape.
-        decoder: "gaussian" is N(x; x_t/alpha, (sigma/alpha)² I), for densities; with its expectation over z in closed
-            form. "state" takes x_t itself for the data, as likelihoods by the ODE do: the bound is then one on
-            E_q[-log p_t(x_t)]. A tensor (levels,) of the values that x may have makes it Kingma et al. 2021's decoder
-            of discrete data, p(x | x_t) proportional to q(x_t | x) in each dimension; -log p is then one of
-            probabilities.
+        decoder: "gaussian" is N(x; x_t/alpha, (sigma/alpha)² I), for densities, with its expectation over z in closed
+            form. "state" takes x_t itself as the data, as likelihoods by the ODE do: then E_q[-log p_t(x_t)] is
+            bounded. A tensor (levels,) of the values of x is Kingma et al. 2021's decoder of discrete data,
+            p(x | x_t) proportional to q(x_t | x) in each dimension; then -log P of the levels is bounded.
 
     Raises ValueError for another decoder.
     """

@@ -1,4 +1,4 @@
-"""Denoising score matching: an objective is a time law × a weight × an estimator, three small functions.
+"""Denoising score matching (DSM): an objective is a time law × a weight × an estimator, three small functions.
 
 Over many noise levels the objective is (Vincent 2011; Song et al. 2021, eq. 7)
 
@@ -7,7 +7,7 @@ Over many noise levels the objective is (Vincent 2011; Song et al. 2021, eq. 7)
 written here for the noise: (score error)² = (noise error)² / sigma², so a weight lambda(t) of the score's error is
 lambda/sigma² here. The simple objective of DDPM is weight 1, and so is the paper's lambda = sigma².
 
-Every loss returns one value per example, (B,); reduction, importance weights and logging by t are the caller's.
+Every loss returns one value per example, (B,): callers reduce it, weigh it for importance sampling, and log it by t.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weigh
         x0: data, (B, *shape).
         t: times, (B,); z: standard normal numbers of x0's shape.
         weight: (sde, t) -> (B,), e.g. `simple` or `likelihood`.
-        condition: passed on to the model.
+        condition: passed to the model.
 
     Raises ValueError where t or z does not fit x0.
     """
@@ -41,7 +41,7 @@ def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weigh
 
 
 def noise_error(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, **condition: Any) -> Tensor:
-    """`denoising` without a weight, or with the weight 1 of `simple`: E (noise error)² over dimensions, (B,)."""
+    """`denoising` with weight 1: the mean over dimensions of (noise error)², (B,)."""
     if t.shape != x0.shape[:1] or z.shape != x0.shape:
         raise ValueError(
             f"t must have shape ({x0.shape[0]},) and z {tuple(x0.shape)}, got {tuple(t.shape)} and {tuple(z.shape)}"
@@ -52,11 +52,11 @@ def noise_error(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, **condition
 def variational(
     model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, variance: Variance = "learned", **options: Any
 ) -> Tensor:
-    """L_vlb of a chain, (B,) bits per dimension: N times the bound's term at t = (i + 1)/N, whose mean over i it is.
+    """L_vlb of a chain, (B,) bits per dimension: N times the bound's term at t = (i + 1)/N; its mean over i is L_vlb.
 
-    The bound but for its prior, which no model can change (Nichol & Dhariwal 2021, arXiv:2102.09672, section 3.1; with
-    t from `time_laws.SecondMoments`, section 3.3). `variance` and the options `levels` and `width` are those of
-    `chain_bound`; other options are passed on to the model.
+    It is the bound without its prior term, which does not depend on the model (Nichol & Dhariwal 2021,
+    arXiv:2102.09672, section 3.1; with t from `time_laws.SecondMoments`, section 3.3). `variance` and the options
+    `levels` and `width` are those of `chain_bound`; other options are passed to the model.
     """
     return _chain_terms(model, x0, t, z, variance, False, **options)[1]
 
@@ -64,7 +64,7 @@ def variational(
 def hybrid(
     model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, variance: Variance = "learned", **options: Any
 ) -> Tensor:
-    """L_simple + 0.001 L_vlb, (B,): the first trains the mean of the reverse steps, the second their variances alone.
+    """L_hybrid = L_simple + 0.001 L_vlb, (B,): the first trains the reverse steps' means, the second their variances.
 
     Nichol & Dhariwal 2021, eq. 16, with L_vlb in bits per dimension and no gradient to the mean, as in their code. The
     options are those of `variational`.
@@ -84,7 +84,7 @@ def likelihood(sde: SDE, t: Tensor) -> Tensor:
 
 
 def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
-    """1 + (sigma/alpha)²/sigma_data²: EDM's lambda(sigma), of the data's error, for the noise's; rule "edm"'s F by 1.
+    """1 + (sigma/alpha)²/sigma_data²: EDM's weight of the data's error, for the noise's; of rule "edm"'s F it is 1.
 
     Karras et al. 2022 (arXiv:2206.00364), table 1: lambda = (sigma² + sigma_data²)/(sigma sigma_data)².
     """
@@ -99,7 +99,7 @@ def _chain_terms(
     model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, variance: Variance, frozen: bool,
     levels: int | None = None, width: float = 2.0, **condition: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The error of the noise, and N times the chain's term in bits per dimension, with its mean `frozen` or not."""
+    """The noise error, and N times the chain's term in bits/dim, without a gradient to its mean if `frozen`."""
     sde = model.sde
     estimate = model(sde.perturb(x0, t, z), t, **condition)
     error = _error(estimate, z)

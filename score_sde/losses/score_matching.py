@@ -1,4 +1,4 @@
-"""Score matching without noise: objectives that need samples x of a density p, and nothing else that is known of it.
+"""Score matching without noise, implicit, sliced and by finite differences: losses that need only samples x of p.
 
 For one example the functional of Hyvärinen (2005, eq. 4), summed over dimensions, and its mean by integration by parts
 (p s must vanish at infinity) are
@@ -7,12 +7,12 @@ For one example the functional of Hyvärinen (2005, eq. 4), summed over dimensio
 
 the Fisher divergence of the score s to the truth, up to a constant of the data. `implicit` is J itself, `sliced` and
 `finite_difference` estimate it at a cost that does not grow with the dimension, from random directions v with
-E v v^T = I. `explicit` is the first term where the truth is known, and `denoising_at` a form of it for p smoothed.
+E v v^T = I. `explicit` is the first term for a known truth, and `denoising_at` a form of it for smoothed p.
 
 A model here is a `ScoreModel`, any callable ``score(x, t)`` of x's shape, or an `Energy`, a scalar network whose
-negative gradient is the score. x is (B, *shape) of any rank; t, () or (B,), is only passed on to the model: which
-time-dependent density x was drawn from, a linear SDE's or another's, does not matter. All results are (B,), and
-differentiable in the model's parameters and in x where gradients are enabled.
+negative gradient is the score. x is (B, *shape) of any rank, from any time-dependent density; t, () or (B,), is only
+passed to the model. All results are (B,), and differentiable in the model's parameters and in x where gradients are
+enabled.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from ..models.base import ScoreModel, twice_differentiable
+from ..models.base import ScoreModel, with_graph
 from ..models.traces import BLOCK, differentiable, quadratic_forms
 from ..sdes.linear import like
 
@@ -34,9 +34,9 @@ Score = Callable[[Tensor, Tensor], Tensor]  # (x, t) -> score, of x's shape
 
 
 class Energy(nn.Module):
-    """A scalar network ``E(x, t) -> (B,)`` as a score: calling it gives -dE/dx, for the density exp(-E) up to a factor.
+    """Energy-based model: a network ``E(x, t) -> (B,)``; calling it gives -dE/dx, the score of exp(-E) up to a factor.
 
-    Works where gradients are disabled too, so ``from_score(sde, Energy(network))`` is a model like any other.
+    It works where gradients are disabled too, so ``from_score(sde, Energy(network))`` is a model like any other.
     """
 
     def __init__(self, network: nn.Module | Score) -> None:
@@ -51,23 +51,19 @@ class Energy(nn.Module):
         return e
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        graph = torch.is_grad_enabled()
-        with torch.enable_grad():
-            x = x if graph and x.requires_grad else x.detach().requires_grad_(True)
-            with twice_differentiable(graph):
-                energy = self.energy(x, t)
-            return torch.autograd.grad(-energy.sum(), x, create_graph=graph)[0]
+        energy, y, graph = with_graph(lambda y: self.energy(y, t), x)
+        return torch.autograd.grad(energy, y, -torch.ones_like(energy), create_graph=graph)[0]
 
 
 def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 1024, products: int = BLOCK) -> Tensor:
     """|s|²/2 + tr(ds/dx) with the exact trace, (B,) (Hyvärinen 2005, eq. 4; its sample average is eq. 8).
 
-    Takes D vector-Jacobian products per example, D being the dimension.
+    It takes D vector-Jacobian products per example, for dimension D.
 
     Args:
         limit: the largest D that is accepted.
-        products: of all examples together, how many are computed at a time, and held for the backward pass. Beyond
-            them the backward pass of an nn.Module computes each part again, which bounds the memory.
+        products: how many, over all examples, are computed at a time and held for the backward pass. If there are more,
+            the backward pass of an nn.Module computes each block again, which bounds the memory.
 
     Raises ValueError beyond the limit, or where the score has no gradient in x.
     """
@@ -78,26 +74,26 @@ def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 10
             "whose cost does not grow with the dimension, or raise the limit"
         )
     units = torch.eye(d, dtype=x.dtype, device=x.device).reshape(d, 1, *x.shape[1:])
-    parts = units.split(max(products // max(batch, 1), 1))
+    blocks = units.split(max(products // max(batch, 1), 1))
     trainable = [p for p in model.parameters() if p.requires_grad] if isinstance(model, nn.Module) else []
-    if len(parts) > 1 and trainable and torch.is_grad_enabled():
-        value = _flat(_score_of(model)(x, t)).square().sum(1) / 2
-        for e in parts:
-            value = value + _Recomputed.apply(partial(_part_of_trace, model, t=t, e=e), x, *trainable)
+    if len(blocks) > 1 and trainable and torch.is_grad_enabled():
+        value = _squares(_score_of(model)(x, t)) / 2
+        for e in blocks:
+            value = value + _Recomputed.apply(partial(_block_of_trace, model, t=t, e=e), x, *trainable)
         return value
     s, y, graph = _score_and_input(model, x, t)
-    value = _flat(s).square().sum(1) / 2
-    for e in parts:
+    value = _squares(s) / 2
+    for e in blocks:
         value = value + quadratic_forms(s, y, e.expand(-1, *x.shape), graph).sum(0)
     return value
 
 
 def sliced(model: ScoreModel | Score, x: Tensor, t: Tensor, v: Tensor, variance_reduced: bool = True) -> Tensor:
-    """Mean over projections v of v^T (ds/dx) v + |s|²/2, or + (v^T s)²/2 if not `variance_reduced`; (B,).
+    """Sliced score matching: mean over projections v of v^T (ds/dx) v + |s|²/2, or + (v^T s)²/2; (B,).
 
-    Song et al. 2019 (arXiv:1905.07088), eq. 8 and 7: unbiased for `implicit` where E v v^T = I. For Gaussian
-    v the variance-reduced form need not have the lower variance, for Rademacher ones it usually has, and knows the
-    diagonal of ds/dx exactly.
+    Song et al. 2019 (arXiv:1905.07088), eq. 8, `variance_reduced`, and 7: unbiased for `implicit` where E v v^T = I.
+    For Gaussian v the variance-reduced form need not have the lower variance; for Rademacher v it usually has, and is
+    exact for a diagonal ds/dx.
 
     Args:
         v: (M, B, *shape), as `projections` makes them.
@@ -107,7 +103,7 @@ def sliced(model: ScoreModel | Score, x: Tensor, t: Tensor, v: Tensor, variance_
     _check_projections(x, v)
     s, y, graph = _score_and_input(model, x, t)
     traces = quadratic_forms(s, y, v, graph)
-    squares = _flat(s).square().sum(1) if variance_reduced else (s * v).flatten(2).sum(2).square()
+    squares = _squares(s) if variance_reduced else (s * v).flatten(2).sum(2).square()
     return (squares / 2 + traces).mean(0)
 
 
@@ -134,39 +130,39 @@ def finite_difference(
     h = wide.reshape(-1) if wide.ndim else wide
     total = x.new_zeros(len(x))
     if isinstance(model, Energy):
-        here = model.energy(x, t)
+        middle = model.energy(x, t)
         for e in v:
             up, down = (model.energy(x + sign * wide * e, t) for sign in (1, -1))
-            total = total + ((up - down) / h).square() / 8 - ((up - here) + (down - here)) / h**2
+            total = total + ((up - down) / h).square() / 8 - ((up - middle) + (down - middle)) / h**2
     else:
         score = _score_of(model)
         for e in v:
             up, down = (score(x + sign * wide * e, t) for sign in (1, -1))
-            slope = _flat(e * (up - down)).sum(1) / (2 * h)
-            total = total + _flat(up + down).square().sum(1) / 8 + slope
+            slope = (e * (up - down)).flatten(1).sum(1) / (2 * h)
+            total = total + _squares(up + down) / 8 + slope
     return total / len(v)
 
 
 def denoising_at(model: ScoreModel | Score, x0: Tensor, t: Tensor, z: Tensor, sigma: float | Tensor) -> Tensor:
-    """|s(x0 + sigma z, t) + z/sigma|²/2 at one noise level, (B,) (Vincent 2011, eq. 10-11).
+    """Denoising score matching at one noise level: |s(x0 + sigma z, t) + z/sigma|²/2, (B,) (Vincent 2011, eq. 10-11).
 
-    In expectation over standard normal z it is `explicit` for p smoothed with N(0, sigma² I), up to a constant: so it
-    learns the score of the smoothed density, without a derivative in x. sigma is () or (B,), positive.
+    In expectation over standard normal z it is `explicit` for p smoothed with N(0, sigma² I), up to a constant: it
+    trains the score of the smoothed density, without a derivative in x. sigma is () or (B,), positive.
     """
     if z.shape != x0.shape:
         raise ValueError(f"z must have the shape of x0, {tuple(x0.shape)}, got {tuple(z.shape)}")
     std = like(torch.as_tensor(sigma, dtype=torch.float64), x0)
-    return _flat(_score_of(model)(x0 + std * z, t) + z / std).square().sum(1) / 2
+    return _squares(_score_of(model)(x0 + std * z, t) + z / std) / 2
 
 
 def explicit(model: ScoreModel | Score, truth: ScoreModel | Score, x: Tensor, t: Tensor) -> Tensor:
-    """|s(x, t) - truth(x, t)|²/2, (B,): score matching where the score to be learned is known (Hyvärinen 2005, eq. 2).
+    """|s(x, t) - truth(x, t)|²/2, (B,): score matching to a known score (Hyvärinen 2005, eq. 2).
 
-    The truth is held constant: no gradient goes through it.
+    No gradient goes through the truth.
     """
     with torch.no_grad():
         target = _score_of(truth)(x, t)
-    return _flat(_score_of(model)(x, t) - target).square().sum(1) / 2
+    return _squares(_score_of(model)(x, t) - target) / 2
 
 
 class Divergence(NamedTuple):
@@ -181,7 +177,7 @@ def fisher_divergence(p: ScoreModel | Score, q: ScoreModel | Score, x: Tensor, t
     """E |s_p - s_q|²/2, summed over dimensions and averaged over the samples x, and its standard error.
 
     Hyvärinen's and Song's convention, with the 1/2: it is `explicit`, and E `implicit` + E |s_p|²/2 for x drawn from p.
-    Of p to q it takes samples of p; for a marginal of an SDE, samples of x_t and t.
+    The divergence from p to q takes samples of p; for a marginal of an SDE, samples of x_t and t.
     """
     values = explicit(p, q, x, t).double()
     error = values.std() / math.sqrt(len(values)) if len(values) > 1 else torch.full_like(values.sum(), math.nan)
@@ -192,8 +188,9 @@ def _score_of(model: ScoreModel | Score) -> Score:
     return model.score if isinstance(model, ScoreModel) else model
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.flatten(1)
+def _squares(x: Tensor) -> Tensor:
+    """|x|² of each example, (B,)."""
+    return x.flatten(1).square().sum(1)
 
 
 def _check_projections(x: Tensor, v: Tensor) -> None:
@@ -207,27 +204,27 @@ def _score_and_input(model: ScoreModel | Score, x: Tensor, t: Tensor) -> tuple[T
     return differentiable(lambda y: _score_of(model)(y, t), x, needed)
 
 
-def _part_of_trace(model: ScoreModel | Score, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
-    """The part of tr(ds/dx) that unit vectors e, (K, 1, *shape), give, with a score computed anew; (B,)."""
+def _block_of_trace(model: ScoreModel | Score, x: Tensor, t: Tensor, e: Tensor) -> Tensor:
+    """The terms of tr(ds/dx) along the unit vectors e, (K, 1, *shape), with a new evaluation of the score; (B,)."""
     s, y, graph = _score_and_input(model, x, t)
     return quadratic_forms(s, y, e.expand(-1, *x.shape), graph).sum(0)
 
 
 class _Recomputed(torch.autograd.Function):
-    """part(x), whose backward pass computes it again, with the same random numbers and precision, and keeps no graph.
+    """h(x) without a graph: the backward pass computes it again, with the same random numbers and precision.
 
-    torch.utils.checkpoint would recompute within the derivative that `part` itself takes. Parameters are given as
-    inputs, so that their gradients arrive as any others do.
+    torch.utils.checkpoint would recompute within the derivative that h itself takes. Parameters are inputs here, so
+    that autograd passes on their gradients.
     """
 
     @staticmethod
-    def forward(ctx: Any, part: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
+    def forward(ctx: Any, h: Callable[[Tensor], Tensor], x: Tensor, *parameters: Tensor) -> Tensor:
         kind = x.device.type
-        ctx.part, ctx.kind, ctx.devices = part, kind, [x.device] if kind == "cuda" else []
+        ctx.h, ctx.kind, ctx.devices = h, kind, [x.device] if kind == "cuda" else []
         ctx.precision = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         ctx.random = torch.get_rng_state(), [torch.cuda.get_rng_state(d) for d in ctx.devices]
         ctx.save_for_backward(x, *parameters)
-        return part(x)
+        return h(x)
 
     @staticmethod
     @once_differentiable
@@ -240,5 +237,5 @@ class _Recomputed(torch.autograd.Function):
                 torch.cuda.set_rng_state(state, device)
             y = x.detach().requires_grad_(x.requires_grad)
             inputs = [y, *parameters] if x.requires_grad else parameters
-            found = torch.autograd.grad(ctx.part(y), inputs, gradient, allow_unused=True)
-        return (None, *found) if x.requires_grad else (None, None, *found)
+            gradients = torch.autograd.grad(ctx.h(y), inputs, gradient, allow_unused=True)
+        return (None, *gradients) if x.requires_grad else (None, None, *gradients)

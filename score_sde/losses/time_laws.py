@@ -1,6 +1,6 @@
-"""Time laws: how training draws t, and the weights that make an average over it an average over uniform t.
+"""Time laws: how training draws t, and the importance weights that turn its averages into those over uniform t.
 
-A law maps uniform numbers u in [0, 1) to times, so that the numbers may be independent or spread evenly.
+A law maps uniform numbers u in [0, 1) to times, so that the numbers may be independent or evenly spread.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def uniform_numbers(n: int, generator: torch.Generator) -> Tensor:
 
 
 def low_discrepancy(n: int, generator: torch.Generator) -> Tensor:
-    """n numbers, each uniform in [0, 1) but evenly spread together: (i + u)/n mod 1 with one u, in random order.
+    """n numbers, each uniform in [0, 1), together evenly spread: (i + u)/n with one u, in random order.
 
-    Kingma et al. 2021 (arXiv:2107.00630), appendix I.1: the loss's variance over t falls, its mean stays.
+    Kingma et al. 2021 (arXiv:2107.00630), appendix I.1: the loss has less variance over t, and the same mean.
     """
     u = torch.rand((), generator=generator, dtype=torch.float64)
     return (torch.randperm(n, generator=generator) + u) / n
@@ -50,8 +50,8 @@ def uniform(sde: SDE, u: Tensor) -> Times:
 def log_snr(sde: SDE, u: Tensor) -> Times:
     """t with log SNR uniform between its values at t_min and 1.
 
-    With weight 1 and these times left unweighted, the noise loss of VP is likelihood weighting with importance
-    sampling, for g² / sigma² = -(log SNR)' there. The weights are those of uniform t: 1/((1 - t_min) density).
+    VP's noise loss with weight 1 at these times, without their weights, is likelihood weighting with importance
+    sampling, as g² / sigma² = -(log SNR)'. The weights are those of uniform t: 1/((1 - t_min) density).
     """
     first, last = _log_snr_ends(sde)
     t = sde.time(first + (last - first) * u).clamp(sde.t_min, 1.0)  # the inverse is exact to rounding only
@@ -109,20 +109,20 @@ def _table(weight: Weight, sde: SDE, cells: int = 4096) -> tuple[Tensor, Tensor]
 def soft_truncation(law: TimeLaw, k: float, v: Tensor) -> TimeLaw:
     """`law` above a smallest time tau, drawn for the whole batch with density proportional to tau^-k on [t_min, 1].
 
-    Soft truncation (Kim et al. 2022, arXiv:2106.05527, section 4). With its weights a loss h(t) averages over batches
-    to that of a general weight (their theorem 1),
+    Soft truncation (Kim et al. 2022, arXiv:2106.05527, section 4). With its weights a loss h(t) has over batches the
+    mean of a general weight (their theorem 1),
 
         1/(1 - t_min) integral from t_min to 1 of P(tau <= t) h(t) dt,
         P(tau <= t) = log(t/t_min) / -log t_min for k = 1, else (1 - (t_min/t)^(k-1)) / (1 - t_min^(k-1)),
 
-    while in a batch with a large tau all times are large ones, which the weight alone would draw rarely.
+    while in a batch with a large tau all times are large, which the weight alone would make rare.
 
     Args:
-        law: any continuous one, a monotone map of u; its u are confined to those that it maps above tau.
+        law: any continuous law that is a monotone map of u; it gets only those u that it maps above tau.
         k: 0 is uniform tau; larger k truncate less; the paper takes 1 to 2.
         v: the batch's uniform number in [0, 1), ().
 
-    The law made raises ValueError for an SDE with t_min = 0, where tau^-k has no distribution.
+    The law returned raises ValueError for an SDE with t_min = 0, where tau^-k has no distribution.
     """
 
     def truncated(sde: SDE, u: Tensor) -> Times:
@@ -147,11 +147,11 @@ def truncation(t_min: float, k: float, v: Tensor) -> Tensor:
 
 
 class SecondMoments(nn.Module):
-    """A chain's steps drawn in proportion to sqrt(E[loss²]), which this law learns from the losses it is shown.
+    """Importance sampling of a chain's steps in proportion to sqrt(E[loss²]), learned from the losses in training.
 
-    Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 18: the mean is over the last `history` losses of each step; until
-    all steps have had as many, and in one draw of a thousand ever after, steps are drawn evenly. The weights make an
-    average over its times one over evenly drawn steps. What it remembers are buffers: they belong into a checkpoint.
+    Nichol & Dhariwal 2021 (arXiv:2102.09672), eq. 18: the mean is over the last `history` losses of each step. Steps
+    are drawn evenly until all have had that many, and in one draw of a thousand later. The weights make an average over
+    its times one over evenly drawn steps. The losses are buffers, to be saved in checkpoints.
     """
 
     losses: Tensor
@@ -165,7 +165,7 @@ class SecondMoments(nn.Module):
 
     @property
     def chances(self) -> Tensor:
-        """(N,) of the steps i = 0..N-1."""
+        """Probabilities (N,) of the steps i = 0..N-1."""
         n, history = self.losses.shape
         if bool((self.counts < history).any()):
             return torch.full((n,), 1 / n, dtype=torch.float64)
@@ -173,7 +173,7 @@ class SecondMoments(nn.Module):
         return (1 - self.rare) * size / size.sum() + self.rare / n
 
     def forward(self, sde: SDE, u: Tensor) -> Times:
-        """The law itself: t = (i + 1)/N."""
+        """Times t = (i + 1)/N and their weights."""
         p, n = self.chances, len(self.counts)
         i = torch.searchsorted(p.cumsum(0), u, right=True).clamp_max(n - 1)
         return Times((i + 1) / n, 1 / (n * p[i]))
@@ -183,7 +183,7 @@ class SecondMoments(nn.Module):
         n, history = self.losses.shape
         losses, counts = self.losses.numpy(), self.counts.numpy()
         for i, value in zip(((t * n).round().long() - 1).tolist(), loss.double().tolist(), strict=True):
-            losses[i, counts[i] % history] = value  # the newest in the place of the oldest
+            losses[i, counts[i] % history] = value  # the newest replaces the oldest
             counts[i] += 1
 
 

@@ -387,7 +387,7 @@ def test_a_network_s_weights_stay_as_they_are(tmp_path: Path) -> None:
 def test_errors_name_the_thing_and_the_remedy() -> None:
     with pytest.raises(ValueError, match="samples must be at least 1, got 0"):
         log_probability(MIXTURE, all_images(CODEC, 2), Uniform(CODEC), samples=0)
-    with pytest.raises(ValueError, match=re.escape("no noise at t_min = 0 to be cut off; 1e-5 is usual")):
+    with pytest.raises(ValueError, match=re.escape("no noise at t_min = 0 to truncate; 1e-5 is usual")):
         TruncatedNormal(CODEC, VPSDE(), 0.0)
     with pytest.raises(ValueError, match=re.escape("images (C, H, W) or vectors (D,), got (2, 2)")):
         VariationalDequantiser(CODEC, (2, 2))
