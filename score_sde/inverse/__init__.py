@@ -1,7 +1,7 @@
 """Inverse problems with an unconditional model: what is x, given y = A x + noise?
 
-`operators` has the A's, `models` the models of x given y, `samplers` the samplers that know y, `exact` the truth for
-Gaussians and mixtures.
+`operators` has the operators A, `models` the models of x given y, `samplers` the samplers conditioned on y, `exact` the
+exact posterior of Gaussians and mixtures.
 """
 
 from .exact import posterior

@@ -10,16 +10,16 @@ from .operators import Observation
 
 
 def posterior(model: Mixture, observation: Observation) -> Mixture:
-    """The law of x given y for data from sum_k w_k N(m_k, C_k), for an observation of one example, y (1, *observed).
+    """The exact posterior of x given y for data from sum_k w_k N(m_k, C_k), for one observation, y (1, *observed).
 
     With S_k = A C_k A' + s² I and G_k = C_k A' S_k⁻¹ component k has the mean m_k + G_k (y - A m_k), the covariance
-    C_k - G_k A C_k and the weight w_k N(y; A m_k, S_k). An exact y (s = 0) is conditioned on where A sees anything.
-    It is a model as any: the exact score of x_t given y, at all t.
+    C_k - G_k A C_k and the weight w_k N(y; A m_k, S_k). It conditions on an exact y (s = 0) within the range of A. The
+    result is a model like any other: the exact score of x_t given y, at all t.
 
     Raises ValueError for an observation of several examples.
     """
     if len(observation.y) != 1:
-        raise ValueError(f"a posterior is of one observation, got {len(observation.y)}: take y[i : i + 1]")
+        raise ValueError(f"posterior takes one observation, got {len(observation.y)}: take y[i : i + 1]")
     k, d = model.means.shape
     means, variances = model.means.double(), model.variances.double()
     basis = torch.eye(d, dtype=means.dtype).expand(k, d, d) if model.basis is None else model.basis.double()
@@ -37,14 +37,11 @@ def posterior(model: Mixture, observation: Observation) -> Mixture:
     weights = torch.softmax(model.log_weights.double() + log_density, 0)
     likely = weights > 1e-300  # a component's weight must not be 0
     return Mixture(
-        model.sde,
-        weights[likely],
-        new_means[likely].reshape(-1, *model.shape),
-        _symmetric(new_covs[likely]),
+        model.sde, weights[likely], new_means[likely].reshape(-1, *model.shape), _symmetric(new_covs[likely])
     )
 
 
 def _symmetric(covs: Tensor) -> Tensor:
-    """Without rounding's asymmetry, and its negative variances where y is exact."""
+    """Covariances without the asymmetry and the negative variances of rounding."""
     values, basis = torch.linalg.eigh((covs + covs.mT) / 2)
     return basis @ torch.diag_embed(values.clamp_min(0)) @ basis.mT

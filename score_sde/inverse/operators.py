@@ -1,12 +1,12 @@
-"""Linear operators: what is seen of an example, y = A x + noise · z, and what can be said of it without a model.
+"""Linear operators A and observations y = A x + noise · z: inpainting, colourisation, super-resolution, deblurring.
 
 Every operator has `apply`, A, and `adjoint`, A'. A `Spectral` one can also apply a function to A'A, in the basis of its
-singular vectors, at the cost of a few applications; from that come pseudo-inverses and the gains of Kalman filters:
+singular vectors, at the cost of a few applications; it gives pseudo-inverses and the gains of Kalman filters:
 
-    A⁺ y = f(A'A) A'y with f(v) = 1/v, 0 for v = 0,    A' (r² AA' + s² I)⁻¹ y = f(A'A) A'y with f(v) = 1/(r² v +
-    s²).
+    A⁺ y = f(A'A) A'y with f(v) = 1/v, 0 for v = 0,
+    A' (r² AA' + s² I)⁻¹ y = f(A'A) A'y with f(v) = 1/(r² v + s²).
 
-Examples are (B, *shape) of any rank; operators do not know B, and follow the state's dtype and device.
+Examples are (B, *shape) of any rank; operators work for any B, and in the state's dtype and on its device.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ class Operator(ABC):
         """A' y for each observation."""
 
     def clean(self, y: Tensor) -> Tensor:
-        """y without what is no part of an observation: a mask's hidden pixels. Elsewhere y itself."""
+        """y with 0 where nothing was observed, as in a mask's hidden pixels; for other operators y itself."""
         return y
 
     def count(self, y: Tensor) -> int:
-        """How many numbers of an example are observed."""
+        """The number of observed values of an example."""
         return math.prod(y.shape[1:])
 
 
@@ -49,8 +49,11 @@ class Spectral(Operator):
 
     @abstractmethod
     def filtered(self, x: Tensor, weights: Weights) -> Tensor:
-        """weights(A'A) x. `weights` is given squared singular values, to broadcast against x or its coordinates, and
-        numerically vanishing ones as 0; what it returns may have a value per example, (B, 1, ..., 1)."""
+        """weights(A'A) x.
+
+        `weights` gets squared singular values that broadcast against x or its coordinates, numerically vanishing ones
+        as 0; its result may have a value per example, (B, 1, ..., 1).
+        """
 
     def largest(self, x: Tensor) -> float:
         """The largest squared singular value, for examples like those of x."""
@@ -64,7 +67,7 @@ class Spectral(Operator):
         return max(seen)
 
     def pseudo_inverse(self, y: Tensor) -> Tensor:
-        """A⁺ y: of all x that best explain y the shortest."""
+        """A⁺ y: the shortest of all x that best explain y."""
         return self.filtered(self.adjoint(y), reciprocal)
 
     def gain(self, y: Tensor, variance: Tensor | float, noise: float) -> Tensor:
@@ -78,7 +81,7 @@ def reciprocal(v: Tensor) -> Tensor:
 
 
 class Scaled(Spectral):
-    """An operator with AA' = square I on what it observes, so that A'A/square is a projection."""
+    """An operator with AA' = square I on its range, so that A'A/square is a projection."""
 
     square: float = 1.0
 
@@ -89,13 +92,12 @@ class Scaled(Spectral):
 
 @dataclass(frozen=True, eq=False)
 class Mask(Scaled):
-    """What is known of x, and 0 elsewhere: inpainting, or forecasting, or any missing values.
+    """x where it is known, and 0 elsewhere: inpainting, forecasting, or any missing values.
 
     Args:
-        known: true or 1 where x is observed; it broadcasts against an example, as (H, W) does, and is shared by a
-        batch.
+        known: true or 1 where x is observed; it broadcasts against an example, as (H, W), and the batch shares it.
 
-    Hidden values of x and y are never read: they may be NaN. Raises ValueError for a mask that is not of 0 and 1.
+    Hidden values of x and y are never read: they may be NaN. Raises ValueError for a mask with values besides 0 and 1.
     """
 
     known: Tensor
@@ -127,12 +129,12 @@ class Mask(Scaled):
 
 @dataclass(frozen=True, eq=False)
 class Grey(Scaled):
-    """One channel out of several, y = sum_c weights_c x_c: what is left of a picture's colours.
+    """One channel from several, y = sum_c weights_c x_c: the grey values of a picture in colour.
 
     Args:
         weights: (C,); by default 1/sqrt(C) each, the first row of an orthogonal change of the channels and the first
             channel of score_sde's `couple`. Luma is (0.299, 0.587, 0.114), and 1/C gives the mean.
-        channels: C, where no weights are given.
+        channels: C, for the default weights.
     """
 
     weights: Tensor | None = None
@@ -159,7 +161,7 @@ class Grey(Scaled):
 
 @dataclass(frozen=True)
 class Average(Scaled):
-    """Means over blocks of `factor` in every dimension but the first, the channels: super-resolution by that factor.
+    """Means over blocks of `factor` in every dimension except the first, the channels: super-resolution by `factor`.
 
     The observation of (B, C, H, W) is (B, C, H/factor, W/factor). Raises ValueError for a factor below 1 or one that
     does not divide all sizes.
@@ -196,12 +198,12 @@ class Average(Scaled):
 
 @dataclass(frozen=True, eq=False)
 class Blur(Spectral):
-    """Circular convolution with a kernel in the last dimensions, for each channel: its singular values are Fourier's.
+    """Blur: circular convolution with a kernel in the last dimensions of each channel, diagonal in Fourier space.
 
     Args:
-        kernel: of 1 or 2 dimensions, as many as are convolved, each of odd size; its middle stays in place.
+        kernel: of 1 or 2 dimensions, as many as are convolved, each of odd size; its middle is the origin.
 
-    Sizes at which the kernel's spectrum is below 1e-5 of its largest value count as lost.
+    Frequencies at which the kernel's spectrum is below 1e-5 of its largest value count as lost.
     """
 
     kernel: Tensor
@@ -217,22 +219,20 @@ class Blur(Spectral):
         return cls(row if dimensions == 1 else torch.outer(row, row))
 
     def _spectrum(self, sizes: tuple[int, ...], x: Tensor) -> Tensor:
-        """The kernel's Fourier transform (as rfftn has it) on a circle or torus; longer kernels are wrapped around."""
+        """The kernel's Fourier transform (by rfftn) on a circle or torus; longer kernels are wrapped around."""
         k = sent(self.kernel, x.device, torch.float64)
         if any(n % 2 == 0 for n in k.shape):
             raise ValueError(f"a kernel's sizes must be odd, so that it has a middle, got {tuple(k.shape)}")
         whole = torch.zeros(sizes, dtype=torch.float64, device=x.device)
         where = [(torch.arange(n, device=x.device) - n // 2) % size for n, size in zip(k.shape, sizes, strict=True)]
-        grid = torch.meshgrid(*where, indexing="ij")
-        whole.index_put_(grid, k, accumulate=True)
-        h = torch.fft.rfftn(whole)
-        return h.to(torch.complex64 if x.dtype == torch.float32 else torch.complex128)
+        whole.index_put_(torch.meshgrid(*where, indexing="ij"), k, accumulate=True)
+        return torch.fft.rfftn(whole).to(torch.complex64 if x.dtype == torch.float32 else torch.complex128)
 
-    def _times(self, x: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    def _times(self, x: Tensor, factor: Callable[[Tensor], Tensor]) -> Tensor:
+        """x times factor(spectrum) in Fourier space."""
         dims = tuple(range(x.ndim - self.kernel.ndim, x.ndim))
         sizes = tuple(x.shape[d] for d in dims)
-        h = self._spectrum(sizes, x)
-        return torch.fft.irfftn(torch.fft.rfftn(x, dim=dims) * of(h), s=sizes, dim=dims)
+        return torch.fft.irfftn(torch.fft.rfftn(x, dim=dims) * factor(self._spectrum(sizes, x)), s=sizes, dim=dims)
 
     def apply(self, x: Tensor) -> Tensor:
         return self._times(x, lambda h: h)
@@ -245,7 +245,7 @@ class Blur(Spectral):
 
 
 class Dense(Spectral):
-    """Any matrix (M, D) on examples of `shape`, D its product; its singular value decomposition is kept."""
+    """Any matrix (M, D) on examples of `shape`, D its product, by its singular value decomposition."""
 
     def __init__(self, matrix: Tensor, shape: tuple[int, ...]) -> None:
         if matrix.ndim != 2 or matrix.shape[1] != math.prod(shape):
@@ -262,7 +262,7 @@ class Dense(Spectral):
 
     def filtered(self, x: Tensor, weights: Weights) -> Tensor:
         basis = sent(self._basis, x.device, x.dtype)
-        # of a shape that weights per example, (B, 1, ...), fit
+        # in a shape that broadcasts against weights per example, (B, 1, ...)
         v = sent(self._squares, x.device, x.dtype).reshape(-1, *(1,) * (x.ndim - 2))
         lost, kept = weights(x.new_zeros(())), weights(v)
         inside = x.flatten(1) @ basis.T
@@ -273,7 +273,7 @@ class Dense(Spectral):
 class Linear(Operator):
     """Any linear function of a batch of examples of `shape`; its adjoint is autograd's.
 
-    `dps` and `moment_matching` need no more; the others ask for a `Spectral` operator: give `Dense` the matrix.
+    `dps` and `moment_matching` take it; other methods need a `Spectral` operator: give `Dense` the matrix.
     """
 
     def __init__(self, fn: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> None:
@@ -289,13 +289,13 @@ class Linear(Operator):
 
 
 def _cut(squares: Tensor) -> Tensor:
-    """Squared singular values, with 0 for those that rounding made."""
+    """Squared singular values, with 0 for those that are rounding errors."""
     return squares.where(squares > 1e-10 * squares.max(), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """What was seen of a batch of examples: y = A x + noise · z, z standard normal.
+    """Observations y = A x + noise · z of a batch of examples, z standard normal.
 
     Args:
         operator: A.
@@ -319,17 +319,13 @@ class Observation:
         return self.y.to(x) - self.operator.apply(x)
 
     def project(self, x: Tensor) -> Tensor:
-        """x + A⁺ (y - A x): of the examples that explain an exact y the one nearest to x. Needs a Spectral operator."""
+        """x + A⁺ (y - A x): the example nearest to x that explains an exact y. It needs a Spectral operator."""
         operator = spectral(self.operator, "project")
-        return self._null(operator, x) + operator.pseudo_inverse(self.y.to(x))
-
-    @staticmethod
-    def _null(operator: Spectral, x: Tensor) -> Tensor:
-        return operator.filtered(x, lambda v: (v == 0).to(x))
+        return operator.filtered(x, lambda v: (v == 0).to(x)) + operator.pseudo_inverse(self.y.to(x))
 
 
 def observe(operator: Operator, x: Tensor, noise: float = 0.0, generator: torch.Generator | None = None) -> Observation:
-    """An observation A x + noise · z of examples x, with z from the generator, which noise needs."""
+    """An observation A x + noise · z of examples x; with noise, z comes from the generator."""
     y = operator.apply(x)
     if noise:
         if generator is None:
@@ -340,7 +336,7 @@ def observe(operator: Operator, x: Tensor, noise: float = 0.0, generator: torch.
 
 
 def spectral(operator: Operator, who: str) -> Spectral:
-    """The operator, if its singular values are known; else a ValueError that says what to do."""
+    """The operator. Raises ValueError if its singular values are not known."""
     if not isinstance(operator, Spectral):
         raise ValueError(
             f"{who} needs the singular values of the operator, and {type(operator).__name__} has none: give its matrix "

@@ -1,4 +1,4 @@
-"""Samplers that know an observation: projection, RePaint, and particles that are weighted by it."""
+"""Samplers conditioned on an observation: projection, RePaint, and twisted sequential Monte Carlo (particles)."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ from .operators import Observation, spectral
 
 @dataclass(frozen=True)
 class Projected(Sampler):
-    """A one-step sampler after each step of which what y says of the state is replaced by y, noised to that time.
+    """Projection: a one-step sampler that after each step replaces the observed part of the state by y with noise.
 
     x_s <- (I - A⁺A) x_s + A⁺ (alpha_s y + sigma_s A z): Song et al. 2021, appendix I.2 (inpainting) and I.3
-    (colours), for any Spectral operator and any sampler with a step. `PredictorCorrector` is projected after either
-    part. With noise s in y the z added is of variance sigma_s² - alpha_s² s²/lambda² in the direction of the singular
-    value lambda. Where that is negative, late, y says less than the state, which is then left alone, and not resampled.
+    (colours), for any Spectral operator and any sampler with a step. `PredictorCorrector` is projected after both of
+    its steps. With noise s in y the added z has the variance sigma_s² - alpha_s² s²/lambda² in the direction of the
+    singular value lambda. Where that is negative, late in the walk, y is noisier than the state, which is not replaced
+    or resampled there.
 
-    With `resamplings` > 1 it is RePaint (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1): every `jump` steps
-    the state is carried back up by the forward SDE, to walk them that many times in all, so that the rest may fit
-    what is known.
+    With `resamplings` > 1 it is RePaint (Lugmayr et al. 2022, arXiv:2201.09865, algorithm 1): after every `jump` steps
+    the forward SDE takes the state back, and they are walked that many times in all, so that the rest fits the known
+    part better.
 
-    At the last time the state has that time's noise, in the known part as elsewhere. Where it is clean data the
-    known part equals y; after ``sample(..., denoise=True)`` ``observation.project(x)`` makes it so.
+    At the last time all of the state has that time's noise. If that is clean data, the known part is y; after
+    ``sample(..., denoise=True)`` use ``observation.project(x)``.
 
-    The batch walked must be the observation's. Raises ValueError for a sampler without a single step, an operator
-    that is not Spectral, and numbers below 1.
+    The batch must be the observation's. Raises ValueError for a sampler without a single step, an operator that is not
+    Spectral, and numbers below 1.
     """
 
     sampler: Sampler
@@ -56,18 +57,18 @@ class Projected(Sampler):
             raise ValueError(f"resamplings and jump must be at least 1, got {self.resamplings} and {self.jump}")
 
     def replace(self, sde: SDE, x: Tensor, t: Tensor, noise: Noise) -> Tensor:
-        """The state at time t with its known part drawn anew."""
+        """The state at time t with its known part drawn again."""
         o = self.observation
         operator = spectral(o.operator, "projection")
         alpha, sigma = like(sde.alpha(t), x), like(sde.sigma(t), x)
 
-        def fresh(v: Tensor) -> Tensor:  # variance to be added, below 0 where nothing is to be replaced
-            known = sigma**2 - (alpha * o.noise) ** 2 / v.where(v > 0, 1.0)
-            return torch.where(v > 0, known, -1.0)
+        def fresh(v: Tensor) -> Tensor:  # variance to be added, below 0 where nothing is replaced
+            added = sigma**2 - (alpha * o.noise) ** 2 / v.where(v > 0, 1.0)
+            return torch.where(v > 0, added, -1.0)
 
         kept = operator.filtered(x, lambda v: (fresh(v) < 0).to(x))
         seen = alpha * operator.pseudo_inverse(o.y.to(x))
-        if o.noise == 0:  # one pass, in which an exact y at sigma = 0 stays what it is to the bit
+        if o.noise == 0:  # in one pass, so that at sigma = 0 an exact y is reached to the bit
             return kept + operator.filtered(seen + sigma * noise(x), lambda v: (v > 0).to(x))
         z = operator.filtered(noise(x), lambda v: fresh(v).clamp_min(0).sqrt())
         return kept + operator.filtered(seen, lambda v: (fresh(v) >= 0).to(x)) + z
@@ -89,9 +90,9 @@ class Projected(Sampler):
             block = updates[first : first + self.jump]
             end = times[first + len(block)]
             scale, std = model.sde.transition(end, times[first])
-            # Where y is noisier than the state nothing is replaced, and repeated walks would only forget it.
-            told = model.sde.sigma(end) ** 2 >= (model.sde.alpha(end) * self.observation.noise) ** 2 / largest
-            for again in range(self.resamplings if told else 1, 0, -1):
+            # Where y is noisier than the state nothing is replaced, and in repeated walks the state would forget y.
+            replaced = model.sde.sigma(end) ** 2 >= (model.sde.alpha(end) * self.observation.noise) ** 2 / largest
+            for again in range(self.resamplings if replaced else 1, 0, -1):
                 for update in block:
                     x = update(x, noise)
                     if again == 1:
@@ -106,8 +107,8 @@ class Particles(NamedTuple):
     Args:
         x: (B, K, *shape).
         log_weights: (B, K), normalised: their exp sums to 1 over K.
-        log_evidence: (B,): log p(y) in nats, of what is observed; exp of it is unbiased for the walk's own model.
-        least: (B,): the smallest effective number of particles, 1/sum w², met on the way, before resampling.
+        log_evidence: (B,): log p(y) in nats; exp of it is unbiased for the model of the walk.
+        least: (B,): the smallest effective number of particles, 1/sum w², during the walk, before resampling.
     """
 
     x: Tensor
@@ -118,10 +119,11 @@ class Particles(NamedTuple):
     @property
     def mean(self) -> Tensor:
         """E[x | y], (B, *shape)."""
-        return (_columns(self.log_weights.exp(), self.x) * self.x).sum(1)
+        weights = self.log_weights.exp()
+        return (weights.reshape(*weights.shape, *(1,) * (self.x.ndim - 2)) * self.x).sum(1)
 
     def draw(self, generator: torch.Generator) -> Tensor:
-        """One of each problem's particles, (B, *shape), with the probability of its weight."""
+        """One particle of each problem, (B, *shape), drawn with its weight as probability."""
         chosen = torch.multinomial(self.log_weights.exp().to(generator.device), 1, generator=generator)
         return self.x[torch.arange(len(self.x), device=self.x.device), chosen[:, 0].to(self.x.device)]
 
@@ -144,23 +146,23 @@ def twisted(
 ) -> Particles:
     """Twisted sequential Monte Carlo (TDS; Wu et al. 2023, arXiv:2306.17775, algorithm 1): exact as particles grow.
 
-    K particles walk from the prior by ancestral steps, drawn towards y by the gradient of a twisting function, which is
-    pigdm's likelihood p~(y | x_t) = N(y; A m(x_t), r² AA' + s² I), and are weighted for that:
+    K particles walk from the prior by ancestral steps, moved towards y by the gradient of a twisting function, which is
+    pigdm's likelihood p~(y | x_t) = N(y; A m(x_t), r² AA' + s² I), and are weighted to correct for that:
 
         w = p(x_s | x_t) p~(y | x_s) / (p~(y | x_t) q(x_s | x_t, y)),    q = N(mean + std² grad log p~(y | x_t), std² I)
 
-    At the end x = E[x_0 | x at times[-1]] has the weight of its true likelihood N(y; A x, s² I). So whatever p~ is,
-    the weighted particles tend to the posterior of what the ancestral sampler draws on this grid; a good p~ needs
-    few of them.
+    At the end x = E[x_0 | x at times[-1]] is weighted by its true likelihood N(y; A x, s² I). So for every p~ the
+    weighted particles tend to the posterior under the ancestral sampler's law on this grid; a good p~ needs few
+    particles.
 
     Args:
-        model: of x; what it is given for each of B examples goes with their particles.
+        model: of x; conditions that it has for each of B examples hold for their particles.
         observation: of B examples, with noise above 0, by a Spectral operator.
         shape: (B, *shape) of the examples.
         times: decreasing grid from 1 to t_min, as for `sample`.
         particles: K, of each problem; the model sees B K states at once.
         variance: c in the twisting function's r², see `pigdm`.
-        threshold: resample, systematically, the problems whose effective number of particles is below this share of K.
+        threshold: problems whose effective number of particles is below this share of K are resampled (systematically).
         seed, first: of the draws; problem i's depend on (seed, first + i) alone.
         dtype, device: of the state, as for `sample`.
         progress: called with the number of steps done.
@@ -186,7 +188,7 @@ def twisted(
     y, problems = observation.y.to(device, dtype).repeat_interleave(k, 0), torch.arange(b).repeat_interleave(k)
 
     def look(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(data, log p~ up to what depends on t alone, its gradient) for all B K states."""
+        """(data, log p~ up to a function of t, its gradient) for all B K states."""
         r2 = spread(sde, t, variance).item()
         with torch.enable_grad():
             z = x.detach().requires_grad_()
@@ -202,7 +204,7 @@ def twisted(
     log_w = log_twist.reshape(b, k)
     evidence, least = log_w.new_zeros(b), log_w.new_full((b,), float(k))
     for done, (t, to) in enumerate(pairwise(times), 1):
-        # Resample, where weights are uneven; the evidence takes the mean weight, and the others' go on.
+        # Where weights are uneven, resample: the evidence takes their mean. Other problems keep their weights.
         effective = torch.exp(2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1))
         least = torch.minimum(least, effective)
         chosen = _systematic(log_w, noise(x)[:, 0].flatten(1)[:, 0])
@@ -212,7 +214,7 @@ def twisted(
         log_w = torch.where(uneven[:, None], 0.0, log_w)
         flat = (rows + k * torch.arange(b, device=device)[:, None]).flatten()
         x, data, log_twist, gradient = x[flat], data[flat], log_twist[flat], gradient[flat]
-        # Step: q is the model's own kernel with its mean moved, and z what leads from either mean to x_s.
+        # Step: q is the model's own kernel with its mean moved, and z the noise from the moved mean to x_s.
         keep, weight, std = (a.item() for a in sde.posterior_weights(to, t))
         z, push = noise(x).flatten(0, 1), std * gradient
         x = keep * x + weight * data + std * (push + z)
@@ -230,7 +232,7 @@ def twisted(
 def _log_normal(residual: Tensor, operator: object, r2: float, s: float) -> Tensor:
     """-residual' (r² AA' + s² I)⁻¹ residual/2, (B K,)."""
     linear = spectral(operator, "twisted")  # type: ignore[arg-type]
-    # (r² AA' + s²)⁻¹ = (I - A r²/(r² A'A + s²) A')/s²: so that what lies outside of A's range counts too
+    # (r² AA' + s²)⁻¹ = (I - A r²/(r² A'A + s²) A')/s², which includes what lies outside of A's range
     inside = linear.adjoint(residual)
     weighted = linear.filtered(inside, lambda v: r2 / (r2 * v + s**2))
     outer, inner = (
@@ -240,16 +242,12 @@ def _log_normal(residual: Tensor, operator: object, r2: float, s: float) -> Tens
 
 
 def _systematic(log_w: Tensor, z: Tensor) -> Tensor:
-    """Indices (B, K) of particles, as often as their weights say: the points (u + k)/K in the cumulative weights.
+    """Systematic resampling: indices (B, K) of particles, at the points (u + k)/K of the cumulative weights.
 
-    u is uniform, by the standard normal numbers z (B,).
+    u is uniform, from the standard normal numbers z (B,).
     """
     k = log_w.shape[1]
     u = torch.special.ndtr(z.double())
     points = (u[:, None] + torch.arange(k, dtype=torch.float64, device=z.device)) / k
     ends = log_w.double().softmax(1).cumsum(1)
     return torch.searchsorted(ends, points).clamp_max(k - 1)
-
-
-def _columns(weights: Tensor, x: Tensor) -> Tensor:
-    return weights.reshape(*weights.shape, *(1,) * (x.ndim - 2))

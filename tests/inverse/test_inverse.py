@@ -616,7 +616,7 @@ def test_what_cannot_be_is_refused_with_the_remedy() -> None:
         "must be above 0, got 0": lambda: Blur.gaussian(0.0),
         r"the matrix must be \(M, 3\)": lambda: Dense(numbers(2, 4), (3,)),
         "needs a torch.Generator": lambda: observe(ROWS, numbers(2, 3), 0.1),
-        "a posterior is of one observation, got 2": lambda: posterior(model, exact),
+        "posterior takes one observation, got 2": lambda: posterior(model, exact),
     }.items():
         with pytest.raises(ValueError, match=words):
             attempt()
