@@ -170,34 +170,23 @@ class Flow(nn.Module):
         """
         x = as_state(x)
         batch, d = x.shape[0], math.prod(x.shape[1:])
-        wide = widest(x)
         e, exact = draw_probes(probe, probes, x, seed, first), isinstance(probe, str) and probe == "exact"
         k = 1 if exact else len(e)  # columns of traces
-        nfe: float
-        if self.solver.method == EACH:
-            if kinetic or jacobian:
-                raise ValueError(f'kinetic and jacobian are integrals over t: use dopri5 for them, not "{EACH}"')
+        if self.solver.method == EACH and (kinetic or jacobian):
+            raise ValueError(f'kinetic and jacobian are integrals over t: use dopri5 for them, not "{EACH}"')
 
-            def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-                return _velocity_and_traces(velocity, y, of_rows(e, rows, exact), exact, False)[:2]
+        def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+            own = e if len(rows) == batch else of_rows(e, rows, exact)
+            slope, traces, norm = _velocity_and_traces(velocity, y, own, exact, jacobian)
+            rates = [traces]
+            if kinetic:
+                rates.append(slope.square().flatten(1).sum(1, keepdim=True))
+            if norm is not None:
+                rates.append(norm)
+            return slope, torch.cat(rates, dim=1)
 
-            latent, integrals, costs = self._carry(x, self.t0, self.t1, slopes, k, d)
-            nfe = costs.double().mean().item() if batch else 0
-        else:
-
-            def field(t: Tensor, state: Tensor) -> Tensor:
-                y = state[:, :d].to(x.dtype).reshape(x.shape)
-                velocity, traces, norm = _velocity_and_traces(lambda y: self(t, y), y, e, exact, jacobian)
-                slopes = [velocity.flatten(1), traces]
-                if kinetic:
-                    slopes.append(velocity.square().flatten(1).sum(1, keepdim=True))
-                if norm is not None:
-                    slopes.append(norm)
-                return torch.cat([slope.to(wide) for slope in slopes], dim=1)
-
-            start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, k + kinetic + jacobian, dtype=wide)], dim=1)
-            end, nfe = self._integrate(field, start, self.t0, self.t1)
-            latent, integrals, costs = end[:, :d].reshape(x.shape), end[:, d : d + k], end[:, d + k :]
+        latent, integrals, nfe = self.solve(x, slopes, k + kinetic + jacobian, d)
+        integrals, costs = integrals[:, :k], integrals[:, k:]
         base = self.base(latent)
         if base.shape != (batch,):
             raise ValueError(f"the base log density must have shape ({batch},), one each, got {tuple(base.shape)}")
@@ -212,6 +201,22 @@ class Flow(nn.Module):
             costs[:, 0] if kinetic else None,
             costs[:, -1] if jacobian else None,
         )
+
+    def solve(self, x: Tensor, slopes: Slopes, columns: int, dimensions: int = 1) -> tuple[Tensor, Tensor, float]:
+        """(state at t1, integrals (B, columns) of the rates, evaluations per example), from x at t0; see `carry`."""
+        batch, d, wide = len(x), math.prod(x.shape[1:]), widest(x)
+        if self.solver.method == EACH:
+            latent, integrals, costs = self._carry(x, self.t0, self.t1, slopes, columns, dimensions)
+            return latent, integrals, costs.double().mean().item() if batch else 0
+        rows = torch.arange(batch)
+
+        def field(t: Tensor, state: Tensor) -> Tensor:
+            slope, rates = slopes(lambda y: self(t, y), state[:, :d].to(x.dtype).reshape(x.shape), rows)
+            return torch.cat([slope.flatten(1).to(wide), rates.to(wide)], dim=1)
+
+        start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, columns, dtype=wide)], dim=1)
+        end, nfe = self._integrate(field, start, self.t0, self.t1)
+        return end[:, :d].reshape(x.shape), end[:, d:], nfe
 
     def path(self, x: Tensor, times: Sequence[float] | Tensor) -> Tensor:
         """The states (len(times), B, *shape) at `times`, forwards or backwards, from x at the first of them.

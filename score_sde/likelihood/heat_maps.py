@@ -19,13 +19,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..machine.devices import widest
 from ..models.base import ScoreModel
 from ..models.pixel_levels import bits
 from ..models.traces import differentiable, draw_probes, of_rows, products
-from ..ode.circle import NO_JACOBIAN, Circle, carry
-from ..ode.integrators import EACH, Solver, integrate
-from .flows import ProbabilityFlow, as_state, check_start
+from ..ode.circle import NO_JACOBIAN
+from ..ode.integrators import EACH, Solver
+from .flows import as_state, score_flow
 
 
 class HeatMap(NamedTuple):
@@ -63,14 +62,11 @@ def heat_map(
     Raises ValueError for probes < 1, RuntimeError where the solver gives up.
     """
     x = as_state(x)
-    check_start(model.sde, t_min)
-    batch, d = len(x), math.prod(x.shape[1:])
-    wide = widest(x)
+    flow = score_flow(model, t_min=t_min, solver=solver or Solver(EACH))
     if probes is not None and probes < 1:
         raise ValueError(f"probes must be at least 1, or None for the exact terms, got {probes}")
     e = draw_probes("exact" if probes is None else "rademacher", probes or 1, x, seed, first)
     share = 1 / (probes or 1)
-    flow, sde, solver = ProbabilityFlow(model), model.sde, solver or Solver(EACH)
 
     def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         value, y, graph = differentiable(velocity, y, NO_JACOBIAN)
@@ -79,18 +75,6 @@ def heat_map(
             terms = terms + share * (block * product).sum(0)
         return value, terms.flatten(1)
 
-    def field(t: Tensor, state: Tensor) -> Tensor:
-        y = state[:, 0].to(x.dtype).reshape(x.shape)
-        velocity, terms = slopes(lambda y: flow(t, y), y, torch.arange(batch))
-        return torch.stack([velocity.flatten(1), terms], 1).to(wide)
-
-    nfe: float
-    if solver.method == EACH:
-        latent, terms, costs = carry(Circle(model), x, t_min, 1.0, solver, slopes, d)
-        latent, nfe = latent.flatten(1), costs.double().mean().item() if batch else 0
-    else:
-        start = torch.stack([x.flatten(1), torch.zeros_like(x).flatten(1)], 1).to(wide)
-        end, nfe = integrate(field, start, t_min, 1.0, solver=solver, sde=sde)
-        latent, terms = end.unbind(1)
-    base = sde.prior_log_prob(latent.reshape(-1, 1)).reshape(latent.shape)  # the prior is a product
-    return HeatMap((base + terms).reshape(x.shape), nfe)
+    latent, terms, nfe = flow.solve(x, slopes, math.prod(x.shape[1:]))
+    base = model.sde.prior_log_prob(latent.reshape(-1, 1)).reshape(x.shape)  # the prior is a product
+    return HeatMap(base + terms.reshape(x.shape), nfe)
