@@ -46,20 +46,16 @@ def load(path: str | Path, overrides: dict[str, str] | None = None) -> ConfigDic
     if path.suffix == ".json":
         return overridden(from_json(path), overrides or {}, f"{path}: ")
     stated = {key: value for key, value in flat(_run(path)).items() if key not in OWN.values()}
-    return _overridden(stated, overrides or {}, f"{path}: ")
+    return overridden(stated, overrides or {}, f"{path}: ")
 
 
-def overridden(stated: ConfigDict, overrides: dict[str, str], where: str = "") -> ConfigDict:
-    """A validated, locked copy of a config with `overrides`, as `load` takes them.
+def overridden(stated: ConfigDict | dict[str, Any], overrides: dict[str, str], where: str = "") -> ConfigDict:
+    """A validated, locked copy of a config, or of some of its values, with `overrides` as `load` takes them.
 
     Raises ValueError for anything wrong in them; errors in `stated` begin with `where`.
     """
-    return _overridden(flat(stated), overrides, where)
-
-
-def _overridden(stated: dict[str, Any], overrides: dict[str, str], where: str) -> ConfigDict:
     config = default_config()
-    for key, value in stated.items():
+    for key, value in flat(stated).items():
         put(config, key, value, where)
     for key, text in overrides.items():
         put(config, key, parse(key, text))
@@ -72,13 +68,12 @@ def _overridden(stated: dict[str, Any], overrides: dict[str, str], where: str) -
 
 def _seal(config: ConfigDict) -> None:
     """Put the missing sha256 of files of the user's own into the config. Raises FileNotFoundError for no file."""
+    values = flat(config)
     for key, sealed in OWN.items():
-        section, name = key.split(".")
-        value, known = config[section][name], config[section][sealed.split(".")[1]]
-        if not own_code.is_own(value):
+        if not own_code.is_own(values[key]):
             put(config, sealed, "")
-        elif not known:
-            put(config, sealed, own_code.file_hash(value, key))
+        elif not values[sealed]:
+            put(config, sealed, own_code.file_hash(values[key], key))
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -156,10 +151,10 @@ def from_text(text: str, where: str) -> ConfigDict:
                 + (f"; or did you mean '{near}'?" if near else "")
             )
         put(config, key, value, f"{where}: ")
+    whole = flat(config)
     for key, sealed in OWN.items():
-        section, name = key.split(".")
-        if own_code.is_own(config[section][name]) and not config[section][sealed.split(".")[1]]:
-            raise ValueError(f"{where}: {key}={config[section][name]} has no {sealed}: give a file of a workdir")
+        if own_code.is_own(whole[key]) and not whole[sealed]:
+            raise ValueError(f"{where}: {key}={whole[key]} has no {sealed}: give a file of a workdir")
     return config
 
 

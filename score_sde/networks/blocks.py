@@ -232,17 +232,17 @@ class Text(NamedTuple):
     mask: Tensor
 
 
-def attend(qkv: Tensor, heads: int, text: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def attend(qkv: Tensor, heads: int, project: nn.Linear | None = None, text: Text | None = None) -> Tensor:
     """softmax(q kᵀ / sqrt(C)) v with C channels per head; (B, N, 3 heads C) to (B, N, heads C).
 
-    `text` (B, L, 2 heads C) adds keys and values where `mask` (B, L) is True.
+    `project`, to 2 heads C channels, makes more keys and values of the tokens of `text`.
     """
     q, k, v = qkv.unflatten(2, (3 * heads, -1)).transpose(1, 2).chunk(3, dim=1)
     allowed = None
-    if text is not None and mask is not None:
-        keys, values = text.unflatten(2, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
+    if project is not None and text is not None:
+        keys, values = project(text.tokens).unflatten(2, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
         k, v = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
-        allowed = F.pad(mask, (q.shape[2], 0), value=True)[:, None, None]
+        allowed = F.pad(text.mask, (q.shape[2], 0), value=True)[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).flatten(2)
 
 
@@ -267,10 +267,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, text: Text | None = None) -> Tensor:
         # (B, pixels, 3 heads C); the fast kernels want the channels of a pixel side by side
         qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).contiguous()
-        if self.text is None or text is None:
-            h = attend(qkv, self.heads)
-        else:
-            h = attend(qkv, self.heads, self.text(text.tokens), text.mask)
+        h = attend(qkv, self.heads, self.text, text)
         return self.style.add(x, self.out(h.transpose(1, 2).reshape(x.shape)))
 
 

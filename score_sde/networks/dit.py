@@ -106,10 +106,7 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, label: Tensor, text: Text | None) -> Tensor:
         shift, scale, gate, shift2, scale2, gate2 = self.modulation(label)[:, None].chunk(6, dim=2)
         qkv = self.qkv(_norm(x) * (1 + scale) + shift)
-        if self.text is None or text is None:
-            h = attend(qkv, self.heads)
-        else:
-            h = attend(qkv, self.heads, self.text(text.tokens), text.mask)
+        h = attend(qkv, self.heads, self.text, text)
         x = x + gate * self.dropout(self.out(h))
         h = F.gelu(self.hidden(_norm(x) * (1 + scale2) + shift2), approximate="tanh")
         return x + gate2 * self.dropout(self.last(h))

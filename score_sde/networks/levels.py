@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,18 +149,19 @@ def without_skips(inputs: int, o: LevelOptions) -> nn.ModuleList:
 
 def step_down(channels: int, style: Style) -> nn.Module:
     """What halves the resolution between two levels."""
-    if style.block == "ddpm" and style.resample_conv:
-        return ConvDown(channels, channels, style.fir, style.dimensions)
-    shrink = down(style.fir, style.dimensions)
-    return ResidualBlock(channels, channels, style, shrink) if style.block == "biggan" else shrink
+    return _step(channels, style, ConvDown, down)
 
 
 def step_up(channels: int, style: Style) -> nn.Module:
     """What doubles the resolution between two levels."""
+    return _step(channels, style, ConvUp, up)
+
+
+def _step(channels: int, style: Style, convolution: Callable[..., Any], plain: Callable[..., nn.Module]) -> nn.Module:
     if style.block == "ddpm" and style.resample_conv:
-        return ConvUp(channels, channels, style.fir, style.dimensions)
-    enlarge = up(style.fir, style.dimensions)
-    return ResidualBlock(channels, channels, style, enlarge) if style.block == "biggan" else enlarge
+        return convolution(channels, channels, style.fir, style.dimensions)
+    resample = plain(style.fir, style.dimensions)
+    return ResidualBlock(channels, channels, style, resample) if style.block == "biggan" else resample
 
 
 def take(step: nn.Module, h: Tensor, label: Tensor | None) -> Tensor:
