@@ -1,5 +1,4 @@
-"""The mode demo: train, sample and likelihood in one go, and how good the digits are, judged by a classifier of real
-ones, in plain words."""
+"""The mode demo: train, sample and likelihood in one go, and a plain report in which a classifier judges the digits."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ from .train import reserve, run_training
 
 
 def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, processes: Processes) -> int:
-    """--mode demo: train, sample and likelihood one after the other, and what came of them in words."""
+    """--mode demo: train, sample and likelihood one after the other, and a report of the results."""
     begin = time.perf_counter()
     with ExitStack() as stack:
         reserve(stack, options, config, workdir, processes)
@@ -46,11 +45,12 @@ def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, proc
 
 
 def confidence(data: Data, samples: np.ndarray, threshold: float = 0.9) -> tuple[float, float, int]:
-    """Shares of the samples and of the held-out images of which a classifier is more than `threshold` sure.
+    """Shares of the samples and of the held-out images that a classifier recognises with more than `threshold`
+    probability, and the number of classes among the samples.
 
     The classifier, fitted to the real training images, is a support vector machine for each pair of classes with
-    coupled probabilities: of what is far from all digits it is sure of nothing, unlike calibrated one-against-rest
-    machines. `samples` are (N, H, W, C) levels. The third number is how many classes occur.
+    coupled probabilities: far from all digits it is unsure, unlike calibrated one-against-rest machines. `samples` are
+    (N, H, W, C) levels.
     """
     assert data.train.y is not None and data.levels is not None
     scale = data.levels - 1
@@ -68,7 +68,7 @@ def confidence(data: Data, samples: np.ndarray, threshold: float = 0.9) -> tuple
 def summary(
     data: Data, codec: Codec, workdir: Path, samples: np.ndarray, where: Path, result: dict[str, Any], seconds: float
 ) -> str:
-    """What was made, how good it is, where it lies and what to try next."""
+    """The report: the results, how good they are, where they lie and what to try next."""
     sure, real, classes = confidence(data, samples)
     report = scan(data, codec)
     assert report.gaussian is not None and data.levels is not None

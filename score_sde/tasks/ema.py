@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RAMP = 0.1  # the half-life is at most this share of the images seen: a young average must forget its start
+RAMP = 0.1  # the half-life is at most this share of the images seen, so that a young average forgets its start
 
 
 def ema_decay(step: int, *, rate: float, halflife: float = 0.0, batch_size: int = 1) -> float:

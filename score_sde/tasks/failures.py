@@ -1,8 +1,8 @@
-"""What ended a command, in one sentence with its remedy; a mistake of the program has none, and keeps its traceback.
+"""Errors that end a command, in one sentence with the remedy; mistakes of the program keep their traceback.
 
-The user's circumstances are what the package itself refuses (ValueError and its like), what the operating system
-refuses (OSError: a full disk, a folder that may not be written, a file in a folder's place), too little memory, a
-numerical breakdown, and another process of the run that has ended.
+A sentence is given for what the package refuses (ValueError and its like), what the operating system refuses (OSError:
+a full disk, a folder without write permission, a file in a folder's place), too little memory, a numerical breakdown,
+and another process of the run that has ended.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
 from ..ode.integrators import GaveUp
 from .conditions import RESTORING
@@ -34,7 +35,7 @@ _SHOWN = 200  # characters of a path, of which an absurd one has thousands
 
 
 def sentence(error: BaseException, mode: str = "", workdir: str = "") -> str | None:
-    """What to tell the user of `error`, which ended --mode `mode` in `workdir`; None for a mistake of the program."""
+    """The sentence for `error`, which ended --mode `mode` in `workdir`; None for a mistake of the program."""
     for cause in _causes(error):
         code = _of_system(cause)
         if code is not None:
@@ -48,14 +49,14 @@ def sentence(error: BaseException, mode: str = "", workdir: str = "") -> str | N
             f"({_first_line(error).split('. ')[0]}): its own message says why, and the same command goes on from what "
             "was finished"
         )
-    missing = isinstance(error, ImportError) and "pip install" in str(error)  # an extra of the package, said by itself
+    missing = isinstance(error, ImportError) and "pip install" in str(error)  # an extra of the package is not installed
     if missing or isinstance(error, ValueError | OSError | FloatingPointError | GaveUp):
         return str(error)
     return None
 
 
 def writable(folder: Path) -> Path:
-    """The folder, made if it is not there. Raises OSError now, and not after the work whose result is to lie in it."""
+    """The folder, created if missing. Raises OSError now, and not after the work whose result belongs there."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.access(folder, os.W_OK | os.X_OK):
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
@@ -63,24 +64,24 @@ def writable(folder: Path) -> Path:
 
 
 def thread_failed(failed: threading.ExceptHookArgs) -> None:
-    """For `threading.excepthook`: no traceback of what has a sentence, which the main thread meets and says."""
+    """A `threading.excepthook` without a traceback for errors with a sentence, which the main thread reports."""
     if failed.exc_value is None or sentence(failed.exc_value) is None:
         threading.__excepthook__(failed)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
-    """The error; and what is behind it, where it is only that a zip could not be closed after another one."""
+    """The error, and its cause if it only says that a zip could not be closed after another error."""
     yield error
     if isinstance(error, ValueError) and "close the ZIP file" in str(error) and error.__context__ is not None:
         yield from _causes(error.__context__)
 
 
 def _of_system(error: BaseException) -> int | None:
-    """The operating system's number of an error, also where safetensors, which is written in Rust, has met it."""
+    """The operating system's number of an error; safetensors, written in Rust, puts it into its message."""
     if isinstance(error, OSError):
         return error.errno
-    found = re.search(r"\(os error (\d+)\)", str(error)) if type(error).__name__ == "SafetensorError" else None
-    return int(found[1]) if found else None
+    number = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(number[1]) if number else None
 
 
 def _system(error: BaseException, code: int, mode: str, workdir: str) -> str:
@@ -105,9 +106,9 @@ def _system(error: BaseException, code: int, mode: str, workdir: str) -> str:
     if code == errno.ENOMEM:
         return f"out of memory ({reason}): {_less_memory(mode)}"
     if code == errno.EPIPE:
-        return f"the output was closed before its end, as `| head` does: leave that away, or write to a file; {kept}"
+        return f"the output was closed before its end, as `| head` does: write to a file instead; {kept}"
     if code in (errno.EMFILE, errno.ENFILE):
-        return f"{where} cannot be opened ({reason}): allow more by ulimit -n"
+        return f"{where} cannot be opened ({reason}): allow more open files by ulimit -n"
     return f"{where}: {reason}; {kept}"
 
 

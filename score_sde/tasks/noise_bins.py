@@ -1,4 +1,4 @@
-"""The error of the noise by noise level, which logs show: bins in log SNR, and the least error that there can be."""
+"""Errors by noise level, for logs of training: bins in log SNR, and the irreducible error in each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def noise_bins(sde: SDE, count: int = 5) -> tuple[Tensor, list[str]]:
 
 
 def by_noise_level(sde: SDE, t: Tensor, error: Tensor) -> dict[str, float]:
-    """Mean of an error, or of another measure, in each bin of `noise_bins` that has examples."""
+    """Mean of an error (or another measure) in each bin of `noise_bins` that has examples."""
     edges, names = noise_bins(sde)
     bins = torch.bucketize(-sde.log_snr(t), -edges[1:-1])
     return {name: float(error[bins == i].mean()) for i, name in enumerate(names) if bool((bins == i).any())}

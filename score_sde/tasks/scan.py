@@ -1,14 +1,14 @@
-"""What a data set is like, and the noise levels that it suggests.
+"""Statistics of a data set, and the noise levels that it suggests.
 
-The Gaussian baseline is what the full-covariance Gaussian fitted to the training examples gives to the held-out ones: a
-model of images with more bits/dim than that has learnt less than second moments. The suggestions, in the units that
+The Gaussian baseline is the bits/dim of held-out examples under the full-covariance Gaussian fitted to the training
+examples: a model of images with more bits/dim has learnt less than second moments. The suggestions, in the units that
 the model sees:
 
     sigma_data   the root mean square                                             (Karras et al. 2022, table 1)
     sigma_max    the largest distance between examples: noise then joins all modes (Song and Ermon 2020, technique 1)
     sigma_min    1 % of the range, which is 0.01 for pixels in [0, 1]              (Song and Ermon 2019)
-    num_scales   as few levels as hand their states on, and step_lr of five Langevin steps on each, where a chain of
-                 levels is sampled by annealed Langevin dynamics                   (Song and Ermon 2020, 2 and 4)
+    num_scales   the fewest levels that overlap, and step_lr for five Langevin steps on each, for chains that annealed
+                 Langevin dynamics samples from                                    (Song and Ermon 2020, 2 and 4)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ..machine.parallel import Processes
 from ..models.pixel_levels import COARSE
 from ..sdes.linear import normal_log_prob
 from ..sdes.noise_levels import NoiseLevels
-from .class_names import class_name
+from .class_names import class_name, some
 from .inputs import read_for_training
 
 _CHUNK = 1 << 24  # numbers held in float64 at a time
@@ -53,7 +53,7 @@ def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, proc
 
 @dataclass(frozen=True)
 class Report:
-    """What `scan` found, as the model sees the data; `str` of it is a table for people."""
+    """The statistics of `scan`, in the units that the model sees; `str` makes a table for people."""
 
     data: Data
     levels: int | None
@@ -82,7 +82,7 @@ class Report:
 
     @property
     def noise_levels(self) -> NoiseLevels | None:
-        """NCSNv2's levels from sigma_min to sigma_max; None in the few dimensions of which the rule does not speak."""
+        """NCSNv2's levels from sigma_min to sigma_max; None below 5 dimensions, for which there is no rule."""
         d = math.prod(self.data.shape)
         if d < 5 or self.sigma_min >= self.sigma_max:
             return None
@@ -92,7 +92,7 @@ class Report:
         data, unit = self.data, "bits/dim" if self.levels else "nats/dim"
         sizes = len(data.train), len(data.test)
         classes = f", {data.num_classes} classes" if data.num_classes else ""
-        part = f"; looked at {self.scanned[0]} and {self.scanned[1]}, chosen with seed {self.seed}"
+        looked_at = f"; looked at {self.scanned[0]} and {self.scanned[1]}, chosen with seed {self.seed}"
         stored = f", on file {self.stored[0]:g} to {self.stored[1]:g} of {self.levels} levels" if self.levels else ""
         bound = "" if self.distance_is_exact else ", at least: only the farthest from the mean were compared"
         baseline = f"none: it needs at most {_DIMENSIONS} dimensions, and examples that span them"
@@ -100,7 +100,7 @@ class Report:
             noise = f", dequantised with seed {self.seed + 1}" if self.levels else ""
             baseline = f"{self.gaussian[0]:.3f} ± {self.gaussian[1]:.3f} {unit} on the held-out examples{noise}"
         rows = [
-            ("examples", f"{sizes[0]} to train on, {sizes[1]} held out" + (part if self.scanned != sizes else "")),
+            ("examples", f"{sizes[0]} to train on, {sizes[1]} held out" + (looked_at if self.scanned != sizes else "")),
             ("shape", " x ".join(map(str, data.shape)) + classes),
             *_classes(data),
             *(("note", sentence) for sentence in data.notes),
@@ -154,18 +154,15 @@ def scan(data: Data, codec: Codec, seed: int = 0) -> Report:
 
 def about_empty_classes(data: Data) -> str:
     """A sentence on the classes that cannot be learnt."""
-    empty = [class_name(i, data.class_names) for i in data.empty_classes]
-    more = f" and {len(empty) - _SHOWN} more" if len(empty) > _SHOWN else ""
-    return (
-        f"{len(empty)} of {data.num_classes} classes have no examples to train on and are not sampled: "
-        f"{', '.join(empty[:_SHOWN])}{more}"
-    )
+    names = some([class_name(i, data.class_names) for i in data.empty_classes], _SHOWN)
+    count = f"{len(data.empty_classes)} of {data.num_classes} classes"
+    return f"{count} have no examples to train on and are not sampled: {names}"
 
 
 def levels_for(k: Tensor, codec: Codec | None = None, *, sigma_min: float = 0.01, steps: int = 5) -> NoiseLevels:
     """NCSNv2's noise levels and Langevin step for examples k (N, *shape), with `steps` Langevin steps on a level.
 
-    Without a codec k are floats as the model sees them. Raises ValueError for fewer than 5 dimensions, and where no two
+    Without a codec k are floats as the model sees them. Raises ValueError for fewer than 5 dimensions, and if no two
     examples are farther apart than sigma_min.
     """
     distance, _ = largest_distance(k, codec or VectorCodec())
@@ -180,7 +177,7 @@ def gaussian_fit(k: Tensor, codec: Codec, seed: int = 0) -> tuple[Tensor, Tensor
     d = math.prod(k.shape[1:])
     total, outer = torch.zeros(d, dtype=torch.float64), torch.zeros(d, d, dtype=torch.float64)
     origin = codec.encode(k[0]).to(torch.float64).flatten()  # near the data, so that the difference below is exact
-    for x in _dequantised(k, codec, seed):
+    for x in _encoded(k, codec, seed):
         total += (x - origin).sum(0)
         outer.addmm_((x - origin).T, x - origin)
     mean = total / len(k)
@@ -228,37 +225,37 @@ def disagreements(
     sigma_data: float | None = None,
     sigma_max: float | None = None,
 ) -> list[str]:
-    """Sentences on where the data and a config disagree, from 2,000 training examples; None or 0 leaves a thing out.
+    """Warnings where the data and a config disagree, from 2,000 training examples; None or 0 leaves a check out.
 
-    Pass sigma_data where the model uses it, and sigma_max where the SDE keeps its data unscaled (VE, EDM).
+    Pass sigma_data if the model uses it, and sigma_max if the SDE keeps its data unscaled (VE, EDM).
     """
     k = _in_memory(data.train, 2000 * math.prod(data.shape) * 4, seed=0)[:2000]
     rms = math.sqrt(torch.cat([x.square().mean(1) for x in _encoded(k, codec)]).mean())
-    found = []
+    warnings = []
     if codec.levels and len(data.shape) == 3:
         channels, *size = data.shape
         if num_channels and num_channels != channels:
-            found.append(f"the images have {channels} channels, but data.num_channels={num_channels}")
+            warnings.append(f"the images have {channels} channels, but data.num_channels={num_channels}")
         if image_size and size != [image_size, image_size]:
-            found.append(f"the images are {size[0]} x {size[1]}, but data.image_size={image_size}")
+            warnings.append(f"the images are {size[0]} x {size[1]}, but data.image_size={image_size}")
     if codec.levels and k.max() < codec.levels // 4:
         remedy = f"multiply them by {(codec.levels - 1) // max(1, int(k.max()))}"
         if codec.levels > COARSE:
             remedy = f"say how many bits they have, data.file_bits={int(k.max()).bit_length()}"
-        found.append(f"pixels reach {int(k.max())} of {codec.levels - 1}: if that is their white, {remedy}")
+        warnings.append(f"pixels reach {int(k.max())} of {codec.levels - 1}: if that is their white, {remedy}")
     if not codec.levels and not sigma_max and not 0.1 <= rms <= 10:
-        found.append(
+        warnings.append(
             f"the data's root mean square is {rms:.3g}, and noise levels are made for about 1: divide the data by it, "
             f"or save pixels as uint8"
         )
     if sigma_data and not 2 / 3 <= sigma_data / rms <= 1.5:
-        found.append(f"the data's root mean square is {rms:.3g}, but model.sigma_data={sigma_data:g}")
+        warnings.append(f"the data's root mean square is {rms:.3g}, but model.sigma_data={sigma_data:g}")
     if sigma_max and sigma_max < (distance := largest_distance(k, codec)[0]) / 2:
-        found.append(
+        warnings.append(
             f"examples lie up to {distance:.3g} apart, so model.sigma_max={sigma_max:g} leaves modes apart at t = 1: "
             f"--mode scan suggests a value"
         )
-    return found
+    return warnings
 
 
 def _classes(data: Data) -> list[tuple[str, str]]:
@@ -284,13 +281,13 @@ def _baseline(train: Tensor, test: Tensor, codec: Codec, seed: int) -> tuple[flo
         return None
     mean, covariance = gaussian_fit(train, codec, seed)
     values = []
-    for x in _dequantised(test, codec, seed + 1):  # not the noise that was fitted
+    for x in _encoded(test, codec, seed + 1):  # other noise than in the fit
         try:
             log_prob = gaussian_log_prob(x, mean.flatten(), covariance)
         except ValueError:
             return None
-        known = Likelihood(log_prob, torch.zeros_like(log_prob), x, 0)
-        values.append(known.bits_per_dim(codec.levels, codec.width * codec.filled) if codec.levels else -log_prob / d)
+        exact = Likelihood(log_prob, torch.zeros_like(log_prob), x, 0)
+        values.append(exact.bits_per_dim(codec.levels, codec.width * codec.filled) if codec.levels else -log_prob / d)
     each = torch.cat(values)
     return each.mean().item(), (each.std() / math.sqrt(len(each))).item()
 
@@ -304,23 +301,18 @@ def _in_memory(split: Split, limit: int, seed: int) -> Tensor:
     return split.x[torch.from_numpy(np.sort(chosen))]
 
 
-def _encoded(k: Tensor, codec: Codec) -> Iterator[Tensor]:
-    """Examples as the model sees them, (B, D) in float64, a chunk at a time."""
-    for part in _chunks(k):
-        yield codec.encode(part).to(torch.float64).flatten(1)
-
-
-def _dequantised(k: Tensor, codec: Codec, seed: int) -> Iterator[Tensor]:
-    """The same with uniform noise from `seed` in each pixel; vectors are continuous as they are."""
-    generator = torch.Generator().manual_seed(seed)
-    for part in _chunks(k):
-        u = torch.rand(part.shape, generator=generator, dtype=torch.float64) if codec.levels else None
-        yield codec.encode(part, u).to(torch.float64).flatten(1)
+def _encoded(k: Tensor, codec: Codec, seed: int | None = None) -> Iterator[Tensor]:
+    """Examples as the model sees them, (B, D) in float64, a chunk at a time; with a seed, pixels are dequantised."""
+    generator = torch.Generator().manual_seed(seed or 0)
+    for chunk in _chunks(k):
+        pixels = seed is not None and codec.levels
+        u = torch.rand(chunk.shape, generator=generator, dtype=torch.float64) if pixels else None
+        yield codec.encode(chunk, u).to(torch.float64).flatten(1)
 
 
 def _distances(k: Tensor, codec: Codec, origin: Tensor) -> Tensor:
-    """Of all examples from origin (D,), in float32, which is enough to choose by."""
-    return torch.cat([(codec.encode(part).flatten(1) - origin).norm(dim=1) for part in _chunks(k)])
+    """Distances of all examples from origin (D,), in float32, which is precise enough to choose examples."""
+    return torch.cat([(codec.encode(chunk).flatten(1) - origin).norm(dim=1) for chunk in _chunks(k)])
 
 
 def _chunks(k: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What training shows: what `train` yields, on a bar, in the log, in TensorBoard, and as grids of samples."""
+"""Reports of training: a progress bar, the log, TensorBoard, and grids of samples, from what `train` yields."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from ..data.sets import Data
 from ..data.toys import EXACT, TOYS
 from ..machine.log import log
 from ..machine.progress import Progress
-from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
 from ..samplers import Heun, sample, times
 from . import checkpoint, failures
@@ -37,7 +36,7 @@ _STEPS = 18  # of Heun's method, for samples in them
 
 @dataclass
 class Metrics:
-    """What the loop yields after each step; with scalars every log_freq steps, after evaluations and checkpoints."""
+    """What the loop yields after each step, and after reports (with scalars), evaluations and checkpoints."""
 
     step: int
     scalars: dict[str, float] = field(default_factory=dict)
@@ -60,7 +59,7 @@ class Show:
     ) -> None:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
         self.device, self.bar = device, bar
-        self.shown: Callable[[ScoreModel], ScoreModel] | None = None  # gives a model the first held-out captions, ...
+        self.conditioned: Callable[[ScoreModel], ScoreModel] | None = None  # on the first held-out captions or images
         self.held_out = data.test
         self.failed: str | None = None  # the last reason why something could not be shown
         labels = (i for i in range(config.model.num_classes) if i not in data.empty_classes)
@@ -68,7 +67,7 @@ class Show:
         if config.model.super_resolution or text is not None:
             held_out, text = data.test.to(device), None if text is None else text.to(device)
             index = torch.arange(_PICTURES) % len(held_out)
-            self.shown = partial(given, config, split=held_out, index=index, text=text, codec=codec)
+            self.conditioned = partial(given, config, split=held_out, index=index, text=text, codec=codec)
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed in training alone
 
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
@@ -77,7 +76,7 @@ class Show:
             log.info("irreducible error by noise level: %s", _line(self.floor))
 
     def __call__(self, m: Metrics) -> None:
-        """Show what a step left. Where that cannot be written, training goes on, and one warning tells why."""
+        """Show the metrics. If they cannot be written, training goes on, and one warning says why."""
         try:
             self._show(m)
         except OSError as error:
@@ -87,7 +86,7 @@ class Show:
             self.failed = reason
 
     def close(self) -> None:
-        """Write what TensorBoard has not written yet."""
+        """Write TensorBoard's pending events."""
         with suppress(OSError):
             self.writer.close()
 
@@ -116,7 +115,7 @@ class Show:
             log.info("step %d: held-out reconstruction %.3f + KL %.3f bits/dim, PSNR %.1f dB", m.step, *parts)
 
     def _pictures(self, path: Path, step: int) -> None:
-        """What the averaged and the raw weights of a checkpoint make."""
+        """Pictures of a checkpoint, by its averaged and by its raw weights."""
         folder, name = self.workdir / "samples" / f"step-{step:09d}", kind_of(self.config).pictures
         trained = checkpoint.Trained.open(path)
         for weights in ("ema", "raw"):
@@ -127,20 +126,23 @@ class Show:
                 self.writer.add_image(f"{name}/{weights}", picture, step)
 
     def _samples(self, trained: checkpoint.Trained, weights: str) -> Tensor | None:
-        """18 steps of Heun's method on Karras's grid."""
         model = trained.model(weights == "ema", self.device)
-        if self.shown is not None:
-            return _picture(self.shown(model), self.shape, self.codec, {})
+        if self.conditioned is not None:
+            return _picture(self.conditioned(model), self.shape, self.codec, {})
         return _picture(model, self.shape, self.codec, self.classes)
 
+    @torch.no_grad()
     def _reconstructions(self, trained: checkpoint.Trained, weights: str) -> Tensor:
-        """Held-out images, each beside what the mean of its code decodes to."""
-        k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0]
-        return _reconstructions(trained.autoencoder(weights == "ema", self.device), k.to(self.device), self.codec)
+        """A grid of held-out images, each beside the image that the mean of its code decodes to."""
+        autoencoder, codec = trained.autoencoder(weights == "ema", self.device), self.codec
+        assert isinstance(codec, PixelCodec)
+        k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0].to(self.device)
+        pairs = torch.stack([k, codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))], 1)
+        return grid(codec.display(pairs.flatten(0, 1)), min(8, 2 * len(k)), zoom=max(1, 32 // k.shape[-1]))
 
 
 def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
-    """Say what was not read of the data, and where they and the config disagree."""
+    """Log what was not read of the data, and where data and config disagree."""
     for sentence in data.notes:
         log.info("data: %s", sentence)
     if data.empty_classes:
@@ -149,18 +151,17 @@ def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
     if o.warmup > config.training.n_iters:
         highest = o.lr * config.training.n_iters / o.warmup
         log.warning(
-            "warning: optim.warmup=%d is longer than training.n_iters=%d: the learning rate rises to %.3g alone, and "
+            "warning: optim.warmup=%d is longer than training.n_iters=%d: the learning rate rises only to %.3g, and "
             "not to optim.lr=%g",
             *(o.warmup, config.training.n_iters, highest, o.lr),
         )
-    unscaled = config.training.sde in ("vesde", "edm")
     for sentence in disagreements(
         as_drawn(data),
         codec,
         image_size=d.image_size,
         num_channels=d.num_channels,
         sigma_data=m.sigma_data if m.rule == "edm" else None,
-        sigma_max=m.sigma_max if unscaled else None,
+        sigma_max=m.sigma_max if config.training.sde in ("vesde", "edm") else None,
     ):
         log.warning("warning: %s", sentence)
 
@@ -179,10 +180,10 @@ def _floor(config: ConfigDict) -> dict[str, float]:
 def _picture(
     model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: Mapping[int, str]
 ) -> torch.Tensor | None:
-    """A grid of 64 images, or where 4096 points of the plane fall; None for other data.
+    """A grid of 64 samples, or a histogram of 4096 points in the plane; None for other data.
 
-    Of a class-conditional model as many images of each class as there are in 64, in rows of their own; `classes` are
-    the names of those that were trained on.
+    Samples come from 18 steps of Heun's method on Karras's grid. A class-conditional model draws equally many of each
+    class, in rows of their own; `classes` are the names of the classes that were trained on.
     """
     steps = model.sde.steps
     walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), _STEPS)
@@ -200,12 +201,3 @@ def _picture(
     if pixels is None:
         return histogram(x)
     return grid(pixels.display(x), None, max(1, 32 // x.shape[-1]), groups, names)
-
-
-@torch.no_grad()
-def _reconstructions(autoencoder: ConvolutionalAutoencoder, k: Tensor, codec: Codec) -> Tensor:
-    """A grid of images, each beside what the mean of its code decodes to."""
-    assert isinstance(codec, PixelCodec)
-    back = codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))
-    pairs = torch.stack([k, back], 1).flatten(0, 1)
-    return grid(codec.display(pairs), min(8, len(pairs)), zoom=max(1, 32 // k.shape[-1]))

@@ -238,7 +238,7 @@ def test_a_file_in_a_folder_s_place_is_named(
         (errno.ENAMETOOLONG, "the name /a/b is too long"),
         (errno.ENOENT, "/a/b is not there: if it was deleted during the run, give the same command again"),
         (errno.ENOMEM, "out of memory (Cannot allocate memory): compute the batch in parts (--config.training.acc"),
-        (errno.EMFILE, "/a/b cannot be opened (Too many open files): allow more by ulimit -n"),
+        (errno.EMFILE, "/a/b cannot be opened (Too many open files): allow more open files by ulimit -n"),
         (errno.EIO, "/a/b: Input/output error; what was finished is kept"),
         (errno.EPIPE, "the output was closed before its end, as `| head` does"),
     ],

@@ -195,4 +195,4 @@ def test_nothing_is_suspected_of_the_configs_there_are() -> None:
 def test_a_warmup_longer_than_the_run_is_told(points: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         assert train(points, "optim.warmup=60", "optim.lr=0.01") == 0
-    assert "the learning rate rises to 0.001 alone, and not to optim.lr=0.01" in caplog.text
+    assert "the learning rate rises only to 0.001, and not to optim.lr=0.01" in caplog.text
