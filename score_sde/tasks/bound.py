@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,57 +11,30 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config.build import build_bound_times
 from ..data.captions import Text
 from ..data.codecs import PixelCodec
 from ..data.sets import Split
 from ..likelihood.chain_bound import Bound, chain_bound
-from ..models.base import Counted
 from ..models.guidance import clip
 from ..models.pixel_levels import bits
-from .conditions import given, told
-from .inputs import number_of
-from .job import Job
-from .results import Arrays, error_of_mean, in_batches, mean_and_error, once, running_mean, write_arrays
-from .stamps import about_examples, about_times, keys_of, stamped
+from .conditions import given
+from .results import Arrays, error_of_mean, mean_and_error, running_mean, write_arrays
+from .stamps import StampedJob
 
 _PARTS = ("prior", "diffusion", "reconstruction")
 
 
-def run_bound(job: Job, split: Split, text: Text | None = None) -> tuple[Path, dict[str, Any]]:
-    """The variational bound of a split, bits/dim of its levels (nats for vectors), into a folder below likelihood/.
-
-    `likelihood.npz` has `bits_per_dim` (images, 1), its parts `prior`, `diffusion` and `reconstruction` (images,), and
-    by steps of the chain `times` and the mean over images of the `terms` (NaN for a step that no image drew), whose sum
-    is the diffusion's mean: `plt.plot(times, terms)` shows where the bits go. Where eval.terms of the steps were drawn,
-    it has `std_error` (images,), in nats over them, too. The stamp has the means of all.
-    """
-    config, codec, device = job.config, job.codec, job.processes.device
-    e, n, times = config.eval, number_of(split, config), build_bound_times(config, job.model.sde)
-    decoded = "pixels without dequantisation" if codec.levels else "Gaussian decoder"
-    about = {
-        "sde": repr(job.model.sde),
-        "estimate": f"variational bound of {len(times) - 1} steps, {decoded}",
-        **about_examples(split, e.split, n, text if told(config) else None),
-        "given_labels": told(config),
-        "grid": about_times(times),
-        "levels": codec.levels,
-        "unit": "bits/dim" if codec.levels else "nats",
-    }
-    label = f"{job.trained.path.stem}-{e.weights}-{e.split}-bound"
-    limited, made_from = stamped(job, e.weights, keys_of("bound", config), about)
-    clipped, model = limited.config.eval.clip_denoised, job.model
-    counted = Counted(clip(model, *codec.range) if clipped and isinstance(codec, PixelCodec) else model)
-    on_device = split.to(device), None if text is None else text.to(device)
-    evaluation = _Evaluation(replace(limited, model=counted), *on_device, times, n)
-    return once(job.workdir / "likelihood", label, made_from, "likelihood.npz", job.processes, evaluation.all)
-
-
 @dataclass(frozen=True)
-class _Evaluation:
-    """A split's first n examples on the device, and the chain's times; the job's model counts its evaluations."""
+class ChainEvaluation:
+    """The bound of a split's first n examples on the device, along the chain's times.
 
-    job: Job
+    `likelihood.npz` has `bits_per_dim` (images, 1), or `nats` of vectors, its parts `prior`, `diffusion` and
+    `reconstruction` (images,), and by steps of the chain `times` and the mean over images of the `terms` (NaN for a
+    step that no image drew), whose sum is the diffusion's mean: `plt.plot(times, terms)` shows where the bits go. Where
+    eval.terms of the steps were drawn, it has `std_error` (images,), in nats over them, too.
+    """
+
+    job: StampedJob
     split: Split
     text: Text | None
     times: Tensor
@@ -69,15 +42,14 @@ class _Evaluation:
 
     @property
     def steps(self) -> int:
-        """Those that have a term: a last one into clean data decodes."""
+        """How many steps have a term: a last one into clean data decodes."""
         return len(self.times) - (1 if bool(self.job.model.sde.sigma(self.times[-1]) > 0) else 2)
 
     def all(self, folder: Path) -> dict[str, Any]:
         """The bounds of all examples, their means and the errors of these."""
         job, e, levels = self.job, self.job.config.eval, self.job.codec.levels
         unit = "bits/dim" if levels else "nats"
-        progress = running_mean(f"{unit} at most")
-        joined = in_batches(folder, self.n, e.batch_size, job.processes, self.batch, unit, progress)
+        joined = job.in_batches(folder, self.n, e.batch_size, self.batch, unit, running_mean(f"{unit} at most"))
         if job.processes.main:
             self.write(joined, folder)
         mean, error = mean_and_error(joined["value"])
@@ -91,22 +63,21 @@ class _Evaluation:
 
     def batch(self, first: int, count: int) -> Arrays:
         """The bounds of the examples first to first + count - 1, and their terms summed by step."""
-        job, config, codec = self.job, self.job.config, self.job.codec
-        assert isinstance(job.model, Counted)
-        job.model.nfe = 0
-        index = torch.arange(first, first + count)
+        config, codec, e = self.job.config, self.job.codec, self.job.config.eval
+        index, model = torch.arange(first, first + count), self.job.model
+        clipped = clip(model, *codec.range) if e.clip_denoised and isinstance(codec, PixelCodec) else model
         bound = chain_bound(
-            given(config, job.model, self.split, index, self.text, codec),
+            given(config, clipped, self.split, index, self.text, codec),
             codec.encode(self.split[index][0]).to(torch.float32),
             self.times,
             variance=config.sampling.variance,
             levels=codec.levels,
             width=codec.width,
-            terms=config.eval.terms or None,
-            seed=config.eval.seed,
+            terms=e.terms or None,
+            seed=e.seed,
             first=first,
         )
-        return {**self.arrays(bound), "nfe": np.array([job.model.nfe])}
+        return self.arrays(bound)
 
     def arrays(self, bound: Bound) -> Arrays:
         parts = {
@@ -119,7 +90,7 @@ class _Evaluation:
         if self.job.codec.levels:
             parts = {name: bound.bits_per_dim(part) for name, part in parts.items()}
         arrays = {name: part.double().cpu().numpy() for name, part in parts.items()}
-        # Which term is whose: its step's place in the grid, to sum by step over the images of the batch.
+        # Each term's step is its place in the grid: terms are summed by step over the images of the batch.
         place = np.searchsorted(-self.times.numpy(), -bound.times.expand_as(bound.diffusion).numpy()).ravel()
         for name, weights in (("sum", arrays.pop("terms").ravel()), ("drawn", None)):
             arrays[name] = np.bincount(place, weights, minlength=self.steps)[None]

@@ -238,6 +238,18 @@ class Wanted(NamedTuple):
             told, beside = told | image, beside | image
         return told, beside
 
+    def described(self, scales: list[float], guides: Guides) -> dict[str, Any]:
+        """What a stamp says of all this and of its guidance, beside the keys of the section sampling."""
+        guided = bool(self.labels or self.prompts or guides.reference)
+        facts: dict[str, Any] = {"labels": self.labels, "guidance": scales if guided else None, **(guides.about or {})}
+        if self.text is not None:
+            facts |= {"prompts": list(self.prompts), "text_sha256": digest(*self.text)}
+        if self.images is not None:
+            facts["images_sha256"] = digest(self.images)
+        if self.changed is not None:
+            facts["input_sha256"] = self.changed.digest()
+        return facts
+
 
 def conditional(
     model: ScoreModel,
@@ -259,19 +271,6 @@ def conditional(
     shared = {name: value for name, value in wanted.items() if name in guides.reference_told}
     reference = reference.given(**shared) if shared else reference
     return guide(told, reference, scale, **interval, rescale=s.guidance_rescale)
-
-
-def about(wanted: Wanted, scales: list[float], guides: Guides) -> dict[str, Any]:
-    """What a stamp says of all this, beside the keys of the section sampling."""
-    guided = bool(wanted.labels or wanted.prompts or guides.reference)
-    found: dict[str, Any] = {"labels": wanted.labels, "guidance": scales if guided else None, **(guides.about or {})}
-    if wanted.text is not None:
-        found |= {"prompts": list(wanted.prompts), "text_sha256": digest(*wanted.text)}
-    if wanted.images is not None:
-        found["images_sha256"] = digest(wanted.images)
-    if wanted.changed is not None:
-        found["input_sha256"] = wanted.changed.digest()
-    return found
 
 
 def told(config: ConfigDict) -> bool:

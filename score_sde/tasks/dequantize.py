@@ -1,4 +1,4 @@
-"""The mode dequantize, and the file of the flow that it fits."""
+"""The mode dequantize, the file of the flow that it fits, and the dequantisation that the section eval names."""
 
 from __future__ import annotations
 
@@ -6,26 +6,35 @@ import argparse
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from ..data.codecs import PixelCodec
+from ..data.codecs import AutoencoderCodec, PixelCodec
 from ..data.sets import Data, Split
-from ..likelihood.dequantisation import VariationalDequantiser, fit_dequantiser
+from ..likelihood.dequantisation import (
+    Dequantiser,
+    TruncatedNormal,
+    Uniform,
+    VariationalDequantiser,
+    fit_dequantiser,
+    truncation_time,
+)
 from ..machine.lock import held
 from ..machine.log import keep_log, log
 from ..machine.progress import Progress
 from ..machine.whole_files import read_header, read_tensors, write_tensors
 from ..models.pixel_levels import bits
 from . import failures
+from .checkpoint import file_hash
 from .job import Job
-from .stamps import KEYS, stamped
+from .stamps import stamped
 
 FORMAT = "score_sde dequantiser 1"
 
 
 def command(options: argparse.Namespace, job: Job, images: Data) -> None:
-    """--mode dequantize; several processes fit one, in the main process."""
+    """--mode dequantize; of several processes the main one fits the flow."""
     if job.processes.main:
         with held(job.workdir / "dequantizers", "dequantizing"):
             path = run_dequantizing(job, images.train)
@@ -35,15 +44,15 @@ def command(options: argparse.Namespace, job: Job, images: Data) -> None:
 def run_dequantizing(job: Job, split: Split) -> Path:
     """Fit the flow that the section dequantizer describes to a checkpoint; return its file.
 
-    Where that file is there, and says that it was made from the same, nothing is fitted again.
+    A file that was made from the same is not fitted again.
     """
     codec, config = job.codec, job.config
     if not isinstance(codec, PixelCodec):
         raise ValueError(f"--mode dequantize is for pixels; data.dataset={config.data.dataset} holds floats")
     about = {"sde": repr(job.model.sde), "examples_sha256": split.digest()}
     target = dequantiser_path(job)
-    limited, stamp = stamped(job, config.eval.weights, KEYS["dequantize"], about)
-    made_from = json.dumps(stamp)
+    limited = stamped(job, "dequantize", about)
+    made_from = json.dumps(limited.made_from)
     keep_log()
     if was_made_from(target, made_from):
         return target
@@ -74,7 +83,7 @@ def run_dequantizing(job: Job, split: Split) -> Path:
 
 
 def save_dequantiser(path: Path, dequantiser: VariationalDequantiser, **about: str) -> None:
-    """Write a safetensors file, whole or absent, which says in its header how it was built, and what is in `about`."""
+    """Write a dequantiser to a safetensors file, whole or absent; its header says how it was built, and `about`."""
     d = dequantiser
     built = {"levels": d.codec.levels, "centered": d.codec.centered, "shape": d.shape, "hidden": d.hidden}
     built |= {"layers": len(d.couplings), "t_min": d.t_min}
@@ -82,7 +91,7 @@ def save_dequantiser(path: Path, dequantiser: VariationalDequantiser, **about: s
 
 
 def was_made_from(path: Path, made_from: str) -> bool:
-    """Whether there is a dequantiser's file, whole, whose header says this of what it was made from."""
+    """Whether the file holds a whole dequantiser, whose header has this `made_from`."""
     try:
         return load_dequantiser(path)[1].get("made_from") == made_from
     except (FileNotFoundError, ValueError):
@@ -90,7 +99,7 @@ def was_made_from(path: Path, made_from: str) -> bool:
 
 
 def load_dequantiser(path: Path) -> tuple[VariationalDequantiser, dict[str, str]]:
-    """(dequantiser, its file's header). Raises FileNotFoundError, or ValueError for a file that is none."""
+    """(dequantiser, its file's header). Raises FileNotFoundError, and ValueError for a file without a dequantiser."""
     if not path.is_file():
         raise FileNotFoundError(f"there is no dequantiser {path}; fit one with --mode dequantize")
     header, tensors = read_header(path), read_tensors(path)
@@ -107,5 +116,33 @@ def load_dequantiser(path: Path) -> tuple[VariationalDequantiser, dict[str, str]
 
 
 def dequantiser_path(job: Job) -> Path:
-    """Where --mode dequantize leaves the flow that it fitted to a checkpoint."""
+    """The file in which --mode dequantize keeps the flow that it fits to a checkpoint."""
     return job.workdir / "dequantizers" / f"{job.trained.path.stem}-{job.config.eval.weights}.safetensors"
+
+
+def law_of(job: Job) -> tuple[Dequantiser | None, str, dict[str, Any]]:
+    """How eval.dequantization dequantises pixels (None for vectors and codes), in words, and what the stamp adds.
+
+    Raises ValueError where the section eval asks vectors or codes for what only pixels have, and for a flow that was
+    fitted to another model, and FileNotFoundError where no flow was fitted.
+    """
+    e, codec = job.config.eval, job.codec
+    if not isinstance(codec, PixelCodec):
+        for key, usual in (("dequantization", "uniform"), ("importance_samples", 1), ("heat_map", 0)):
+            if e[key] != usual:
+                raise ValueError(f"eval.{key}={e[key]} is for pixels, and these data are floats: set it to {usual}")
+        coded = isinstance(codec, AutoencoderCodec)
+        return None, ", a bound with the autoencoder's reconstruction and entropy" if coded else "", {}
+    sentence = f", {e.dequantization.replace('_', ' ')} dequantisation"
+    if e.importance_samples > 1:
+        sentence += f", {e.importance_samples} importance samples"
+    if e.dequantization == "uniform":
+        return Uniform(codec, e.t_min), sentence, {}
+    if e.dequantization == "truncated_normal":
+        t_min = truncation_time(codec, job.model.sde, least=e.t_min)
+        return TruncatedNormal(codec, job.model.sde, t_min), sentence, {}
+    path = dequantiser_path(job)
+    law, header = load_dequantiser(path)
+    if header.get("checkpoint_sha256") != job.trained.sha256 or law.t_min != e.t_min or law.codec != codec:
+        raise ValueError(f"{path} was fitted to another checkpoint or t_min: run --mode dequantize again")
+    return law.to(job.processes.device), sentence, {"dequantizer_sha256": file_hash(path)}

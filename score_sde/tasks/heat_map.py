@@ -17,34 +17,34 @@ from ..likelihood.heat_maps import heat_map
 from ..models.pixel_levels import bits
 from ..ode.integrators import Solver
 from .conditions import given
-from .job import Job
-from .pictures import heat, write_grid
-from .results import Arrays, in_batches, kept, write_arrays
+from .pictures import grid, heat, write_png
+from .results import Arrays, kept, write_arrays
+from .stamps import StampedJob
 
 
 def write_heat_map(
-    job: Job, split: Split, law: Dequantiser | None, folder: Path, count: int, text: Text | None = None
+    job: StampedJob, split: Split, law: Dequantiser | None, folder: Path, count: int, text: Text | None = None
 ) -> None:
-    """The first images beside the bits of their pixels, `heat_map.png` and, (count, C, H, W), `heat_map.npz`.
+    """Write the first images beside the bits of their pixels: `heat_map.png` and, (count, C, H, W), `heat_map.npz`.
 
-    From black for the cheapest pixel of all to white for the dearest; a pixel's channels are averaged. The first draw
-    of dequantisation, and probes as in eval; all bits of an image average to its bits/dim, to the solver's error.
+    The cheapest pixel of all is black, the dearest white; a pixel's channels are averaged. Dequantisation is its first
+    draw, and probes are as in eval; the bits of an image average to its bits/dim, to the solver's error.
     """
-    assert law is not None  # vectors and codes are refused before
+    assert law is not None  # `law_of` refuses heat maps of vectors and codes
 
     def work(folder: Path) -> dict[str, Any]:
         batch = partial(_batch, job, split, law, text)
-        joined = in_batches(folder / "heat", count, job.config.eval.batch_size, job.processes, batch, "heat map")
+        joined = job.in_batches(folder / "heat", count, job.config.eval.batch_size, batch, "heat map")
         if job.processes.main:
             write_arrays(folder / "heat_map.npz", {"bits": joined["bits"]})
             _draw(joined, job.codec, folder)
         return {}
 
-    # and what the folder's stamp says
+    # the folder's own stamp says the rest
     kept(folder, {"images": count}, "heat_map.npz", job.processes, work, "heat_map.json")
 
 
-def _batch(job: Job, split: Split, law: Dequantiser, text: Text | None, first: int, count: int) -> Arrays:
+def _batch(job: StampedJob, split: Split, law: Dequantiser, text: Text | None, first: int, count: int) -> Arrays:
     e, index = job.config.eval, torch.arange(first, first + count)
     k, _ = split[index]
     u = uniform_numbers(tuple(k.shape), 1, e.seed, first)[0].to(k.device)
@@ -65,4 +65,4 @@ def _draw(joined: Arrays, codec: Codec, folder: Path) -> None:
     maps = heat((bits - bits.min()) / (bits.max() - bits.min()).clamp_min(1e-9))
     both = torch.stack([shown[:, :3].expand(-1, 3, -1, -1), maps], 1).flatten(0, 1)
     columns = 2 * math.ceil(math.sqrt(len(shown)))
-    write_grid(both, folder / "heat_map.png", columns, zoom=max(1, 32 // both.shape[-1]))
+    write_png(grid(both, columns, zoom=max(1, 32 // both.shape[-1])), folder / "heat_map.png")

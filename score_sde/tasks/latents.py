@@ -1,13 +1,13 @@
 """The modes encode, decode and interpolate: the probability flow both ways, with the solver of the section eval.
 
-Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
+Example i depends on (seed, i) alone, so batches may have any size, and processes may share them.
 """
 
 from __future__ import annotations
 
 import argparse
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from ..data.sets import Data, Split
 from ..likelihood.dequantisation import uniform_numbers
 from ..likelihood.latents import decode, encode, slerp
 from ..machine.log import log
-from ..models.base import Counted, ScoreModel
+from ..models.base import ScoreModel
 from ..models.guidance import guide
 from ..noise import noise_source
 from ..ode.integrators import Solver
@@ -31,8 +31,8 @@ from .codes import as_asked
 from .conditions import check_number, in_turn, labelled, sampled_labels, told
 from .inputs import number_of, own_examples, read_latents, split_of
 from .job import Job
-from .results import Arrays, channels_last, in_batches, once, write_arrays, write_pictures
-from .stamps import about_examples, keys_of, stamped
+from .results import Arrays, channels_last, write_arrays, write_pictures
+from .stamps import StampedJob, about_examples, stamped
 
 _SHOWN = 32  # images in the grid of encode, each beside what its latent decodes to
 
@@ -61,7 +61,7 @@ def command(options: argparse.Namespace, job: Job, images: Data) -> None:
 
 
 def _examples(options: argparse.Namespace, job: Job, images: Data) -> Split:
-    """The user's, or those of eval.split; of a model of codes as codes."""
+    """The user's examples, or those of eval.split; for a model of codes their codes."""
     device = job.processes.device
     if options.input is not None:
         return own_examples(options, job.config, images, job.codec, device)
@@ -72,24 +72,21 @@ def _examples(options: argparse.Namespace, job: Job, images: Data) -> Split:
 def run_encoding(job: Job, split: Split, own: bool = False) -> tuple[Path, dict[str, Any]]:
     """Latents of a split's first eval.num_images examples, into a folder below latents/.
 
-    `latents.npz` has `latents` (N, *shape) and, each example's, `largest_error` and `rms_error` of decode(encode(x)),
-    in levels of pixels, and of class-conditional models the `labels` that were given; the stamp has the errors of all,
+    `latents.npz` has `latents` (N, *shape), each example's `largest_error` and `rms_error` of decode(encode(x)), in
+    levels of pixels, and for class-conditional models the `labels` that were given; the stamp has the errors of all,
     and the fraction of pixels that come back to their level. A grid shows the first images, each beside what its latent
-    decodes to. `own` says that the split is the user's, of --input, and not that of eval.split.
+    decodes to. `own` says that the split is the user's, from --input, and not that of eval.split.
     """
-    config, e, n = job.config, job.config.eval, number_of(split, job.config)
-    source = "input" if own else e.split
-    about = {"mode": "encode", **about_examples(split, source, n), "number": n, **_road(job)}
-    label = f"{job.trained.path.stem}-{e.weights}-{source}"
-    limited, made_from = stamped(replace(job, model=Counted(job.model)), e.weights, keys_of("encode", config), about)
+    n, source = number_of(split, job.config), "input" if own else job.config.eval.split
+    limited = stamped(job, "encode", {"mode": "encode", **about_examples(split, source, n), "number": n, **_flow(job)})
     split = split.to(job.processes.device)
 
     def work(folder: Path) -> dict[str, Any]:
         batch = partial(_encoded, limited, split)
-        joined = in_batches(folder, n, limited.config.eval.batch_size, job.processes, batch, "encoding")
+        joined = limited.in_batches(folder, n, limited.config.eval.batch_size, batch, "encoding")
         if job.processes.main:
-            kept = ("latents", "largest_error", "rms_error", "labels")
-            write_arrays(folder / "latents.npz", {name: joined[name] for name in kept if name in joined})
+            stored = ("latents", "largest_error", "rms_error", "labels")
+            write_arrays(folder / "latents.npz", {name: joined[name] for name in stored if name in joined})
             if "pairs" in joined:
                 write_pictures(joined["pairs"], job.codec, folder, columns=min(8, len(joined["pairs"])))
         deviation = float(np.sqrt((joined["latents"].astype(np.float64) ** 2).mean()))
@@ -102,32 +99,30 @@ def run_encoding(job: Job, split: Split, own: bool = False) -> tuple[Path, dict[
             "nfe": joined["nfe"].mean(0).tolist(),
         }
 
-    return once(job.workdir / "latents", label, made_from, "latents.npz", job.processes, work)
+    return limited.once("latents", (source,), "latents.npz", work)
 
 
-def _encoded(job: Job, split: Split, first: int, count: int) -> Arrays:
+def _encoded(job: StampedJob, split: Split, first: int, count: int) -> Arrays:
     """Latents of the examples first to first + count - 1, and how far they come back."""
-    config, codec, counted = job.config, job.codec, job.model
-    assert isinstance(counted, Counted)
+    config, codec = job.config, job.codec
     k, y = split[torch.arange(first, first + count)]
     x = as_in_training(k, codec, config, first)
-    model = labelled(config, counted, y)
-    counted.nfe = 0
+    model = labelled(config, job.model, y)
     z = encode(model, x, **_options(config))
-    there, counted.nfe = counted.nfe, 0
+    there = job.model.nfe
     back = decode(model, z, **_options(config))
     error = _in_levels(back - x, codec).flatten(1).double()
     arrays = {
         "latents": z.to(torch.float32).cpu().numpy(),
         "largest_error": error.abs().amax(1).cpu().numpy(),
         "rms_error": error.square().mean(1).sqrt().cpu().numpy(),
-        "nfe": np.array([[there, counted.nfe]]),
+        "nfe": np.array([[there, job.model.nfe - there]]),
     }
     if told(config) and y is not None:
         arrays["labels"] = y.cpu().numpy()
     if isinstance(codec, PixelCodec):
         arrays["same"] = (codec.decode(back) == k).double().flatten(1).mean(1).cpu().numpy()
-    if codec.pixels is not None:  # of a code, what it decodes to beside what its latent does
+    if codec.pixels is not None:  # a code is shown as what it decodes to
         image = k if isinstance(codec, PixelCodec) else codec.decode(k)
         pairs = torch.stack([image, codec.decode(back)], 1)[: max(0, min(count, _SHOWN - first))]
         arrays["pairs"] = channels_last(pairs.flatten(0, 1))
@@ -148,48 +143,46 @@ def round_trip(result: dict[str, Any]) -> str:
 
 def run_decoding(job: Job, path: Path) -> tuple[Path, dict[str, Any]]:
     """What the latents of a file decode to, times sampling.temperature, into a folder below decoded/: `samples.npz` as
-    of --mode sample, and a grid.
+    --mode sample writes it, and a grid.
 
     A class-conditional model is given the labels in the file. Raises ValueError where there are none.
     """
-    config, e, (latents, labels) = job.config, job.config.eval, read_latents(path, job.shape)
-    if told(config) and labels is None:
+    latents, labels = read_latents(path, job.shape)
+    if told(job.config) and labels is None:
         raise ValueError(
             f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
             "eval.conditional=False"
         )
-    about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_road(job)}
-    label = f"{job.trained.path.stem}-{e.weights}"
-    limited, made_from = stamped(job, e.weights, keys_of("decode", config), about)
-    config, counted = limited.config, Counted(job.model)
+    about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_flow(job)}
+    limited = stamped(job, "decode", about)
+    config = limited.config
 
     def batch(first: int, count: int) -> Arrays:
-        counted.nfe = 0
         z = config.sampling.temperature * latents[first : first + count].to(job.processes.device)
         y = None if labels is None else labels[first : first + count]
-        x = decode(labelled(config, counted, y), z, **_options(config))
-        return {"arr_0": channels_last(job.codec.decode(x)), "nfe": np.array([counted.nfe])}
+        x = decode(labelled(config, limited.model, y), z, **_options(config))
+        return {"arr_0": channels_last(job.codec.decode(x))}
 
     def work(folder: Path) -> dict[str, Any]:
-        joined = in_batches(folder, len(latents), config.eval.batch_size, job.processes, batch, "decoding")
+        joined = limited.in_batches(folder, len(latents), config.eval.batch_size, batch, "decoding")
         if job.processes.main:
             write_arrays(folder / "samples.npz", {"arr_0": joined["arr_0"]})
             write_pictures(joined["arr_0"], job.codec, folder)
         return {"nfe": float(joined["nfe"].mean())}
 
-    return once(job.workdir / "decoded", label, made_from, "samples.npz", job.processes, work)
+    return limited.once("decoded", (), "samples.npz", work)
 
 
 def run_interpolation(job: Job, split: Split | None, own: bool = False) -> tuple[Path, dict[str, Any]]:
-    """From one latent to another on the sphere, decoded, into a folder below interpolations/: `interpolations.npz`
-    (`arr_0`, a row for each pair), and a grid.
+    """Interpolations on the sphere between two latents, decoded, into a folder below interpolations/:
+    `interpolations.npz` (`arr_0`, a row for each pair), and a grid.
 
-    The latents are those of a split's examples, the first and second, the third and fourth, and so on; for a split of
-    None draws from the prior, latent i from (sampling.seed, i) as in --mode sample. All are multiplied by
-    sampling.temperature. Of examples the stamp has how far the decoded ends are from them.
+    The latents are those of a split's examples, the first and second, the third and fourth, and so on; without a split
+    they are draws from the prior, latent i from (sampling.seed, i) as in --mode sample. All are multiplied by
+    sampling.temperature. For examples the stamp has how far the decoded ends are from them.
 
     A class-conditional model is given the labels of a split's examples, or for draws sampling.labels in turn; between
-    two labels its score goes along the line from one to the other.
+    two labels its score is interpolated linearly.
     """
     config, e, i = job.config, job.config.eval, job.config.interpolation
     pairs = i.pairs if split is None else min(i.pairs, len(split) // 2)
@@ -203,16 +196,15 @@ def run_interpolation(job: Job, split: Split | None, own: bool = False) -> tuple
         between = {"shape": list(job.shape), "labels": labels}
     else:
         between = about_examples(split, "input" if own else e.split, 2 * pairs)
-    about = {"mode": "interpolate", **between, "pairs": pairs, "steps": i.steps, **_road(job)}
-    keys = keys_of("interpolate" if split is not None else "interpolate seeds", config)
-    label = f"{job.trained.path.stem}-{e.weights}-{i.between}"
-    limited, made_from = stamped(replace(job, model=Counted(job.model)), e.weights, keys, about)
+    about = {"mode": "interpolate", **between, "pairs": pairs, "steps": i.steps, **_flow(job)}
+    words = (i.between,)
+    limited = stamped(job, "interpolate seeds" if split is None else "interpolate", about)
     ends = _Ends(limited, None if split is None else split.to(job.processes.device), labels)
 
     def work(folder: Path) -> dict[str, Any]:
         steps = limited.config.interpolation.steps
         size = max(1, limited.config.eval.batch_size // steps)
-        joined = in_batches(folder, pairs, size, job.processes, ends.rows, "interpolating")
+        joined = limited.in_batches(folder, pairs, size, ends.rows, "interpolating")
         if job.processes.main:
             rows = joined["arr_0"]
             write_arrays(folder / "interpolations.npz", {"arr_0": rows})
@@ -223,40 +215,38 @@ def run_interpolation(job: Job, split: Split | None, own: bool = False) -> tuple
             result |= {"unit": unit, "ends_rms_error": math.sqrt(joined["error"].mean())}
         return result
 
-    return once(job.workdir / "interpolations", label, made_from, "interpolations.npz", job.processes, work)
+    return limited.once("interpolations", words, "interpolations.npz", work)
 
 
 @dataclass(frozen=True)
 class _Ends:
-    """Between what interpolations go: a split's examples, or draws with these labels in turn."""
+    """The ends of interpolations: a split's examples, or draws with these labels in turn."""
 
-    job: Job
+    job: StampedJob
     split: Split | None
     labels: list[int]
 
     def rows(self, first: int, count: int) -> Arrays:
         """The rows first to first + count - 1, decoded."""
-        config, codec, counted = self.job.config, self.job.codec, self.job.model
-        assert isinstance(counted, Counted)
-        counted.nfe = 0
+        config, codec = self.job.config, self.job.codec
         steps = config.interpolation.steps
         x, y, z = self.latents(2 * first, 2 * count)
         weights = torch.linspace(0, 1, steps, dtype=torch.float64, device=self.job.processes.device)
         between = config.sampling.temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
-        model: ScoreModel = counted
+        model: ScoreModel = self.job.model
         if told(config) and y is not None:
-            begin, end = (counted.given(label=half.repeat_interleave(steps)) for half in (y[0::2], y[1::2]))
+            begin, end = (model.given(label=half.repeat_interleave(steps)) for half in (y[0::2], y[1::2]))
             model = guide(end, begin, weights.repeat(count))
         decoded = decode(model, between.reshape(-1, *self.job.shape), **_options(config)).reshape(between.shape)
         rows = channels_last(codec.decode(decoded.flatten(0, 1)))
-        arrays = {"arr_0": rows.reshape(count, steps, *rows.shape[1:]), "nfe": np.array([counted.nfe])}
+        arrays = {"arr_0": rows.reshape(count, steps, *rows.shape[1:])}
         if x is not None:
             error = _in_levels(torch.stack([decoded[:, 0] - x[0::2], decoded[:, -1] - x[1::2]], 1), codec).flatten(1)
             arrays["error"] = error.double().square().mean(1).cpu().numpy()
         return arrays
 
     def latents(self, first: int, count: int) -> tuple[Tensor | None, Tensor | None, Tensor]:
-        """(examples, labels, latents) of the ends first to first + count - 1; draws are of no examples."""
+        """(examples, labels, latents) of the ends first to first + count - 1; draws have no examples."""
         job, config = self.job, self.job.config
         if self.split is None:
             noise = noise_source((count, *job.shape), config.sampling.seed, first, torch.float32, job.processes.device)
@@ -267,7 +257,7 @@ class _Ends:
         return x, y, encode(labelled(config, job.model, y), x, **_options(config))
 
 
-def _road(job: Job) -> dict[str, Any]:
+def _flow(job: Job) -> dict[str, Any]:
     """What the stamp says of the ODE, beside its keys of the section eval."""
     return {"sde": repr(job.model.sde), "given_labels": told(job.config)}
 
@@ -278,10 +268,10 @@ def _options(config: ConfigDict) -> dict[str, Any]:
 
 
 def as_in_training(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
-    """Stored values as the model saw them, which if it was trained so is with uniform noise within a level.
+    """Stored values as the model saw them in training: with uniform noise within a level, if it was trained so.
 
-    The noise is that of the likelihood, of (eval.seed, first + i). Without it an even surface would be encoded far from
-    where the prior is.
+    The noise is that of the likelihood, from (eval.seed, first + i). Without it an even surface would be encoded far
+    from where the prior is.
     """
     u = None
     if isinstance(codec, PixelCodec) and config.data.uniform_dequantization:

@@ -1,7 +1,8 @@
 """The mode likelihood: bits/dim of held-out examples with its errors, by one of three estimators.
 
-They are the probability flow, the variational bound of the SDE, and that of a chain, which for pixels is `bound`'s.
-Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
+They are the probability-flow ODE, the variational bound of the SDE, and the variational bound of a chain, which for
+pixels and vectors `bound` evaluates. Example i depends on (seed, i) alone, so batches may have any size, and processes
+may share them.
 """
 
 from __future__ import annotations
@@ -22,33 +23,24 @@ from torch import Tensor
 
 from ..config.build import build_bound_times
 from ..data.captions import Text
-from ..data.codecs import AutoencoderCodec, PixelCodec
+from ..data.codecs import AutoencoderCodec
 from ..data.sets import Data, Split
 from ..likelihood.chain_bound import chain_bound
 from ..likelihood.code_bound import LatentBound, in_bits, latent_bound
-from ..likelihood.dequantisation import (
-    Dequantiser,
-    LogProbability,
-    TruncatedNormal,
-    Uniform,
-    log_probability,
-    truncation_time,
-    uniform_numbers,
-)
+from ..likelihood.dequantisation import Dequantiser, LogProbability, log_probability, uniform_numbers
 from ..likelihood.exact import Likelihood, log_likelihood
 from ..likelihood.sde_bound import variational_bound
 from ..machine.log import log
 from ..models.base import ScoreModel
 from ..models.pixel_levels import bits
-from .bound import run_bound
-from .checkpoint import file_hash
+from .bound import ChainEvaluation
 from .conditions import given, told
-from .dequantize import dequantiser_path, load_dequantiser
+from .dequantize import law_of
 from .heat_map import write_heat_map
 from .inputs import number_of, split_of
 from .job import Job
-from .results import Arrays, error_of_mean, in_batches, mean_and_error, once, running_mean, write_arrays
-from .stamps import about_examples, about_times, keys_of, stamped
+from .results import Arrays, error_of_mean, mean_and_error, running_mean, write_arrays
+from .stamps import StampedJob, about_examples, about_times, stamped
 from .texts import embedded_captions
 
 CODED = ("reconstruction", "latent", "entropy")  # parts of the bound of a model of codes
@@ -72,48 +64,47 @@ def command(options: argparse.Namespace, job: Job, images: Data) -> None:
 def run_likelihood(job: Job, split: Split, text: Text | None = None) -> tuple[Path, dict[str, Any]]:
     """Bits/dim (nats for vectors) of a split as the section eval says, into a folder below likelihood/.
 
-    eval.estimate says by which estimator. `likelihood.npz` has `bits_per_dim` (images, dequantisations), `log_prob`,
-    the same in nats, and `std_error`, in nats over probes or draws; the stamp has their mean, and its errors apart (see
-    `reported`). Of a chain's bound of pixels or vectors see `run_bound`.
+    eval.estimate chooses the estimator. `likelihood.npz` has `bits_per_dim` (images, dequantisations), `log_prob`, the
+    same in nats, and `std_error`, in nats over probes or draws; the stamp has their mean and its errors (see
+    `reported`). For a chain's bound of pixels or vectors it is the file of `ChainEvaluation`.
 
-    Of a model of codes, whose `split` are the images, it is the bound of `latent_bound`, in bits/dim of the pixels,
+    For a model of codes, whose `split` has the images, it is the bound of `latent_bound`, in bits/dim of the pixels,
     with its three parts (images, dequantisations) beside it; a dequantisation then is a draw of the code, and a chain's
     bound takes the place of log p(y).
     """
-    kind, config, codec = estimator_of(job.config), job.config, job.codec
-    coded = isinstance(codec, AutoencoderCodec)
-    if kind == "bound" and not coded:
-        return run_bound(job, split, text)
-    e, n, levels = config.eval, number_of(split, config), codec.pixels.levels if codec.pixels else None
-    law, dequantised = _dequantiser(job)
-    repeats = e.dequantizations if law or coded else 1
+    kind, config, codec, e = estimator_of(job.config), job.config, job.codec, job.config.eval
+    coded, n, levels = isinstance(codec, AutoencoderCodec), number_of(split, config), (codec.pixels or codec).levels
     times = build_bound_times(config, job.model.sde) if kind == "bound" else None
-    made = ESTIMATORS[kind]
-    about = {
+    about: dict[str, Any] = {
         "sde": repr(job.model.sde),
-        "estimate": made.road + dequantised.pop("sentence"),
-        **dequantised,
         **about_examples(split, e.split, n, text if told(config) else None),
-        "t_min": law.t_min if law else e.t_min,
-        **({} if times is None else {"grid": about_times(times)}),
-        "dequantizations": repeats,
         "given_labels": told(config),
+        **({} if times is None else {"grid": about_times(times)}),
         "levels": levels,
         "unit": "bits/dim" if levels else "nats",
     }
-    label, pictures = f"{job.trained.path.stem}-{e.weights}-{e.split}", min(e.heat_map, n)
-    limited, made_from = stamped(job, e.weights, keys_of(kind, config), about)
-    split, text = split.to(job.processes.device), None if text is None else text.to(job.processes.device)
-    estimator = made(limited.config) if times is None else ChainBound(limited.config, times)
-    evaluation = _Evaluation(limited, split, text, law, estimator, n, repeats)
-    folder, result = once(job.workdir / "likelihood", label, made_from, "likelihood.npz", job.processes, evaluation.all)
+    device, words = job.processes.device, (e.split,)
+    on_device = split.to(device), None if text is None else text.to(device)
+    if times is not None and not coded:
+        decoded = "pixels without dequantisation" if levels else "Gaussian decoder"
+        about["estimate"] = f"variational bound of {len(times) - 1} steps, {decoded}"
+        limited = stamped(job, kind, about)
+        chain = ChainEvaluation(limited, *on_device, times, n)
+        return limited.once("likelihood", (*words, "bound"), "likelihood.npz", chain.all)
+    law, sentence, dequantised = law_of(job)
+    repeats, pictures = e.dequantizations if law or coded else 1, min(e.heat_map, n)
+    about |= {"estimate": ESTIMATORS[kind].road + sentence, **dequantised, "dequantizations": repeats}
+    limited = stamped(job, kind, {**about, "t_min": law.t_min if law else e.t_min})
+    estimator = ESTIMATORS[kind](limited.config, *([] if times is None else [times]))
+    evaluation = _Evaluation(limited, *on_device, law, estimator, n, repeats)
+    folder, result = limited.once("likelihood", words, "likelihood.npz", evaluation.all)
     if pictures:
-        write_heat_map(limited, split, law, folder, pictures, text)
+        write_heat_map(limited, on_device[0], law, folder, pictures, on_device[1])
     return folder, result
 
 
 def estimator_of(config: ConfigDict) -> str:
-    """Which of `ESTIMATORS`; left alone, the chain's bound for a model of a chain's steps, and else the ODE."""
+    """Which of `ESTIMATORS` eval.estimate names; "auto" is the chain's bound for models of a chain, else the ODE."""
     estimate = config.eval.estimate
     return str(estimate) if estimate != "auto" else "ode" if config.training.continuous else "bound"
 
@@ -121,10 +112,10 @@ def estimator_of(config: ConfigDict) -> str:
 def reported(result: dict[str, Any]) -> str:
     """A result in one line, ``bits/dim 3.4120 ± 0.0060 (images) ± 0.0010 (probes) ± 0.0001 (solver), NFE 91``.
 
-    Images: the standard error of the mean over images, in whose spread that of probes and dequantisation is contained.
-    Probes: the part of it that other probes would change, from their spread in each image; of a single probe, from a
+    Images: the standard error of the mean over images; their spread contains that of probes and dequantisation.
+    Probes: the part of it that other probes would change, from their spread in each image; for a single probe, from a
     pair for each of the first eval.check_images images. Solver: the mean absolute difference, in those images, from
-    tolerances ten times tighter. Draws: of a bound, the part of its Monte Carlo over time, or over the chain's steps.
+    tolerances ten times tighter. Draws: the part of a bound's Monte Carlo over time, or over the chain's steps.
     """
     errors = result.get("errors", {"images": result["standard_error"]})
     parts = [
@@ -137,20 +128,20 @@ def reported(result: dict[str, Any]) -> str:
 
 
 class Estimator(Protocol):
-    """An estimate of log p, or of a lower bound on it, of the examples first, first + 1, ..."""
+    """It estimates log p, or a lower bound on it, for the examples first, first + 1, ..."""
 
     road: str
 
     def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood:
-        """Of x (B, *shape) as the model sees it."""
+        """The estimate for x (B, *shape) as the model sees it."""
 
     def of_pixels(self, model: ScoreModel, k: Tensor, law: Dequantiser, first: int) -> LogProbability | Likelihood:
-        """Of stored levels k (B, *shape), dequantised by `law`."""
+        """The estimate for stored levels k (B, *shape), dequantised by `law`."""
 
 
 @dataclass(frozen=True)
 class Flow:
-    """By the probability-flow ODE, to its solver's tolerances and the spread of probes."""
+    """Log p by the probability-flow ODE, with the solver's tolerances and the probes of the section eval."""
 
     config: ConfigDict
     tighter: float = 1.0  # divides the tolerances
@@ -170,7 +161,7 @@ class Flow:
 
 
 class _Bounded(ABC):
-    """A bound of pixels is that of a dequantised image, less the law's own log density."""
+    """The bound of pixels is that of a dequantised image, less the law's own log density."""
 
     config: ConfigDict
 
@@ -186,7 +177,7 @@ class _Bounded(ABC):
 
 @dataclass(frozen=True)
 class SdeBound(_Bounded):
-    """By the variational bound of the SDE, with eval.draws of its times for each example."""
+    """The variational bound of the SDE, with eval.draws of its times for each example."""
 
     config: ConfigDict
     road = "variational bound of the SDE"
@@ -199,7 +190,7 @@ class SdeBound(_Bounded):
 
 @dataclass(frozen=True)
 class ChainBound(_Bounded):
-    """By the variational bound of a chain of `times`, here of floats."""
+    """The variational bound of a chain of `times`, here for floats."""
 
     config: ConfigDict
     times: Tensor
@@ -216,24 +207,19 @@ ESTIMATORS: dict[str, Any] = {"ode": Flow, "sde_bound": SdeBound, "bound": Chain
 
 @dataclass(frozen=True)
 class _Evaluation:
-    """A split's first n examples, each `repeats` times, and the estimator; all on the device.
+    """The likelihood of a split's first n examples, each `repeats` times, by an estimator; all on the device.
 
-    Row j of the work is example j % n in dequantisation j // n, so that a run that was stopped early has gone once
-    over as many examples as it could.
+    Row j of the work is example j % n in dequantisation j // n, so that a run that is stopped early has seen as many
+    examples as possible once.
     """
 
-    job: Job
+    job: StampedJob
     split: Split
     text: Text | None
     law: Dequantiser | None
     estimator: Estimator
     n: int
     repeats: int
-
-    @property
-    def unit(self) -> float:
-        """Bits per dimension of a nat; vectors stay in nats."""
-        return bits(1.0, math.prod(self.split.shape)) if self.job.codec.pixels else 1.0
 
     def all(self, folder: Path) -> dict[str, Any]:
         """The values of all examples, their mean and its errors."""
@@ -259,8 +245,12 @@ class _Evaluation:
             "failed": np.flatnonzero(failed).tolist(),
         }
 
-    def batches(self, folder: Path, total: int, compute: Callable[[int, int], Arrays], *words: Any) -> Arrays:
-        return in_batches(folder, total, self.job.config.eval.batch_size, self.job.processes, compute, *words)
+    def batches(self, folder: Path, total: int, compute: Callable[[int, int], Arrays], *shown: Any) -> Arrays:
+        return self.job.in_batches(folder, total, self.job.config.eval.batch_size, compute, *shown)
+
+    def per_nat(self) -> float:
+        """Bits per dimension of a nat; vectors stay in nats."""
+        return bits(1.0, math.prod(self.split.shape)) if self.job.codec.pixels else 1.0
 
     def batch(self, first: int, count: int, estimator: Estimator | None = None) -> Arrays:
         """The rows first to first + count - 1."""
@@ -268,26 +258,27 @@ class _Evaluation:
         index = torch.arange(first, first + count) % self.n
         k = self.split[index][0]
         model = given(self.job.config, self.job.model, self.split, index, self.text, codec)
-        found: LogProbability | Likelihood | LatentBound
+        estimate: LogProbability | Likelihood | LatentBound
         if isinstance(codec, AutoencoderCodec):
             density = partial(estimator.of_floats, model, first=first)
-            found = latent_bound(codec, k, density, seed=self.job.config.eval.seed, first=first)
+            estimate = latent_bound(codec, k, density, seed=self.job.config.eval.seed, first=first)
         elif self.law is not None:
-            found = estimator.of_pixels(model, k, self.law, first)
+            estimate = estimator.of_pixels(model, k, self.law, first)
         else:
-            found = estimator.of_floats(model, k.to(torch.float32), first)
-        arrays = {"value": -self.unit * found.log_prob, "log_prob": found.log_prob, "std_error": found.std_error}
-        if isinstance(found, LatentBound):
-            arrays |= in_bits(found, math.prod(self.split.shape))
-        return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([found.nfe])}
+            estimate = estimator.of_floats(model, k.to(torch.float32), first)
+        arrays = {"value": -self.per_nat() * estimate.log_prob}
+        arrays |= {"log_prob": estimate.log_prob, "std_error": estimate.std_error}
+        if isinstance(estimate, LatentBound):
+            arrays |= in_bits(estimate, math.prod(self.split.shape))
+        return {**{name: v.double().cpu().numpy() for name, v in arrays.items()}, "nfe": np.array([estimate.nfe])}
 
     def errors(self, folder: Path, by_image: Arrays, kept: np.ndarray) -> dict[str, float | None]:
-        """Which parts of the images' error other draws would change, by what is drawn, and the solver's own."""
+        """The parts of the images' error that other draws would change, by what is drawn, and the solver's error."""
         e, std_error = self.job.config.eval, by_image["std_error"]
         errors: dict[str, float | None] = {}
         if isinstance(self.job.codec, AutoencoderCodec) and self.repeats > 1:
             errors["codes"] = error_of_mean(by_image["value"][kept].std(1, ddof=1) / math.sqrt(self.repeats))
-        spread = self.unit * error_of_mean(std_error[kept])
+        spread = self.per_nat() * error_of_mean(std_error[kept])
         if isinstance(self.estimator, Flow):
             return errors | self.errors_of_flow(folder, by_image, kept, spread)
         return errors | ({"draws": spread} if isinstance(self.estimator, SdeBound) or e.terms else {})
@@ -295,7 +286,7 @@ class _Evaluation:
     def errors_of_flow(
         self, folder: Path, by_image: Arrays, kept: np.ndarray, spread: float
     ) -> dict[str, float | None]:
-        """The probes' error and the solver's, the last from the first eval.check_images images once more."""
+        """The errors of probes and solver; the first eval.check_images images are evaluated again for the solver's."""
         e, config = self.job.config.eval, self.job.config
         checks = min(e.check_images, self.n)
         errors: dict[str, float | None] = {"probes": None}
@@ -304,39 +295,12 @@ class _Evaluation:
         elif checks:
             again = partial(self.batch, estimator=Flow(config, probes=2))
             pairs = self.batches(folder / "probes", checks, again, "probes")
-            # sqrt(2) times the error of two is that of one.
+            # the error of one probe is sqrt(2) times that of two
             squares = pairs["std_error"][kept[:checks]] ** 2
-            errors["probes"] = self.unit * math.sqrt(2 * squares.mean() / (self.n * self.repeats))
+            errors["probes"] = self.per_nat() * math.sqrt(2 * squares.mean() / (self.n * self.repeats))
         if checks:
             again = partial(self.batch, estimator=Flow(config, tighter=10.0))
             finer = self.batches(folder / "solver", checks, again, "solver")["value"]
             off = np.abs(finer - by_image["value"][:checks, 0])
             errors["solver"] = float(off[kept[:checks]].mean())
         return errors
-
-
-def _dequantiser(job: Job) -> tuple[Dequantiser | None, dict[str, Any]]:
-    """How the pixels are dequantised, and what the stamp says of it; None for vectors and codes."""
-    e, codec = job.config.eval, job.codec
-    if not isinstance(codec, PixelCodec):
-        for key, usual in (("dequantization", "uniform"), ("importance_samples", 1), ("heat_map", 0)):
-            if e[key] != usual:
-                raise ValueError(f"eval.{key}={e[key]} is for pixels, and these data are floats: set it to {usual}")
-        coded = isinstance(codec, AutoencoderCodec)
-        return None, {"sentence": ", a bound with the autoencoder's reconstruction and entropy" if coded else ""}
-    law: Dequantiser
-    about: dict[str, Any] = {}
-    if e.dequantization == "uniform":
-        law = Uniform(codec, e.t_min)
-    elif e.dequantization == "truncated_normal":
-        law = TruncatedNormal(codec, job.model.sde, truncation_time(codec, job.model.sde, least=e.t_min))
-    else:
-        path = dequantiser_path(job)
-        law, header = load_dequantiser(path)
-        if header.get("checkpoint_sha256") != job.trained.sha256 or law.t_min != e.t_min or law.codec != codec:
-            raise ValueError(f"{path} was fitted to another checkpoint or t_min; run --mode dequantize again")
-        law, about["dequantizer_sha256"] = law.to(job.processes.device), file_hash(path)
-    sentence = f", {e.dequantization.replace('_', ' ')} dequantisation"
-    if e.importance_samples > 1:
-        sentence += f", {e.importance_samples} importance samples"
-    return law, {"sentence": sentence, **about}

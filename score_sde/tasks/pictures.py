@@ -1,4 +1,4 @@
-"""Pictures of samples: PNGs, grids of them, and the plane's points as a picture."""
+"""Pictures of samples: PNGs, grids of images, heat maps, and histograms of points of the plane."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def grid(
     groups: Sequence[int] | None = None,
     names: Sequence[str] = (),
 ) -> Tensor:
-    """uint8 (N, C, H, W) as one picture (C, H', W'), row by row, two black pixels between and around them.
+    """A grid of images, uint8 (N, C, H, W), as one picture (C, H', W'), with two black pixels around each.
 
     Args:
         images: C is 1 or 3.
-        columns: images in a row; by default the picture is as square as may be.
+        columns: images in a row; by default the picture is as nearly square as possible.
         zoom: repeats each pixel, for images too small to see.
-        groups: of each image, counted from 0: a class, a prompt, a scale of guidance. The images of a group stand
-            together, in order, in rows of their own (see `layout`), and those of one group where the same of another
-            do. Takes the place of `columns`.
-        names: of the groups, written in front of their first rows.
+        groups: each image's group, counted from 0: a class, a prompt, a scale of guidance. The images of a group are
+            in rows of their own, in order (see `layout`); image j has the same place in each group. `columns` has no
+            effect then.
+        names: the groups' names, written in front of their first rows.
     """
     n, c, h, w = images.shape
     h, w, of = h * zoom + _PADDING, w * zoom + _PADDING, [0] * n if groups is None else list(groups)
@@ -62,8 +62,8 @@ def grid(
 def layout(groups: int, most: int, ratio: float = 1.0) -> tuple[int, int, int]:
     """(groups side by side, rows of a group, columns of a group) in a grid of groups of `most` images or fewer.
 
-    A row for each group where that is nearly as square as may be; else what makes the longer side shortest. `ratio` is
-    an image's height over its width.
+    Each group is one row where the grid is then nearly as square as possible; else the longer side is made shortest.
+    `ratio` is an image's height over its width.
     """
 
     def side(across: int, down: int) -> float:
@@ -76,17 +76,17 @@ def layout(groups: int, most: int, ratio: float = 1.0) -> tuple[int, int, int]:
 
 
 def first_of_each(groups: Sequence[int], most: int) -> list[int]:
-    """Indices, in order, of at most `most` images: of each group as many of its first ones, one at least."""
-    each, seen, found = max(1, most // max(len(set(groups)), 1)), Counter[int](), list[int]()
+    """Indices, in order, of at most `most` images: the first ones of each group, equally many, at least one."""
+    each, seen, chosen = max(1, most // max(len(set(groups)), 1)), Counter[int](), list[int]()
     for i, group in enumerate(groups):
         if seen[group] < each:
             seen[group] += 1
-            found.append(i)
-    return found[:most]
+            chosen.append(i)
+    return chosen[:most]
 
 
 def _written(text: str, height: int) -> Tensor:
-    """A line of text, uint8 (height, its width), in the middle."""
+    """A line of text, uint8 (height, its width), centred vertically."""
     text = text if len(text) <= _LETTERS else text[: _LETTERS - 3] + "..."
     font = ImageFont.load_default()
     try:
@@ -100,7 +100,7 @@ def _written(text: str, height: int) -> Tensor:
 
 
 def write_png(image: Tensor, path: str | Path) -> None:
-    """One uint8 picture (C, H, W), C being 1 or 3, as a PNG, which is whole or absent."""
+    """Write one uint8 picture (C, H, W) as a PNG, which is whole or absent. C is 1 or 3."""
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] not in (1, 3):
         raise ValueError(f"a PNG needs uint8 (1 or 3, H, W), got {image.dtype} {tuple(image.shape)}")
     pixels = image.cpu().permute(1, 2, 0).numpy()
@@ -108,20 +108,8 @@ def write_png(image: Tensor, path: str | Path) -> None:
         Image.fromarray(pixels[..., 0] if len(image) == 1 else pixels).save(file, format="PNG")
 
 
-def write_grid(
-    images: Tensor,
-    path: str | Path,
-    columns: int | None = None,
-    zoom: int = 1,
-    groups: Sequence[int] | None = None,
-    names: Sequence[str] = (),
-) -> None:
-    """`grid` of uint8 (N, C, H, W) as a PNG."""
-    write_png(grid(images, columns, zoom, groups, names), path)
-
-
 def histogram(points: Tensor, size: int = 256, extent: float = 1.5) -> Tensor:
-    """Where the points (N, 2) lie in [-extent, extent]², as a picture, uint8 (1, size, size), with y upwards."""
+    """The histogram of points (N, 2) in [-extent, extent]², as a picture, uint8 (1, size, size), with y upwards."""
     edges = np.linspace(-extent, extent, size + 1)
     x, y = points.detach().cpu().to(torch.float64).unbind(1)
     counts, _, _ = np.histogram2d(-y.numpy(), x.numpy(), bins=(edges, edges))
@@ -131,8 +119,5 @@ def histogram(points: Tensor, size: int = 256, extent: float = 1.5) -> Tensor:
 
 def heat(values: Tensor) -> Tensor:
     """Values (N, 1, H, W) in [0, 1] as colours, uint8 (N, 3, H, W): black, red, yellow, white."""
-    return (
-        ((3 * values - torch.arange(3, device=values.device).reshape(3, 1, 1)).clamp(0, 1) * 255)
-        .round()
-        .to(torch.uint8)
-    )
+    rgb = (3 * values - torch.arange(3, device=values.device).reshape(3, 1, 1)).clamp(0, 1)
+    return (255 * rgb).round().to(torch.uint8)

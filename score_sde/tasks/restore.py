@@ -1,6 +1,6 @@
 """The modes inpaint, colorize, superresolve and deblur: the section inverse, on held-out images or on the user's.
 
-Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
+Example i depends on (seed, i) alone, so batches may have any size, and processes may share them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,33 +23,22 @@ from ..config.keys import KEYS
 from ..data.codecs import PixelCodec
 from ..data.images import Pixels
 from ..data.sets import Data, Split, digest
-from ..inverse import (
-    Average,
-    Blur,
-    Grey,
-    Mask,
-    Observation,
-    Projected,
-    Spectral,
-    ddnm,
-    dps,
-    moment_matching,
-    pigdm,
-    twisted,
-)
+from ..inverse.models import ddnm, dps, moment_matching, pigdm
+from ..inverse.operators import Average, Blur, Grey, Mask, Observation, Spectral
+from ..inverse.samplers import Projected, twisted
 from ..machine.log import log
 from ..metrics import psnr
-from ..models.base import Counted, ScoreModel
+from ..models.base import ScoreModel
 from ..noise import ExampleStream, example_generators, noise_source
 from ..samplers import Sampler, sample
-from .conditions import Guides, Wanted, about, check_number, load_guides, sampled_labels
+from .conditions import Guides, Wanted, check_number, load_guides, sampled_labels
 from .inputs import number_of, read_examples, read_mask, split_of
 from .job import Job
 from .latents import as_in_training
-from .pictures import write_grid, write_png
-from .results import Arrays, channels_last, in_batches, mean_and_error, once, write_arrays
-from .sample import Draws
-from .stamps import about_examples, about_grid, keys_of, stamped
+from .pictures import grid, write_png
+from .results import Arrays, channels_last, mean_and_error, write_arrays
+from .sample import Draws, drawing
+from .stamps import about_examples, about_grid, stamped
 from .texts import with_prompts
 
 _SHOWN = 32  # images in the grid
@@ -76,7 +65,7 @@ OWN = {
 
 
 def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Path | None) -> Spectral:
-    """What a task's images are seen through. Raises ValueError for images that it does not fit."""
+    """The operator A of a task, y = A x + noise. Raises ValueError for images that it does not fit."""
     if task == "inpaint":
         return Mask(read_mask(mask, shape))
     if task == "colorize":
@@ -104,49 +93,30 @@ def restore(
 ) -> Tensor:
     """One draw of x given y for each of the observations, (B, *shape), by the method of the section inverse.
 
-    It walks along `times` by `sampler`, that of the section sampling if none is given; twisted by steps of its own.
+    It walks along `times` by `sampler`, or that of the section sampling; the method twisted has steps of its own.
     """
-    i, s = config.inverse, config.sampling
+    i, seed = config.inverse, config.sampling.seed
     whole, device = (len(observation.y), *shape), observation.y.device
     if i.method == "twisted":
-        found = twisted(
-            model,
-            observation,
-            whole,
-            times,
-            particles=i.particles,
-            variance=i.variance,
-            seed=s.seed,
-            first=first,
-            device=device,
-        )
-        generators = example_generators(s.seed, first, len(found.x), stream=ExampleStream.PARTICLE)
-        weights = found.log_weights.exp().cpu()
+        options = {"particles": i.particles, "variance": i.variance}
+        x, log_weights, *_ = twisted(model, observation, whole, times, **options, seed=seed, first=first, device=device)
+        generators = example_generators(seed, first, len(x), stream=ExampleStream.PARTICLE)
+        weights = log_weights.exp().cpu()
         chosen = [torch.multinomial(w, 1, generator=g) for w, g in zip(weights, generators, strict=True)]
-        return found.x[torch.arange(len(found.x)), torch.cat(chosen)]
+        return x[torch.arange(len(x)), torch.cat(chosen)]
     sampler = sampler or build_sampler(config)
     if i.method in GUIDED:
         model = GUIDED[i.method](model, observation, i)
     else:
         sampler = Projected(sampler, observation, i.resamplings if i.method == "repaint" else 1)
-    x = sample(
-        model,
-        sampler,
-        whole,
-        times,
-        seed=s.seed,
-        first=first,
-        device=device,
-        denoise=s.noise_removal,
-        temperature=s.temperature,
-    )
+    x = sample(model, sampler, whole, times, device=device, **drawing(config, first))
     exact = observation.noise == 0 and not isinstance(observation.operator, Blur)
     return observation.project(x) if exact else x
 
 
 def shown(observation: Observation, x: Tensor) -> Tensor:
     """An observation as a picture of x's shape: hidden pixels have the mean of the known ones, small images are
-    enlarged by repeating pixels, grey ones are grey, and blurred ones as they are."""
+    enlarged by repeating pixels, and grey and blurred images stay as they are."""
     operator, y = observation.operator, observation.y
     if isinstance(operator, Blur):
         return y
@@ -180,12 +150,11 @@ def run_restoring(
     """Degrade the first eval.num_images examples of eval.split and restore them, or restore the user's, which are in
     the file or folder `own`; into a folder below restored/.
 
-    The model is given the classes and prompts of `wanted`, in turn, and guided as the section sampling says; it answers
-    without any where there are none.
+    The model is conditioned on the classes and prompts of `wanted`, in turn, and guided as the section sampling says.
 
-    `restored.npz` has `restored` and `observed` (N, H, W, C), `labels` (N,) if some are asked for, and of a split's
+    `restored.npz` has `restored` and `observed` (N, H, W, C), `labels` (N,) if there are some, and for a split's
     examples, whose truth is known, `truth` and `psnr` and `psnr_observed` (N,), whose means the stamp has. `grid.png`
-    shows truth, observation and result side by side, and every result of the user's images is a PNG.
+    shows truth, observation and result side by side; each result of the user's images is also a PNG.
     """
     config, e, i, s = job.config, job.config.eval, job.config.inverse, job.config.sampling
     guides, wanted = guides or Guides(), wanted or Wanted([])
@@ -194,36 +163,30 @@ def run_restoring(
     split = split_of(data, config) if own is None else _read_observed(own, task, operator, job)
     n = number_of(split, config)
     check_number(s.labels, wanted.prompts, n, "the number of images")
-    counted = replace(job, model=Counted(job.model))
-    times, sampler = build_times(config, job.model.sde, counted.model, job.shape), build_sampler(config)
-    keys = (*keys_of("restore", config), *(f"inverse.{name}" for of in (task, i.method) for name in OWN.get(of, ())))
-    label, scale = f"{job.trained.path.stem}-{e.weights}-{task}-{i.method}", s.guidance
-    limited, made_from = stamped(
-        counted,
-        e.weights,
-        keys,
-        {
-            "mode": task,
-            "sde": repr(job.model.sde),
-            **about_examples(split, e.split if own is None else "input", n),
-            "number": n,
-            "mask_sha256": digest(operator.known) if isinstance(operator, Mask) else None,
-            "method": i.method,
-            "noise": noise,
-            "sampler": "ancestral steps" if i.method == "twisted" else repr(sampler),
-            "grid": about_grid(config, times),
-            **about(wanted, [s.guidance], guides),
-        },
-    )
+    times, sampler = build_times(config, job.model.sde, job.model, job.shape), build_sampler(config)
+    words, scale = (task, i.method), s.guidance
+    about = {
+        "mode": task,
+        "sde": repr(job.model.sde),
+        **about_examples(split, e.split if own is None else "input", n),
+        "number": n,
+        "mask_sha256": digest(operator.known) if isinstance(operator, Mask) else None,
+        "method": i.method,
+        "noise": noise,
+        "sampler": "ancestral steps" if i.method == "twisted" else repr(sampler),
+        "grid": about_grid(config, times),
+        **wanted.described([scale], guides),
+    }
+    limited = stamped(job, "restore", about, [f"inverse.{key}" for name in words for key in OWN.get(name, ())])
     draws = Draws(limited, sampler, times, guides, wanted)
     split = split.to(job.processes.device)
     restoration = _Restoration(draws, scale, task, operator, noise, split, own is not None)
-    return once(job.workdir / "restored", label, made_from, "restored.npz", job.processes, partial(restoration.all, n))
+    return limited.once("restored", words, "restored.npz", partial(restoration.all, n))
 
 
 @dataclass(frozen=True)
 class _Restoration:
-    """How examples are drawn, at which scale of guidance, and what is seen of them, with noise of this deviation."""
+    """How examples are restored: the draws, the scale of guidance, the operator, and its noise's deviation."""
 
     draws: Draws
     scale: float
@@ -236,7 +199,7 @@ class _Restoration:
     def all(self, number: int, folder: Path) -> dict[str, Any]:
         """The first `number` of the split, restored."""
         job = self.draws.job
-        joined = in_batches(folder, number, job.config.eval.batch_size, job.processes, self.batch, self.task)
+        joined = job.in_batches(folder, number, job.config.eval.batch_size, self.batch, self.task)
         result: dict[str, Any] = {"nfe": float(joined["nfe"].mean())}
         if job.processes.main:
             write_arrays(folder / "restored.npz", {name: joined[name] for name in joined if name != "nfe"})
@@ -248,10 +211,9 @@ class _Restoration:
         return result
 
     def batch(self, first: int, count: int) -> Arrays:
-        """The examples first to first + count - 1, as they were seen, and restored."""
-        job, codec, counted = self.draws.job, self.draws.job.codec, self.draws.job.model
-        assert isinstance(counted, Counted) and codec.levels is not None
-        counted.nfe = 0
+        """The examples first to first + count - 1, as observed and restored."""
+        job, codec = self.draws.job, self.draws.job.codec
+        assert codec.levels is not None
         k, _ = self.split[torch.arange(first, first + count)]
         observation = self.observed(k, first)
         model, labels = self.draws.guided(first, count, self.scale)
@@ -265,10 +227,10 @@ class _Restoration:
             arrays["truth"] = channels_last(k)
             for name, y in (("psnr", restored), ("psnr_observed", before)):
                 arrays[name] = to_truth(y.double() / (codec.levels - 1)).cpu().numpy()
-        return {**arrays, "nfe": np.array([counted.nfe])}
+        return arrays
 
     def observed(self, k: Tensor, first: int) -> Observation:
-        """What is seen of stored images; the user's for superresolve and deblur are observations themselves."""
+        """The observations of stored images; the user's images for superresolve and deblur are observations already."""
         config, codec = self.draws.job.config, self.draws.job.codec
         if self.own and self.task in ("superresolve", "deblur"):
             u = torch.full_like(k, 0.5, dtype=torch.float32) if config.data.uniform_dequantization else None
@@ -281,14 +243,14 @@ class _Restoration:
         return Observation(self.operator, y, self.noise)
 
     def show(self, joined: Arrays, folder: Path) -> None:
-        """The grid, and a picture of each of the user's images."""
+        """Write the grid, and a picture of each of the user's images."""
         codec = self.draws.job.codec
         assert isinstance(codec, PixelCodec)
         kinds = [name for name in ("truth", "observed", "restored") if name in joined]
         rows = np.stack([joined[name][:_SHOWN] for name in kinds], 1)
         images = codec.display(torch.from_numpy(rows.reshape(-1, *rows.shape[2:])).permute(0, 3, 1, 2))
         abreast = max(1, min(4, len(rows) // 2))
-        write_grid(images, folder / "grid.png", len(kinds) * abreast, zoom=max(1, 32 // images.shape[-1]))
+        write_png(grid(images, len(kinds) * abreast, zoom=max(1, 32 // images.shape[-1])), folder / "grid.png")
         if self.own:
             pictures = codec.display(torch.from_numpy(joined["restored"]).permute(0, 3, 1, 2))
             for j, picture in enumerate(pictures):
@@ -305,13 +267,13 @@ def _noise(job: Job, task: str) -> float:
             f"inverse.method=twisted walks on sampling's grid, and sampling.method={s.method} chooses its own steps: "
             "set sampling.method=pc"
         )
-    # Two methods ask for some noise; then y has that of its rounding to levels at least.
+    # The task deblur and the method twisted need noise: at least that of rounding to levels.
     rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
     return codec.width * max(i.noise, rounding)
 
 
 def _read_observed(path: Path, task: str, operator: Spectral, job: Job) -> Split:
-    """The user's images: what is left of them to restore, which for superresolve are the small ones."""
+    """The user's images, of the model's shape; for superresolve they are the small ones."""
     shape = tuple(operator.apply(torch.zeros(1, *job.shape)).shape[1:]) if task == "superresolve" else job.shape
     return read_examples(path, shape, job.codec, Pixels.of(job.config.data))
 

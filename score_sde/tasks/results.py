@@ -28,7 +28,7 @@ from ..machine.parallel import Processes
 from ..machine.progress import Progress
 from ..machine.whole_files import remove_leftovers, temporary, whole
 from .checkpoint import file_hash
-from .pictures import first_of_each, histogram, write_grid, write_png
+from .pictures import first_of_each, grid, histogram, write_png
 
 Arrays = dict[str, np.ndarray]
 _SHOWN = 256  # images of a grid
@@ -200,7 +200,7 @@ def write_pictures(
         groups = None if groups is None else [groups[i] for i in shown]
         images = codec.pixels.display(torch.from_numpy(values[shown]).permute(0, 3, 1, 2))
         zoom = max(1, 32 // images.shape[-1])
-        write_grid(images, folder / "grid.png", columns, zoom, groups, names)
+        write_png(grid(images, columns, zoom, groups, names), folder / "grid.png")
     elif values.shape[1:] == (2,):
         write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
     elif codec.rate:
@@ -208,10 +208,9 @@ def write_pictures(
             recordings.write(signal, folder / f"{i:06d}.wav", codec.rate)
 
 
-def write_single_pictures(arrays: Arrays | None, pixels: PixelCodec, folder: Path) -> None:
-    """000000.png and so on, of a result's images, `arr_0` (N, H, W, C); those that are there already stay."""
-    images = (arrays or {})["arr_0"]
-    for i, image in enumerate(images):
+def write_single_pictures(folder: Path, pixels: PixelCodec) -> None:
+    """Write the images of a folder's `samples.npz`, (N, H, W, C), as 000000.png and so on, where these are missing."""
+    for i, image in enumerate((read_arrays(folder / "samples.npz") or {})["arr_0"]):
         path = folder / f"{i:06d}.png"
         if not path.is_file():
             write_png(pixels.display(torch.from_numpy(image).permute(2, 0, 1)), path)

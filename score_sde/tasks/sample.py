@@ -1,6 +1,6 @@
-"""The mode sample: draws of the model, or of a cascade of models, in batches that `results` keeps.
+"""The mode sample: draws from a model, or from a cascade of models.
 
-Example i depends on (seed, i) alone, so batches may be any size and be shared by processes.
+Example i depends on (seed, i) alone, so batches may have any size, and processes may share them.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,36 +23,16 @@ from ..data.codecs import Codec, PixelCodec, codec_of
 from ..data.images import Pixels
 from ..data.sets import Data
 from ..machine.log import log
-from ..models.base import Counted, ScoreModel
+from ..models.base import ScoreModel
 from ..models.guidance import clip, threshold
 from ..samplers import Sampler, sample
 from .class_names import class_name
-from .conditions import (
-    Guides,
-    Wanted,
-    about,
-    check_number,
-    conditional,
-    in_turn,
-    load_guides,
-    sampled_labels,
-    trained_at,
-)
+from .conditions import Guides, Wanted, check_number, conditional, in_turn, load_guides, sampled_labels, trained_at
 from .inputs import own_examples, read_examples
 from .job import Job
 from .options import scales_of
-from .results import (
-    Arrays,
-    Stored,
-    channels_last,
-    in_batches,
-    once,
-    read_arrays,
-    write_arrays,
-    write_pictures,
-    write_single_pictures,
-)
-from .stamps import about_grid, keys_of, stamped
+from .results import Arrays, Stored, channels_last, write_arrays, write_pictures, write_single_pictures
+from .stamps import StampedJob, about_grid, stamped
 from .texts import with_prompts
 
 
@@ -72,34 +52,31 @@ def run_sampling(
 
     Images are uint8 (N, H, W, C), rounded as `PixelCodec.decode` says; vectors are float32 (N, D). Where classes are
     sampled `arr_1` has the labels, (N,). With `scales` of guidance, in place of sampling.guidance, there are as many
-    times N, the same noise with each scale in turn. A guided evaluation is counted as one, whatever guides by it.
+    times N, the same noise with each scale in turn. A guided evaluation counts as one.
 
     Where samples begin with examples (`Wanted.changed`) `given` has each sample's, and the grid shows it before it.
     """
-    config, sde = job.config, job.model.sde
-    s, guides = config.sampling, guides or Guides()
+    config, s, guides = job.config, job.config.sampling, guides or Guides()
     wanted = wanted or Wanted(sampled_labels(config, guides))
     strengths = list(scales) or [s.guidance]
-    counted = replace(job, model=Counted(job.model))
-    sampler, times = build_sampler(config), build_times(config, sde, counted.model, job.shape)
+    sampler, times = build_sampler(config), build_times(config, job.model.sde, job.model, job.shape)
     check_number(s.labels, wanted.prompts, s.num_samples, "sampling.num_samples")
     built = {"sampler": repr(sampler), "grid": about_grid(config, times), "shape": list(job.shape)}
-    told_of = {"sde": repr(sde), **built, **about(wanted, strengths, guides)}
-    keys = keys_of("sample" if wanted.changed is None else "sample from examples", config)
-    label, singly = f"{job.trained.path.stem}-{s.weights}-{s.method}", s.single_png
-    limited, made_from = stamped(counted, s.weights, keys, told_of)
-    draws, base = Draws(limited, sampler, times, guides, wanted), job.workdir / "samples"
-    folder, result = once(base, label, made_from, "samples.npz", job.processes, partial(draws.all, strengths))
+    about = {"sde": repr(job.model.sde), **built, **wanted.described(strengths, guides)}
+    words, singly = (s.method,), s.single_png
+    limited = stamped(job, "sample" if wanted.changed is None else "sample from examples", about)
+    draws = Draws(limited, sampler, times, guides, wanted)
+    folder, result = limited.once("samples", words, "samples.npz", partial(draws.all, strengths))
     if singly and job.codec.pixels is not None and job.processes.main:
-        write_single_pictures(read_arrays(folder / "samples.npz"), job.codec.pixels, folder)
+        write_single_pictures(folder, job.codec.pixels)
     return folder, result
 
 
 @dataclass(frozen=True)
 class Draws:
-    """What samples are drawn by; the job's model counts its evaluations."""
+    """How samples are drawn."""
 
-    job: Job
+    job: StampedJob
     sampler: Sampler
     times: Tensor
     guides: Guides
@@ -107,13 +84,12 @@ class Draws:
 
     def all(self, scales: Sequence[float], folder: Path) -> dict[str, Any]:
         """The samples at each scale of guidance, and their pictures."""
-        s, processes, parts = self.job.config.sampling, self.job.processes, []
+        s, parts = self.job.config.sampling, []
         for i, scale in enumerate(scales):
-            where = folder / f"scale-{i}" if len(scales) > 1 else folder
-            of_scale = partial(self.batch, scale=scale)
-            parts.append(in_batches(where, s.num_samples, s.batch_size, processes, of_scale, "batches"))
+            where, batch = folder / f"scale-{i}" if len(scales) > 1 else folder, partial(self.batch, scale=scale)
+            parts.append(self.job.in_batches(where, s.num_samples, s.batch_size, batch, "batches"))
         joined = Stored({name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, folder)
-        if processes.main:
+        if self.job.processes.main:
             stored = ("arr_0", "arr_1", "given")
             write_arrays(folder / "samples.npz", {name: joined[name] for name in stored if name in joined})
             self.show(joined, scales, folder)
@@ -122,24 +98,11 @@ class Draws:
     def batch(self, first: int, count: int, scale: float) -> Arrays:
         """The samples first to first + count - 1."""
         job, wanted, config, codec = self.job, self.wanted, self.job.config, self.job.codec
-        counted, s = job.model, config.sampling
-        assert isinstance(counted, Counted)
-        counted.nfe = 0
         model, labels = self.guided(first, count, scale)
-        x = sample(
-            model,
-            self.sampler,
-            (count, *job.shape),
-            self.times,
-            start=wanted.start(first, count, config, codec, model.sde, self.times[0]),
-            seed=s.seed,
-            first=first,
-            device=job.processes.device,
-            denoise=s.noise_removal,
-            temperature=s.temperature,
-            progress=job.processes.main,
-        )
-        arrays = {"arr_0": channels_last(codec.decode(x)), "nfe": np.array([counted.nfe])}
+        start = wanted.start(first, count, config, codec, model.sde, self.times[0])
+        options = {**drawing(config, first), "device": job.processes.device, "progress": job.processes.main}
+        x = sample(model, self.sampler, (count, *job.shape), self.times, start=start, **options)
+        arrays = {"arr_0": channels_last(codec.decode(x))}
         if wanted.changed is not None:
             k = wanted.changed[torch.arange(first, first + count) % len(wanted.changed)][0]
             arrays["given"] = channels_last(k if codec.levels or codec.pixels is None else codec.decode(k))
@@ -153,7 +116,7 @@ class Draws:
         return _in_range(conditional(model, conditions, labels, config, self.guides, scale), config, codec), labels
 
     def show(self, joined: Arrays, scales: Sequence[float], folder: Path) -> None:
-        """Pictures of the samples, each behind the example with which it began, if with one."""
+        """Write pictures of the samples, each behind the example with which it began, if there is one."""
         number, codec = self.job.config.sampling.num_samples, self.job.codec
         groups, names = self.groups(scales)
         shown, columns = joined["arr_0"], None
@@ -164,15 +127,21 @@ class Draws:
         write_pictures(shown, codec, folder, columns, groups, names)
 
     def groups(self, scales: Sequence[float]) -> tuple[list[int] | None, list[str]]:
-        """(group of each sample, groups' names): rows of a grid are of a scale, or else of a prompt or a class."""
-        number, known = self.job.config.sampling.num_samples, self.job.trained.data
+        """(group of each sample, groups' names): a row of a grid shows a scale, or else a prompt or a class."""
+        number, data = self.job.config.sampling.num_samples, self.job.trained.data
         if len(scales) > 1:
             return [i for i in range(len(scales)) for _ in range(number)], [f"guidance {scale:g}" for scale in scales]
-        classes = () if known is None else known.class_names
+        classes = () if data is None else data.class_names
         names = list(self.wanted.prompts) or [class_name(label, classes) for label in self.wanted.labels]
         if not 1 < len(names) <= number:
             return None, []
         return [i % len(names) for i in range(number)], names
+
+
+def drawing(config: ConfigDict, first: int) -> dict[str, Any]:
+    """Options of `samplers.sample`, from the section sampling, for samples from the index `first` on."""
+    s = config.sampling
+    return {"seed": s.seed, "first": first, "denoise": s.noise_removal, "temperature": s.temperature}
 
 
 def _in_range(model: ScoreModel, config: ConfigDict, codec: Codec) -> ScoreModel:
@@ -185,7 +154,7 @@ def _in_range(model: ScoreModel, config: ConfigDict, codec: Codec) -> ScoreModel
 
 
 def _cascade(options: argparse.Namespace, job: Job, wanted: Wanted) -> Path:
-    """The folder of a job's samples; of a model that enlarges, those of the stage before it come first."""
+    """The folder of a job's samples. For a model that enlarges the stage before it is sampled first."""
     guides = load_guides(job.config, job.model, job.shape, job.processes.device)
     wanted = with_prompts(wanted._replace(labels=sampled_labels(job.config, guides)), options, job)
     if job.config.model.super_resolution:
@@ -228,7 +197,7 @@ def _stage_before(job: Job, small: tuple[int, ...]) -> Job:
     card, config, path = trained.card, deepcopy(trained.config), trained.path
     assert card is not None
     if card.codes:
-        raise ValueError(f"sampling.base={s.base} is a model of codes: take one of pixels for the stage before")
+        raise ValueError(f"sampling.base={s.base} is a model of codes: take a model of pixels for the stage before")
     if card.shape != small:
         raise ValueError(
             f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be enlarged: name the "

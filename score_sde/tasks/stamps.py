@@ -1,19 +1,20 @@
 """What a result is made from: the stamp in its folder, whose hash names that folder.
 
-The same stamp means the same numbers. So it holds all that changes them: the checkpoint, the weights, what was built of
-the config (the SDE, the sampler, the grid, the codec), digests of what was read (examples, masks, texts, models that
-guide), and the keys of the config that the computation itself reads. No key can be forgotten: `asked` gives the
-computation those that are in the stamp, and `HARMLESS` ones, which change no number (a batch's size, which sometimes
-does, is in the stamp then: `keys_of`); others are not there to be read.
+The same stamp means the same numbers. So it holds all that changes them: the checkpoint, the weights, what was built
+from the config (the SDE, the sampler, the grid, the codec), digests of what was read (examples, masks, texts, models
+that guide), and the keys of the config that the computation itself reads. No key can be forgotten: the computation gets
+a config with the stamp's keys alone (see `asked`), and the `HARMLESS` ones, which change no number.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
@@ -23,20 +24,23 @@ from ..data.captions import Text
 from ..data.codecs import AutoencoderCodec, Codec
 from ..data.sets import Split, digest
 from ..machine.version import __version__
+from ..models.base import Counted
 from ..ode.integrators import ADAPTIVE
+from . import results
 from .checkpoint import SUFFIX
 from .job import Job
+from .results import Arrays
 
 VERSIONS = {"score_sde": __version__, "torch": torch.__version__, "python": platform.python_version()}
 
-# How many at once, what is written besides, and where those lie whose content the stamp names.
+# The sizes of batches, where the text encoder lies (the stamp has its hash), and what training minimised.
 HARMLESS = ("sampling.batch_size", "eval.batch_size", "model.text_encoder", "training.objective")
 
 _DRAWN = """sampling.seed sampling.noise_removal sampling.temperature sampling.clip_denoised sampling.threshold
     sampling.negative_label sampling.guidance_low sampling.guidance_high sampling.guidance_rescale
     model.class_conditional"""
-_TOLD = "eval.conditional model.class_conditional"
-_FLOW = f"eval.ode_method eval.rtol eval.atol eval.t_min {_TOLD}"
+_CONDITIONS = "eval.conditional model.class_conditional"
+_FLOW = f"eval.ode_method eval.rtol eval.atol eval.t_min {_CONDITIONS}"
 _AS_TRAINED = "eval.seed data.uniform_dequantization"
 
 # The keys that a result's computation reads, beside what is built before it.
@@ -47,8 +51,8 @@ KEYS: dict[str, tuple[str, ...]] = {
         "sample from examples": f"sampling.num_samples data.uniform_dequantization {_DRAWN}",
         "ode": f"eval.seed eval.probe eval.probes eval.check_images eval.importance_samples {_FLOW} "
         "model.super_resolution",
-        "sde_bound": f"eval.seed eval.draws eval.t_min model.super_resolution {_TOLD}",
-        "bound": f"eval.seed eval.terms eval.clip_denoised sampling.variance model.super_resolution {_TOLD}",
+        "sde_bound": f"eval.seed eval.draws eval.t_min model.super_resolution {_CONDITIONS}",
+        "bound": f"eval.seed eval.terms eval.clip_denoised sampling.variance model.super_resolution {_CONDITIONS}",
         "encode": f"{_AS_TRAINED} {_FLOW}",
         "decode": f"sampling.temperature {_FLOW}",
         "interpolate": f"interpolation.steps sampling.temperature {_AS_TRAINED} {_FLOW}",
@@ -62,34 +66,63 @@ KEYS: dict[str, tuple[str, ...]] = {
 FOREIGN = ("model", "training.sde", "training.continuous", "data.centered", "data.image_size", "data.num_channels")
 
 
-def keys_of(kind: str, config: ConfigDict) -> tuple[str, ...]:
-    """The keys of a kind of result: its own, and the batch's size where one step size serves the examples of a batch.
+@dataclass(frozen=True)
+class StampedJob(Job):
+    """A job whose config has the keys of its stamp alone, and whose model counts its evaluations."""
 
-    Those depend on their neighbours then, to within the solver's tolerance.
+    model: Counted
+    made_from: dict[str, Any]
+
+    def once(
+        self, below: str, words: Sequence[str], file: str, work: Callable[[Path], dict[str, Any]]
+    ) -> tuple[Path, dict[str, Any]]:
+        """`results.once`, in a folder of the workdir's `below` that checkpoint, weights and `words` name."""
+        label = "-".join((self.trained.path.stem, self.made_from["weights"], *words))
+        return results.once(self.workdir / below, label, self.made_from, file, self.processes, work)
+
+    def in_batches(
+        self, folder: Path, total: int, size: int, compute: Callable[[int, int], Arrays], *shown: Any
+    ) -> Arrays:
+        """`results.in_batches`, where `nfe` (batches,) counts a batch's evaluations if `compute` does not say it."""
+
+        def counted(first: int, count: int) -> Arrays:
+            self.model.nfe = 0
+            arrays = compute(first, count)
+            return {"nfe": np.array([self.model.nfe]), **arrays}
+
+        return results.in_batches(folder, total, size, self.processes, counted, *shown)
+
+
+def stamped(job: Job, kind: str, about: dict[str, Any], own: Sequence[str] = ()) -> StampedJob:
+    """The job that makes a result of a kind of `KEYS`, which also reads the keys `own`.
+
+    Its stamp has the checkpoint, the weights, the codec, these keys, versions, and `about`.
     """
-    keys = KEYS[kind]
-    if kind.startswith("sample"):
-        return (*keys, "sampling.batch_size") if steps_together(config) else keys
-    together = steps_together(config) if kind == "restore" else config.eval.ode_method in ADAPTIVE
-    by_steps = kind == "restore" or "eval.ode_method" in keys
-    return (*keys, "eval.batch_size") if by_steps and together else keys
-
-
-def stamped(job: Job, weights: str, keys: Sequence[str], about: dict[str, Any]) -> tuple[Job, dict[str, Any]]:
-    """The job with the config's `keys` alone, and the stamp of what it makes: checkpoint, weights, codec, these keys,
-    versions, and `about`."""
-    config, path = job.config, job.trained.path
+    config, path, keys = job.config, job.trained.path, (*_keys_of(kind, job.config), *own)
     made_from = {
         "checkpoint": path.name,
         "checkpoint_sha256": job.trained.sha256,
-        "weights": weights,
+        "weights": (config.sampling if kind.startswith("sample") else config.eval).weights,
         "codec": _named(job.codec, config),
         **about,
         "config": values(config, keys),
         **({"read_as": values(config, FOREIGN)} if path.suffix != SUFFIX else {}),
         "versions": {name: str(version) for name, version in VERSIONS.items()},
     }
-    return replace(job, config=asked(config, keys)), made_from
+    common = {**vars(job), "model": Counted(job.model), "config": asked(config, keys)}
+    return StampedJob(**common, made_from=made_from)
+
+
+def _keys_of(kind: str, config: ConfigDict) -> tuple[str, ...]:
+    """The keys of a kind of result: its own, and the batch's size where the examples of a batch share their steps.
+
+    An example depends on its neighbours then, to within the solver's tolerance.
+    """
+    keys = KEYS[kind]
+    if kind.startswith("sample"):
+        return (*keys, "sampling.batch_size") if steps_together(config) else keys
+    adaptive = "eval.ode_method" in keys and config.eval.ode_method in ADAPTIVE
+    return (*keys, "eval.batch_size") if (steps_together(config) if kind == "restore" else adaptive) else keys
 
 
 def about_times(times: Tensor) -> dict[str, Any]:
@@ -109,7 +142,7 @@ def about_examples(split: Split, name: str, number: int, text: Text | None = Non
 
 
 def asked(config: ConfigDict, keys: Sequence[str]) -> ConfigDict:
-    """The config with these keys and the harmless ones alone; whoever reads another gets an AttributeError."""
+    """The config with these keys and the harmless ones alone; reading another raises AttributeError."""
     limited: dict[str, Any] = {}
     for key, value in values(config, (*keys, *HARMLESS)).items():
         section, _, name = key.rpartition(".")
@@ -119,13 +152,12 @@ def asked(config: ConfigDict, keys: Sequence[str]) -> ConfigDict:
 
 def values(config: ConfigDict, keys: Sequence[str]) -> dict[str, Any]:
     """{"section.key": value} of some keys, or of all keys of a section, in order."""
-    found: dict[str, Any] = {}
+    by_key: dict[str, Any] = {}
     for key in keys:
         section, _, name = key.rpartition(".")
         value = (config[section] if section else config)[name]
-        inside = value.to_dict() if isinstance(value, ConfigDict) else None
-        found |= {key: value} if inside is None else {f"{key}.{name}": v for name, v in inside.items()}
-    return found
+        by_key |= {f"{key}.{k}": v for k, v in value.items()} if isinstance(value, ConfigDict) else {key: value}
+    return by_key
 
 
 def _named(codec: Codec, config: ConfigDict) -> str:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from score_sde.tasks.pictures import first_of_each, grid, histogram, layout, write_grid, write_png
+from score_sde.tasks.pictures import first_of_each, grid, histogram, layout, write_png
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -26,7 +26,7 @@ def test_pngs_come_back_bit_by_bit(tmp_path, channels):
 @pytest.mark.parametrize("zoom", [1, 3])
 def test_grids_place_images_row_by_row_with_black_between(tmp_path, n, columns, rows, zoom):
     images = random(n, 3, 4, 6)
-    write_grid(images, tmp_path / "g.png", columns, zoom)
+    write_png(grid(images, columns, zoom), tmp_path / "g.png")
     picture = np.array(Image.open(tmp_path / "g.png"))
     across = columns or {1: 1, 5: 2, 9: 3}[n]  # 5: 2 across and 3 down is nearer to a square, as they are wide
     assert picture.shape == (rows * (4 * zoom + 2) + 2, across * (6 * zoom + 2) + 2, 3)

@@ -25,7 +25,7 @@ from score_sde.machine.lock import Busy
 from score_sde.machine.parallel import Processes
 from score_sde.models.base import Estimate, ScoreModel
 from score_sde.sdes import SDE
-from score_sde.tasks import bound, dequantize, latents, likelihood, restore, results, sample, stamps
+from score_sde.tasks import dequantize, latents, likelihood, restore, results, sample, stamps
 from score_sde.tasks.checkpoint import Trained
 from score_sde.tasks.conditions import Guides, Wanted, sampled_labels
 from score_sde.tasks.job import Job
@@ -210,8 +210,7 @@ def unmade(monkeypatch: pytest.MonkeyPatch) -> None:
     def of_file(path: Path, made_from: str) -> bool:
         raise Stamped(made_from)
 
-    for module in (sample, likelihood, bound, latents, restore):
-        monkeypatch.setattr(module, "once", told)
+    monkeypatch.setattr(results, "once", told)
     monkeypatch.setattr(dequantize, "was_made_from", of_file)
 
 
