@@ -65,7 +65,7 @@ what to change    any key of the config: --config.training.n_iters=1000 --config
 several GPUs      torchrun --standalone --nproc_per_node=8 -m score_sde MODE NAME ...
 """
 
-# What does the work of a mode, from (options, config, workdir, processes); on a checkpoint, from (options, job, data).
+# The commands of modes, of (options, config, workdir, processes); those on a checkpoint, of (options, job, data).
 RUNS = {"train": train.command, "demo": demo.command, "scan": scan.command}
 ON_CHECKPOINTS = {
     "sample": sample.command,
@@ -77,7 +77,7 @@ ON_CHECKPOINTS = {
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Entry point of `main.py` and of the console script; returns the exit code."""
+    """The entry point of `main.py` and of the console script; returns the exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     mode, workdir, code = "", "", 0
     threading.excepthook = failures.thread_failed
@@ -93,40 +93,40 @@ def run(arguments: list[str] | None = None) -> int:
             options = _parser().parse_args(rest)
             mode, workdir = options.mode, options.workdir or ""
             code = main(options, overrides)
-        sys.stdout.flush()  # now, where it can be told that nobody reads it
+        sys.stdout.flush()  # here, where a closed pipe can be reported
         return code
     except KeyboardInterrupt:
         line = "interrupted; what was finished is on disk, and the same command goes on"
         if parallel.first_to_say(line):
-            _tell(line)
+            _say(line)
         return 130
     except Elsewhere as error:
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:  # once on each node
-            _tell(f"error: {error}")
+            _say(f"error: {error}")
         return 2
     except Exception as error:
         sentence = failures.sentence(error, mode, workdir)
         if sentence is None:
             raise
-        if isinstance(error, BrokenPipeError):  # what Python has left for standard output would fail again as it ends
+        if isinstance(error, BrokenPipeError):  # Python flushes standard output again as it ends, which would fail
             with contextlib.suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if isinstance(error, NoDevice) or parallel.first_to_say(sentence):
-            _tell(f"error: {sentence}")
+            _say(f"error: {sentence}")
         return 2
     finally:
         threading.excepthook = threading.__excepthook__
         parallel.finish()
 
 
-def _tell(line: str) -> None:
-    """A last line on standard error, if somebody reads it."""
+def _say(line: str) -> None:
+    """Print a last line on standard error, if somebody reads it."""
     with contextlib.suppress(OSError):
         print(line, file=sys.stderr, flush=True)
 
 
 def _name(text: str) -> str:
-    """A file's or folder's, which is not "": that would be taken for none, and another command be run."""
+    """The name of a file or folder. "" is refused: it would count as no option, and another command would run."""
     if not text:
         raise argparse.ArgumentTypeError("expected a name, got an empty one (of a variable that is not set?)")
     return text
@@ -134,14 +134,13 @@ def _name(text: str) -> str:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser()
-    parser.add_argument("--config", default=None, type=_name)
     parser.add_argument("--mode", required=True, choices=MODES)
-    parser.add_argument("--workdir", default=None, type=_name)
-    parser.add_argument("--checkpoint", default=None, type=_name)
-    parser.add_argument("--input", default=None, type=lambda text: Path(_name(text)))
-    parser.add_argument("--mask", default=None, type=lambda text: Path(_name(text)))
+    for name in ("--config", "--workdir", "--checkpoint"):
+        parser.add_argument(name, type=_name)
+    for name in ("--input", "--mask"):
+        parser.add_argument(name, type=lambda text: Path(_name(text)))
     parser.add_argument("--prompt", action="append", default=[])
-    parser.add_argument("--negative", default=None)
+    parser.add_argument("--negative")
     parser.add_argument("--scales", default="")
     return parser
 
@@ -164,32 +163,32 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _config(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[ConfigDict, Trained | None]:
     """The config of a file, or else the one that the workdir or the checkpoint carries, and that checkpoint.
 
-    Where it is from is put into `options`.
+    `options.config` becomes its file.
     """
     if options.config:
         return configs.load(options.config, overrides), None
-    own = options.mode in RUNS  # a workdir's own run goes on, whatever it began from
+    own = options.mode in RUNS  # a workdir's own run goes on, whatever checkpoint it began from
     places = [options.workdir, options.checkpoint] if own else [options.checkpoint or options.workdir]
     places = [place for place in places if place]
     if not places:
         raise ValueError("give --config FILE, or what carries one: --workdir DIR that is trained, or --checkpoint FILE")
     for place in places:
         try:
-            given, path, trained = carried_config(place)
+            config, path, trained = carried_config(place)
         except FileNotFoundError as error:
             if place != places[-1]:
                 continue
             if own and place == options.workdir:
                 raise FileNotFoundError(
                     f"{place} holds no run whose config could be taken: give one, --config FILE"
-                    + "".join(f" ({said})" for said in checkpoint.newest(Path(place))[1])
+                    + "".join(f" ({why})" for why in checkpoint.newest(Path(place))[1])
                 ) from error
             raise
-        if own and place == options.checkpoint:  # what its own run began from is not asked for of this one
-            given.training.origin_weights = configs.default_config().training.origin_weights
+        if own and place == options.checkpoint:  # what its own run began from does not matter to this one
+            config.training.origin_weights = configs.default_config().training.origin_weights
         break
     options.config = str(path)
-    return configs.overridden(given, overrides, f"{path}: "), trained
+    return configs.overridden(config, overrides, f"{path}: "), trained
 
 
 def _workdir(options: argparse.Namespace) -> Path:

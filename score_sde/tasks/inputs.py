@@ -39,7 +39,7 @@ def read_data(config: ConfigDict, processes: Processes) -> Data:
 
 
 def read_for_training(config: ConfigDict, processes: Processes) -> tuple[Data, Codec]:
-    """The data set of the section data and its codec; what it says of classes is put into the config."""
+    """The data set of the section data and its codec; the config gets its number and names of classes."""
     data = read_data(config, processes)
     resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
     resolve_labels(config, data)
@@ -52,7 +52,7 @@ def split_of(data: Data, config: ConfigDict) -> Split:
 
 
 def number_of(split: Split, config: ConfigDict) -> int:
-    """How many of them eval.num_images asks for."""
+    """How many examples of a split eval.num_images asks for: 0 means all."""
     most = config.eval.num_images
     return min(most, len(split)) if most else len(split)
 
@@ -60,30 +60,29 @@ def number_of(split: Split, config: ConfigDict) -> int:
 def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, pixels: Pixels = AS_THEY_ARE) -> Split:
     """The user's examples for a model of examples of `shape`, as a data set stores them; of a folder its train/ if any.
 
-    An image, or a folder or zip of them, is cropped, resized and made grey or RGB, laid over the background where it is
-    transparent, and its levels become those of the data; files of more bits than `Pixels.file_bits` use so many of
-    them, as those of the data do. Arrays of a .npy or .npz hold levels, or for vectors floats,
-    as they are.
+    An image, or a folder or zip of images, is cropped, resized and made grey or RGB, laid over the background where it
+    is transparent, and gets the data's levels; of files with more bits than `Pixels.file_bits` so many are used, as for
+    the data. Arrays in a .npy or .npz hold levels, or for vectors floats, and stay as they are.
 
-    Raises FileNotFoundError, and ValueError for what cannot be read or is of another kind or shape.
+    Raises FileNotFoundError, and ValueError for a file that cannot be read or has another kind or shape.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}: name what is to be read, --input FILE_OR_FOLDER")
     square = len(shape) == 3 and shape[-1] == shape[-2]
     channels = shape[0] if len(shape) == 3 else None
-    found = read(path, shape[-1] if square else None, channels, 2**62, replace(pixels, bits=0, mixed=True))
-    x = found.train.x
+    data = read(path, shape[-1] if square else None, channels, 2**62, replace(pixels, bits=0, mixed=True))
+    x = data.train.x
     assert isinstance(x, Tensor)
-    if tuple(x.shape[1:]) != shape or (found.levels is None) == isinstance(codec, PixelCodec):
+    if tuple(x.shape[1:]) != shape or (data.levels is None) == isinstance(codec, PixelCodec):
         kind = f"{str(codec.dtype)[6:]} images" if isinstance(codec, PixelCodec) else "floats"
         pictures = " (pictures such as PNGs would be cropped and resized)" if len(shape) == 3 else ""
         raise ValueError(
             f"{path} holds {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, and {kind} of shape "
-            f"{shape} are to be read{pictures}"
+            f"{shape} are needed{pictures}"
         )
-    if isinstance(codec, PixelCodec) and found.levels is not None:
+    if isinstance(codec, PixelCodec) and data.levels is not None:
         if path.suffix.lower() not in (".npy", ".npz"):
-            x = requantised(x, found.levels, codec)
+            x = requantised(x, data.levels, codec)
         elif int(x.max()) >= codec.levels:
             raise ValueError(f"{path} holds the value {int(x.max())}, and the data have levels 0..{codec.levels - 1}")
         x = x.to(codec.dtype)
@@ -93,7 +92,7 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, pixels: Pixe
 def own_examples(
     options: argparse.Namespace, config: ConfigDict, images: Data, codec: Codec, device: torch.device
 ) -> Split:
-    """The examples of --input as the data set has them; of a model of codes, of these `images`, as codes."""
+    """The examples of --input as the data set has them; for a model of codes of these `images`, their codes."""
     split = read_examples(options.input, images.shape, codec.pixels or codec, Pixels.of(config.data))
     if options.mode == "sample" and len(split) > config.sampling.num_samples:
         raise ValueError(
@@ -106,30 +105,30 @@ def own_examples(
 def read_latents(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
     """Latents (N, *shape) from the `latents.npz` of --mode encode, or another .npz of `latents`, or a .npy.
 
-    Beside them the `labels` (N,) with which they were encoded, if the file has any. Raises FileNotFoundError, and
-    ValueError for what holds no latents, or such of another shape.
+    The second are the `labels` (N,) with which they were encoded, if the file has any. Raises FileNotFoundError, and
+    ValueError for a file without latents or with latents of another shape.
     """
     if not path.is_file():
         raise FileNotFoundError(f"there is no file {path}: give --input the latents.npz that --mode encode wrote")
     arrays = {"latents": np.load(path, allow_pickle=False)} if path.suffix == ".npy" else read_arrays(path) or {}
-    found, labels = arrays.get("latents"), arrays.get("labels")
-    if found is None:
-        raise ValueError(f"{path} holds no array latents, such as --mode encode writes into its latents.npz")
-    if found.shape[1:] != shape or not np.issubdtype(found.dtype, np.floating) or len(found) == 0:
-        raise ValueError(f"{path} holds {found.dtype} of shape {found.shape}, and latents are floats (N, {shape})")
-    if not np.isfinite(found).all():
+    latents, labels = arrays.get("latents"), arrays.get("labels")
+    if latents is None:
+        raise ValueError(f"{path} holds no array latents: give --input the latents.npz that --mode encode wrote")
+    if latents.shape[1:] != shape or not np.issubdtype(latents.dtype, np.floating) or len(latents) == 0:
+        raise ValueError(f"{path} holds {latents.dtype} of shape {latents.shape}, and latents are floats (N, {shape})")
+    if not np.isfinite(latents).all():
         raise ValueError(f"{path} holds latents that are not finite")
-    if labels is not None and (labels.shape != found.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
-        raise ValueError(f"{path} holds labels {labels.dtype} of shape {labels.shape} for {len(found)} latents")
-    return torch.from_numpy(found.astype(np.float32)), None if labels is None else torch.from_numpy(labels)
+    if labels is not None and (labels.shape != latents.shape[:1] or not np.issubdtype(labels.dtype, np.integer)):
+        raise ValueError(f"{path} holds labels {labels.dtype} of shape {labels.shape} for {len(latents)} latents")
+    return torch.from_numpy(latents.astype(np.float32)), None if labels is None else torch.from_numpy(labels)
 
 
 def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
-    """bool (H, W) of an image file for examples of `shape`: white where they are known, black where they are not.
+    """The mask in an image file, bool (H, W), for examples of `shape`: white where they are known, black where not.
 
-    A mask drawn in transparency is known where it is opaque: such as a picture with a hole rubbed out.
-    Raises FileNotFoundError, and ValueError for no path or image, for another size, for other colours, and for a mask
-    that leaves nothing to do, or that could mean two things.
+    A mask drawn in transparency, such as a picture with an erased hole, is known where it is opaque.
+    Raises FileNotFoundError, and ValueError for no path or image, for another size, for other colours, for a mask
+    that leaves nothing to do, and for one with two meanings.
     """
     height, width = shape[1:]
     if path is None:
@@ -162,7 +161,6 @@ def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
             "save it without smoothing, as a PNG"
         )
     if grey.min() == grey.max():
-        raise ValueError(
-            f"the mask {path} is all {'white: nothing is' if grey.max() else 'black: all is'} to be filled"
-        )
+        which = "white: nothing is" if grey.max() else "black: all is"
+        raise ValueError(f"the mask {path} is all {which} to be filled")
     return torch.from_numpy(grey == 255)

@@ -1,7 +1,7 @@
-"""The context of a task on a checkpoint: one `Job`, which is made here, once for a command.
+"""The context of a task on a checkpoint: one `Job` for each command.
 
-A checkpoint carries the config that it was trained with and a description of its data. So it is enough to sample from:
-no config file is asked for, and no data are read or downloaded.
+A checkpoint carries the config that it was trained with and a description of its data. So sampling needs nothing else:
+no config file, and no data that would be read or downloaded.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from .inputs import read_data
 from .options import scales_of
 from .origin import foreign_config
 
-# Of the section model: without a say in what its network and its noise are, or found by themselves.
+# Keys of the section model that do not change its network or its noise, and those that are filled in from the data.
 _SILENT = ("dropout", "ema_rate", "ema_halflife", "text_encoder")
-_FOUND = ("name_sha256", "num_classes", "image_channels", "text_width", "pooled_width", "text_sha256")
+_FILLED = ("name_sha256", "num_classes", "image_channels", "text_width", "pooled_width", "text_sha256")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a task on a checkpoint works with, and hands on.
+    """What a task on a checkpoint works with.
 
     Args:
-        model: the checkpoint's, on this process's device, without a condition.
+        model: the checkpoint's model, on this process' device, without a condition.
         config: the command's, with what the checkpoint says of the model.
         codec: between examples as they are stored and as the model sees them.
         trained: the checkpoint.
-        shape: of an example as the model sees it.
-        workdir: below which results lie.
-        processes: that share the work.
+        shape: that of an example as the model sees it.
+        workdir: the folder of results.
+        processes: those that share the work.
     """
 
     model: ScoreModel
@@ -64,18 +64,18 @@ def open_job(
 ) -> tuple[Job, Data]:
     """The job of a command, and its data as they are stored, without examples where the mode reads none.
 
-    `carried` is the checkpoint that the config is from, if it is from one. Raises FileNotFoundError and ValueError for
-    what is not there or does not fit.
+    `carried` is the checkpoint that the config comes from, if any. Raises FileNotFoundError for a missing checkpoint or
+    missing data, and ValueError for those that do not fit.
     """
     trained = _checkpoint(options.checkpoint or workdir, carried, processes)
-    made = opened(config.data.autoencoder, processes.device) if config.data.autoencoder else None
-    known = _described(trained, config, made)
+    autoencoder = opened(config.data.autoencoder, processes.device) if config.data.autoencoder else None
+    described = _described(trained, config, autoencoder)
     reads = _reads_data(options.mode, config, options.input is not None)
-    data = read_data(config, processes) if known is None or reads else known
+    data = read_data(config, processes) if described is None or reads else described
     resolve_labels(config, data, options.mode in RESTORING)
     _adopt(config, trained, options.mode, scales_of(options))
     resolve_classes(config, data.num_classes, f"data.dataset={config.data.dataset}")
-    source = source_of(config, made, data)
+    source = source_of(config, autoencoder, data)
     shape = data.shape if source is None else source.shape
     model = _model(trained, options.mode, config, shape, processes)
     plain = codec_of(data.levels, config.data.centered, data.rate)
@@ -84,49 +84,48 @@ def open_job(
 
 
 def carried_config(where: str | Path) -> tuple[ConfigDict, Path, Trained | None]:
-    """The config in a checkpoint, or in a workdir's newest one, or in the config.json of one without; that file; and
-    the checkpoint, if it is one.
+    """The config of a checkpoint, a workdir's newest one, or else the workdir's config.json; that file; the checkpoint.
 
-    Raises FileNotFoundError where there is none, and ValueError for a file that carries no config.
+    Raises FileNotFoundError where there is neither, and ValueError for a checkpoint that carries no config.
     """
     where = Path(where)
-    kept = where / "config.json"
-    trained = checkpoint.newest(where)[0] if kept.is_file() else None
-    if kept.is_file() and trained is None:
-        return configs.from_json(kept), kept, None
+    written = where / "config.json"
+    trained = checkpoint.newest(where)[0] if written.is_file() else None
+    if written.is_file() and trained is None:
+        return configs.from_json(written), written, None
     trained = trained or checkpoint.find(where)
     if trained.config is None:
         raise ValueError(f"{trained.path} carries no config: give the one that it was trained with, --config FILE")
     return trained.config, trained.path, trained
 
 
-def source_of(config: ConfigDict, made: Opened | None, data: Data) -> Source | None:
+def source_of(config: ConfigDict, autoencoder: Opened | None, data: Data) -> Source | None:
     """The autoencoder of a model of codes, for these images; its hash goes into the config."""
-    config.data.autoencoder_sha256 = "" if made is None else made.sha256
-    if made is None:
+    config.data.autoencoder_sha256 = "" if autoencoder is None else autoencoder.sha256
+    if autoencoder is None:
         return None
-    source = made.source(data.levels, data.shape)
+    source = autoencoder.source(data.levels, data.shape)
     log.info("autoencoder: %s, codes of shape %s", source.where, source.shape)
     return source
 
 
 def _checkpoint(where: str | Path, carried: Trained | None, processes: Processes) -> Trained:
-    """The checkpoint that the main process finds at `where`, and that must be there for the others too."""
+    """The checkpoint that the main process finds at `where`, which must be the same file for all processes."""
     own = [] if carried is None else [carried]
 
-    def found() -> str:
+    def main() -> str:
         if not own:
             own.append(checkpoint.find(where))
         return str(own[0].path)
 
-    path = Path(processes.agreed(found))
+    path = Path(processes.agreed(main))
     if processes.world > 1:
-        here = checkpoint.file_hash(path) if path.is_file() else "nothing"
-        seen = [text.split(" ") for text in processes.texts(f"{here} {socket.gethostname()}")]
-        other = next((rank for rank, (sha256, _) in enumerate(seen) if sha256 != seen[0][0]), None)
+        sha256 = checkpoint.file_hash(path) if path.is_file() else "nothing"
+        hashes, hosts = zip(*(text.split(" ") for text in processes.texts(f"{sha256} {socket.gethostname()}")))
+        other = next((rank for rank, each in enumerate(hashes) if each != hashes[0]), None)
         if other is not None:
             raise ValueError(
-                f"{path} is not the same file for process 0 on {seen[0][1]} and process {other} on {seen[other][1]}: "
+                f"{path} is not the same file for process 0 on {hosts[0]} and process {other} on {hosts[other]}: "
                 "work in one shared folder"
             )
     return own[0] if own and own[0].path == path else Trained.open(path)
@@ -139,59 +138,51 @@ def _reads_data(mode: str, config: ConfigDict, own: bool) -> bool:
     return not own and mode in ("likelihood", "dequantize", "encode", "interpolate", *RESTORING)
 
 
-def _described(trained: Trained, config: ConfigDict, made: Opened | None) -> Data | None:
-    """The data of a checkpoint's model as far as the checkpoint knows them: shape, levels, classes, and no examples.
+def _described(trained: Trained, config: ConfigDict, autoencoder: Opened | None) -> Data | None:
+    """The data of a checkpoint's model as the checkpoint describes them: shape, levels, classes, and no examples.
 
-    None where it does not: in files of version 0.1.0. Those of score_sde_pytorch are of images of 256 levels, of the
-    size and channels that the config gives.
+    None for files of version 0.1.0, which describe none. Files of score_sde_pytorch are for images of 256 levels, with
+    the size and channels of the config.
     """
     if trained.card is None:
         d = config.data
         size = (d.num_channels, d.image_size, d.image_size)
-        return Data(_none(size, 256), _none(size, 256)) if all(size) else None
-    known, shape = trained.data, trained.card.shape
-    if known is None:
+        return Data(_empty(size, 256), _empty(size, 256)) if all(size) else None
+    card, shape = trained.data, trained.card.shape
+    if card is None:
         return None
     if trained.card.codes:
-        if made is None:
+        if autoencoder is None:
             check_codes(trained, "", "")
-        assert made is not None
-        shape = made.decoded_shape(shape)
-    split = _none(shape, known.levels)
-    return Data(
-        split,
-        split,
-        known.levels,
-        known.num_classes,
-        rate=known.rate,
-        class_names=known.class_names,
-        empty_classes=known.empty_classes,
-    )
+        assert autoencoder is not None
+        shape = autoencoder.decoded_shape(shape)
+    split, names, empty = _empty(shape, card.levels), card.class_names, card.empty_classes
+    return Data(split, split, card.levels, card.num_classes, rate=card.rate, class_names=names, empty_classes=empty)
 
 
-def _none(shape: tuple[int, ...], levels: int | None) -> Split:
-    """No examples, of this shape."""
+def _empty(shape: tuple[int, ...], levels: int | None) -> Split:
+    """A split without examples, of this shape."""
     return Split(torch.empty(0, *shape, dtype=torch.float32 if levels is None else torch.uint8))
 
 
 def _adopt(config: ConfigDict, trained: Trained, mode: str, scales: Sequence[float]) -> None:
     """Put into the config what the checkpoint's own says of the model, its noise and its data's scale.
 
-    So whatever is asked for is done as it was trained; what the config says otherwise is logged. Raises ValueError for
-    the config of another model, and for what its model cannot do.
+    So the model is used as it was trained; where the config differs, it is logged. Raises ValueError for the config of
+    another model, and for what its model cannot do.
     """
     if trained.card is None:
         return
     theirs = trained.config
     if theirs.model.name != config.model.name:
         raise ValueError(
-            f"{trained.path} holds a {theirs.model.name}, and the config is of a {config.model.name}: take the config "
+            f"{trained.path} has model.name={theirs.model.name}, and the config {config.model.name}: take the config "
             "that it was trained with, or leave --config out, as the checkpoint carries it"
         )
     resolve_conditions(config, trained.card.shape[0])
     check_conditions(trained, config, mode, scales)
     resolve_classes(config, theirs.model.num_classes, str(trained.path))
-    keys = [f"model.{key}" for key in theirs.model if key not in (*_SILENT, *_FOUND)]
+    keys = [f"model.{key}" for key in theirs.model if key not in (*_SILENT, *_FILLED)]
     keys += ["training.sde", "training.continuous", "data.centered", "data.uniform_dequantization"]
     for line in configs.differences(config, theirs):
         if line.partition(":")[0] in keys:

@@ -28,7 +28,7 @@ from ..noise import noise_source
 from ..ode.integrators import Solver
 from .checkpoint import file_hash
 from .codes import as_asked
-from .conditions import check_number, in_turn, labelled, sampled_labels, told
+from .conditions import check_number, conditioned, in_turn, labelled, sampled_labels
 from .inputs import number_of, own_examples, read_latents, split_of
 from .job import Job
 from .results import Arrays, channels_last, write_arrays, write_pictures
@@ -118,7 +118,7 @@ def _encoded(job: StampedJob, split: Split, first: int, count: int) -> Arrays:
         "rms_error": error.square().mean(1).sqrt().cpu().numpy(),
         "nfe": np.array([[there, job.model.nfe - there]]),
     }
-    if told(config) and y is not None:
+    if conditioned(config) and y is not None:
         arrays["labels"] = y.cpu().numpy()
     if isinstance(codec, PixelCodec):
         arrays["same"] = (codec.decode(back) == k).double().flatten(1).mean(1).cpu().numpy()
@@ -148,7 +148,7 @@ def run_decoding(job: Job, path: Path) -> tuple[Path, dict[str, Any]]:
     A class-conditional model is given the labels in the file. Raises ValueError where there are none.
     """
     latents, labels = read_latents(path, job.shape)
-    if told(job.config) and labels is None:
+    if conditioned(job.config) and labels is None:
         raise ValueError(
             f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
             "eval.conditional=False"
@@ -189,7 +189,7 @@ def run_interpolation(job: Job, split: Split | None, own: bool = False) -> tuple
     if pairs < 1:
         remedy = "add another to --input" if own else f"eval.split={e.split} has no more, so give two, --input FOLDER"
         raise ValueError(f"an interpolation is between two images, and there is one: {remedy}")
-    labels = sampled_labels(config) if split is None and told(config) else []
+    labels = sampled_labels(config) if split is None and conditioned(config) else []
     if split is None:
         number = "the number of ends, twice interpolation.pairs"
         check_number(config.sampling.labels if labels else (), (), 2 * pairs, number)
@@ -234,7 +234,7 @@ class _Ends:
         weights = torch.linspace(0, 1, steps, dtype=torch.float64, device=self.job.processes.device)
         between = config.sampling.temperature * slerp(z[0::2], z[1::2], weights).transpose(0, 1)
         model: ScoreModel = self.job.model
-        if told(config) and y is not None:
+        if conditioned(config) and y is not None:
             begin, end = (model.given(label=half.repeat_interleave(steps)) for half in (y[0::2], y[1::2]))
             model = guide(end, begin, weights.repeat(count))
         decoded = decode(model, between.reshape(-1, *self.job.shape), **_options(config)).reshape(between.shape)
@@ -259,7 +259,7 @@ class _Ends:
 
 def _flow(job: Job) -> dict[str, Any]:
     """What the stamp says of the ODE, beside its keys of the section eval."""
-    return {"sde": repr(job.model.sde), "given_labels": told(job.config)}
+    return {"sde": repr(job.model.sde), "given_labels": conditioned(job.config)}
 
 
 def _options(config: ConfigDict) -> dict[str, Any]:

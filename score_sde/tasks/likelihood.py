@@ -34,7 +34,7 @@ from ..machine.log import log
 from ..models.base import ScoreModel
 from ..models.pixel_levels import bits
 from .bound import ChainEvaluation
-from .conditions import given, told
+from .conditions import conditioned, given
 from .dequantize import law_of
 from .heat_map import write_heat_map
 from .inputs import number_of, split_of
@@ -49,7 +49,7 @@ CODED = ("reconstruction", "latent", "entropy")  # parts of the bound of a model
 def command(options: argparse.Namespace, job: Job, images: Data) -> None:
     """--mode likelihood."""
     config = job.config
-    text = embedded_captions(config, images, job.workdir, job.processes) if told(config) else None
+    text = embedded_captions(config, images, job.workdir, job.processes) if conditioned(config) else None
     folder, result = run_likelihood(job, split_of(images, config), text)
     what = (result[key] for key in ("images", "split", "estimate"))
     log.info("%s (%d %s examples; %s): %s", reported(result), *what, folder)
@@ -77,8 +77,8 @@ def run_likelihood(job: Job, split: Split, text: Text | None = None) -> tuple[Pa
     times = build_bound_times(config, job.model.sde) if kind == "bound" else None
     about: dict[str, Any] = {
         "sde": repr(job.model.sde),
-        **about_examples(split, e.split, n, text if told(config) else None),
-        "given_labels": told(config),
+        **about_examples(split, e.split, n, text if conditioned(config) else None),
+        "given_labels": conditioned(config),
         **({} if times is None else {"grid": about_times(times)}),
         "levels": levels,
         "unit": "bits/dim" if levels else "nats",

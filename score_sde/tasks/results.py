@@ -1,7 +1,7 @@
-"""Results on disk: folders that a stamp names, and batches that are there as soon as they are computed.
+"""Results on disk: folders that a stamp names, and batches that are stored as soon as they are computed.
 
-Every finished batch is a file in the result's folder; a run that was stopped goes on where it was, processes share the
-batches, and the last step joins them. What is joined is whole, and what is found finished is what its stamp says.
+Every finished batch is a file in the result's folder; a stopped run goes on where it was, processes share the batches,
+and the last step joins them. A joined result is whole, and a finished one is what its stamp says.
 """
 
 from __future__ import annotations
@@ -34,17 +34,15 @@ Arrays = dict[str, np.ndarray]
 _SHOWN = 256  # images of a grid
 
 
-def once(
-    base: Path,
-    label: str,
-    made_from: dict[str, Any],
-    file: str,
-    processes: Processes,
-    work: Callable[[Path], dict[str, Any]],
-) -> tuple[Path, dict[str, Any]]:
-    """A result's folder below `base`, and its stamp: `made_from`, what `work` found, and the sha256 of `file`.
+Work = Callable[[Path], dict[str, Any]]
 
-    See `kept`, whose errors it has.
+
+def once(
+    base: Path, label: str, made_from: dict[str, Any], file: str, processes: Processes, work: Work
+) -> tuple[Path, dict[str, Any]]:
+    """A result's folder below `base`, and its stamp: `made_from`, what `work` returns, and the sha256 of `file`.
+
+    `kept` explains `work` and the errors.
     """
     keep_log()
     folder = folder_for(base, label, made_from)
@@ -52,30 +50,25 @@ def once(
 
 
 def kept(
-    folder: Path,
-    made_from: dict[str, Any],
-    file: str,
-    processes: Processes,
-    work: Callable[[Path], dict[str, Any]],
-    stamp: str = "stamp.json",
+    folder: Path, made_from: dict[str, Any], file: str, processes: Processes, work: Work, stamp: str = "stamp.json"
 ) -> dict[str, Any]:
-    """The result that is in a folder, or is put there: `made_from` and what `work` found, as the file `stamp` says.
+    """The content of a folder's `stamp`, `made_from` and what `work` returns; the result is made if it is not there.
 
-    work(folder) keeps batches by `in_batches`, and its main process writes `file`. Where stamp and file are there, and
-    the file is the one that was stamped, nothing is computed again. The stamp comes last, and then the batches go.
+    work(folder) keeps batches by `in_batches`, and its main process writes `file`. A finished result, whose file is the
+    one that was stamped, is not computed again. The stamp is written last, and then the batches are deleted.
 
     Raises Busy where another process makes this result, and ValueError where the processes of this run were asked for
-    different results, or do not see one folder.
+    different results, or do not share one folder.
     """
     _check_same(folder, processes)
-    found = processes.agreed(lambda: finished(folder, made_from, file, stamp)[0])
-    if found is not None:
-        return found
+    result = processes.agreed(lambda: finished(folder, made_from, file, stamp)[0])
+    if result is not None:
+        return result
     with ExitStack() as stack:
         processes.agreed(lambda: stack.enter_context(held(folder, f"making {file}")))
-        found, wrong = processes.agreed(lambda: finished(folder, made_from, file, stamp))  # by whom we waited for
-        if found is not None:
-            return found
+        result, wrong = processes.agreed(lambda: finished(folder, made_from, file, stamp))  # another may have made it
+        if result is not None:
+            return result
         if wrong and processes.main:
             log.warning("warning: %s; it is computed again", wrong)
         _check_shared(folder, processes)
@@ -92,20 +85,20 @@ def kept(
 def finished(
     folder: Path, made_from: dict[str, Any], file: str, stamp: str = "stamp.json"
 ) -> tuple[dict[str, Any] | None, str]:
-    """What the stamp of a finished result says; or None, and what is wrong with the result if there is one."""
+    """The stamp of a finished result; or None, and what is wrong with the result if there is one."""
     path = folder / stamp
     if not path.is_file():
         return None, ""
     try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        wrong = "" if _plain(made_from).items() <= found.items() else f"{path} is of another result"
+        content: dict[str, Any] = json.loads(path.read_text())
+        wrong = "" if _plain(made_from).items() <= content.items() else f"{path} belongs to another result"
     except (ValueError, TypeError, AttributeError):
-        found, wrong = {}, f"{path} cannot be read"
+        content, wrong = {}, f"{path} cannot be read"
     if not wrong and not (folder / file).is_file():
         wrong = f"{folder / file} is gone"
-    if not wrong and file_hash(folder / file) != found.get("sha256", {}).get(file):
-        wrong = f"{folder / file} is not the file that {path} is of: it was cut short, or replaced"
-    return (None if wrong else found), wrong
+    if not wrong and file_hash(folder / file) != content.get("sha256", {}).get(file):
+        wrong = f"{folder / file} is not the file that {path} describes: it was cut short, or replaced"
+    return (None if wrong else content), wrong
 
 
 def folder_for(base: Path, label: str, made_from: dict[str, Any]) -> Path:
@@ -129,29 +122,29 @@ def in_batches(
     """
     parts = folder / "parts"
     parts.mkdir(parents=True, exist_ok=True)
-    starts = list(range(0, total, batch_size))
-    mine = starts[processes.rank :: processes.world]
+    counts = {first: min(batch_size, total - first) for first in range(0, total, batch_size)}
+    paths = {first: parts / f"{first:08d}-{count:06d}.npz" for first, count in counts.items()}
+    mine = list(counts)[processes.rank :: processes.world]
     done: list[Arrays] = []
     with Progress(description, len(mine), "batch", shown=processes.main) as bar:
         for first in mine:
-            path = parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz"
-            arrays = read_arrays(path)
+            arrays = read_arrays(paths[first])
             if arrays is None:
-                arrays = compute(first, min(batch_size, total - first))
-                write_arrays(path, arrays)
-            done.append(Stored(arrays, path))
+                arrays = compute(first, counts[first])
+                write_arrays(paths[first], arrays)
+            done.append(Stored(arrays, paths[first]))
             progress(bar, done)
             bar.update()
     processes.barrier()
-    paths = [parts / f"{first:08d}-{min(batch_size, total - first):06d}.npz" for first in starts]
-    whole = [read_arrays(path) for path in paths]
-    _check_whole(parts, whole, processes)
-    stored = [Stored(part, path) for part, path in zip(whole, paths, strict=True) if part is not None]
-    return Stored({key: np.concatenate([part[key] for part in stored]) for key in (stored[0] if stored else ())}, parts)
+    batches = [read_arrays(path) for path in paths.values()]
+    _check_whole(parts, batches, processes)
+    stored = [Stored(batch, path) for batch, path in zip(batches, paths.values()) if batch is not None]
+    names = stored[0] if stored else ()
+    return Stored({name: np.concatenate([batch[name] for batch in stored]) for name in names}, parts)
 
 
 class Stored(Arrays):
-    """Arrays of files; one that they lack is asked for in a sentence."""
+    """The arrays of a file. Raises ValueError, one sentence, for an array that it lacks."""
 
     def __init__(self, arrays: Arrays, where: Path) -> None:
         super().__init__(arrays)
@@ -190,10 +183,10 @@ def write_pictures(
     groups: Sequence[int] | None = None,
     names: Sequence[str] = (),
 ) -> None:
-    """`grid.png` of the first 256 images (N, H, W, C), `histogram.png` of points of the plane (N, 2), or recordings.
+    """Write `grid.png` of images (N, H, W, C), `histogram.png` of points of the plane (N, 2), or recordings.
 
-    Of recordings (N, 1, length) the first 256 are .wav files, 000000.wav and so on, at the sample rate of the data.
-    `columns`, `groups` and `names` are `images.grid`'s; of groups the first 256 are as many of each.
+    Recordings (N, 1, length) are .wav files, 000000.wav and so on, at the sample rate of the data. Only the first 256
+    are shown, from groups equally many of each. `columns`, `groups` and `names` are those of `pictures.grid`.
     """
     if codec.pixels is not None:
         shown = list(range(min(len(values), _SHOWN))) if groups is None else first_of_each(groups, _SHOWN)
@@ -217,14 +210,14 @@ def write_single_pictures(folder: Path, pixels: PixelCodec) -> None:
 
 
 def channels_last(y: Tensor) -> np.ndarray:
-    """Images (N, C, H, W) as (N, H, W, C), those of more than 256 levels as uint16, as files have them; or vectors."""
+    """Images (N, C, H, W) as (N, H, W, C), as in files, with uint16 for more than 256 levels; vectors as they are."""
     array = y.cpu().numpy()
     array = array.astype(np.uint16) if array.dtype == np.int32 else array
     return array.transpose(0, 2, 3, 1) if array.ndim == 4 else array
 
 
 def remove_parts(folder: Path) -> None:
-    """Delete the batches of a folder that has been joined, and the folder itself where it held nothing else."""
+    """Delete the batches of a folder that has been joined, and the folder itself if it is empty then."""
     for path in (folder / "parts").glob("*"):
         path.unlink()
     (folder / "parts").rmdir()
@@ -244,7 +237,7 @@ def error_of_mean(each: np.ndarray) -> float:
 
 
 def running_mean(unit: str) -> Callable[[Progress, list[Arrays]], None]:
-    """For `in_batches`: shows the mean of `value`, with its error, over the batches that are done."""
+    """For `in_batches`: it shows the mean of `value`, with its error, over the batches that are done."""
 
     def progress(bar: Progress, done: list[Arrays]) -> None:
         mean, error = mean_and_error(np.concatenate([arrays["value"] for arrays in done]))
@@ -254,7 +247,7 @@ def running_mean(unit: str) -> Callable[[Progress, list[Arrays]], None]:
 
 
 def _check_same(folder: Path, processes: Processes) -> None:
-    """Raise ValueError where the processes of a run were asked for different results: data or files differ."""
+    """Raise ValueError where the processes of a run would make different results, as data or files differ."""
     hosts, names = zip(*(text.split(" ", 1) for text in processes.texts(f"{socket.gethostname()} {folder.name}")))
     other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
     if other is not None:
@@ -265,7 +258,7 @@ def _check_same(folder: Path, processes: Processes) -> None:
 
 
 def _check_shared(folder: Path, processes: Processes) -> None:
-    """Raise ValueError where a process does not see the main one's folder."""
+    """Raise ValueError where a process does not see the main process' folder."""
     if processes.world == 1:
         return
     mark = folder / processes.agreed(lambda: _marked(folder))
@@ -275,7 +268,7 @@ def _check_shared(folder: Path, processes: Processes) -> None:
     blind = next((text.split()[1] for text in seen if text.startswith("False")), None)
     if blind is not None:
         raise ValueError(
-            f"{folder} of {seen[0].split()[1]} is not the folder of that name on {blind}: all processes write their "
+            f"{folder} on {seen[0].split()[1]} is not the folder of that name on {blind}: all processes write their "
             "batches into one, so give --workdir a folder that all hosts share"
         )
 
@@ -287,25 +280,24 @@ def _marked(folder: Path) -> str:
     return mark.name
 
 
-def _check_whole(parts: Path, whole: Sequence[Arrays | None], processes: Processes) -> None:
+def _check_whole(parts: Path, batches: Sequence[Arrays | None], processes: Processes) -> None:
     """Raise ValueError, on every process, where one of them misses a batch that was computed."""
-    missing = [i for i, part in enumerate(whole) if part is None]
-    told = f"batch {missing[0] + 1} of {len(whole)} of process {missing[0] % processes.world}" if missing else ""
-    for text in processes.texts(told and f"{told} (looked for on {socket.gethostname()})"):
+    missing = next((i for i, batch in enumerate(batches) if batch is None), None)
+    mine = "" if missing is None else f"batch {missing + 1} of {len(batches)} of process {missing % processes.world}"
+    for text in processes.texts(mine and f"{mine} (looked for on {socket.gethostname()})"):
         if text:
             raise ValueError(
-                f"{parts} lacks {text}, so the result is not whole; see that all processes work in one folder and that "
-                "nobody deletes from it, and run the same command again: it computes what is missing"
+                f"{parts} lacks {text}, so the result is not whole: see that all processes work in one folder and that "
+                "nobody deletes from it, and run the same command again; it computes what is missing"
             )
 
 
 def _write_stamp(path: Path, content: dict[str, Any]) -> None:
-    """The last file of a result, whole or absent."""
+    """Write the last file of a result, whole or absent."""
     with whole(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())
 
 
 def _plain(made_from: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON."""
-    found: dict[str, Any] = json.loads(json.dumps(made_from))
-    return found
+    """A stamp as it comes back from JSON."""
+    return dict(json.loads(json.dumps(made_from)))

@@ -714,7 +714,7 @@ def test_a_checkpoint_of_other_data_is_refused(
 ) -> None:
     line = ["--config", "configs/vp_toy.py", "--mode", "sample", "--workdir", str(tmp_path)]
     assert run([*line, "--checkpoint", str(find(trained).path)]) == 2
-    assert "holds a ncsnpp, and the config is of a mlp: take the config that it was trained" in capsys.readouterr().err
+    assert "has model.name=ncsnpp, and the config mlp: take the config that it was trained" in capsys.readouterr().err
 
 
 def test_a_checkpoint_of_score_sde_pytorch_is_sampled(tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_a_weaker_model_is_told_the_smaller_image_too(stages: tuple[Path, Path])
     with np.load(latest(stages[1]) / "samples.npz") as found:
         assert (found["arr_0"][:6] == found["arr_0"][6:]).mean() > 0.98
     guides = load_guides(*(guided := with_weaker(stages[1])), (1, 8, 8), torch.device("cpu"))
-    assert guides.reference is not None and guides.reference_told == ("label", "image", "augmentation")
+    assert guides.reference is not None and guides.shared == ("label", "image", "augmentation")
     x, t = torch.randn(2, 1, 8, 8), torch.tensor(0.9)
     told = {"label": torch.tensor([1, 2]), "image": torch.randn(2, 1, 4, 4), "augmentation": torch.tensor([0.1, 0.4])}
     model = conditional(guided[1], (told, {}), told["label"], guided[0], guides, 3.0)

@@ -252,7 +252,7 @@ def test_a_config_s_interval_and_rescaling_are_those_of_guidance(by: str) -> Non
         "label": (Guides(), guide(told, MIXTURE, 3.0, **interval, rescale=0.7)),
         "classifier": (Guides(classifier=judge), classifier(told, judge, 3.0, **interval, label=label)),  # type: ignore[arg-type]
         "weaker": (
-            Guides(reference=weak, reference_told=("label",)),
+            Guides(reference=weak, shared=("label",)),
             guide(told, weak.given(label=label), 3.0, **interval, rescale=0.7),
         ),
     }[by]
@@ -582,10 +582,13 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
         ("is no classifier", ["--config.sampling.classifier={model}"]),
         ("is a classifier", ["--config.sampling.guidance_checkpoint={judge}", "--config.sampling.guidance=2"]),
         (
-            "is class-conditional, and the",
+            "is conditioned on labels, and the",
             ["--config.sampling.guidance_checkpoint={told}", "--config.sampling.guidance=2"],
         ),
-        ("was trained without classes", ["--config.model.class_conditional=true", "--config.sampling.labels=3"]),
+        (
+            "was trained with model.class_conditional=False",
+            ["--config.model.class_conditional=true", "--config.sampling.labels=3"],
+        ),
         ("sampling.labels need a class-conditional model or", ["--config.sampling.labels=3"]),
     ],
 )
