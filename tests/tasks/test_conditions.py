@@ -376,7 +376,7 @@ def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
         ("classifier-free", ["--config.model.class_conditional=false", "--config.sampling.negative_label=3"]),
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.labels=3"]),
         ("model.class_conditional", ["--config.model.class_conditional=false", "--config.sampling.guidance=2"]),
-        ("trained with classes", ["--config.model.class_conditional=false"]),
+        ("trained with model.class_conditional=True", ["--config.model.class_conditional=false"]),
         (
             "guidance=2 has no effect on samples without class",
             ["--config.sampling.guidance=2", "--config.sampling.labels=-1"],
