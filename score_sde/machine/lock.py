@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from .log import log
+from .whole_files import is_alive
 
 try:
     import fcntl
@@ -136,15 +137,13 @@ def _describe(record: Record) -> str:
 
 def _own_record(doing: str) -> Record:
     """What this process writes into its lock file."""
-    since, pid = time.strftime("%Y-%m-%d %H:%M:%S"), os.getpid()
-    return {
+    process = {
         "host": socket.gethostname(),
         "machine": _machine(),
-        "pid": pid,
-        "began": _start_time(pid),
-        "since": since,
-        "doing": doing,
+        "pid": os.getpid(),
+        "began": _start_time(os.getpid()),
     }
+    return {**process, "since": time.strftime("%Y-%m-%d %H:%M:%S"), "doing": doing}
 
 
 def _machine() -> str:
@@ -160,12 +159,8 @@ def _start_time(pid: int) -> str | None:
 
     Process numbers are reused, but not together with a start time.
     """
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+    if not is_alive(pid):
         return None
-    except PermissionError:
-        pass  # it is another user's
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -1,4 +1,4 @@
-"""The log of a command: on the terminal, and once the command is accepted all of them in the workdir's log.txt."""
+"""The log of a command: on the terminal and, once the command is accepted, in the workdir's log.txt."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FORMAT = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
 
 
 def log_to_terminal(workdir: Path) -> None:
-    """All but the lines of numbers, which the bar shows, to the terminal; all lines wait for `keep_log`."""
+    """Log to the terminal, without the lines of numbers, which the bar shows; all lines wait for `keep_log`."""
     log.setLevel(logging.DEBUG)
     for handler in list(log.handlers):  # of an earlier command of this process
         log.removeHandler(handler)
@@ -27,7 +27,7 @@ def log_to_terminal(workdir: Path) -> None:
 
 
 def keep_log() -> None:
-    """Everything to the workdir's log.txt, from the beginning on: the command is accepted. Again it does nothing."""
+    """The command is accepted: write all lines, earlier ones too, to the workdir's log.txt. Again it does nothing."""
     for waiting in [handler for handler in log.handlers if isinstance(handler, _Waiting)]:
         waiting.workdir.mkdir(parents=True, exist_ok=True)
         file = _LogFile(waiting.workdir / "log.txt")
@@ -39,7 +39,7 @@ def keep_log() -> None:
 
 
 class _Waiting(MemoryHandler):
-    """The lines of a command that is not accepted yet, and the workdir that is to have them."""
+    """Keeps the lines of a command until it is accepted."""
 
     def __init__(self, workdir: Path) -> None:
         super().__init__(10_000, flushLevel=logging.CRITICAL + 1)
@@ -47,7 +47,7 @@ class _Waiting(MemoryHandler):
 
 
 class _LogFile(logging.FileHandler):
-    """A file whose lines are lost where the disk is full: what is being done may go on, and the terminal has them."""
+    """A log file that loses lines if the disk is full: the work goes on, and the terminal shows them."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         if not isinstance(sys.exc_info()[1], OSError):

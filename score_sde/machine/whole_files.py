@@ -122,22 +122,22 @@ def is_finite(value: Tensor) -> bool:
     return not value.is_floating_point() or bool(value.sum().isfinite()) or bool(value.isfinite().all())
 
 
-def _is_leftover(path: Path) -> bool:
-    *_, host, number = path.name.removesuffix(".partial").split(".")
-    if host != _host() or not number.isdecimal():
-        return time.time() - path.stat().st_mtime > _DAY
-    return int(number) == os.getpid() or not _is_alive(int(number))
-
-
-def _is_alive(process: int) -> bool:
+def is_alive(process: int) -> bool:
     """Whether this host runs a process with this number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
-        pass
+        pass  # it is another user's
     return True
+
+
+def _is_leftover(path: Path) -> bool:
+    *_, host, number = path.name.removesuffix(".partial").split(".")
+    if host != _host() or not number.isdecimal():
+        return time.time() - path.stat().st_mtime > _DAY
+    return int(number) == os.getpid() or not is_alive(int(number))
 
 
 def _host() -> str:

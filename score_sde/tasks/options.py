@@ -1,4 +1,4 @@
-"""The command line's modes, and which of its options each of them reads; what a mode does not read is refused."""
+"""The modes of the command line, and the options that each reads; an option that its mode does not read is refused."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ READ_BY: dict[str, tuple[str, ...]] = {
     "--negative": ("sample", *RESTORING),
     "--scales": ("sample",),
 }
-JUDGED = ("digits", "digits32")  # data sets of whose samples the demo tells
+JUDGED = ("digits", "digits32")  # data sets whose samples the demo judges
 
 
 class Parser(argparse.ArgumentParser):
-    """Options that are spelled out; what is wrong with them is one sentence."""
+    """A parser of options without abbreviations, whose errors are one sentence."""
 
     def __init__(self, program: str = "score_sde") -> None:
         super().__init__(program, add_help=False, allow_abbrev=False)
@@ -65,16 +65,16 @@ def scales_of(options: argparse.Namespace) -> list[float]:
     """--scales 0,1,2.5 as numbers; none where it was not given. Raises ValueError for others."""
     text = options.scales
     try:
-        found = [float(part) for part in text.split(",")] if text else []
+        scales = [float(number) for number in text.split(",")] if text else []
     except ValueError:
         raise ValueError(f"--scales must be numbers such as 0,1,2.5, got {text!r}") from None
-    if any(not 0 <= scale < math.inf for scale in found):
+    if any(not 0 <= scale < math.inf for scale in scales):
         raise ValueError(f"--scales must be at least 0, got {text}")
-    return found
+    return scales
 
 
 def _mode(options: argparse.Namespace, config: ConfigDict) -> None:
-    """The modes of models for what is none, those of pixels for codes, and those of whole images for enlargers."""
+    """Refuse modes that need a score model, a model of pixels, or one of whole images, if the config is for another."""
     mode, d, m = options.mode, config.data, config.model
     kind = kind_of(config)
     if kind.use and mode not in ("scan", "train"):
@@ -95,7 +95,7 @@ def _mode(options: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def _input(options: argparse.Namespace, config: ConfigDict) -> None:
-    """--input where the config makes of its mode one that reads none, and a decode without one."""
+    """Refuse --input if the mode does not read it with this config, and a missing --input."""
     if options.mode == "decode" and options.input is None:
         raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
     mode, start = options.mode, config.sampling.start
@@ -122,7 +122,7 @@ def _input(options: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def _prompt(options: argparse.Namespace, config: ConfigDict) -> None:
-    """Prompts for models of other things, and what is not wanted without what is."""
+    """Refuse prompts for models without captions, and a negative prompt without a prompt."""
     if (options.prompt or options.negative) and not config.model.text_encoder:
         name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
         raise ValueError(
@@ -139,7 +139,7 @@ def _prompt(options: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
-    """Scales with nothing to guide by, and what guides at scales that leave it without effect."""
+    """Refuse scales with nothing to guide by, and guidance without effect."""
     s, scales = config.sampling, scales_of(options) or [config.sampling.guidance]
     classes = (config.model.class_conditional or s.classifier) and (options.mode == "sample" or s.labels)
     guided = classes or s.guidance_checkpoint or options.prompt
@@ -166,7 +166,7 @@ def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
 
 
 def _number(options: argparse.Namespace, config: ConfigDict) -> None:
-    """More classes or prompts than examples; those of data sets are counted when they have been read."""
+    """Refuse more classes or prompts than examples; examples of data sets are counted when they have been read."""
     s, e = config.sampling, config.eval
     if options.mode == "sample":
         check_number(s.labels, options.prompt, s.num_samples, "sampling.num_samples")
