@@ -39,7 +39,7 @@ def get_config() -> ConfigDict:
 def as_options(arguments: list[str]) -> list[str]:
     """``train vp_digits ...`` as ``--mode train --config vp_digits ...``; options alone stay as they are.
 
-    Raises ValueError for a word that is no mode, for a second config, and for a mode or a config that is said twice.
+    Raises ValueError for a word that is no mode, for a second config, and for a mode or a config that is given twice.
     """
     mode, *names = [*takewhile(lambda word: not word.startswith("-"), arguments)] or [""]
     if not mode:
@@ -49,11 +49,11 @@ def as_options(arguments: list[str]) -> list[str]:
         hint = f"did you mean {near}?" if near else "`score_sde --help` lists them"
         raise ValueError(f"there is no command {mode}; {hint}")
     if len(names) > 1:
-        raise ValueError(f"`score_sde {mode}` takes one config, got {' '.join(names)}: give one, and options behind it")
-    said = [word.partition("=")[0] for word in arguments]
+        raise ValueError(f"`score_sde {mode}` takes one config, got {' '.join(names)}: give one, then options")
+    options = [word.partition("=")[0] for word in arguments]
     for option in ("--mode", "--config")[: 1 + len(names)]:
-        if option in said:
-            raise ValueError(f"`score_sde {' '.join((mode, *names))}` says what {option} would: leave {option} out")
+        if option in options:
+            raise ValueError(f"`score_sde {' '.join((mode, *names))}` has its {option[2:]} already: leave {option} out")
     config = ["--config", *names] if names else []
     return ["--mode", mode, *config, *arguments[1 + len(names) :]]
 
@@ -85,7 +85,7 @@ def show(arguments: list[str]) -> str:
 
 
 def begin(arguments: list[str]) -> str:
-    """``score_sde new FILE --from NAME``: write a config file that says what NAME changes; it replaces no file."""
+    """``score_sde new FILE --from NAME``: write a config file with what NAME changes; it overwrites no file."""
     rest, overrides = configs.split_arguments(arguments)
     parser = Parser("score_sde new")
     parser.add_argument("file", type=Path)
@@ -95,7 +95,7 @@ def begin(arguments: list[str]) -> str:
     if file.suffix != ".py":
         raise ValueError(f"a config is a Python file, got {file}: take a name such as {file.with_suffix('.py')}")
     if os.path.lexists(file):
-        raise FileExistsError(f"{file} is there already, and nothing is written over it: take another name")
+        raise FileExistsError(f"{file} exists already, and is not overwritten: take another name")
     text = written(file, options.name, overrides)
     file.parent.mkdir(parents=True, exist_ok=True)
     with whole(file) as out:
@@ -104,7 +104,7 @@ def begin(arguments: list[str]) -> str:
 
 
 def written(file: Path, name: str, overrides: dict[str, str]) -> str:
-    """The text of a config file that gives what the config NAME gives, key by key with what each means."""
+    """The text of a config file with the values of the config NAME, key by key with what each means."""
     values = flat(configs.load(name, overrides))
     lines: list[str] = []
     for key, known_key in KEYS.items():
@@ -112,9 +112,9 @@ def written(file: Path, name: str, overrides: dict[str, str]) -> str:
             lines += [f"# {line}" for line in textwrap.wrap(known_key.meaning, 112)]
             lines += [f"config.{key} = {values[key]!r}", ""]
     path = find(name)
-    about = summary(path).replace('"""', "'''")
+    first_line = summary(path).replace('"""', "'''")
     body = textwrap.indent("\n".join(lines), "    ")
-    return NEW.format(stem=file.stem, file=file, name=path.stem, summary=about, lines=body)
+    return NEW.format(stem=file.stem, file=file, name=path.stem, summary=first_line, lines=body)
 
 
 def complete(arguments: list[str]) -> str:
@@ -127,11 +127,8 @@ def complete(arguments: list[str]) -> str:
     except ImportError:
         raise ValueError("score_sde completion needs the package shtab: pip install shtab") from None
     names = " ".join(known())
-    functions = {
-        "bash": f'_score_sde_names() {{ compgen -W "{names}" -- $1; compgen -f -- $1; }}',
-        "zsh": f"_score_sde_names() {{ compadd {names}; _files }}",
-    }
-    return shtab.complete(words(), shell, preamble=functions[shell])
+    body = f'compgen -W "{names}" -- $1; compgen -f -- $1;' if shell == "bash" else f"compadd {names}; _files"
+    return shtab.complete(words(), shell, preamble=f"_score_sde_names() {{ {body} }}")
 
 
 def words() -> argparse.ArgumentParser:

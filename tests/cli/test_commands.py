@@ -36,8 +36,8 @@ def test_a_mode_and_its_config_are_options_said_in_short() -> None:
         ("qqqq", "there is no command qqqq; `score_sde --help` lists them"),
         ("train vp_digit", "there is no config vp_digit; did you mean vp_digits?"),
         ("train vp_digits vp_cifar", "`score_sde train` takes one config, got vp_digits vp_cifar"),
-        ("train vp_digits --config=x.py", "`score_sde train vp_digits` says what --config would: leave --config out"),
-        ("train --mode sample", "`score_sde train` says what --mode would: leave --mode out"),
+        ("train vp_digits --config=x.py", "`score_sde train vp_digits` has its config already: leave --config out"),
+        ("train --mode sample", "`score_sde train` has its mode already: leave --mode out"),
         ("train --workdir x vp_digits", "unrecognized arguments: vp_digits; `score_sde --help` explains"),
         ("config", "the following arguments are required: name"),
         ("configs --dif", "unrecognized arguments: --dif"),
@@ -99,8 +99,8 @@ def test_a_new_file_replaces_none_and_is_absent_where_it_cannot_be(capsys: pytes
     Path("mine.py").write_text("# years of work")
     Path("link.py").symlink_to("nowhere.py")
     for file, name, sentence in (
-        ("mine.py", "vp_digits", "mine.py is there already"),
-        ("link.py", "vp_digits", "link.py is there already"),
+        ("mine.py", "vp_digits", "mine.py exists already"),
+        ("link.py", "vp_digits", "link.py exists already"),
         ("other.py", "vp_digit", "did you mean vp_digits?"),
         ("other.txt", "vp_digits", "take a name such as other.py"),
     ):
