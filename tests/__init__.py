@@ -6,12 +6,8 @@
 import gc
 from pathlib import Path
 
-import torch
-
 # tests make millions of short-lived objects, which the garbage collector need not look for so often
 gc.set_threshold(100_000, 20, 100)
-# convolutions of a few channels take half of the time without oneDNN's preparations
-torch.backends.mkldnn.enabled = False
 
 ROOT = Path(__file__).parents[1]
 RECORDED = ROOT / "tests" / "data" / "recorded"  # what other projects computed; its README says how
