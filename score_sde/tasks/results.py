@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -159,14 +160,10 @@ class Stored(Arrays):
 def read_arrays(path: Path) -> Arrays | None:
     """The arrays of a finished batch, or None where there is none that can be read."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             return dict(file)
-    except (OSError, ValueError, EOFError, KeyError):
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile):
         return None
-    except Exception as error:  # zipfile.BadZipFile, which numpy lets through for a file that was cut short
-        if type(error).__name__ == "BadZipFile":
-            return None
-        raise
 
 
 def write_arrays(path: Path, arrays: Arrays) -> None:

@@ -531,7 +531,7 @@ def test_slips_with_latents_are_answered(
         ("encode", ["--input", str(tmp_path / "deep.npy")], "holds the value 17, and the data have levels 0..16"),
         ("sample", ["--input", str(images)], "--mode sample reads no --input"),
         ("interpolate", ["--input", str(images), "--config.interpolation.between=seeds"], "reads no --input"),
-        ("sample", ["--config.sampling.temperature=0.5"], "temperature=0.5 scales the draw"),
+        ("sample", ["--config.sampling.temperature=0.5"], "temperature=0.5 is for samplers that draw no noise"),
         ("sample", ["--config.sampling.temperature=-1"], "sampling.temperature must be at least 0"),
         ("interpolate", ["--config.interpolation.steps=1"], "interpolation.steps must be at least 2"),
     ):

@@ -301,7 +301,7 @@ def test_walks_have_a_learned_schedules_gradient_or_say_that_they_have_none(samp
     if isinstance(sampler, (DPMSolver, Multistep, UniPC, EmbeddedODE)) or (
         isinstance(sampler, Churn) and sampler.churn > 0
     ):
-        with pytest.raises(ValueError, match="gives no gradient to a learned schedule: hold it constant"):
+        with pytest.raises(ValueError, match="gives no gradient to a learned schedule: hold the schedule constant"):
             end_of(sampler, model, x)
         schedule.requires_grad_(False)
         return

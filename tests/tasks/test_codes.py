@@ -435,7 +435,7 @@ def test_classes_and_classifiers_are_of_codes_too(trained: tuple[Path, Path], ch
     assert command("latent_digits32", "sample", workdir, *guided) == 0
     assert command("latent_digits32", "train", tmp_path / "other", of(changed), *judge[1:]) == 0
     guided[-1] = f"--config.sampling.classifier={tmp_path / 'other'}"
-    assert "is of codes of data.autoencoder" in refused("latent_digits32", "sample", workdir, *guided)
+    assert "has codes of data.autoencoder" in refused("latent_digits32", "sample", workdir, *guided)
 
 
 def refused(config: str, mode: str, workdir: Path, *more: str) -> str:

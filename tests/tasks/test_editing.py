@@ -93,7 +93,7 @@ def test_a_grid_below_one_asks_for_its_state_and_a_state_must_fit() -> None:
     ):
         with pytest.raises(ValueError, match=words):
             sample(model, DDIM(), (3, 2), grid, start=wrong)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="temperature=0.5 scales the draw from the prior, and start is given"):
+    with pytest.raises(ValueError, match="temperature=0.5 scales the draw from the prior, which start replaces"):
         sample(model, DDIM(), (3, 2), grid, start=x, temperature=0.5)
     assert sample(model, DDIM(), (3, 2), grid, start=x.float()).dtype == torch.float32
     assert sample(model, DDIM(), (3, 2), grid, start=x.half()).dtype == torch.float32
