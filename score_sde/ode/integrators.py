@@ -161,20 +161,12 @@ def integrate(
         )
 
     if solver.method == "RK45":
-        from scipy.integrate import solve_ivp  # slow to import
-
         if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (y, *parameters)):
             raise ValueError("RK45 is scipy's and has no gradient: use dopri5, or solve under torch.no_grad()")
-
-        @torch.no_grad()
-        def flat(t: float, state: np.ndarray) -> np.ndarray:
-            return counted(t, torch.from_numpy(state).to(y).reshape(y.shape)).flatten().double().cpu().numpy()
-
-        start = y.flatten().double().cpu().numpy()
-        solution = solve_ivp(flat, (u0, u1), start, rtol=solver.rtol, atol=solver.atol, method="RK45")
-        if not solution.success:
-            raise GaveUp(gave_up(f"{solution.message} t = {reached:.3g} was reached"))
-        return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), count
+        end, failure = _by_scipy(counted, y, u0, u1, solver)
+        if failure:
+            raise GaveUp(gave_up(f"{failure} t = {reached:.3g} was reached"))
+        return end, count
 
     from torchdiffeq import odeint, odeint_adjoint  # slow to import: it imports scipy's, too
 
@@ -194,6 +186,21 @@ def integrate(
     except AssertionError as error:
         raise GaveUp(gave_up(f"{error}; t = {reached:.3g} was reached")) from error
     return end, count
+
+
+def _by_scipy(
+    field: Callable[[Any, Tensor], Tensor], y: Tensor, u0: float, u1: float, solver: Solver
+) -> tuple[Tensor, str]:
+    """(y at u1, why it was not reached, or "") by scipy's RK45, in float64 on the CPU."""
+    from scipy.integrate import solve_ivp  # slow to import
+
+    @torch.no_grad()
+    def flat(u: float, state: np.ndarray) -> np.ndarray:
+        return field(u, torch.from_numpy(state).to(y).reshape(y.shape)).flatten().double().cpu().numpy()
+
+    start = y.flatten().double().cpu().numpy()
+    solution = solve_ivp(flat, (u0, u1), start, rtol=solver.rtol, atol=solver.atol, method="RK45")
+    return torch.from_numpy(solution.y[:, -1]).reshape(y.shape).to(y), "" if solution.success else solution.message
 
 
 class Arrival(NamedTuple):
