@@ -94,13 +94,9 @@ def example_numbers(
 
 
 def noise_source(
-    shape: tuple[int, ...],
-    seed: int | torch.Generator,
-    first: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    shape: tuple[int, ...], seed: int | torch.Generator, first: int, dtype: torch.dtype, device: torch.device,
     stream: ExampleStream = ExampleStream.STATE,
-) -> Noise:
+) -> Noise:  # fmt: skip
     """The source of standard normal states of shape `shape`: example i's depend on (seed, first + i, stream) alone.
 
     A draw of an example costs a call, so several small states are drawn at once, as many as fit in 16 kB.

@@ -87,12 +87,9 @@ class FileData(NamedTuple):
 
 
 def read(
-    path: Path,
-    image_size: int | None = None,
-    num_channels: int | None = None,
-    memory: int = 4 << 30,
+    path: Path, image_size: int | None = None, num_channels: int | None = None, memory: int = 4 << 30,
     pixels: Pixels = AS_THEY_ARE,
-) -> FileData:
+) -> FileData:  # fmt: skip
     """Read the data at `path`.
 
     Images are (N, C, H, W), uint8 up to 256 levels and int32 above, other arrays float32 (N, *shape); labels int64 (N,)
@@ -259,12 +256,9 @@ class _Images:
 
 
 def _images(
-    source: _Images,
-    names: list[str],
-    memory: int,
-    skipped: Mapping[str, int] = MappingProxyType({}),
+    source: _Images, names: list[str], memory: int, skipped: Mapping[str, int] = MappingProxyType({}),
     narrow: Callable[[Layout], Layout] = lambda layout: layout,
-) -> FileData:
+) -> FileData:  # fmt: skip
     if source.channels not in (None, 1, 3):
         raise ValueError(f"images have 1 or 3 channels, got {source.channels}: set --config.data.num_channels=1 or 3")
     where = str(source.path)

@@ -111,15 +111,9 @@ class Data:
 
 
 def load_data(
-    name: str,
-    path: str | Path | None = None,
-    *,
-    image_size: int | None = None,
-    num_channels: int | None = None,
-    length: int | None = None,
-    memory: int = 4 << 30,
-    pixels: Pixels = AS_THEY_ARE,
-) -> Data:
+    name: str, path: str | Path | None = None, *, image_size: int | None = None, num_channels: int | None = None,
+    length: int | None = None, memory: int = 4 << 30, pixels: Pixels = AS_THEY_ARE,
+) -> Data:  # fmt: skip
     """The data set `name`: a row of `_BUILT_IN`, "files" for what you have at `path`, or a function FILE.py:NAME.
 
     That function returns `Data`, and is called with those of path, image_size, num_channels and length that it has

@@ -35,73 +35,32 @@ SCHEDULER = "scheduler_config.json"
 # The values that diffusers gives to keys that a config leaves out: a model's, and a scheduler's.
 DEFAULTS: dict[str, dict[str, Any]] = {
     "UNet2DModel": {
-        "sample_size": None,
-        "in_channels": 3,
-        "out_channels": 3,
-        "center_input_sample": False,
-        "time_embedding_type": "positional",
-        "time_embedding_dim": None,
-        "freq_shift": 0,
-        "flip_sin_to_cos": True,
+        "sample_size": None, "in_channels": 3, "out_channels": 3, "center_input_sample": False,
+        "time_embedding_type": "positional", "time_embedding_dim": None, "freq_shift": 0, "flip_sin_to_cos": True,
         "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D"),
         "mid_block_type": "UNetMidBlock2D",
         "up_block_types": ("AttnUpBlock2D", "AttnUpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        "block_out_channels": (224, 448, 672, 896),
-        "layers_per_block": 2,
-        "mid_block_scale_factor": 1,
-        "downsample_padding": 1,
-        "downsample_type": "conv",
-        "upsample_type": "conv",
-        "dropout": 0.0,
-        "act_fn": "silu",
-        "attention_head_dim": 8,
-        "norm_num_groups": 32,
-        "attn_norm_num_groups": None,
-        "norm_eps": 1e-5,
-        "resnet_time_scale_shift": "default",
-        "add_attention": True,
-        "class_embed_type": None,
-        "num_class_embeds": None,
+        "block_out_channels": (224, 448, 672, 896), "layers_per_block": 2, "mid_block_scale_factor": 1,
+        "downsample_padding": 1, "downsample_type": "conv", "upsample_type": "conv", "dropout": 0.0, "act_fn": "silu",
+        "attention_head_dim": 8, "norm_num_groups": 32, "attn_norm_num_groups": None, "norm_eps": 1e-5,
+        "resnet_time_scale_shift": "default", "add_attention": True, "class_embed_type": None, "num_class_embeds": None,
         "num_train_timesteps": None,
     },
     "DiTTransformer2DModel": {
-        "num_attention_heads": 16,
-        "attention_head_dim": 72,
-        "in_channels": 4,
-        "out_channels": None,
-        "num_layers": 28,
-        "dropout": 0.0,
-        "norm_num_groups": 32,
-        "attention_bias": True,
-        "sample_size": 32,
-        "patch_size": 2,
-        "activation_fn": "gelu-approximate",
-        "num_embeds_ada_norm": 1000,
-        "upcast_attention": False,
-        "norm_type": "ada_norm_zero",
-        "norm_elementwise_affine": False,
-        "norm_eps": 1e-5,
+        "num_attention_heads": 16, "attention_head_dim": 72, "in_channels": 4, "out_channels": None, "num_layers": 28,
+        "dropout": 0.0, "norm_num_groups": 32, "attention_bias": True, "sample_size": 32, "patch_size": 2,
+        "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000, "upcast_attention": False,
+        "norm_type": "ada_norm_zero", "norm_elementwise_affine": False, "norm_eps": 1e-5,
     },
-}
+}  # fmt: skip
 CHAIN_DEFAULTS: dict[str, Any] = {
-    "num_train_timesteps": 1000,
-    "beta_start": 0.0001,
-    "beta_end": 0.02,
-    "beta_schedule": "linear",
-    "trained_betas": None,
-    "prediction_type": "epsilon",
-}
+    "num_train_timesteps": 1000, "beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear",
+    "trained_betas": None, "prediction_type": "epsilon",
+}  # fmt: skip
 SCHEDULERS = (
-    "DDPMScheduler",
-    "DDIMScheduler",
-    "PNDMScheduler",
-    "DPMSolverMultistepScheduler",
-    "DPMSolverSinglestepScheduler",
-    "UniPCMultistepScheduler",
-    "DEISMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-)
+    "DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler",
+    "UniPCMultistepScheduler", "DEISMultistepScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler",
+)  # fmt: skip
 _RULES: dict[str, RuleName] = {"epsilon": "noise", "sample": "data", "v_prediction": "v"}
 
 
@@ -296,20 +255,11 @@ def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
     down, up, widths = config["down_block_types"], config["up_block_types"], config["block_out_channels"]
     resnet = config["downsample_type"] == "resnet"
     _expect(
-        config,
-        center_input_sample=(False,),
-        time_embedding_type=("positional",),
-        time_embedding_dim=(None,),
-        freq_shift=(0, 1),
-        mid_block_type=("UNetMidBlock2D",),
-        mid_block_scale_factor=(1,),
-        downsample_padding=(0, 1),
-        upsample_type=(config["downsample_type"],),
-        resnet_time_scale_shift=("default", "scale_shift"),
-        add_attention=(True,),
-        class_embed_type=(None,),
-        act_fn=("silu", "swish"),
-    )
+        config, center_input_sample=(False,), time_embedding_type=("positional",), time_embedding_dim=(None,),
+        freq_shift=(0, 1), mid_block_type=("UNetMidBlock2D",), mid_block_scale_factor=(1,), downsample_padding=(0, 1),
+        upsample_type=(config["downsample_type"],), resnet_time_scale_shift=("default", "scale_shift"),
+        add_attention=(True,), class_embed_type=(None,), act_fn=("silu", "swish"),
+    )  # fmt: skip
     attends = [kind.startswith("Attn") for kind in down]
     plain, attending = "Resnet{}sampleBlock2D" if resnet else "{}Block2D", "Attn{}Block2D"
     kinds = [attending if attend else plain for attend in attends]
@@ -322,25 +272,14 @@ def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
         raise ValueError("the network's attn_norm_num_groups must be its norm_num_groups: no other can be read")
     size = 2 ** len(widths)
     network = UNet(
-        config["in_channels"],
-        out_channels=config["out_channels"],
-        width=widths[0],
-        multipliers=[width / widths[0] for width in widths],
-        blocks=config["layers_per_block"],
-        attention=[size // 2**i for i, attend in enumerate(attends) if attend],
-        image_size=size,
-        dropout=config["dropout"],
-        block="biggan" if resnet else "ddpm",
-        embedding="sinusoidal" if config["freq_shift"] else "transformer",
-        skip_rescale=False,
-        groups=groups,
-        norm_eps=config["norm_eps"],
-        scale_shift=scale_shift,
-        head_channels=config["attention_head_dim"] or 0,
-        attend_each=True,
-        project=False,
-        classes=config["num_class_embeds"] or 0,
-    )
+        config["in_channels"], out_channels=config["out_channels"], width=widths[0],
+        multipliers=[width / widths[0] for width in widths], blocks=config["layers_per_block"],
+        attention=[size // 2**i for i, attend in enumerate(attends) if attend], image_size=size,
+        dropout=config["dropout"], block="biggan" if resnet else "ddpm",
+        embedding="sinusoidal" if config["freq_shift"] else "transformer", skip_rescale=False, groups=groups,
+        norm_eps=config["norm_eps"], scale_shift=scale_shift, head_channels=config["attention_head_dim"] or 0,
+        attend_each=True, project=False, classes=config["num_class_embeds"] or 0,
+    )  # fmt: skip
     for module in network.modules():
         if isinstance(module, ConvDown):
             module.before = config["downsample_padding"]
@@ -431,16 +370,10 @@ def _dit(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
         copies = [state[each] for each in _of_blocks(name, config) if each in state]
         shared = shared and all(torch.equal(copies[0], copy) for copy in copies)
     return (DiT if shared else BlockwiseDiT)(
-        config["in_channels"],
-        out_channels=config["out_channels"],
-        patch=config["patch_size"],
-        width=heads * config["attention_head_dim"],
-        depth=config["num_layers"],
-        heads=heads,
-        embedding="sinusoidal",
-        dropout=config["dropout"],
-        classes=config["num_embeds_ada_norm"],
-    )
+        config["in_channels"], out_channels=config["out_channels"], patch=config["patch_size"],
+        width=heads * config["attention_head_dim"], depth=config["num_layers"], heads=heads, embedding="sinusoidal",
+        dropout=config["dropout"], classes=config["num_embeds_ada_norm"],
+    )  # fmt: skip
 
 
 def _read_dit(name: str, left: dict[str, Tensor], config: Mapping[str, Any]) -> Tensor:

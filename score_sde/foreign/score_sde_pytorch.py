@@ -155,15 +155,12 @@ def build_network(config: Any) -> UNet | RefineNet:
         readable = ", ".join(("ddpm", "ncsnpp", "ncsn", *NCSNV2))
         raise ValueError(f"model.name of a score_sde checkpoint must be one of {readable}, got {name!r}")
     return UNet(
-        **shared,
-        block=_get(config, "model.resblock_type").lower(),
+        **shared, block=_get(config, "model.resblock_type").lower(),
         fir=tuple(_get(config, "model.fir_kernel")) if _get(config, "model.fir") else None,
-        skip_rescale=_get(config, "model.skip_rescale"),
-        progressive=_get(config, "model.progressive").lower(),
+        skip_rescale=_get(config, "model.skip_rescale"), progressive=_get(config, "model.progressive").lower(),
         progressive_input=_get(config, "model.progressive_input").lower(),
-        combine=_get(config, "model.progressive_combine").lower(),
-        init_scale=_get(config, "model.init_scale"),
-    )
+        combine=_get(config, "model.progressive_combine").lower(), init_scale=_get(config, "model.init_scale"),
+    )  # fmt: skip
 
 
 def _build_refinenet(config: Any) -> RefineNet:

@@ -10,22 +10,6 @@ from .operators import Average, Blur, Dense, Grey, Linear, Mask, Observation, Op
 from .samplers import Particles, Projected, twisted
 
 __all__ = [
-    "Average",
-    "Blur",
-    "Dense",
-    "Grey",
-    "Linear",
-    "Mask",
-    "Observation",
-    "Operator",
-    "Particles",
-    "Projected",
-    "Spectral",
-    "ddnm",
-    "dps",
-    "moment_matching",
-    "observe",
-    "pigdm",
-    "posterior",
-    "twisted",
-]
+    "Average", "Blur", "Dense", "Grey", "Linear", "Mask", "Observation", "Operator", "Particles", "Projected",
+    "Spectral", "ddnm", "dps", "moment_matching", "observe", "pigdm", "posterior", "twisted",
+]  # fmt: skip

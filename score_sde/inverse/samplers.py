@@ -130,20 +130,11 @@ class Particles(NamedTuple):
 
 @torch.no_grad()
 def twisted(
-    model: ScoreModel,
-    observation: Observation,
-    shape: tuple[int, ...],
-    times: Tensor,
-    *,
-    particles: int = 16,
-    variance: float = 1.0,
-    threshold: float = 0.5,
-    seed: int | torch.Generator = 0,
-    first: int = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
+    model: ScoreModel, observation: Observation, shape: tuple[int, ...], times: Tensor, *,
+    particles: int = 16, variance: float = 1.0, threshold: float = 0.5, seed: int | torch.Generator = 0, first: int = 0,
+    dtype: torch.dtype | None = None, device: torch.device | str | None = None,
     progress: Callable[[int], None] = lambda step: None,
-) -> Particles:
+) -> Particles:  # fmt: skip
     """Twisted sequential Monte Carlo (TDS; Wu et al. 2023, arXiv:2306.17775, algorithm 1): exact as particles grow.
 
     K particles walk from the prior by ancestral steps, moved towards y by the gradient of a twisting function, which is

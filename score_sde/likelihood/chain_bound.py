@@ -63,17 +63,10 @@ class Bound(NamedTuple):
 
 @torch.no_grad()
 def chain_bound(
-    model: ScoreModel,
-    x0: Tensor,
-    times: Tensor | None = None,
-    *,
-    variance: Variance = "small",
-    levels: int | None = None,
-    width: float = 2.0,
-    terms: int | None = None,
-    seed: int | torch.Generator = 0,
-    first: int = 0,
-) -> Bound:
+    model: ScoreModel, x0: Tensor, times: Tensor | None = None, *,
+    variance: Variance = "small", levels: int | None = None, width: float = 2.0, terms: int | None = None,
+    seed: int | torch.Generator = 0, first: int = 0,
+) -> Bound:  # fmt: skip
     """The chain bound (L_vlb, ELBO) at each example of x0, with one draw of x_t for each term.
 
     Args:
@@ -122,14 +115,9 @@ def chain_bound(
     weighted = sent(size, diffusion.device, diffusion.dtype) * diffusion
     error = torch.zeros_like(prior) if terms is None else stratified_error(weighted)
     return Bound(
-        prior + weighted.sum(1) + reconstruction,
-        prior,
-        diffusion,
-        reconstruction,
-        visited,
-        error,
+        prior + weighted.sum(1) + reconstruction, prior, diffusion, reconstruction, visited, error,
         math.prod(x0.shape[1:]),
-    )
+    )  # fmt: skip
 
 
 def _knots(sde: SDE, times: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -35,15 +35,9 @@ class Classification(NamedTuple):
 
 
 def classify(
-    models: Sequence[ScoreModel],
-    x: Tensor,
-    *,
-    log_prior: Tensor | None = None,
-    estimate: Literal["ode", "bound"] = "ode",
-    seed: int = 0,
-    first: int = 0,
-    **options: Any,
-) -> Classification:
+    models: Sequence[ScoreModel], x: Tensor, *, log_prior: Tensor | None = None,
+    estimate: Literal["ode", "bound"] = "ode", seed: int = 0, first: int = 0, **options: Any,
+) -> Classification:  # fmt: skip
     """The classes' log posterior at x, with one model for each class: ``[model.given(label=y) for y in range(10)]``.
 
     Args:

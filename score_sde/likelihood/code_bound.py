@@ -49,14 +49,9 @@ class LatentBound(NamedTuple):
 
 
 def latent_bound(
-    codec: AutoencoderCodec,
-    k: Tensor,
-    log_prob: Callable[[Tensor], Likelihood],
-    *,
-    seed: int = 0,
-    first: int = 0,
-    noise: Tensor | None = None,
-) -> LatentBound:
+    codec: AutoencoderCodec, k: Tensor, log_prob: Callable[[Tensor], Likelihood], *,
+    seed: int = 0, first: int = 0, noise: Tensor | None = None,
+) -> LatentBound:  # fmt: skip
     """The bound for uint8 images k (B, C, H, W).
 
     Args:

@@ -225,16 +225,9 @@ def uniform_numbers(shape: tuple[int, ...], samples: int, seed: int, first: int 
 
 
 def log_probability(
-    model: ScoreModel,
-    k: Tensor,
-    dequantiser: Dequantiser,
-    *,
-    samples: int = 1,
-    seed: int = 0,
-    first: int = 0,
-    dtype: torch.dtype = torch.float32,
-    **options: Any,
-) -> LogProbability:
+    model: ScoreModel, k: Tensor, dequantiser: Dequantiser, *,
+    samples: int = 1, seed: int = 0, first: int = 0, dtype: torch.dtype = torch.float32, **options: Any,
+) -> LogProbability:  # fmt: skip
     """A lower bound on log P(k) by `samples` draws of the dequantiser, with p by the probability flow.
 
     On average it rises with `samples`, to log P(k). The draws of an image share their probes: independent errors of the
@@ -296,19 +289,10 @@ def dequantisation_loss(
 
 
 def fit_dequantiser(
-    model: ScoreModel,
-    split: Examples,
-    codec: PixelCodec,
-    *,
-    steps: int = 1000,
-    batch_size: int = 128,
-    lr: float = 1e-3,
-    hidden: int = 32,
-    layers: int = 4,
-    t_min: float = 1e-5,
-    seed: int = 0,
-    progress: Callable[[int, Tensor], None] | None = None,
-) -> VariationalDequantiser:
+    model: ScoreModel, split: Examples, codec: PixelCodec, *,
+    steps: int = 1000, batch_size: int = 128, lr: float = 1e-3, hidden: int = 32, layers: int = 4, t_min: float = 1e-5,
+    seed: int = 0, progress: Callable[[int, Tensor], None] | None = None,
+) -> VariationalDequantiser:  # fmt: skip
     """Fit a variational dequantiser to a fixed model, by Adam on `dequantisation_loss`.
 
     Args:

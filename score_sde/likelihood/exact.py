@@ -42,19 +42,10 @@ class Likelihood(NamedTuple):
 
 
 def log_likelihood(
-    model: ScoreModel,
-    x: Tensor,
-    *,
-    probe: Probe | Tensor = "rademacher",
-    probes: int = 1,
-    rtol: float = 1e-5,
-    atol: float = 1e-5,
-    t_min: float = 1e-5,
-    method: str = "embedded",
-    prior_log_prob: Callable[[Tensor], Tensor] | None = None,
-    seed: int | torch.Generator = 0,
-    first: int = 0,
-) -> Likelihood:
+    model: ScoreModel, x: Tensor, *, probe: Probe | Tensor = "rademacher", probes: int = 1, rtol: float = 1e-5,
+    atol: float = 1e-5, t_min: float = 1e-5, method: str = "embedded",
+    prior_log_prob: Callable[[Tensor], Tensor] | None = None, seed: int | torch.Generator = 0, first: int = 0,
+) -> Likelihood:  # fmt: skip
     """Log density of x, the state at t_min, under the probability flow of `model`, computed as in FFJORD.
 
     With the default method an example's result and cost do not depend on its batch. The result has no gradient:

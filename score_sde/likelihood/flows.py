@@ -106,16 +106,10 @@ class Flow(nn.Module):
     """
 
     def __init__(
-        self,
-        velocity: Velocity,
-        base: Callable[[Tensor], Tensor] | None = None,
-        draw: Callable[[Sequence[int], Noise], Tensor] | None = None,
-        *,
-        t0: float = 0.0,
-        t1: float = 1.0,
-        solver: Solver = DEFAULT,
-        sde: SDE | None = None,
-    ) -> None:
+        self, velocity: Velocity, base: Callable[[Tensor], Tensor] | None = None,
+        draw: Callable[[Sequence[int], Noise], Tensor] | None = None, *,
+        t0: float = 0.0, t1: float = 1.0, solver: Solver = DEFAULT, sde: SDE | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         if not -math.inf < t0 < t1 < math.inf:
             raise ValueError(f"a flow goes from data at t0 to its base at a later t1, got t0 = {t0} and t1 = {t1}")
@@ -141,16 +135,9 @@ class Flow(nn.Module):
         return self.evaluate(x, **options).log_prob
 
     def evaluate(
-        self,
-        x: Tensor,
-        *,
-        probe: Probe | Tensor = "exact",
-        probes: int = 1,
-        seed: int | torch.Generator = 0,
-        first: int = 0,
-        kinetic: bool = False,
-        jacobian: bool = False,
-    ) -> Evaluation:
+        self, x: Tensor, *, probe: Probe | Tensor = "exact", probes: int = 1, seed: int | torch.Generator = 0,
+        first: int = 0, kinetic: bool = False, jacobian: bool = False,
+    ) -> Evaluation:  # fmt: skip
         """Log density of x, the state at t0, and the regularisers of its path to the base.
 
         Args:
@@ -194,13 +181,9 @@ class Flow(nn.Module):
         spread = (integrals - integrals.mean(1, keepdim=True)).detach().square().sum(1)
         std_error = spread if exact else torch.sqrt(spread / (k * (k - 1)))
         return Evaluation(
-            base + integrals.mean(1),
-            std_error,
-            latent.to(x.dtype),
-            nfe,
-            costs[:, 0] if kinetic else None,
+            base + integrals.mean(1), std_error, latent.to(x.dtype), nfe, costs[:, 0] if kinetic else None,
             costs[:, -1] if jacobian else None,
-        )
+        )  # fmt: skip
 
     def solve(self, x: Tensor, slopes: Slopes, columns: int, dimensions: int = 1) -> tuple[Tensor, Tensor, float]:
         """(state at t1, integrals (B, columns) of the rates, evaluations per example), from x at t0; see `carry`."""
@@ -251,14 +234,9 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self,
-        shape: tuple[int, ...],
-        *,
-        seed: int | torch.Generator = 0,
-        first: int = 0,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> Tensor:
+        self, shape: tuple[int, ...], *, seed: int | torch.Generator = 0, first: int = 0,
+        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+    ) -> Tensor:  # fmt: skip
         """Decode a draw (B, *shape) of the base; seed, first, dtype and device as for `samplers.sample`.
 
         Raises ValueError for a flow with a custom base and no `draw`.
@@ -291,12 +269,8 @@ class Flow(nn.Module):
 
 
 def score_flow(
-    model: ScoreModel,
-    *,
-    base: Callable[[Tensor], Tensor] | None = None,
-    t_min: float = 1e-5,
-    solver: Solver = DEFAULT,
-) -> Flow:
+    model: ScoreModel, *, base: Callable[[Tensor], Tensor] | None = None, t_min: float = 1e-5, solver: Solver = DEFAULT,
+) -> Flow:  # fmt: skip
     """A score model's probability flow from data at t_min to the SDE's prior at t = 1, with the model's parameters.
 
     ``-score_flow(model).log_prob(x).mean()`` is a loss that fine-tunes the model by likelihood; bind conditions first,

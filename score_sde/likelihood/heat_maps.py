@@ -40,15 +40,9 @@ class HeatMap(NamedTuple):
 
 @torch.no_grad()
 def heat_map(
-    model: ScoreModel,
-    x: Tensor,
-    *,
-    probes: int | None = 16,
-    t_min: float = 1e-5,
-    solver: Solver | None = None,
-    seed: int = 0,
-    first: int = 0,
-) -> HeatMap:
+    model: ScoreModel, x: Tensor, *,
+    probes: int | None = 16, t_min: float = 1e-5, solver: Solver | None = None, seed: int = 0, first: int = 0,
+) -> HeatMap:  # fmt: skip
     """Split log p(x), x being the state at t_min, over the dimensions of x.
 
     Args:

@@ -65,16 +65,9 @@ class ContinuousBound(NamedTuple):
 
 @torch.no_grad()
 def variational_bound(
-    model: ScoreModel,
-    x: Tensor,
-    *,
-    decoder: Decoder | Tensor = "gaussian",
-    t_min: float = 1e-5,
-    draws: int = 64,
-    law: TimeLaw = uniform_log_snr,
-    seed: int = 0,
-    first: int = 0,
-) -> ContinuousBound:
+    model: ScoreModel, x: Tensor, *, decoder: Decoder | Tensor = "gaussian", t_min: float = 1e-5, draws: int = 64,
+    law: TimeLaw = uniform_log_snr, seed: int = 0, first: int = 0,
+) -> ContinuousBound:  # fmt: skip
     """The variational bound (ELBO, VDM's loss) on -log p(x) by Monte Carlo: unbiased for any number of draws.
 
     Args:

@@ -56,14 +56,9 @@ class Guided(ScoreModel):
 
 
 def guide(
-    model: ScoreModel,
-    reference: ScoreModel,
-    scale: Scale,
-    *,
-    low: float = 0.0,
-    high: float = math.inf,
-    rescale: float = 0.0,
-) -> ScoreModel:
+    model: ScoreModel, reference: ScoreModel, scale: Scale, *,
+    low: float = 0.0, high: float = math.inf, rescale: float = 0.0,
+) -> ScoreModel:  # fmt: skip
     """Classifier-free guidance and autoguidance: scale 0 is `reference`, 1 is `model`, above 1 extrapolates.
 
     Ho & Salimans 2022 (arXiv:2207.12598), eq. 6, whose w is scale - 1, as in ``guide(model.given(label=y),
@@ -102,14 +97,9 @@ class Classified(ScoreModel):
     """`model` with scale grad log_prob(x, t) added to its score, where sigma/alpha lies in (low, high]."""
 
     def __init__(
-        self,
-        model: ScoreModel,
-        log_prob: Callable[..., Tensor],
-        scale: Scale,
-        low: float,
-        high: float,
+        self, model: ScoreModel, log_prob: Callable[..., Tensor], scale: Scale, low: float, high: float,
         condition: dict[str, Any],
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__(model.sde)
         self.model, self.log_prob, self.low, self.high = model, log_prob, low, high
         self.condition = {"scale": scale, **condition}
@@ -127,14 +117,9 @@ class Classified(ScoreModel):
 
 
 def classifier(
-    model: ScoreModel,
-    log_prob: Callable[..., Tensor],
-    scale: Scale = 1.0,
-    *,
-    low: float = 0.0,
-    high: float = math.inf,
-    **condition: Any,
-) -> ScoreModel:
+    model: ScoreModel, log_prob: Callable[..., Tensor], scale: Scale = 1.0, *,
+    low: float = 0.0, high: float = math.inf, **condition: Any,
+) -> ScoreModel:  # fmt: skip
     """Classifier guidance: the score of `model` plus scale grad_x log p(y | x_t), for any differentiable log p.
 
     Song et al. 2021, section 5 (scale 1); Dhariwal & Nichol 2021 (arXiv:2105.05233), section 4.

@@ -36,14 +36,9 @@ def reverse_log_variance(estimate: Estimate, small: Tensor, large: Tensor, varia
 
 
 def chain_term(
-    sde: SDE,
-    estimate: Estimate,
-    x0: Tensor,
-    t: Tensor,
-    variance: Variance = "small",
-    levels: int | None = None,
+    sde: SDE, estimate: Estimate, x0: Tensor, t: Tensor, variance: Variance = "small", levels: int | None = None,
     width: float = 2.0,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     """The chain bound's term at times t, (B,) nats: L_0 where t is the first step's, else a divergence.
 
     `sde` is a chain's and `t` (B,) among its times; `estimate` is the model's at x_t. N times the mean over uniform t

@@ -144,14 +144,9 @@ class Preconditioned(ScoreModel):
     """
 
     def __init__(
-        self,
-        network: nn.Module,
-        sde: SDE,
-        rule: RuleName | Rule = "noise",
-        label: TimeMap = label_time,
-        scale: TimeMap = unscaled,
-        learned_variance: bool = False,
-    ) -> None:
+        self, network: nn.Module, sde: SDE, rule: RuleName | Rule = "noise", label: TimeMap = label_time,
+        scale: TimeMap = unscaled, learned_variance: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__(sde)
         named: dict[str, Rule] = {**RULES, "mean": partial(predict_mean, sde=sde)}
         if isinstance(rule, str) and rule not in named:

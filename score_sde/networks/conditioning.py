@@ -71,14 +71,9 @@ class Conditional(nn.Module):
     pooled: nn.Linear | None
 
     def learn_conditions(
-        self,
-        outputs: int,
-        activation: Callable[[Tensor], Tensor],
-        classes: int = 0,
-        image_channels: int = 0,
-        text_width: int = 0,
-        pooled_width: int = 0,
-    ) -> None:
+        self, outputs: int, activation: Callable[[Tensor], Tensor], classes: int = 0, image_channels: int = 0,
+        text_width: int = 0, pooled_width: int = 0,
+    ) -> None:  # fmt: skip
         """Build the layers; `outputs` is the width of the time's embedding, and 0 leaves a condition out."""
         self.classes = ClassEmbedding(classes, outputs) if classes else None
         self.image_channels = image_channels
@@ -91,15 +86,9 @@ class Conditional(nn.Module):
             self.pooled.register_parameter("bias", None)  # the absent summary, zeros, adds nothing
 
     def conditions(
-        self,
-        x: Tensor,
-        label: Any = None,
-        image: Tensor | None = None,
-        augmentation: Tensor | None = None,
-        text: Tensor | None = None,
-        mask: Tensor | None = None,
-        pooled: Tensor | None = None,
-    ) -> Conditions:
+        self, x: Tensor, label: Any = None, image: Tensor | None = None, augmentation: Tensor | None = None,
+        text: Tensor | None = None, mask: Tensor | None = None, pooled: Tensor | None = None,
+    ) -> Conditions:  # fmt: skip
         """The conditions of a batch x as this network uses them."""
         embeddings = []
         if self.classes is None:

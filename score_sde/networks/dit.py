@@ -35,23 +35,11 @@ class DiT(Conditional):
     """
 
     def __init__(
-        self,
-        channels: int,
-        *,
-        patch: int = 2,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        embedding: Literal["transformer", "sinusoidal"] = "transformer",
-        dropout: float = 0.0,
-        centered: bool = True,
-        checkpoint_activations: bool = False,
-        out_channels: int | None = None,
-        classes: int = 0,
-        image_channels: int = 0,
-        text_width: int = 0,
-        pooled_width: int = 0,
-    ) -> None:
+        self, channels: int, *, patch: int = 2, width: int = 384, depth: int = 12, heads: int = 6,
+        embedding: Literal["transformer", "sinusoidal"] = "transformer", dropout: float = 0.0, centered: bool = True,
+        checkpoint_activations: bool = False, out_channels: int | None = None, classes: int = 0,
+        image_channels: int = 0, text_width: int = 0, pooled_width: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         if width % heads or width % 4:
             raise ValueError(f"width={width} must be divisible by heads={heads}, and by 4 for the positions")

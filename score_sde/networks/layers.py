@@ -42,15 +42,9 @@ TRANSPOSED = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
 
 
 def conv(
-    inputs: int,
-    outputs: int,
-    size: int,
-    *,
-    stride: int = 1,
-    padding: int | None = None,
-    scale: float = 1.0,
-    dimensions: int = 2,
-) -> Convolution:
+    inputs: int, outputs: int, size: int, *,
+    stride: int = 1, padding: int | None = None, scale: float = 1.0, dimensions: int = 2,
+) -> Convolution:  # fmt: skip
     """A convolution of `size` in each direction, which keeps the lengths unless `padding` says otherwise; bias 0."""
     kind = CONVOLUTIONS[dimensions - 1]
     layer = kind(inputs, outputs, size, stride=stride, padding=size // 2 if padding is None else padding)

@@ -110,15 +110,9 @@ class UpLevel(nn.Module):
     """
 
     def __init__(
-        self,
-        inputs: Sequence[int],
-        outputs: int,
-        attend: bool,
-        attend_each: bool,
-        out: nn.Module,
-        step: nn.Module | None,
-        style: Style,
-    ) -> None:
+        self, inputs: Sequence[int], outputs: int, attend: bool, attend_each: bool, out: nn.Module,
+        step: nn.Module | None, style: Style,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.blocks = nn.ModuleList(ResidualBlock(width, outputs, style) for width in inputs)
         earlier = len(inputs) - 1 if attend and attend_each else 0

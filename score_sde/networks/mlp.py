@@ -21,17 +21,10 @@ class MLP(Conditional):
     """
 
     def __init__(
-        self,
-        features: int,
-        *,
-        width: int = 128,
-        depth: int = 3,
-        embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
-        fourier_scale: float = 1.0,
-        dropout: float = 0.0,
-        out_features: int | None = None,
-        classes: int = 0,
-    ) -> None:
+        self, features: int, *,
+        width: int = 128, depth: int = 3, embedding: Literal["sinusoidal", "fourier"] = "sinusoidal",
+        fourier_scale: float = 1.0, dropout: float = 0.0, out_features: int | None = None, classes: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         label = Sinusoidal(width) if embedding == "sinusoidal" else Fourier(width, fourier_scale)
         self.embed = LabelEmbedding(label, width, F.silu)

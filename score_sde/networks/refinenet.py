@@ -50,17 +50,10 @@ class RefineNet(nn.Module):
     """
 
     def __init__(
-        self,
-        channels: int,
-        norms: tuple[Norm, Norm],
-        pool: Pool,
-        *,
-        width: int = 128,
-        multipliers: Sequence[int] = (1, 2, 2, 2),
-        activation: Activation = "elu",
-        centered: bool = True,
-        checkpoint_activations: bool = False,
-    ) -> None:
+        self, channels: int, norms: tuple[Norm, Norm], pool: Pool, *,
+        width: int = 128, multipliers: Sequence[int] = (1, 2, 2, 2), activation: Activation = "elu",
+        centered: bool = True, checkpoint_activations: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(f"unknown activation {activation!r}; use one of {', '.join(map(repr, ACTIVATIONS))}")

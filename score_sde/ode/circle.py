@@ -83,15 +83,9 @@ Slopes = Callable[[Callable[[Tensor], Tensor], Tensor, Tensor], tuple[Tensor, Te
 
 
 def carry(
-    circle: Circle,
-    x: Tensor,
-    t: float,
-    s: float,
-    solver: Solver,
-    slopes: Slopes | None = None,
-    columns: int = 0,
+    circle: Circle, x: Tensor, t: float, s: float, solver: Solver, slopes: Slopes | None = None, columns: int = 0,
     dimensions: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Carry x from time t to s along the probability flow, with a step size for each example.
 
     Args:
@@ -132,16 +126,9 @@ def carry(
     (before, after), (start, end) = circle.radius(ends).tolist(), circle.place(ends)
     state = torch.cat([x.flatten(1).to(wide) / before, x.new_zeros(batch, columns, dtype=wide)], dim=1)
     state, _, nfe, failure = integrate_each(
-        field,
-        state,
-        start,
-        end,
-        rtol=solver.rtol,
-        atol=solver.atol,
-        step=FIRST_STEP * (end - start).abs().expand(batch),
-        norm=norm,
-        time=circle.time,
-    )
+        field, state, start, end, rtol=solver.rtol, atol=solver.atol,
+        step=FIRST_STEP * (end - start).abs().expand(batch), norm=norm, time=circle.time,
+    )  # fmt: skip
     if failure:
         if slopes is None or bool(state.isnan().any(1).all()):
             raise GaveUp(failure)

@@ -107,15 +107,9 @@ def check_tolerances(rtol: float, atol: float) -> None:
 
 
 def integrate(
-    field: Field,
-    y: Tensor,
-    t0: float,
-    t1: float,
-    *,
-    solver: Solver,
-    sde: SDE | None = None,
-    parameters: Iterable[Tensor] = (),
-) -> tuple[Tensor, int]:
+    field: Field, y: Tensor, t0: float, t1: float, *,
+    solver: Solver, sde: SDE | None = None, parameters: Iterable[Tensor] = (),
+) -> tuple[Tensor, int]:  # fmt: skip
     """Solve dy/dt = field(t, y) from t0 to t1; return (y(t1), number of evaluations of `field`).
 
     The independent variable is t. For a chain's `sde`, whose f and g jump at every step, it is the log SNR, in which a
@@ -221,18 +215,10 @@ def root_mean_square(error: Tensor, old: Tensor, new: Tensor, rtol: float, atol:
 
 
 def integrate_each(
-    field: FieldOfEach,
-    y: Tensor,
-    start: Tensor,
-    end: Tensor,
-    *,
-    rtol: float,
-    atol: float,
-    step: Tensor | None = None,
+    field: FieldOfEach, y: Tensor, start: Tensor, end: Tensor, *, rtol: float, atol: float, step: Tensor | None = None,
     norm: Callable[[Tensor, Tensor, Tensor, float, float], Tensor] = root_mean_square,
-    time: Callable[[Tensor], Tensor] = lambda u: u,
-    name: str = EACH,
-) -> Arrival:
+    time: Callable[[Tensor], Tensor] = lambda u: u, name: str = EACH,
+) -> Arrival:  # fmt: skip
     """Solve dy/du = field from u = start to end by Dormand-Prince 5(4), with a step size for each example.
 
     No example depends on its neighbours or waits for them: only those that have not arrived are evaluated, once and

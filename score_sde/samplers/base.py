@@ -96,20 +96,10 @@ def add_noise_(y: Tensor, std: Tensor | float, noise: Noise) -> Tensor:
 
 @torch.no_grad()
 def sample(
-    model: ScoreModel,
-    sampler: Sampler,
-    shape: tuple[int, ...],
-    times: Tensor | np.ndarray | Sequence[float],
-    *,
-    start: Tensor | None = None,
-    seed: int | torch.Generator = 0,
-    first: int = 0,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-    denoise: bool = False,
-    temperature: float = 1.0,
-    progress: bool = False,
-) -> Tensor:
+    model: ScoreModel, sampler: Sampler, shape: tuple[int, ...], times: Tensor | np.ndarray | Sequence[float], *,
+    start: Tensor | None = None, seed: int | torch.Generator = 0, first: int = 0, dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None, denoise: bool = False, temperature: float = 1.0, progress: bool = False,
+) -> Tensor:  # fmt: skip
     """Draw samples: a draw from the prior, then the sampler's walk over `times`.
 
     Args:

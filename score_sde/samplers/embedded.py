@@ -47,16 +47,9 @@ class EmbeddedODE(Sampler):
         h = FIRST_STEP * (places[0] - places[-1]).expand(batch)
         for i, (start, end) in enumerate(pairwise(places)):
             x, h, _, failure = integrate_each(
-                field,
-                x / radii[i],
-                start,
-                end,
-                rtol=self.rtol,
-                atol=self.atol,
-                step=h,
-                time=circle.time,
+                field, x / radii[i], start, end, rtol=self.rtol, atol=self.atol, step=h, time=circle.time,
                 name="EmbeddedODE",
-            )
+            )  # fmt: skip
             if failure:
                 raise GaveUp(failure)
             x = x * radii[i + 1]

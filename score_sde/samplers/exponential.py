@@ -212,13 +212,9 @@ def predictions(grid: Point, predict: Prediction | Literal["both"]) -> list[Pred
 
 
 def plan(
-    grid: Point,
-    orders: Sequence[int],
-    predict: Sequence[Prediction],
-    rule: Rule,
-    eta: float = 0.0,
+    grid: Point, orders: Sequence[int], predict: Sequence[Prediction], rule: Rule, eta: float = 0.0,
     corrector: bool = False,
-) -> list[Row]:
+) -> list[Row]:  # fmt: skip
     """The steps of a grid, as numbers: step i takes the values at the orders[i] points up to the grid's point i.
 
     A corrector's step also takes the value at point i + 1, as its last. For each order and prediction the steps from

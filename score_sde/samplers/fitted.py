@@ -17,15 +17,9 @@ _MOVES = (1 / 2, 1 / 4, 1 / 8)  # of the way to the next node, in log SNR
 
 @torch.no_grad()
 def fit_times(
-    model: ScoreModel,
-    sampler: Sampler,
-    n: int,
-    shape: tuple[int, ...],
-    *,
-    sde: SDE | None = None,
-    fine: int = 256,
-    seed: int = 0,
-) -> Tensor:
+    model: ScoreModel, sampler: Sampler, n: int, shape: tuple[int, ...], *,
+    sde: SDE | None = None, fine: int = 256, seed: int = 0,
+) -> Tensor:  # fmt: skip
     """n + 1 decreasing times from 1 to t_min, fitted so that this solver's trajectories end nearest to the exact ends.
 
     The exact ends are those of a third-order solver on a fine grid. The fit begins at the best of the grids of `times`;

@@ -44,16 +44,9 @@ class Draws(NamedTuple):
 
 
 def langevin_dynamics(
-    target: ScoreModel | Function,
-    x: Tensor,
-    step: float | StepSize,
-    n: int,
-    *,
-    t: Tensor | float | None = None,
-    metropolis: bool = False,
-    seed: int | torch.Generator = 0,
-    first: int = 0,
-) -> Draws:
+    target: ScoreModel | Function, x: Tensor, step: float | StepSize, n: int, *,
+    t: Tensor | float | None = None, metropolis: bool = False, seed: int | torch.Generator = 0, first: int = 0,
+) -> Draws:  # fmt: skip
     """n steps of Langevin dynamics from x, without a gradient.
 
     Args:
@@ -87,14 +80,9 @@ def langevin_dynamics(
 
 
 def langevin_walk(
-    target: ScoreModel | Function,
-    x: Tensor,
-    step: float | StepSize,
-    noise: Noise,
-    *,
-    t: Tensor | float | None = None,
-    metropolis: bool = False,
-) -> Iterator[tuple[Tensor, Tensor]]:
+    target: ScoreModel | Function, x: Tensor, step: float | StepSize, noise: Noise, *,
+    t: Tensor | float | None = None, metropolis: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Endless `langevin_dynamics`: the state after each step and which examples moved, (B,), with the same errors."""
     if x.ndim < 2:
         raise ValueError(f"x must be (B, *shape), a batch of states, got shape {tuple(x.shape)}")

@@ -12,18 +12,6 @@ from .noise_levels import NoiseLevels
 from .nonlinear import Diffusion, backward, paths
 
 __all__ = [
-    "DDPM",
-    "EDMSDE",
-    "SDE",
-    "SMLD",
-    "VESDE",
-    "VPSDE",
-    "CosineSDE",
-    "Diffusion",
-    "LearnedVPSDE",
-    "MonotoneSchedule",
-    "NoiseLevels",
-    "SubVPSDE",
-    "backward",
-    "paths",
-]
+    "DDPM", "EDMSDE", "SDE", "SMLD", "VESDE", "VPSDE", "CosineSDE", "Diffusion", "LearnedVPSDE", "MonotoneSchedule",
+    "NoiseLevels", "SubVPSDE", "backward", "paths",
+]  # fmt: skip

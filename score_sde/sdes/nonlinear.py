@@ -49,12 +49,9 @@ def paths(sde: Diffusion | SDE, x0: Tensor, times: Tensor, generator: torch.Gene
 
 @torch.no_grad()
 def backward(
-    sde: Diffusion | SDE,
-    score: Callable[[Tensor, Tensor], Tensor],
-    x: Tensor,
-    times: Tensor,
+    sde: Diffusion | SDE, score: Callable[[Tensor, Tensor], Tensor], x: Tensor, times: Tensor,
     generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
+) -> Iterator[Tensor]:  # fmt: skip
     """The states at times[1], times[2], ... of a walk back from x at times[0], led by score(x, t).
 
     With a generator, Euler-Maruyama on the reverse SDE (weak order 1); without one, Heun's method on the probability
