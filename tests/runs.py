@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from score_sde.cli import run
 from score_sde.config import default_config
+from score_sde.config.keys import check
 from score_sde.config.objective import Objective
 from score_sde.data import Data
 from score_sde.data.codecs import PixelCodec, codec_of
@@ -33,6 +34,14 @@ TINY = {
     "eval.check_images": 0, "eval.rtol": 0.5, "eval.atol": 0.5, "interpolation.pairs": 1, "interpolation.steps": 3,
     "eval.probe": "rademacher",
 }  # fmt: skip
+
+
+def put(config: ConfigDict, key: str, value: Any) -> None:
+    """Set a key such as "training.n_iters", checked."""
+    section, _, name = key.rpartition(".")
+    target = config[section] if section else config
+    with target.ignore_type():  # classes have numbers or names
+        target[name] = check(key, value)
 
 
 def overrides(**changes: object) -> list[str]:

@@ -15,7 +15,6 @@ import re
 import runpy
 import traceback
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -25,7 +24,7 @@ from ml_collections import ConfigDict
 from ..machine import own_code
 from . import rules
 from .catalogue import find
-from .keys import KEYS, MOVED, check, default_config, explain, nearest, refuse_unknown
+from .keys import DEFAULTS, KEYS, MOVED, check, config_of, default_config, explain, nearest, refuse_unknown
 
 # Keys that may name code of the user's own, and those of its sha256.
 OWN = {key: f"{key}_sha256" for key, known in KEYS.items() if known.own}
@@ -54,26 +53,25 @@ def overridden(stated: ConfigDict | dict[str, Any], overrides: dict[str, str], w
 
     Raises ValueError for anything wrong in them; errors in `stated` begin with `where`.
     """
-    config = default_config()
-    for key, value in flat(stated).items():
-        put(config, key, value, where)
+    values = DEFAULTS | {key: check(key, value, where) for key, value in flat(stated).items()}
     for key, text in overrides.items():
-        put(config, key, parse(key, text))
+        values[key] = check(key, parse(key, text))
         if key in OWN:  # the user names this file now, so it may have changed
-            put(config, OWN[key], "")
-    _seal(config)
-    validate(config)
+            values[OWN[key]] = ""
+    config = config_of(values | _seals(values))
+    rules.check(config)
     return config
 
 
-def _seal(config: ConfigDict) -> None:
-    """Put the missing sha256 of files of the user's own into the config. Raises FileNotFoundError for no file."""
-    values = flat(config)
-    for key, sealed in OWN.items():
-        if not own_code.is_own(values[key]):
-            put(config, sealed, "")
-        elif not values[sealed]:
-            put(config, sealed, own_code.file_hash(values[key], key))
+def _seals(values: dict[str, Any]) -> dict[str, str]:
+    """The sha256 of each file of the user's own: as it is stated, or else of the file as it is now.
+
+    Raises FileNotFoundError for no file.
+    """
+    return {
+        sealed: (values[sealed] or own_code.file_hash(values[key], key)) if own_code.is_own(values[key]) else ""
+        for key, sealed in OWN.items()
+    }
 
 
 def split_arguments(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -110,9 +108,11 @@ def validate(config: ConfigDict) -> None:
 
 def to_json(config: ConfigDict) -> str:
     """The config as JSON text, with the sha256 of files of the user's own; `from_json` gives back an equal config."""
-    config = config.copy_and_resolve_references()
-    _seal(config)
-    return json.dumps(config.to_dict(), indent=2) + "\n"
+    nested = config.to_dict()
+    for key, sha256 in _seals(flat(config)).items():
+        section, _, name = key.rpartition(".")
+        nested[section][name] = sha256
+    return json.dumps(nested, indent=2) + "\n"
 
 
 def from_json(path: str | Path) -> ConfigDict:
@@ -142,7 +142,7 @@ def from_text(text: str, where: str) -> ConfigDict:
         raise ValueError(f"{where} is nested too deeply to be a config") from None
     if not isinstance(values, dict):
         raise ValueError(f"{where} holds no config: a JSON object with training, model, ... is expected")
-    config = default_config()
+    whole = dict(DEFAULTS)
     for key, value in flat(values).items():
         if key not in KEYS and key not in MOVED:
             near = nearest(key, list(KEYS))
@@ -150,12 +150,11 @@ def from_text(text: str, where: str) -> ConfigDict:
                 f"{where}: unknown config key '{key}', perhaps of a newer score_sde: read it with that version"
                 + (f"; or did you mean '{near}'?" if near else "")
             )
-        put(config, key, value, f"{where}: ")
-    whole = flat(config)
+        whole[key] = check(key, value, f"{where}: ")
     for key, sealed in OWN.items():
         if own_code.is_own(whole[key]) and not whole[sealed]:
             raise ValueError(f"{where}: {key}={whole[key]} has no {sealed}: give a file of a workdir")
-    return config
+    return config_of(whole)
 
 
 def differences(old: ConfigDict, new: ConfigDict) -> list[str]:
@@ -171,15 +170,6 @@ def flat(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any
         inside = isinstance(value, (ConfigDict, dict))
         values |= flat(value, f"{prefix}{name}.") if inside else {prefix + name: value}
     return values
-
-
-def put(config: ConfigDict, key: str, value: Any, where: str = "") -> None:
-    """Set "section.key" to a value as `check` returns it; errors begin with `where`."""
-    value = check(key, value, where)
-    section, _, name = key.rpartition(".")
-    target = config[section] if section else config
-    with target.ignore_type() if KEYS[key].classes else nullcontext():
-        target[name] = value
 
 
 def parse(key: str, text: str) -> Any:

@@ -15,6 +15,7 @@ from score_sde.config.keys import KEYS, LARGEST, Limit
 from score_sde.config.keys import check as check_key
 from score_sde.config.rules import check, suspects
 from tests import ROOT
+from tests.runs import put
 
 ODD: list[Any] = [
     0, -1, 1, 2**31, 2**63, -(2**63), 10**400, 0.0, -1.0, 0.5, 1e-300, 1e300, math.nan, math.inf, -math.inf, "", "nan",
@@ -54,7 +55,7 @@ def test_odd_values_of_a_key_are_refused_in_a_sentence_or_pass(key: str) -> None
             check_key(key, reading.parse(key, text_of(value)))
 
         def in_a_file(value: Any = value) -> None:
-            reading.put(config, key, value)
+            put(config, key, value)
             check(config)
             passed.append(of_key[name])
 

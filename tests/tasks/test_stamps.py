@@ -18,7 +18,7 @@ from torch import Tensor
 from score_sde import DDPM, VPSDE, cli
 from score_sde.config import default_config
 from score_sde.config import keys as config_keys
-from score_sde.config.reading import flat, put
+from score_sde.config.reading import flat
 from score_sde.data import Data, Split
 from score_sde.data.codecs import PixelCodec, VectorCodec
 from score_sde.machine.lock import Busy
@@ -30,6 +30,7 @@ from score_sde.tasks.checkpoint import Trained
 from score_sde.tasks.conditions import Guides, Wanted, sampled_labels
 from score_sde.tasks.job import Job
 from score_sde.tasks.stamps import KEYS, asked
+from tests.runs import put
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 IMAGE = (1, 4, 4)
