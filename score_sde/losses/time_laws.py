@@ -189,8 +189,4 @@ class SecondMoments(nn.Module):
 
 def discrete(n: int) -> TimeLaw:
     """t = (i + 1)/n with i uniform in 0..n-1: a chain's steps (Ho et al. 2020, algorithm 1)."""
-
-    def law(sde: SDE, u: Tensor) -> Times:
-        return Times(((u * n).floor() + 1) / n, torch.ones_like(u))
-
-    return law
+    return lambda sde, u: Times(((u * n).floor() + 1) / n, torch.ones_like(u))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -107,18 +107,14 @@ def in_precision_of(network: Any, x: Tensor) -> Tensor:
     return x if p is None or not p.is_floating_point() else x.to(p.dtype)
 
 
-def twice_differentiable(wanted: bool = True) -> AbstractContextManager[None]:
-    """Within it attention is computed in plain operations, if `wanted`: fused kernels have no second derivative."""
-    return sdpa_kernel(SDPBackend.MATH) if wanted else nullcontext()
-
-
 def with_graph(h: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, Tensor, bool]:
     """(h(y), y, whether gradients are enabled), with a graph from h(y) to y also where they are disabled.
 
-    y has x's value; it is x itself where gradients are enabled and x requires one.
+    y has x's value; it is x itself where gradients are enabled and x requires one. Attention is then computed in plain
+    operations: fused kernels have no second derivative.
     """
     graph = torch.is_grad_enabled()
-    with torch.enable_grad(), twice_differentiable(graph):
+    with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if graph else nullcontext():
         y = x if graph and x.requires_grad else x.detach().requires_grad_()
         return h(y), y, graph
 
@@ -193,15 +189,12 @@ class FromScore(ScoreModel):
         self.fn = fn
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
-        score = self._score(x, t, **condition)
+        score = self.score(x, t, **condition)
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
         data = add_(x / like(alpha, x), sigma**2 / alpha, score)
         return Estimate(data, score * -like(sigma, x), like(sigma, x))
 
-    def score(self, x: Tensor, t: Tensor) -> Tensor:
-        return self._score(x, t)
-
-    def _score(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
+    def score(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         score = self.fn(in_precision_of(self.fn, x), t, **condition)
         if score.shape != x.shape:
             raise WrongShape(

@@ -117,7 +117,7 @@ def products(value: Tensor, y: Tensor, e: Tensor, graph: bool) -> Iterator[tuple
 
     A product is differentiable if `graph`, and zero where the value does not depend on y.
     """
-    together = len(e) > 1 and elementary(value, y)
+    together = len(e) > 1 and all(step in ELEMENTARY for step in _steps(value, y))
     for block in e.split(max(BLOCK // max(len(y), 1), 1)):
         yield block, _products(value, y, block, graph, together)
 
@@ -125,11 +125,6 @@ def products(value: Tensor, y: Tensor, e: Tensor, graph: bool) -> Iterator[tuple
 def quadratic_forms(value: Tensor, y: Tensor, e: Tensor, graph: bool) -> Tensor:
     """e^T J e for each of the K probes, (K, B)."""
     return torch.cat([(product * block).flatten(2).sum(2) for block, product in products(value, y, e, graph)])
-
-
-def elementary(value: Tensor, y: Tensor) -> bool:
-    """Whether all steps from the value back to y are `ELEMENTARY`: then products may share one backward pass."""
-    return all(step in ELEMENTARY for step in _steps(value, y))
 
 
 def _steps(value: Tensor, y: Tensor) -> Iterator[str]:

@@ -144,8 +144,7 @@ def sample(
         x = model.sde.prior(shape, noise)
         return (x, noise) if temperature == 1 else (temperature * x, _refuse(sampler, temperature))
 
-    (x, noise), n = begin(), len(times) - 1
-    done = 0
+    (x, noise), n, done = begin(), len(times) - 1, 0
     try:
         with Progress("sampling", n, leave=False, shown=progress) as bar:
             walk = sampler.walk(model, x, times, noise)

@@ -146,11 +146,19 @@ class DDIM(Planned):
 
 @dataclass(frozen=True)
 class Corrector(Planned):
-    """A sampler whose step stays at its time t.
+    """A sampler whose step, `steps` moves along the score as long as `snr` says, stays at its time t.
 
     Alone it visits every time of the grid, also the last one unless that is clean data (sigma = 0); with a predictor it
     does not visit the last.
     """
+
+    snr: float = 0.16
+    steps: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.snr > 0 or self.steps < 1:
+            got = f"snr {self.snr} and steps {self.steps}"
+            raise ValueError(f"a corrector needs an snr above 0 and at least 1 step, got {got}")
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         last = len(times) - 2
@@ -171,12 +179,10 @@ class Langevin(Corrector):
     Gaussians come out almost 3 times too wide): use ``norm="batch"`` or `AnnealedLangevin` there.
     """
 
-    snr: float = 0.16
-    steps: int = 1
     norm: Literal["example", "batch"] = "example"
 
     def __post_init__(self) -> None:
-        check_steps(self.snr, self.steps)
+        super().__post_init__()
         if self.norm not in ("example", "batch"):
             raise ValueError(f'norm must be "example" or "batch", got {self.norm!r}')
 
@@ -195,12 +201,6 @@ class Langevin(Corrector):
         return sizes.mean().expand_as(sizes) if self.norm == "batch" else sizes
 
 
-def check_steps(snr: float, steps: int) -> None:
-    """Raise ValueError unless a corrector moves, and along the score."""
-    if not snr > 0 or steps < 1:
-        raise ValueError(f"a corrector needs an snr above 0 and at least 1 step, got snr {snr} and steps {steps}")
-
-
 def size(x: Tensor) -> Tensor:
     """The norm of each example, (B,)."""
     return torch.linalg.vector_norm(x.flatten(1), dim=1)
@@ -215,12 +215,6 @@ class AnnealedLangevin(Corrector):
     as printed in 2019 halves h: snr = sqrt(eps)/(2 sigma_L). `steps` is their T. They start from uniform noise where
     `sample` starts from the SDE's prior, and its `denoise` is their last step, x + sigma_L² score.
     """
-
-    snr: float = 0.16
-    steps: int = 1
-
-    def __post_init__(self) -> None:
-        check_steps(self.snr, self.steps)
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
         h = 2 * (sde.alpha(t) / sde.alpha(s) * self.snr * sde.sigma(t)) ** 2

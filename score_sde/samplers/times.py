@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import accumulate
 
 import numpy as np
@@ -10,32 +11,28 @@ from torch import Tensor
 
 from ..sdes.linear import SDE
 
+Map = Callable[[Tensor], Tensor]
+
 
 def uniform(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
     """Evenly spaced in t: the grid of Song et al. 2021."""
-    first, last = _ends(sde, start)
-    return _with_ends(first + (last - first) * _unit(n), first, last)
+    return _evenly(sde, n, start, lambda t: t, lambda u: u)
 
 
 def quadratic(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
     """Evenly spaced in sqrt(t): DDIM's, denser near the data (Song et al. 2021, arXiv:2010.02502, appendix D.2)."""
-    ends = _ends(sde, start)
-    first, last = ends.sqrt()
-    return _with_ends((first + (last - first) * _unit(n)) ** 2, *ends)
+    return _evenly(sde, n, start, torch.sqrt, torch.square)
 
 
 def log_snr(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
     """Evenly spaced in log SNR (Lu et al. 2022, arXiv:2206.00927, section 3.3)."""
-    ends = _ends(sde, start)
-    first, last = _log_snr(sde, ends)
-    return _with_ends(sde.time(first + (last - first) * _unit(n)), *ends)
+    return _evenly(sde, n, start, lambda t: _log_snr(sde, t), sde.time)
 
 
 def karras(sde: SDE, n: int, rho: float = 7.0, *, start: float = 1.0) -> Tensor:
     """Evenly spaced in (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5)."""
-    ends = _ends(sde, start)
-    first, last = torch.exp(-_log_snr(sde, ends) / (2 * rho))
-    return _with_ends(sde.time(-2 * rho * torch.log(first + (last - first) * _unit(n))), *ends)
+    root = lambda t: torch.exp(-_log_snr(sde, t) / (2 * rho))
+    return _evenly(sde, n, start, root, lambda u: sde.time(-2 * rho * torch.log(u)))
 
 
 def arcsinh(sde: SDE, n: int, scale: float = 2.0, *, start: float = 1.0) -> Tensor:
@@ -44,9 +41,8 @@ def arcsinh(sde: SDE, n: int, scale: float = 2.0, *, start: float = 1.0) -> Tens
     It is for data of about unit size, whose structure appears around sigma = alpha. Grids fitted to models
     (`fit_times`) look like it; docs/performance.md measures what it gains.
     """
-    ends = _ends(sde, start)
-    first, last = torch.asinh(_log_snr(sde, ends) / (2 * scale))
-    return _with_ends(sde.time(2 * scale * torch.sinh(first + (last - first) * _unit(n))), *ends)
+    bent = lambda t: torch.asinh(_log_snr(sde, t) / (2 * scale))
+    return _evenly(sde, n, start, bent, lambda u: sde.time(2 * scale * torch.sinh(u)))
 
 
 def spaced(n: int, count: int, *, start: float = 1.0) -> Tensor:
@@ -63,16 +59,17 @@ def spaced(n: int, count: int, *, start: float = 1.0) -> Tensor:
     return torch.tensor([round(place) + 1 for place in places], dtype=torch.float64).flip(0) / n
 
 
-def _unit(n: int) -> Tensor:
-    if not isinstance(n, (int, np.integer)) or n < 1:
-        raise ValueError(f"a grid needs a whole number of steps, at least 1, got {n}")
-    return torch.linspace(0, 1, n + 1, dtype=torch.float64)
-
-
-def _ends(sde: SDE, start: float) -> Tensor:
+def _evenly(sde: SDE, n: int, start: float, curve: Map, inverse: Map) -> Tensor:
+    """n + 1 times between which the curve changes by equal steps; its ends are exact, not to rounding."""
     if not sde.t_min < start <= 1:
         raise ValueError(f"a grid begins above the SDE's t_min = {sde.t_min:g} and at most at 1, got start={start:g}")
-    return torch.tensor([start, sde.t_min], dtype=torch.float64)
+    if not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"a grid needs a whole number of steps, at least 1, got {n}")
+    ends = torch.tensor([start, sde.t_min], dtype=torch.float64)
+    first, last = curve(ends)
+    times = inverse(first + (last - first) * torch.linspace(0, 1, n + 1, dtype=torch.float64))
+    times[0], times[-1] = ends
+    return times
 
 
 def _log_snr(sde: SDE, ends: Tensor) -> Tensor:
@@ -86,9 +83,3 @@ def _log_snr(sde: SDE, ends: Tensor) -> Tensor:
             "times.quadratic, or an SDE that keeps some signal"
         )
     return values
-
-
-def _with_ends(times: Tensor, first: Tensor, last: Tensor) -> Tensor:
-    """The grid with its ends exact, not to rounding."""
-    times[0], times[-1] = first, last
-    return times

@@ -81,14 +81,7 @@ class DDPMCurves(Piecewise, VariancePreserving):
     The knots are -log alpha_bar, which is the integral of beta.
     """
 
-    def beta(self, t: Tensor) -> Tensor:
-        return self._slope(t)
-
-    def _integral(self, t: Tensor) -> Tensor:
-        return self._value(t)
-
-    def _time(self, integral: Tensor) -> Tensor:
-        return self._inverse(integral)
+    beta, _integral, _time = Piecewise._slope, Piecewise._value, Piecewise._inverse
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)

@@ -96,12 +96,6 @@ class MonotoneSchedule(nn.Module):
             values.append((bump * (1 - 2 * y)) @ (h * w * w))
         return tuple(value / (a + end - start) for value in values)
 
-    def same_as(self, other: MonotoneSchedule) -> bool:
-        """Whether its parameters equal the other's, on any devices."""
-        both = ((self.slope, other.slope), (self.units, other.units), (self.ends, other.ends))
-        pairs = [(a.cpu().double(), b.cpu().double()) for a, b in both]
-        return self is other or all(torch.equal(a, b) for a, b in pairs)
-
     def variance_loss(self, t: Tensor, error: Tensor) -> Tensor:
         """Zeros (B,) whose gradient in the shape is that of E (s'(t) error)², and so of the loss's variance.
 
@@ -139,7 +133,10 @@ class LearnedVPSDE(SDE):
         """Also true for equal copies of a schedule, as from a checkpoint that was loaded twice."""
         if not isinstance(other, LearnedVPSDE):
             return NotImplemented
-        return self.t_min == other.t_min and self.schedule.same_as(other.schedule)
+        own, their = self.schedule, other.schedule
+        pairs = ((own.slope, their.slope), (own.units, their.units), (own.ends, their.ends))
+        same = own is their or all(torch.equal(a.cpu().double(), b.cpu().double()) for a, b in pairs)
+        return self.t_min == other.t_min and same
 
     def __hash__(self) -> int:
         return hash((LearnedVPSDE, self.t_min))

@@ -222,7 +222,7 @@ class VariancePreserving(SDE):
         """Integral of beta from 0 to t, which is -2 log alpha."""
 
     @abstractmethod
-    def _time(self, integral: Tensor) -> Tensor:
+    def _time(self, value: Tensor) -> Tensor:
         """Inverse of `_integral`."""
 
     def alpha(self, t: Tensor) -> Tensor:
@@ -279,10 +279,10 @@ class VPSDE(VariancePreserving):
     def _integral(self, t: Tensor) -> Tensor:
         return t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
 
-    def _time(self, integral: Tensor) -> Tensor:
+    def _time(self, value: Tensor) -> Tensor:
         # the root of a quadratic, in the form without cancellation
         slope = self.beta_max - self.beta_min
-        return 2 * integral / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * integral))
+        return 2 * value / (self.beta_min + torch.sqrt(self.beta_min**2 + 2 * slope * value))
 
 
 @dataclass(frozen=True, kw_only=True)
