@@ -12,27 +12,15 @@ from types import ModuleType
 from typing import Any
 
 MOVED = {
-    "bounds": ("likelihood.chain_bound", "models.reverse"),
-    "build": ("config.build",),
-    "checkpoint": ("tasks.checkpoint",),
-    "closed_form": ("models.closed_form",),
-    "codecs": ("data.codecs",),
-    "codes": ("tasks.codes",),
-    "demo": ("tasks.demo",),
-    "dequantisation": ("likelihood.dequantisation",),
-    "interop_diffusers": ("foreign.diffusers",),
-    "latents": ("likelihood.latents",),
-    "model": ("models.base", "models.rules", "models.reverse"),
-    "outliers": ("likelihood.outliers",),
-    "parallel": ("machine.parallel",),
-    "progress": ("machine.progress",),
-    "results": ("tasks.results",),
-    "score_matching": ("losses.score_matching", "models.traces"),
-    "signals": ("data.recordings",),
-    "time_laws": ("losses.time_laws",),
-    "toys": ("data.toys",),
-    "train": ("tasks.train", "tasks.step"),
-}
+    "bounds": ("likelihood.chain_bound", "models.reverse"), "build": ("config.build",),
+    "checkpoint": ("tasks.checkpoint",), "closed_form": ("models.closed_form",), "codecs": ("data.codecs",),
+    "codes": ("tasks.codes",), "demo": ("tasks.demo",), "dequantisation": ("likelihood.dequantisation",),
+    "interop_diffusers": ("foreign.diffusers",), "latents": ("likelihood.latents",),
+    "model": ("models.base", "models.rules", "models.reverse"), "outliers": ("likelihood.outliers",),
+    "parallel": ("machine.parallel",), "progress": ("machine.progress",), "results": ("tasks.results",),
+    "score_matching": ("losses.score_matching", "models.traces"), "signals": ("data.recordings",),
+    "time_laws": ("losses.time_laws",), "toys": ("data.toys",), "train": ("tasks.train", "tasks.step"),
+}  # fmt: skip
 
 
 class Finder(MetaPathFinder, Loader):

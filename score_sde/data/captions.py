@@ -96,8 +96,7 @@ class HuggingFaceEncoder:
 
 def widths(folder: str | Path) -> tuple[int, int]:
     """Widths (D, P) of an encoder's tokens and pooled vector, from its config. Raises as `HuggingFaceEncoder` does."""
-    config = _config(Path(folder)).get_text_config()
-    width = int(config.hidden_size)
+    width = int(_config(Path(folder)).get_text_config().hidden_size)
     return width, width
 
 

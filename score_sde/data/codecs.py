@@ -191,9 +191,8 @@ class AutoencoderCodec:
     def posterior(self, k: Tensor) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of q(y | k), (B, c, h, w), for images k (B, C, H, W)."""
         mean, std = self.autoencoder.encode(self.pixels.encode(k))
-        return (mean - self._of_channels(self.statistics.mean, mean)) / self._of_channels(
-            self.statistics.std, mean
-        ), std / self._of_channels(self.statistics.std, std)
+        scale, shift = (self._of_channels(v, mean) for v in (self.statistics.std, self.statistics.mean))
+        return (mean - shift) / scale, std / scale
 
     @torch.no_grad()
     def decode(self, y: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from . import arrays, images
 from .folders import Layout, class_notes, classes_of, hidden, lay_out, listing, once_each, root_of
-from .images import AS_THEY_ARE, Picture, Pixels
+from .images import AS_THEY_ARE, Picture, Pixels, is_grey
 from .labels import caption_file, labels_of, named_labels, read_captions, read_dataset_json
 
 IMAGES = images.ENDINGS
@@ -180,20 +180,18 @@ class _Images:
     transparent: set[str] = field(default_factory=set)
     multi_frame: set[str] = field(default_factory=set)
 
-    def is_grey(self, name: str) -> bool:
+    def look(self, name: str, decode: Callable[[bytes], Any]) -> Any:
+        """What `decode` makes of an image; its errors get the image's name."""
         content = self.contents(name)
         try:
-            return images.is_grey(content)
+            return decode(content)
         except ValueError as error:
             raise ValueError(f"{name} in {self.path} {error}") from None
 
     def open(self, name: str) -> Picture:
         """Decode an image to the wanted channels and background, at its own size and bits."""
-        content = self.contents(name)
-        try:
-            picture = images.decode(content, self.channels == 1, self.pixels.colour)
-        except ValueError as error:
-            raise ValueError(f"{name} in {self.path} {error}") from None
+        wanted = partial(images.decode, grey=self.channels == 1, background=self.pixels.colour)
+        picture: Picture = self.look(name, wanted)
         if picture.transparent:
             self.transparent.add(name)
         if picture.frames > 1:
@@ -268,7 +266,7 @@ def _images(
     layout = narrow(lay_out(images, where))
     train, test = layout.train, layout.test
     if source.channels is None:
-        source = replace(source, channels=1 if source.is_grey(train[0]) else 3)
+        source = replace(source, channels=1 if source.look(train[0], is_grey) else 3)
     label_file = _at_top("dataset.json", names, layout)
     label = _labels_by_name(source, label_file) if label_file else {}
     folder_notes: list[str] = []

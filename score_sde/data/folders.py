@@ -41,8 +41,9 @@ class Layout:
 
     def class_folder(self, name: str) -> str | None:
         """The first folder of a file below the top and its split's folder, or None."""
-        inside = name.removeprefix(self.top).split("/")[1 if self.test or _is(name, self.top, TRAIN) else 0 :]
-        return inside[0] if len(inside) > 1 else None
+        first, *inside = name.removeprefix(self.top).split("/")
+        folders = inside if self.test or first.lower() in TRAIN else [first, *inside]
+        return folders[0] if len(folders) > 1 else None
 
 
 def root_of(path: Path) -> Path:
@@ -115,7 +116,8 @@ def lay_out(names: Sequence[str], where: str) -> Layout:
         )
     if not train:
         return Layout(rest, [], top, [])
-    unread = Counter(_first_folder(n.removeprefix(top)) for n in rest)
+    folders = (n.removeprefix(top).rpartition("/")[0].split("/")[0] for n in rest)
+    unread = Counter(f"in {folder}/" if folder else "at the top" for folder in folders)
     reason = "because there is a train folder"
     return Layout(train, test, top, [f"not read: {n} files {place}, {reason}" for place, n in sorted(unread.items())])
 
@@ -192,18 +194,5 @@ def _hidden_test(names: Sequence[str], classes: Container[str]) -> str | None:
     return next((name for name, path in folders.items() if twins.union(_HELD_OUT) & set(path)), None)
 
 
-def _is(name: str, top: str, kind: Sequence[str]) -> bool:
-    return name.removeprefix(top).split("/")[0].lower() in kind
-
-
-def _is_held_out(folder: str) -> bool:
-    return folder.lower() in _HELD_OUT
-
-
 def _is_split(folder: str) -> bool:
-    return folder.lower() in TRAIN or _is_held_out(folder)
-
-
-def _first_folder(name: str) -> str:
-    folder, slash, _ = name.partition("/")
-    return f"in {folder}/" if slash else "at the top"
+    return folder.lower() in (*TRAIN, *_HELD_OUT)

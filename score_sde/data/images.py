@@ -118,7 +118,8 @@ def decode(content: bytes, grey: bool, background: tuple[int, int, int] = (255, 
     transparent = raw.alpha is not None and bool((raw.alpha < top).any())
     if raw.alpha is not None and transparent:
         array = _over(array, raw.alpha, background, top)
-    return Picture(_as_grey(array) if grey else _as_colour(array), raw.bits, transparent, raw.frames)
+    array = _as_grey(array) if grey else np.repeat(array, 3 // array.shape[-1], -1)
+    return Picture(array, raw.bits, transparent, raw.frames)
 
 
 def grey_and_alpha(content: bytes) -> tuple[np.ndarray, np.ndarray]:
@@ -177,10 +178,10 @@ def _open(content: bytes) -> ImageFile.ImageFile:
     """The image, of which only the header is read."""
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
-    except UnidentifiedImageError:  # its message names our buffer
-        raise _Refused("cannot be read as an image") from None
     except Exception as error:
-        raise _Refused(f"cannot be read as an image ({str(error) or type(error).__name__})") from None
+        # the message of an unknown format names our buffer
+        reason = "" if isinstance(error, UnidentifiedImageError) else f" ({str(error) or type(error).__name__})"
+        raise _Refused(f"cannot be read as an image{reason}") from None
     if image.mode == "F" or (image.mode == "I" and not _deep(image)):
         raise _Refused("has numbers of 32 bits or signed ones: save it with 8 or 16 bits, or as an array of floats")
     return image
@@ -288,7 +289,3 @@ def _as_grey(array: np.ndarray) -> np.ndarray:
         return array
     weighted = (array.astype(np.int64) * np.array(_WEIGHTS)).sum(-1, keepdims=True)
     return (weighted + 0x8000 >> 16).astype(array.dtype)
-
-
-def _as_colour(array: np.ndarray) -> np.ndarray:
-    return array if array.shape[-1] == 3 else np.repeat(array, 3, -1)

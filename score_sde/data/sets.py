@@ -14,8 +14,9 @@ import difflib
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -243,12 +244,13 @@ def _shrunk(data: Data, size: int | None) -> Data:
         return data
     if own % size:
         raise ValueError(f"data.image_size={size} must divide the images' size, {own}")
+    return _changed(data, lambda x: shrink(x, own // size))
 
-    def shrunk(split: Split) -> Split:
-        assert isinstance(split.x, Tensor)
-        return replace(split, x=shrink(split.x, own // size))
 
-    return replace(data, train=shrunk(data.train), test=shrunk(data.test))
+def _changed(data: Data, change: Callable[[Any], Tensor]) -> Data:
+    """The data with the images of both splits, which are in memory, changed."""
+    train, test = (replace(split, x=change(split.x)) for split in (data.train, data.test))
+    return replace(data, train=train, test=test)
 
 
 def _cifar10(path: Path | None) -> Data:
@@ -281,14 +283,8 @@ def _digits(path: Path | None) -> Data:
 
 def _digits32(path: Path | None) -> Data:
     """The digits four times as large, 1 x 32 x 32: bilinear (align_corners=False), rounded to the 17 levels."""
-    data = _digits(path)
-
-    def enlarged(split: Split) -> Split:
-        assert isinstance(split.x, Tensor)
-        large = F.interpolate(split.x.float(), scale_factor=4, mode="bilinear", align_corners=False)
-        return replace(split, x=large.round().to(torch.uint8))
-
-    return replace(data, train=enlarged(data.train), test=enlarged(data.test))
+    enlarged = partial(F.interpolate, scale_factor=4, mode="bilinear", align_corners=False)
+    return _changed(_digits(path), lambda x: enlarged(x.float()).round().to(torch.uint8))
 
 
 def _toy(name: str) -> Callable[[Path | None], Data]:

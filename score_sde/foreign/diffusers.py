@@ -179,26 +179,19 @@ def settings(config: Mapping[str, Any], size: int) -> dict[str, Any]:
     config = _whole(config)
     if config["_class_name"] == "DiTTransformer2DModel":
         return {
-            "name": "dit",
-            "patch_size": config["patch_size"],
-            "hidden": config["num_attention_heads"] * config["attention_head_dim"],
-            "depth": config["num_layers"],
-            "num_heads": config["num_attention_heads"],
-            "head_channels": 0,
-        }
+            "name": "dit", "patch_size": config["patch_size"],
+            "hidden": config["num_attention_heads"] * config["attention_head_dim"], "depth": config["num_layers"],
+            "num_heads": config["num_attention_heads"], "head_channels": 0,
+        }  # fmt: skip
     widths = config["block_out_channels"]
     attends = [kind.startswith("Attn") for kind in config["down_block_types"]]
     return {
-        "name": "adm" if config["downsample_type"] == "resnet" else "ddpm",
-        "nf": widths[0],
-        "ch_mult": tuple(width // widths[0] for width in widths),
-        "num_res_blocks": config["layers_per_block"],
-        "attn_resolutions": tuple(size // 2**i for i, attend in enumerate(attends) if attend),
-        "attend_each": True,
-        "num_heads": 1,
-        "head_channels": config["attention_head_dim"] or 0,
+        "name": "adm" if config["downsample_type"] == "resnet" else "ddpm", "nf": widths[0],
+        "ch_mult": tuple(width // widths[0] for width in widths), "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": tuple(size // 2**i for i, attend in enumerate(attends) if attend), "attend_each": True,
+        "num_heads": 1, "head_channels": config["attention_head_dim"] or 0,
         "scale_shift": config["resnet_time_scale_shift"] == "scale_shift",
-    }
+    }  # fmt: skip
 
 
 def network_from(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> UNet | DiT:
@@ -289,27 +282,20 @@ def _unet(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> UNet:
 def _read_unet(name: str, left: dict[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     last = config["layers_per_block"]  # the index of a level's last attention: on the way up it has one block more
     rules = [
-        (r"^embed\.hidden\.", "time_embedding.linear_1."),
-        (r"^embed\.out\.", "time_embedding.linear_2."),
-        (r"^classes\.table$", "class_embedding.weight"),
-        (r"^first\.", "conv_in."),
-        (r"^head\.norm\.", "conv_norm_out."),
-        (r"^head\.conv\.", "conv_out."),
+        (r"^embed\.hidden\.", "time_embedding.linear_1."), (r"^embed\.out\.", "time_embedding.linear_2."),
+        (r"^classes\.table$", "class_embedding.weight"), (r"^first\.", "conv_in."),
+        (r"^head\.norm\.", "conv_norm_out."), (r"^head\.conv\.", "conv_out."),
         (r"^down\.(\d+)\.stages\.(\d+)\.residual\.", r"down_blocks.\1.resnets.\2."),
         (r"^down\.(\d+)\.stages\.(\d+)\.attention\.", r"down_blocks.\1.attentions.\2."),
-        (r"^down\.(\d+)\.step\.", r"down_blocks.\1.downsamplers.0."),
-        (r"^middle\.before\.", "mid_block.resnets.0."),
-        (r"^middle\.attention\.", "mid_block.attentions.0."),
-        (r"^middle\.after\.", "mid_block.resnets.1."),
+        (r"^down\.(\d+)\.step\.", r"down_blocks.\1.downsamplers.0."), (r"^middle\.before\.", "mid_block.resnets.0."),
+        (r"^middle\.attention\.", "mid_block.attentions.0."), (r"^middle\.after\.", "mid_block.resnets.1."),
         (r"^up\.(\d+)\.blocks\.(\d+)\.", r"up_blocks.\1.resnets.\2."),
         (r"^up\.(\d+)\.attentions\.(\d+)\.", r"up_blocks.\1.attentions.\2."),
         (r"^up\.(\d+)\.attention\.", rf"up_blocks.\1.attentions.{last}."),
-        (r"^up\.(\d+)\.step\.", r"up_blocks.\1.upsamplers.0."),
-        (r"\.label\.", ".time_emb_proj."),
-        (r"\.shortcut\.", ".conv_shortcut."),
-        (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
+        (r"^up\.(\d+)\.step\.", r"up_blocks.\1.upsamplers.0."), (r"\.label\.", ".time_emb_proj."),
+        (r"\.shortcut\.", ".conv_shortcut."), (r"(attentions\.\d+)\.norm\.", r"\1.group_norm."),
         (r"(attentions\.\d+)\.out\.", r"\1.to_out.0."),
-    ]
+    ]  # fmt: skip
     value = torch.cat(_take(_renamed(name, rules), left))
     if name == "embed.hidden.weight" and config["flip_sin_to_cos"]:  # diffusers has the cosines first
         return torch.cat(value.chunk(2, dim=1)[::-1], dim=1)
@@ -342,12 +328,10 @@ class _OwnEmbedding(nn.Module):
 
 
 _OF_EACH_BLOCK = {
-    "embed.hidden.weight": "timestep_embedder.linear_1.weight",
-    "embed.hidden.bias": "timestep_embedder.linear_1.bias",
-    "embed.out.weight": "timestep_embedder.linear_2.weight",
-    "embed.out.bias": "timestep_embedder.linear_2.bias",
+    "embed.hidden.weight": "timestep_embedder.linear_1.weight", "embed.hidden.bias": "timestep_embedder.linear_1.bias",
+    "embed.out.weight": "timestep_embedder.linear_2.weight", "embed.out.bias": "timestep_embedder.linear_2.bias",
     "classes.table": "class_embedder.embedding_table.weight",
-}
+}  # fmt: skip
 
 
 def _of_blocks(name: str, config: Mapping[str, Any]) -> list[str]:
@@ -378,15 +362,13 @@ def _dit(config: Mapping[str, Any], state: Mapping[str, Tensor]) -> DiT:
 
 def _read_dit(name: str, left: dict[str, Tensor], config: Mapping[str, Any]) -> Tensor:
     rules = [
-        (r"^first\.", "pos_embed.proj."),
-        (r"^modulation\.", "proj_out_1."),
-        (r"^last\.", "proj_out_2."),
+        (r"^first\.", "pos_embed.proj."), (r"^modulation\.", "proj_out_1."), (r"^last\.", "proj_out_2."),
         (r"^blocks\.(\d+)\.modulation\.", r"transformer_blocks.\1.norm1.linear."),
         (r"^blocks\.(\d+)\.qkv\.", r"transformer_blocks.\1.attn1.qkv."),
         (r"^blocks\.(\d+)\.out\.", r"transformer_blocks.\1.attn1.to_out.0."),
         (r"^blocks\.(\d+)\.hidden\.", r"transformer_blocks.\1.ff.net.0.proj."),
         (r"^blocks\.(\d+)\.last\.", r"transformer_blocks.\1.ff.net.2."),
-    ]
+    ]  # fmt: skip
     own = re.match(r"others\.(\d+)\.(.*)", name)
     block, leaf = (int(own[1]) + 1, own[2]) if own else (0, name)
     if leaf not in _OF_EACH_BLOCK:

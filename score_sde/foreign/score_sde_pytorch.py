@@ -137,18 +137,14 @@ def build_network(config: Any) -> UNet | RefineNet:
     if name == "ncsn" or name in NCSNV2:
         return _build_refinenet(config)
     shared = dict(
-        channels=_get(config, "data.num_channels"),
-        width=_get(config, "model.nf"),
-        multipliers=tuple(_get(config, "model.ch_mult")),
-        blocks=_get(config, "model.num_res_blocks"),
-        attention=tuple(_get(config, "model.attn_resolutions")),
-        image_size=_get(config, "data.image_size"),
+        channels=_get(config, "data.num_channels"), width=_get(config, "model.nf"),
+        multipliers=tuple(_get(config, "model.ch_mult")), blocks=_get(config, "model.num_res_blocks"),
+        attention=tuple(_get(config, "model.attn_resolutions")), image_size=_get(config, "data.image_size"),
         dropout=_get(config, "model.dropout"),
         embedding=("fourier" if _fourier(config) else "sinusoidal") if _get(config, "model.conditional") else None,
-        resample_conv=_get(config, "model.resamp_with_conv"),
-        activation=_get(config, "model.nonlinearity").lower(),
+        resample_conv=_get(config, "model.resamp_with_conv"), activation=_get(config, "model.nonlinearity").lower(),
         centered=_get(config, "data.centered"),
-    )
+    )  # fmt: skip
     if name == "ddpm":
         return UNet(**shared, block="ddpm", skip_rescale=False, groups=32)
     if name != "ncsnpp":
@@ -170,10 +166,9 @@ def _build_refinenet(config: Any) -> RefineNet:
         raise ValueError(f'model.normalization of NCSN and NCSNv2 must be "InstanceNorm++", got {norm!r}')
     name, channels = _get(config, "model.name"), _get(config, "data.num_channels")
     shared = dict(
-        width=_get(config, "model.nf"),
-        activation=_get(config, "model.nonlinearity").lower(),
+        width=_get(config, "model.nf"), activation=_get(config, "model.nonlinearity").lower(),
         centered=_get(config, "data.centered"),
-    )
+    )  # fmt: skip
     if name == "ncsn":
         return NCSN(channels, levels=_get(config, "model.num_scales"), **shared)
     return NCSNv2(channels, multipliers=NCSNV2[name], **shared)
@@ -193,9 +188,9 @@ def key_map(network: UNet | RefineNet, config: Any) -> list[Key]:
     """All their tensors except `sigmas`, in the order of their `parameters()` and so of the EMA's list."""
     if isinstance(network, RefineNet):
         return [
-            Key(f"{theirs}.{their_leaf}", f"{ours}.{leaf}")
+            Key(f"{theirs}.{'embed.weight' if leaf == 'table' else leaf}", f"{ours}.{leaf}")
             for ours, theirs in _refinenet_parts(network)
-            for leaf, their_leaf in _leaves(network.get_submodule(ours))
+            for leaf, _ in network.get_submodule(ours).named_parameters()
         ]
     keys = []
     if _fourier(config):
@@ -367,11 +362,6 @@ def _refinenet_parts(network: RefineNet) -> Iterator[tuple[str, str]]:
                     yield f"{ours}.join.{ours_}{part}", f"{theirs}.msf.{kind}.{k}"
         for kind in ("convs", "norms"):
             yield from [(f"{ours}.pooling.{kind}.{k}", f"{theirs}.crp.{kind}.{k}") for k in range(2)]
-
-
-def _leaves(module: nn.Module) -> list[tuple[str, str]]:
-    """(our name, their name) of a module's own parameters."""
-    return [(name, "embed.weight" if name == "table" else name) for name, _ in module.named_parameters()]
 
 
 def _get(config: Any, path: str) -> Any:

@@ -17,7 +17,7 @@ from ..samplers.base import Sampler, Update
 from ..samplers.stochastic import Corrector, PredictorCorrector
 from ..sdes.linear import SDE, add_, as_grid, check_first, like
 from .models import spread
-from .operators import Observation, spectral
+from .operators import Observation, Spectral, spectral
 
 
 @dataclass(frozen=True)
@@ -220,16 +220,12 @@ def twisted(
     return Particles(data.reshape(b, k, *shape[1:]), log_w.log_softmax(1), evidence, least)
 
 
-def _log_normal(residual: Tensor, operator: object, r2: float, s: float) -> Tensor:
+def _log_normal(residual: Tensor, operator: Spectral, r2: float, s: float) -> Tensor:
     """-residual' (r² AA' + s² I)⁻¹ residual/2, (B K,)."""
-    linear = spectral(operator, "twisted")  # type: ignore[arg-type]
     # (r² AA' + s²)⁻¹ = (I - A r²/(r² A'A + s²) A')/s², which includes what lies outside of A's range
-    inside = linear.adjoint(residual)
-    weighted = linear.filtered(inside, lambda v: r2 / (r2 * v + s**2))
-    outer, inner = (
-        a.flatten(1).square().sum(1) if a is residual else (a * weighted).flatten(1).sum(1) for a in (residual, inside)
-    )
-    return -(outer - inner) / (2 * s**2)
+    inside = operator.adjoint(residual)
+    inner = (inside * operator.filtered(inside, lambda v: r2 / (r2 * v + s**2))).flatten(1).sum(1)
+    return (inner - residual.flatten(1).square().sum(1)) / (2 * s**2)
 
 
 def _systematic(log_w: Tensor, z: Tensor) -> Tensor:

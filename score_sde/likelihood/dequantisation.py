@@ -192,9 +192,6 @@ def _coupling(shape: tuple[int, ...], hidden: int) -> nn.Module:
     return nn.Sequential(layer(2 * shape[0], hidden), nn.SiLU(), layer(hidden, hidden), nn.SiLU(), last)
 
 
-# --- the bounds on log P(k)
-
-
 class LogProbability(NamedTuple):
     """A bound on log P(k) in nats (B,), its standard error over probes (B,), its K draws, and NFE.
 
@@ -259,9 +256,6 @@ def log_probability(
     log_weights, error = torch.stack(draws), torch.stack(errors)
     shares = torch.softmax(log_weights, 0)
     return LogProbability(log_mean_exp(log_weights), (shares * error).sum(0), log_weights, nfe, math.prod(k.shape[1:]))
-
-
-# --- fitting the flow
 
 
 def dequantisation_loss(

@@ -83,11 +83,6 @@ class NetworkVelocity(nn.Module):
         return self.network(in_precision_of(self.network, x), self.scale * t[None])
 
 
-def normal_draw(shape: Sequence[int], noise: Noise) -> Tensor:
-    """A draw of N(0, I)."""
-    return noise(torch.empty(tuple(shape)))
-
-
 class Flow(nn.Module):
     """A continuous normalizing flow, also known as FFJORD: dx/dt = velocity(t, x) from data at t0 to a base at t1.
 
@@ -115,7 +110,9 @@ class Flow(nn.Module):
             raise ValueError(f"a flow goes from data at t0 to its base at a later t1, got t0 = {t0} and t1 = {t1}")
         self.velocity = velocity
         self.base = base or normal_log_prob
-        self.draw = normal_draw if base is None and draw is None else draw
+        if base is None and draw is None:
+            draw = lambda shape, noise: noise(torch.empty(tuple(shape)))
+        self.draw = draw
         self.t0, self.t1, self.solver, self.sde = t0, t1, solver, sde
 
     def replace(self, **changes: Any) -> Flow:
@@ -164,13 +161,7 @@ class Flow(nn.Module):
 
         def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
             own = e if len(rows) == batch else of_rows(e, rows, exact)
-            slope, traces, norm = _velocity_and_traces(velocity, y, own, exact, jacobian)
-            rates = [traces]
-            if kinetic:
-                rates.append(slope.square().flatten(1).sum(1, keepdim=True))
-            if norm is not None:
-                rates.append(norm)
-            return slope, torch.cat(rates, dim=1)
+            return _slope_and_rates(velocity, y, own, exact, kinetic, jacobian)
 
         latent, integrals, nfe = self.solve(x, slopes, k + kinetic + jacobian, d)
         integrals, costs = integrals[:, :k], integrals[:, k:]
@@ -303,10 +294,10 @@ def check_start(sde: SDE, t_min: float) -> None:
         raise ValueError(f"t_min must lie between 0 and 1, where {sde} has noise, got {t_min:g}; 1e-5 is usual")
 
 
-def _velocity_and_traces(
-    velocity: Callable[[Tensor], Tensor], x: Tensor, e: Tensor, exact: bool, norm: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The velocity at x, e^T J e (B, K) for the probes e (K, *x.shape), and if `norm` their mean |e^T J|² (B, 1).
+def _slope_and_rates(
+    velocity: Callable[[Tensor], Tensor], x: Tensor, e: Tensor, exact: bool, kinetic: bool, jacobian: bool
+) -> tuple[Tensor, Tensor]:
+    """The velocity v at x, and e^T J e (B, K) for the probes e (K, *x.shape), then if wanted |v|² and mean |e^T J|².
 
     If `exact` the probes are the unit vectors, and both are sums over them, (B, 1).
     """
@@ -314,10 +305,13 @@ def _velocity_and_traces(
     traces, norms = [], []
     for block, product in products(value, y, e, graph):
         traces.append((product * block).flatten(2).sum(2))
-        if norm:
+        if jacobian:
             norms.append(product.square().flatten(2).sum(2))
     trace = torch.cat(traces).T
-    squares = torch.cat(norms).T if norm else None
-    if exact:
-        return value, trace.sum(1, keepdim=True), None if squares is None else squares.sum(1, keepdim=True)
-    return value, trace, None if squares is None else squares.mean(1, keepdim=True)
+    rates = [trace.sum(1, keepdim=True) if exact else trace]
+    if kinetic:
+        rates.append(value.square().flatten(1).sum(1, keepdim=True))
+    if jacobian:
+        squares = torch.cat(norms).T
+        rates.append(squares.sum(1, keepdim=True) if exact else squares.mean(1, keepdim=True))
+    return value, torch.cat(rates, dim=1)

@@ -107,7 +107,7 @@ class Conditional(nn.Module):
             _refuse(pooled, "pooled", "model.pooled_width")
         elif pooled is not None:
             _check(pooled, "pooled", (len(x), self.pooled.in_features))
-            embeddings.append(self.pooled(_like(pooled, self.pooled.weight)))
+            embeddings.append(self.pooled(sent(pooled, x.device, self.pooled.weight.dtype)))
         total = sum(embeddings[1:], embeddings[0]) if embeddings else None
         return Conditions(total, low, self._text(x, text, mask))
 
@@ -123,7 +123,7 @@ class Conditional(nn.Module):
                 f"image must have {x.ndim} axes, the first of {len(x)} examples and the second of "
                 f"{self.image_channels} channels, got shape {tuple(image.shape)}"
             )
-        return resize(_like(image, x), x.shape[2:])
+        return resize(sent(image, x.device, x.dtype), x.shape[2:])
 
     def _text(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Text | None:
         if self.tokens is None:
@@ -139,11 +139,7 @@ class Conditional(nn.Module):
         _check(mask, "mask", tuple(text.shape[:2]))
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be True where there is a token and False elsewhere, got {mask.dtype}")
-        return Text(self.tokens(_like(text, self.tokens.weight)), sent(mask, x.device))
-
-
-def _like(value: Tensor, x: Tensor) -> Tensor:
-    return sent(value, x.device, x.dtype)
+        return Text(self.tokens(sent(text, x.device, self.tokens.weight.dtype)), sent(mask, x.device))
 
 
 def resize(image: Tensor, size: torch.Size) -> Tensor:
