@@ -34,17 +34,16 @@ class Finder(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         places = [f"score_sde.{place}" for place in MOVED[module.__name__.partition(".")[2]]]
+        now = " and ".join(places)
 
         def look_up(name: str) -> Any:
             for place in map(import_module, places):
                 if hasattr(place, name):
                     return getattr(place, name)
-            raise AttributeError(f"{module.__name__}, which is {' and '.join(places)} now, has no {name}")
+            raise AttributeError(f"{module.__name__}, which is {now} now, has no {name}")
 
         module.__getattr__ = look_up  # type: ignore[method-assign]
-        warnings.warn(
-            f"{module.__name__} is {' and '.join(places)} since version 0.2", DeprecationWarning, stacklevel=2
-        )
+        warnings.warn(f"{module.__name__} is {now} since version 0.2", DeprecationWarning, stacklevel=2)
 
 
 def install() -> None:

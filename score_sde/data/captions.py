@@ -82,9 +82,8 @@ class HuggingFaceEncoder:
         tokenizer, model = self.loaded
         positions = getattr(model.config, "max_position_embeddings", self.length)
         length = min(self.length, tokenizer.model_max_length, positions)
-        batch = tokenizer(
-            list(captions), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-        ).to(self.device)
+        options = dict(padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        batch = tokenizer(list(captions), **options).to(self.device)
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         tokens, mask = output.last_hidden_state, batch["attention_mask"].bool()
         if self.kind.startswith("clip"):

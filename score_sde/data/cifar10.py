@@ -160,9 +160,7 @@ def _binary_batch(rows: bytes, name: str) -> tuple[np.ndarray, np.ndarray, list[
 def _checked(images: Any, labels: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
     shape, dtype = getattr(images, "shape", None), getattr(images, "dtype", None)
     if dtype != np.uint8 or shape != (*labels.shape, 3072):
-        raise ValueError(
-            f"{name} must hold uint8 images (N, 3072) and N labels, got {dtype} {shape} and {labels.shape}"
-        )
+        raise ValueError(f"{name} needs uint8 images (N, 3072) and N labels, got {dtype} {shape} and {labels.shape}")
     if len(labels) and not 0 <= labels.min() <= labels.max() <= 9:
         raise ValueError(f"{name} must hold labels 0 to 9, got {labels.min()} to {labels.max()}")
     return images, labels

@@ -338,10 +338,8 @@ def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path:
         """An array as a tensor; one that is mapped from disk stays there."""
         if not isinstance(x, np.memmap):
             return torch.from_numpy(np.ascontiguousarray(convert(x), dtype=dtype))
-        identity = identity_of([(path.name, path)], num_channels, pixels)
-        return Stream(
-            x.shape, lambda rows: torch.from_numpy(np.ascontiguousarray(convert(x[list(rows)]), dtype)), identity
-        )
+        read = lambda rows: torch.from_numpy(np.ascontiguousarray(convert(x[list(rows)]), dtype))
+        return Stream(x.shape, read, identity_of([(path.name, path)], num_channels, pixels))
 
     def split(x: np.ndarray, y: np.ndarray | None, key: str) -> tuple[FileSplit, int | None, list[str]]:
         where = f"{path}, {key}" if named.x_test is not None else str(path)

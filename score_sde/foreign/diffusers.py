@@ -121,10 +121,7 @@ def model_of(network: nn.Module, config: Mapping[str, Any], scheduler: Mapping[s
         raise ValueError('the scheduler\'s variance_type="learned" cannot be read; "learned_range" can')
     chain = _chain(scheduler)
     learned = (config["out_channels"] or config["in_channels"]) == 2 * config["in_channels"]
-
-    def index(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
-        return (len(chain) * t - 1).clamp_min(0)
-
+    index = lambda alpha, sigma, t: (len(chain) * t - 1).clamp_min(0)
     rule = _RULES[scheduler["prediction_type"]]
     return Preconditioned(network, chain.as_sde(), rule=rule, label=index, learned_variance=learned)
 

@@ -35,10 +35,8 @@ def posterior(model: Mixture, observation: Observation) -> Mixture:
     new_covs = covs - gain @ a @ covs
     log_density = torch.distributions.MultivariateNormal(torch.zeros_like(off), s).log_prob(off)
     weights = torch.softmax(model.log_weights.double() + log_density, 0)
-    likely = weights > 1e-300  # a component's weight must not be 0
-    return Mixture(
-        model.sde, weights[likely], new_means[likely].reshape(-1, *model.shape), _symmetric(new_covs[likely])
-    )
+    kept = weights > 1e-300  # a component's weight must not be 0
+    return Mixture(model.sde, weights[kept], new_means[kept].reshape(-1, *model.shape), _symmetric(new_covs[kept]))
 
 
 def _symmetric(covs: Tensor) -> Tensor:

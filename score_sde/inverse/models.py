@@ -116,10 +116,9 @@ def pigdm(model: ScoreModel, observation: Observation, variance: float = 1.0) ->
     N(mean, variance I), at every t and for every operator; for other data it is as good as r² I is as the covariance of
     x_0 given x_t.
 
-    Args:
-        variance: c of r² = sigma² c/(alpha² c + sigma²); the paper's is 1. Correlated data vary more than c in some
-            directions, images in smooth ones many times more: with too small a c the guidance overshoots there, and
-            contrasts and colours become too strong. A larger c is safer.
+    `variance` is c of r² = sigma² c/(alpha² c + sigma²); the paper's is 1. Correlated data vary more than c in some
+    directions, images in smooth ones many times more: with too small a c the guidance overshoots there, and contrasts
+    and colours become too strong. A larger c is safer.
 
     Raises ValueError for an operator that is not Spectral, and a variance that is not above 0.
     """
@@ -131,13 +130,8 @@ class MomentMatching(Conditional):
     def pull(self, e: Estimate, x: Tensor, t: Tensor, residual: Tensor, graph: bool) -> Tensor:
         """dm/dx' A' v with (s² I + A Cov A') v = residual, by conjugate gradients: a gradient for each iteration."""
         ratio = like(self.sde.sigma(t) ** 2 / self.sde.alpha(t), x)
-
-        def through(v: Tensor) -> Tensor:
-            return _gradient(e.data, x, self.operator.adjoint(v), graph, keep=True)
-
-        def dot(a: Tensor, b: Tensor) -> Tensor:
-            return (a * b).flatten(1).sum(1).reshape(-1, *(1,) * (a.ndim - 1))
-
+        through = lambda v: _gradient(e.data, x, self.operator.adjoint(v), graph, keep=True)
+        dot = lambda a, b: (a * b).flatten(1).sum(1).reshape(-1, *(1,) * (a.ndim - 1))
         r = residual if graph else residual.detach()
         v, p, size = torch.zeros_like(r), r, dot(r, r)
         least = 1e-12 * size
@@ -156,7 +150,7 @@ class MomentMatching(Conditional):
 def moment_matching(model: ScoreModel, observation: Observation, iterations: int = 3) -> ScoreModel:
     """Moment matching posterior sampling: x_0 given x_t is N(m, C) with the model's C = sigma²/alpha dm/dx_t.
 
-    Rozet et al. 2024 (arXiv:2405.13712); N(m, C) is Boys et al. 2023's.
+    Rozet et al. 2024 (arXiv:2405.13712); N(m, C) is Boys et al. 2023's:
 
     grad log p(y | x_t) = (dm/dx_t)' A' (A C A' + s² I)⁻¹ (y - A m), for any operator; the equation is solved by
     conjugate gradients, which cost one gradient through the model each, and one more. With as many iterations as

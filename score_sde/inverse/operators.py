@@ -94,9 +94,7 @@ class Scaled(Spectral):
 class Mask(Scaled):
     """x where it is known, and 0 elsewhere: inpainting, forecasting, or any missing values.
 
-    Args:
-        known: true or 1 where x is observed; it broadcasts against an example, as (H, W), and the batch shares it.
-
+    `known` is true or 1 where x is observed; it broadcasts against an example, as (H, W), and the batch shares it.
     Hidden values of x and y are never read: they may be NaN. Raises ValueError for a mask with values besides 0 and 1.
     """
 
@@ -200,10 +198,8 @@ class Average(Scaled):
 class Blur(Spectral):
     """Blur: circular convolution with a kernel in the last dimensions of each channel, diagonal in Fourier space.
 
-    Args:
-        kernel: of 1 or 2 dimensions, as many as are convolved, each of odd size; its middle is the origin.
-
-    Frequencies at which the kernel's spectrum is below 1e-5 of its largest value count as lost.
+    The kernel has 1 or 2 dimensions, as many as are convolved, each of odd size; its middle is the origin. Frequencies
+    at which the kernel's spectrum is below 1e-5 of its largest value count as lost.
     """
 
     kernel: Tensor

@@ -35,10 +35,8 @@ class Projected(Sampler):
     part better.
 
     At the last time all of the state has that time's noise. If that is clean data, the known part is y; after
-    ``sample(..., denoise=True)`` use ``observation.project(x)``.
-
-    The batch must be the observation's. Raises ValueError for a sampler without a single step, an operator that is not
-    Spectral, and numbers below 1.
+    ``sample(..., denoise=True)`` use ``observation.project(x)``. The batch must be the observation's. Raises ValueError
+    for a sampler without a single step, an operator that is not Spectral, and numbers below 1.
     """
 
     sampler: Sampler
@@ -155,17 +153,14 @@ def twisted(
         variance: c in the twisting function's r², see `pigdm`.
         threshold: problems whose effective number of particles is below this share of K are resampled (systematically).
         seed, first: of the draws; problem i's depend on (seed, first + i) alone.
-        dtype, device: of the state, as for `sample`.
-        progress: called with the number of steps done.
+        dtype, device: of the state, as for `sample`; `progress` is called with the number of steps done.
 
     Raises ValueError for an exact observation, an operator that is not Spectral, batches that differ, a grid that does
     not fall from 1, and K below 1.
     """
     operator, s = spectral(observation.operator, "twisted"), observation.noise
     if s == 0:
-        raise ValueError(
-            "twisted weighs by the likelihood of y, and with noise 0 there is none: give it a little noise"
-        )
+        raise ValueError("twisted weighs by the likelihood of y, and with noise 0 there is none: give it some noise")
     if particles < 1 or not 0 <= threshold <= 1 or len(observation.y) != shape[0]:
         raise ValueError(
             f"particles must be at least 1, threshold between 0 and 1, and the observation of the batch of {shape[0]}, "

@@ -70,7 +70,6 @@ def chain_bound(
     """The chain bound (L_vlb, ELBO) at each example of x0, with one draw of x_t for each term.
 
     Args:
-        model: any score model.
         x0: data, (B, *shape); with `levels` their values (`pixel_levels.value_of`), scaled to [1 - width, 1].
         times: decreasing 1-D grid from 1 to clean data (sigma = 0) or to the last noise; by default all of a chain's.
             Some of a chain's times are a respaced chain, whose betas follow from the alphas that are kept.

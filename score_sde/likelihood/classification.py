@@ -38,11 +38,10 @@ def classify(
     models: Sequence[ScoreModel], x: Tensor, *, log_prior: Tensor | None = None,
     estimate: Literal["ode", "bound"] = "ode", seed: int = 0, first: int = 0, **options: Any,
 ) -> Classification:  # fmt: skip
-    """The classes' log posterior at x, with one model for each class: ``[model.given(label=y) for y in range(10)]``.
+    """Log posterior at x (B, *shape) of classes, a model for each: ``[model.given(label=y) for y in range(10)]``.
 
     Args:
         models: of x given each class; they may be different networks.
-        x: (B, *shape).
         log_prior: (classes,), log P(y) up to a constant; by default all classes are equally likely.
         estimate: "ode" takes the probability flow's likelihood; "bound" minus the SDE's variational bound, which needs
             one evaluation per draw and no Jacobian, but whose gap may differ between classes.

@@ -55,8 +55,6 @@ def latent_bound(
     """The bound for uint8 images k (B, C, H, W).
 
     Args:
-        codec: of the codes.
-        k: images.
         log_prob: y (B, c, h, w) -> `Likelihood`, the model's log density or a lower bound on it, such as
             ``lambda y: log_likelihood(model, y)``.
         seed, first: example i's draw of the code depends on (seed, first + i) alone.

@@ -147,8 +147,7 @@ class VariationalDequantiser(nn.Module):
     Args:
         codec: of the levels.
         shape: of an example; (C, H, W) gets convolutions, (D,) dense layers.
-        hidden: width of the couplings' networks.
-        layers: number of couplings.
+        hidden, layers: width of the couplings' networks, and number of couplings.
         t_min: the time at which x is the state.
     """
 
@@ -225,20 +224,17 @@ def log_probability(
     model: ScoreModel, k: Tensor, dequantiser: Dequantiser, *,
     samples: int = 1, seed: int = 0, first: int = 0, dtype: torch.dtype = torch.float32, **options: Any,
 ) -> LogProbability:  # fmt: skip
-    """A lower bound on log P(k) by `samples` draws of the dequantiser, with p by the probability flow.
+    """A lower bound on log P(k), k (B, *shape), by `samples` draws of the dequantiser, with p by the probability flow.
 
     On average it rises with `samples`, to log P(k). The draws of an image share their probes: independent errors of the
     trace would raise the bound above the truth by way of the exponential, while a common error only adds to it, with
     mean 0. The differences of the error within a bin remain; with probe="exact" there is none.
 
     Args:
-        model: any score model.
-        k: levels, (B, *shape).
         dequantiser: the law of the draws; its t_min is that of the likelihood.
         samples: number K of draws; each costs a likelihood of the batch.
         seed, first: example i's draws and probes depend on (seed, first + i) alone.
-        dtype: of the states.
-        options: of `log_likelihood`: probe, probes, rtol, atol, method, prior_log_prob.
+        dtype, options: of the states, and of `log_likelihood`: probe, probes, rtol, atol, method, prior_log_prob.
 
     Raises ValueError for samples < 1 and as `log_likelihood` does.
     """
@@ -291,8 +287,7 @@ def fit_dequantiser(
 
     Args:
         model: any score model, in eval mode.
-        split: examples to fit on, on the model's device.
-        codec: of their levels.
+        split, codec: examples to fit on, on the model's device, and the codec of their levels.
         steps, batch_size, lr: of Adam; the learning rate falls to 0 along a cosine.
         hidden, layers, t_min: of the `VariationalDequantiser`.
         seed: of weights, batches, times and noise.

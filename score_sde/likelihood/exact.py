@@ -46,19 +46,17 @@ def log_likelihood(
     atol: float = 1e-5, t_min: float = 1e-5, method: str = "embedded",
     prior_log_prob: Callable[[Tensor], Tensor] | None = None, seed: int | torch.Generator = 0, first: int = 0,
 ) -> Likelihood:  # fmt: skip
-    """Log density of x, the state at t_min, under the probability flow of `model`, computed as in FFJORD.
+    """Log density of x (B, *shape), the state at t_min, under the probability flow of `model`, computed as in FFJORD.
 
     With the default method an example's result and cost do not depend on its batch. The result has no gradient:
     ``score_flow(model).log_prob(x)`` has one in x and in the model's parameters, for training by maximum likelihood.
 
     Args:
-        model: any score model.
-        x: (B, *shape).
-        probe: "rademacher", "gaussian", "sphere", "exact" (D probes, the unit vectors), or a tensor (K, B, *shape).
+        probe: "rademacher", "gaussian", "sphere" (a Gaussian's direction, of length sqrt(D)), "exact" (D probes, the
+            unit vectors), or a tensor (K, B, *shape).
         probes: number K of random probes per example, each of which costs a vector-Jacobian product.
         rtol, atol: tolerances of the solver. "embedded" applies them to each example's state (root mean square error)
             and log density per dimension, the others to those of the whole batch.
-        t_min: where the integral begins.
         method: "embedded", on the flow's circle with a step size for each example; "dopri5" or another adaptive method
             of torchdiffeq in t; or "RK45", scipy's.
         prior_log_prob: x -> (B,), the log density at t = 1; by default that of the SDE's prior, which is not quite the

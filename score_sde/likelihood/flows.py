@@ -139,11 +139,8 @@ class Flow(nn.Module):
 
         Args:
             x: (B, *shape); half precision is converted to float32.
-            probe: "exact" (D probes, the unit vectors), "rademacher", "gaussian", "sphere" (a Gaussian's direction, of
-                length sqrt(D)), or a tensor (K, B, *shape).
-            probes: number K of random probes per example, each of which costs a vector-Jacobian product.
-            seed, first: example i's probes depend on (seed, first + i) alone. In training pass a torch.Generator as
-                seed: it serves the whole batch, and each step draws other probes.
+            probe, probes, seed, first: as for `log_likelihood`. In training pass a torch.Generator as seed: it serves
+                the whole batch, and each step draws other probes.
             kinetic: also integrate |v|², the kinetic energy (Finlay et al. 2020).
             jacobian: also integrate |J|², the squared Frobenius norm of the velocity's Jacobian: exact for "exact",
                 else its unbiased estimate |e^T J|² with the same probe.
@@ -204,10 +201,7 @@ class Flow(nn.Module):
             raise ValueError(f"times must rise or fall within [{self.t0:g}, {self.t1:g}], got {grid.tolist()}")
         x = as_state(x)
         wide = widest(x)
-
-        def field(t: Tensor, y: Tensor) -> Tensor:
-            return self(t, y.to(x.dtype)).to(wide)
-
+        field = lambda t, y: self(t, y.to(x.dtype)).to(wide)
         states = [x.to(wide)]
         for t, s in zip(grid[:-1].tolist(), grid[1:].tolist()):
             each = self.solver.method == EACH

@@ -43,13 +43,10 @@ def heat_map(
     model: ScoreModel, x: Tensor, *,
     probes: int | None = 16, t_min: float = 1e-5, solver: Solver | None = None, seed: int = 0, first: int = 0,
 ) -> HeatMap:  # fmt: skip
-    """Split log p(x), x being the state at t_min, over the dimensions of x.
+    """Split log p(x) over the dimensions of x (B, *shape), the state at t_min.
 
     Args:
-        model: any score model.
-        x: (B, *shape).
         probes: number of random probes averaged; None: the exact J_ii, by one product per dimension.
-        t_min: where the integral begins.
         solver: of the ODE, whose error norm includes all D terms of an example; by default "embedded".
         seed, first: example i's probes depend on (seed, first + i) alone.
 

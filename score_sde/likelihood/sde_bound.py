@@ -68,11 +68,9 @@ def variational_bound(
     model: ScoreModel, x: Tensor, *, decoder: Decoder | Tensor = "gaussian", t_min: float = 1e-5, draws: int = 64,
     law: TimeLaw = uniform_log_snr, seed: int = 0, first: int = 0,
 ) -> ContinuousBound:  # fmt: skip
-    """The variational bound (ELBO, VDM's loss) on -log p(x) by Monte Carlo: unbiased for any number of draws.
+    """The bound (ELBO, VDM's loss) on -log p(x), x (B, *shape), by Monte Carlo: unbiased for any number of draws.
 
     Args:
-        model: any score model.
-        x: (B, *shape).
         decoder: p(x | x_0 at t_min), see `reconstruction`.
         t_min: where the integral begins.
         draws: number of times and noises for each example, each of which costs an evaluation of the batch.
@@ -95,10 +93,8 @@ def variational_bound(
             row.copy_(kind(shape, generator=generator, dtype=dtype))
         return rows
 
-    def noise() -> Tensor:
-        wide = torch.promote_types(x.dtype, torch.float32)
-        return sent(drawn(torch.randn, tuple(x.shape[1:]), wide), x.device, x.dtype)
-
+    wide = torch.promote_types(x.dtype, torch.float32)
+    noise = lambda: sent(drawn(torch.randn, tuple(x.shape[1:]), wide), x.device, x.dtype)
     u = (drawn(torch.rand, (draws,), torch.float64) + torch.arange(draws)) / draws  # one in each of `draws` cells
     t, weight = law(replace(sde, t_min=t_min), u.flatten())
     # The law's weights make averages over uniform t in [t_min, 1]; the integral is that times 1 - t_min.

@@ -27,14 +27,8 @@ from .time_laws import Weight
 def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weight, **condition: Any) -> Tensor:
     """Mean over dimensions of weight · (noise error)² at x_t = alpha x_0 + sigma z, one value per example (B,).
 
-    Args:
-        model: what is trained.
-        x0: data, (B, *shape).
-        t: times, (B,); z: standard normal numbers of x0's shape.
-        weight: (sde, t) -> (B,), e.g. `simple` or `likelihood`.
-        condition: passed to the model.
-
-    Raises ValueError where t or z does not fit x0.
+    x0 (B, *shape) are data, t (B,) times, and z standard normal numbers of x0's shape; the weight is a function (sde,
+    t) -> (B,), such as `simple` or `likelihood`. Raises ValueError where t or z does not fit x0.
     """
     error = noise_error(model, x0, t, z, **condition)
     return like(weight(model.sde, t), error) * error

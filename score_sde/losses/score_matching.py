@@ -89,16 +89,11 @@ def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 10
 
 
 def sliced(model: ScoreModel | Score, x: Tensor, t: Tensor, v: Tensor, variance_reduced: bool = True) -> Tensor:
-    """Sliced score matching: mean over projections v of v^T (ds/dx) v + |s|²/2, or + (v^T s)²/2; (B,).
+    """Sliced score matching: mean over `projections` v (M, B, *shape) of v^T (ds/dx) v + |s|²/2, or + (v^T s)²/2; (B,).
 
     Song et al. 2019 (arXiv:1905.07088), eq. 8, `variance_reduced`, and 7: unbiased for `implicit` where E v v^T = I.
     For Gaussian v the variance-reduced form need not have the lower variance; for Rademacher v it usually has, and is
-    exact for a diagonal ds/dx.
-
-    Args:
-        v: (M, B, *shape), as `projections` makes them.
-
-    Raises ValueError for another shape of v, or where the score has no gradient in x.
+    exact for a diagonal ds/dx. Raises ValueError for another shape of v, or where the score has no gradient in x.
     """
     _check_projections(x, v)
     s, y, graph = _score_and_input(model, x, t)

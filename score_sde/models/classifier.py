@@ -21,8 +21,6 @@ class NoisyClassifier(nn.Module):
 
     Args:
         network: module F(x, label) -> logits (B, classes), with a label of shape (B,), both positional.
-        sde: the SDE of the states x_t.
-        classes: their number.
         label, scale: (alpha, sigma, t) -> (B,), the network's time label and a factor of its input.
     """
 

@@ -28,7 +28,6 @@ class Mixture(ScoreModel):
     """Exact model of a Gaussian mixture, sum_k weights_k N(means_k, covs_k).
 
     Args:
-        sde: the forward SDE.
         weights: (K,) positive; normalised here.
         means: (K, *shape).
         covs: one variance for all, (K,) variances, (K, *shape) variances per dimension, or (K, D, D) full matrices,
@@ -81,12 +80,10 @@ class Mixture(ScoreModel):
         log_density = -0.5 * (r.square() / v + torch.log(2 * math.pi * v)).sum(-1)
         if label is None:
             return log_density + self.log_weights.to(r)
-        chosen = torch.as_tensor(label, device=r.device).expand(r.shape[0])
-        if bool(((chosen < -1) | (chosen >= len(self.means))).any()):
-            raise ValueError(
-                f"label must lie in 0..{len(self.means) - 1}, the mixture's components, or be -1 for all, got {label}"
-            )
-        others = torch.arange(len(self.means), device=r.device) != chosen[:, None]
+        chosen, k = torch.as_tensor(label, device=r.device).expand(r.shape[0]), len(self.means)
+        if bool(((chosen < -1) | (chosen >= k)).any()):
+            raise ValueError(f"label must lie in 0..{k - 1}, the mixture's components, or be -1 for all, got {label}")
+        others = torch.arange(k, device=r.device) != chosen[:, None]
         one = log_density.masked_fill(others, -math.inf)
         return torch.where(chosen[:, None] < 0, log_density + self.log_weights.to(r), one)
 
@@ -151,7 +148,6 @@ class Boxes(ScoreModel):
     from a box and where there is much noise.
 
     Args:
-        sde: the forward SDE.
         weights: (K,) positive; normalised here.
         low, high: (K, *shape), the boxes' corners.
 

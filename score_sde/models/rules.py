@@ -132,7 +132,6 @@ class Preconditioned(ScoreModel):
     Args:
         network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,), both
             positional. With `learned_variance` the output has twice x's channels.
-        sde: the SDE whose marginals the model describes.
         rule: what F means: "noise", "residual", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) ->
             2×2 matrix.
         label: (alpha, sigma, t) -> (B,), the network's time label; the default is 999 t.

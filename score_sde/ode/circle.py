@@ -86,16 +86,14 @@ def carry(
     circle: Circle, x: Tensor, t: float, s: float, solver: Solver, slopes: Slopes | None = None, columns: int = 0,
     dimensions: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Carry x from time t to s along the probability flow, with a step size for each example.
+    """Carry x (B, *shape) from time t to s along the probability flow, with a step size for each example.
 
     Args:
         circle: of any score model, also one with conditions bound for each example.
-        x: (B, *shape).
         solver: its tolerances. A step is accepted where the root mean squares of its error over atol + rtol |v| are at
             most 1 both for the state (v = y) and for the integrals (v = an integral's mean over dimensions).
         slopes: the slope with terms or estimates of its divergence, to be integrated too; by default the slope alone.
-        columns: number of these terms.
-        dimensions: how many dimensions each of them sums over.
+        columns, dimensions: number of these terms, and how many dimensions each of them sums over.
 
     Returns x at time s in float64 (float32 on MPS); the integrals (B, columns) over t of the same terms of div dx/dt;
     and the evaluations that each example took, (B,). Raises RuntimeError where the solver gives up.

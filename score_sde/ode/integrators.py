@@ -229,11 +229,9 @@ def integrate_each(
         field: the slope of some of the examples, see `FieldOfEach`.
         y: (B, ...), the states at start.
         start, end: () or (B,) in float64 on the CPU, end after start or before it.
-        rtol, atol: tolerances.
         step: (B,), the first step sizes; by default a tenth of the way.
         norm: (error, old state, new state, rtol, atol) -> (B,).
-        time: u -> t, for the text of a failure.
-        name: the solver's name in the text of a failure.
+        time, name: u -> t, and the solver's name, for the text of a failure.
 
     A trial step whose result is not finite is rejected, like one with too large an error. An example fails, and the
     others go on, where its slope at the start is not finite, where steps too short to move u are rejected, and after

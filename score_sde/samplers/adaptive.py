@@ -144,11 +144,7 @@ def improved_euler(model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, dw: Tenso
     Their weak orders are 1 and 2, as the noise of these SDEs does not depend on x.
     """
     sde, h = model.sde, t - s
-
-    def increment(x: Tensor, u: Tensor) -> Tensor:
-        drift = sde.reverse_drift(x, u, model.score(x, u))
-        return add_(like(-h, x) * drift, sde.g(u), dw)
-
+    increment = lambda x, u: add_(like(-h, x) * sde.reverse_drift(x, u, model.score(x, u)), sde.g(u), dw)
     first = increment(x, t)
     euler = x + first
     return euler, x + (first + increment(euler, s)) / 2

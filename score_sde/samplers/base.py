@@ -103,7 +103,6 @@ def sample(
     """Draw samples: a draw from the prior, then the sampler's walk over `times`.
 
     Args:
-        model: any score model.
         sampler: e.g. ``Heun()`` or ``PredictorCorrector(ReverseDiffusion(), Langevin())``; `recommended` gives one with
             its grid for a number of evaluations.
         shape: (B, *shape) of the result.
@@ -169,9 +168,7 @@ def _check_start(start: Tensor, shape: tuple[int, ...], temperature: float) -> N
         kind = f"{start.dtype} of shape {tuple(start.shape)}" if isinstance(start, Tensor) else type(start).__name__
         raise ValueError(f"start must be a floating-point tensor of the samples' shape {shape}, got {kind}")
     if temperature != 1:
-        raise ValueError(
-            f"temperature={temperature:g} scales the draw from the prior, which start replaces: leave it 1"
-        )
+        raise ValueError(f"temperature={temperature:g} scales the draw from the prior, which start replaces: take 1")
     if not _finite(start):
         raise ValueError("start holds values that are not finite")
 

@@ -98,8 +98,7 @@ class AdaptiveODE(Sampler):
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         check_noisy(model, times)
         solver, parameters = Solver(self.method, self.rtol, self.atol), tuple(model.parameters())
+        field = lambda t, y: velocity(model, y, t)
         for start, end in pairwise(times.tolist()):
-            x, _ = integrate(
-                lambda t, y: velocity(model, y, t), x, start, end, solver=solver, sde=model.sde, parameters=parameters
-            )
+            x, _ = integrate(field, x, start, end, solver=solver, sde=model.sde, parameters=parameters)
             yield x

@@ -29,13 +29,10 @@ def fit_times(
     Sabour et al. 2024 (arXiv:2404.14507) have the same aim, and minimise a bound on the distance of laws.
 
     Args:
-        model: any score model.
         sampler: a deterministic sampler, which is to walk the grid.
-        n: number of steps.
         shape: (B, *shape) of the trajectories; a few tens are enough, more in few dimensions.
         sde: the model's, with the t_min at which to stop; by default the model's own.
-        fine: steps of the fine grid.
-        seed: of the trajectories.
+        fine, seed: steps of the fine grid, and the seed of the trajectories.
 
     Raises ValueError for a sampler that draws noise, for n or B below 1, and for an SDE with sigma(t_min) = 0;
     FloatingPointError, with the time, where the model is not finite on the way to the ends.

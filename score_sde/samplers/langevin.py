@@ -55,7 +55,6 @@ def langevin_dynamics(
             mini-batch at each call makes this SGLD (Welling & Teh 2011).
         x: where to start, (B, *shape), one independent walk per example; not changed.
         step: h; or a function of the step's number, such as SGLD's ``lambda i: a * (b + i) ** -0.55``.
-        n: number of steps.
         t: the model's time, () or (B,).
         metropolis: accept steps by the Metropolis test (MALA). With a log density it is exact. With a score the log
             density's difference is the score's integral along the straight line from x to y, by a quadrature of order 8

@@ -99,16 +99,14 @@ class MonotoneSchedule(nn.Module):
     def variance_loss(self, t: Tensor, error: Tensor) -> Tensor:
         """Zeros (B,) whose gradient in the shape is that of E (s'(t) error)², and so of the loss's variance.
 
+        `error` (B,) are squared errors of the noise at uniform times t (B,), of any scale and on any device.
+
         Kingma et al. 2021, appendix I.2. As the mean of L is fixed, its variance falls with E L². At a fixed noise
         level gamma the error does not depend on the shape, but t and its density 1/gamma' do:
 
             E L² = integral of E[L² | gamma] / gamma'(t(gamma)) dgamma, so its gradient is E[L² d log gamma'(t(gamma))],
 
         without the derivative of the network that the paper's estimate takes.
-
-        Args:
-            t: uniform times, (B,).
-            error: squared errors of the noise at these times, (B,), of any scale and on any device.
         """
         value, rate, bend = self.shape(t)
         # At fixed gamma a change ds of the shape moves t by -ds/s', and so log s' by ds'/s' - (s''/s'²) ds.
