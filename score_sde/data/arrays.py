@@ -64,7 +64,8 @@ def examples(array: np.ndarray, num_channels: int | None, where: str) -> tuple[n
     if not np.issubdtype(array.dtype, np.floating):
         raise ValueError(f"{where} holds {array.dtype}: save pixels as uint8 or uint16, vectors as float32")
     _check_floats(array, where)
-    if array.ndim == 4 and _channels_are_last(array.shape, num_channels):
+    known = (1, 3, 4, num_channels)
+    if array.ndim == 4 and array.shape[-1] in known and array.shape[1] not in known:
         return np.moveaxis(array, -1, 1), [f"floats of shape {array.shape} are read as images with channels last"]
     if array.ndim == 3 and (array.shape[1] == array.shape[2] or array.shape[1] > 4):
         height, width = array.shape[1:]
@@ -106,12 +107,6 @@ def _chunks(array: np.ndarray) -> Iterator[np.ndarray]:
     rows = max(1, _CHUNK // max(1, array[0].size * 8))
     for start in range(0, len(array), rows):
         yield array[start : start + rows]
-
-
-def _channels_are_last(shape: tuple[int, ...], num_channels: int | None) -> bool:
-    """Whether floats (N, a, b, c) are images (N, H, W, C) and not (N, C, H, W)."""
-    known = (1, 3, 4, num_channels)
-    return shape[-1] in known and shape[1] not in known
 
 
 def _channels_second(array: np.ndarray, num_channels: int | None, where: str) -> np.ndarray:

@@ -53,9 +53,8 @@ def caption(name: str) -> str:
 def read(path: Path, url: str = URL, md5: str = MD5) -> tuple[Images, Images]:
     """Read CIFAR-10, (train, test), from `path`: an official folder or archive, or a folder that holds one.
 
-    If the folder is missing or holds neither, the archive is downloaded into it.
-
-    Raises FileNotFoundError if files are missing and cannot be downloaded, ValueError if they are damaged or wrong.
+    If the folder is missing or holds neither, the archive is downloaded into it. Raises FileNotFoundError if files are
+    missing and cannot be downloaded, ValueError if they are damaged or wrong.
     """
     source = _find(path)
     if source is None:

@@ -93,9 +93,8 @@ def read(
     """Read the data at `path`.
 
     Images are (N, C, H, W), uint8 up to 256 levels and int32 above, other arrays float32 (N, *shape); labels int64 (N,)
-    or float32 (N, K). A split of images or of a .npy stays on disk if it has more than `memory` bytes.
-
-    Raises FileNotFoundError if `path` does not exist, and ValueError for files that cannot be read or do not match.
+    or float32 (N, K). A split of images or of a .npy stays on disk if it has more than `memory` bytes. Raises
+    FileNotFoundError if `path` does not exist, and ValueError for files that cannot be read or do not match.
     """
     if not path.exists():
         raise FileNotFoundError(f"there is no file or folder {path}: set --config.data.path=PATH")

@@ -165,7 +165,9 @@ def classes_of(layout: Layout, where: str) -> tuple[dict[str, int], tuple[str, .
         return {}, ()
     odd = next((n for n in layout.test if folder[n] not in classes), None)
     if odd is not None:
-        raise ValueError(f"{odd} in {where} lies in no class folder of train: move it into one of {', '.join(classes)}")
+        raise ValueError(
+            f"{odd} in {where} lies in none of train's class folders: move it into one of {', '.join(classes)}"
+        )
     number = {name: i for i, name in enumerate(classes)}
     return {n: number[f] for n, f in folder.items() if f is not None}, tuple(classes)
 

@@ -32,9 +32,8 @@ def read(path: Path, files: Listing, length: int | None = None) -> tuple[FileDat
     """Read the .wav files of a folder, listed in `files`; returns the data and their sample rate.
 
     Examples are float32 (N, 1, length): the first `length` samples of each recording, shorter ones padded with silence;
-    without `length` all must have the same.
-
-    Raises ValueError for files that are not 16-bit PCM, or that differ in sample rate or length.
+    without `length` all must have the same. Raises ValueError for files that are not 16-bit PCM, or that differ in
+    sample rate or length.
     """
     path = root_of(path)
     layout = once_each(path, lay_out([name for name in files.names if _is_recording(name)], str(path)))

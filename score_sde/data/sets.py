@@ -144,7 +144,7 @@ def load_data(
             raise ValueError("data.dataset=files needs the path of your data: --config.data.path=PATH")
         return _files(path, image_size or None, num_channels or None, length or None, memory, pixels)
     near = difflib.get_close_matches(name.lower(), DATASETS, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no data set {name!r}: the nearest is {near!r}, and there are {', '.join(DATASETS)}")
+    raise ValueError(f"there is no data set {name!r}: the nearest name is {near!r}, of {', '.join(DATASETS)}")
 
 
 def batch_indices(n: int, batch_size: int, step: int, seed: int) -> Tensor:

@@ -24,11 +24,7 @@ def ring_mixture(components: int = 8, radius: float = 1.0, std: float = 0.1) -> 
     """Equal isotropic Gaussians on a circle: weights (K,), means (K, 2), variances (K,), float64."""
     angle = torch.arange(components, dtype=torch.float64) * (2 * math.pi / components)
     means = radius * torch.stack([angle.cos(), angle.sin()], dim=1)
-    return (
-        torch.full((components,), 1 / components, dtype=torch.float64),
-        means,
-        torch.full((components,), std**2, dtype=torch.float64),
-    )
+    return torch.full_like(angle, 1 / components), means, torch.full_like(angle, std**2)
 
 
 def ring(n: int, seed: int = 0) -> Tensor:
@@ -99,11 +95,8 @@ def _spiral(u: np.ndarray) -> np.ndarray:
 
 
 TOYS: dict[str, Callable[[int, int], Tensor]] = {
-    "ring": ring,
-    "moons": moons,
-    "checkerboard": checkerboard,
-    "swiss_roll": swiss_roll,
-}
+    "ring": ring, "moons": moons, "checkerboard": checkerboard, "swiss_roll": swiss_roll,
+}  # fmt: skip
 
 EXACT: dict[str, Callable[[SDE], Boxes | Mixture]] = {
     "ring": lambda sde: Mixture(sde, *ring_mixture()),

@@ -86,7 +86,6 @@ def load_folder(folder: str | Path, map_location: str | torch.device = "cpu") ->
 
     It may also be the folder of the model alone, with `scheduler_config.json` in it or in the folder `scheduler` beside
     it. The model is one of a chain: its curves are those of the scheduler's betas, its labels the indices of steps.
-
     Raises FileNotFoundError for files that are missing, and ValueError for a scheduler or an option without
     counterpart.
     """

@@ -331,10 +331,8 @@ def _modules(module: nn.Module) -> list[Parts] | None:
 
 # Their names of NCSNv2, and the stages' widths in units of model.nf.
 NCSNV2: dict[str, tuple[int, ...]] = {
-    "ncsnv2_64": (1, 2, 2, 2),
-    "ncsnv2_128": (1, 2, 2, 4, 4),
-    "ncsnv2_256": (1, 2, 2, 2, 4, 4),
-}
+    "ncsnv2_64": (1, 2, 2, 2), "ncsnv2_128": (1, 2, 2, 4, 4), "ncsnv2_256": (1, 2, 2, 2, 4, 4),
+}  # fmt: skip
 
 
 def _refinenet_parts(network: RefineNet) -> Iterator[tuple[str, str]]:

@@ -118,9 +118,8 @@ def pigdm(model: ScoreModel, observation: Observation, variance: float = 1.0) ->
 
     `variance` is c of r² = sigma² c/(alpha² c + sigma²); the paper's is 1. Correlated data vary more than c in some
     directions, images in smooth ones many times more: with too small a c the guidance overshoots there, and contrasts
-    and colours become too strong. A larger c is safer.
-
-    Raises ValueError for an operator that is not Spectral, and a variance that is not above 0.
+    and colours become too strong. A larger c is safer. Raises ValueError for an operator that is not Spectral, and a
+    variance that is not above 0.
     """
     operator = _operator(observation, variance, "pigdm")
     return PseudoInverse(model, operator, observation.noise, variance).given(y=observation.y)
@@ -155,7 +154,6 @@ def moment_matching(model: ScoreModel, observation: Observation, iterations: int
     grad log p(y | x_t) = (dm/dx_t)' A' (A C A' + s² I)⁻¹ (y - A m), for any operator; the equation is solved by
     conjugate gradients, which cost one gradient through the model each, and one more. With as many iterations as
     numbers in y it is exact for Gaussian data of any covariance; few iterations regularise the rough C of a network.
-
     Raises ValueError for less than one iteration.
     """
     if iterations < 1:
@@ -183,9 +181,7 @@ def ddnm(model: ScoreModel, observation: Observation, variance: float = 1.0) -> 
     With an exact y it is data + A⁺ (y - A data); it takes no gradient, so it costs as much as the model. With noise in
     y it is the best weighted mean of both where x_0 given x_t is N(m, r² I), data + r² A' (r² AA' + s² I)⁻¹ (y - A
     data), instead of the paper's DDNM+. `variance` is as in `pigdm`, whose Jacobian it replaces by r² I. For a Spectral
-    operator.
-
-    Raises ValueError for an operator that is not Spectral, and a variance that is not above 0.
+    operator. Raises ValueError for an operator that is not Spectral, and a variance that is not above 0.
     """
     operator = _operator(observation, variance, "ddnm")
     return NullSpace(model, operator, observation.noise, variance).given(y=observation.y)

@@ -110,8 +110,6 @@ class Flow(nn.Module):
             raise ValueError(f"a flow goes from data at t0 to its base at a later t1, got t0 = {t0} and t1 = {t1}")
         self.velocity = velocity
         self.base = base or normal_log_prob
-        if base is None and draw is None:
-            draw = lambda shape, noise: noise(torch.empty(tuple(shape)))
         self.draw = draw
         self.t0, self.t1, self.solver, self.sde = t0, t1, solver, sde
 
@@ -226,10 +224,11 @@ class Flow(nn.Module):
 
         Raises ValueError for a flow with a custom base and no `draw`.
         """
-        if self.draw is None:
+        if self.draw is None and self.base is not normal_log_prob:
             raise ValueError("this flow's base is a log density alone: give Flow a draw(shape, noise) of it too")
         dtype, device = default_state(self, dtype, device)
-        return self.decode(self.draw(shape, noise_source(tuple(shape), seed, first, dtype, device)))
+        noise = noise_source(tuple(shape), seed, first, dtype, device)
+        return self.decode(self.draw(shape, noise) if self.draw else noise(torch.empty(tuple(shape))))
 
     def _carry(
         self, x: Tensor, t: float, s: float, slopes: Slopes | None = None, columns: int = 0, dimensions: int = 1

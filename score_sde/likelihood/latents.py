@@ -50,10 +50,8 @@ def slerp(a: Tensor, b: Tensor, weights: Tensor) -> Tensor:
     Directions move along the great circle, lengths linearly. For two independent draws a and b of a prior N(0, std² I)
     with any std the direction at each weight is again uniform, and the mean length is the prior's. For equal lengths it
     is Shoemake's slerp (1985; Song et al. 2021, arXiv:2010.02502, appendix D.5), whose length otherwise need not lie
-    between those of its ends.
-
-    Raises ValueError for shapes that differ, for a zero, which has no direction, and for opposite directions, which no
-    single great circle joins.
+    between those of its ends. Raises ValueError for shapes that differ, for a zero, which has no direction, and for
+    opposite directions, which no single great circle joins.
     """
     if a.shape != b.shape or a.ndim < 2 or weights.ndim != 1:
         raise ValueError(

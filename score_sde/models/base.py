@@ -42,9 +42,8 @@ class Estimate(NamedTuple):
 class ScoreModel(nn.Module, ABC):
     """A map ``(x, t, **condition) -> Estimate`` for the marginals of `sde`; x is (B, *shape), t is () or (B,).
 
-    What a model holds for each example of a batch, such as labels, is in its `condition`, for `of_examples`.
-
-    Raises WrongShape, a ValueError, for an estimate that does not have x's shape: it would be broadcast silently.
+    What a model holds for each example of a batch, such as labels, is in its `condition`, for `of_examples`. Raises
+    WrongShape, a ValueError, for an estimate that does not have x's shape: it would be broadcast silently.
     """
 
     def __init__(self, sde: SDE) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TypeVar, overload
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -12,11 +12,7 @@ Number = TypeVar("Number", float, Tensor)
 COARSE = 256  # up to this many levels they are held as uint8; larger numbers of levels are powers of two
 
 
-@overload
-def value_of(k: Tensor, levels: int) -> Tensor: ...
-@overload
-def value_of(k: float, levels: int) -> float: ...
-def value_of(k: Tensor | float, levels: int) -> Tensor | float:
+def value_of(k: Number, levels: int) -> Number:
     """The value of level k: k / (levels - 1) up to 256 levels, as score_sde trains; (k + 1/2) / levels above.
 
     The first puts black at 0 and white at 1. For more levels such values would lie so near the edges of their bins

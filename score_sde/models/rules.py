@@ -75,13 +75,9 @@ def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
 
 RuleName = Literal["noise", "residual", "v", "data", "mean", "score", "edm"]
 RULES: dict[str, Rule] = {
-    "noise": predict_noise,
-    "residual": predict_residual,
-    "v": predict_v,
-    "data": predict_data,
-    "score": predict_score,
+    "noise": predict_noise, "residual": predict_residual, "v": predict_v, "data": predict_data, "score": predict_score,
     "edm": predict_edm,
-}
+}  # fmt: skip
 
 
 def label_time(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:

@@ -250,9 +250,7 @@ class Attention(nn.Module):
     """x + out(softmax(q kᵀ / sqrt(C)) v): every pixel attends to every pixel, with C channels per head.
 
     A style with `text_width` adds the tokens of a text as keys and values (Nichol et al. 2021, arXiv:2112.10741,
-    section 3.1; Saharia et al. 2022, arXiv:2205.11487).
-
-    Raises ValueError if the heads do not divide the channels.
+    section 3.1; Saharia et al. 2022, arXiv:2205.11487). Raises ValueError if the heads do not divide the channels.
     """
 
     def __init__(self, channels: int, style: Style) -> None:

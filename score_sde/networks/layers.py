@@ -16,11 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 Activation = Literal["elu", "relu", "lrelu", "swish"]
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "elu": F.elu,
-    "relu": F.relu,
-    "lrelu": partial(F.leaky_relu, negative_slope=0.2),
-    "swish": F.silu,
-}
+    "elu": F.elu, "relu": F.relu, "lrelu": partial(F.leaky_relu, negative_slope=0.2), "swish": F.silu,
+}  # fmt: skip
 
 
 @torch.no_grad()

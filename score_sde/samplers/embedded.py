@@ -22,10 +22,9 @@ class EmbeddedODE(Sampler):
 
     The flow is solved on its `Circle`, which suits both ends of every SDE, and chains. A step is accepted where the
     root mean square of error/(atol + rtol |y|) over an example is at most 1. No example depends on its neighbours or
-    waits for them: only those that have not arrived are evaluated. States are reported at the grid's points.
-
-    Raises ValueError for impossible tolerances, and where the grid ends at clean data (sigma = 0); RuntimeError, which
-    names the examples, where the solver gives up between two times of the grid (see `ode.integrate_each`).
+    waits for them: only those that have not arrived are evaluated. States are reported at the grid's points. Raises
+    ValueError for impossible tolerances, and where the grid ends at clean data (sigma = 0); RuntimeError, which names
+    the examples, where the solver gives up between two times of the grid (see `ode.integrate_each`).
     """
 
     rtol: float = 1e-4

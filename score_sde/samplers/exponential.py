@@ -249,7 +249,6 @@ class DPMSolver(Sampler):
 
     Lu et al. 2022 (arXiv:2206.00927), algorithms 1-2 and section 3.1, with r1 = 1/2, or r1 = 1/3 and r2 = 2/3; with
     ``predict="data"`` DPM-Solver++'s (arXiv:2211.01095, appendix A). A step to clean data is of order 1 (DDIM's).
-
     Raises ValueError for another order or prediction.
     """
 

@@ -35,7 +35,6 @@ def like(a: Tensor, x: Tensor) -> Tensor:
 
     All times are combined with states by it: without padding a (B,) tensor against (B, *shape) would silently broadcast
     along the wrong axis. A scalar on the CPU stays there, where it combines with tensors of any device at no cost.
-
     Raises ValueError for another shape of `a`, and for integer states, in whose dtype the curves would be 0 or 1.
     """
     if not x.is_floating_point():
