@@ -14,8 +14,9 @@ def posterior(model: Mixture, observation: Observation) -> Mixture:
 
     With S_k = A C_k A' + s² I and G_k = C_k A' S_k⁻¹ component k has the mean m_k + G_k (y - A m_k), the weight
     w_k N(y; A m_k, S_k) and the covariance C_k - G_k A C_k. It conditions on an exact y (s = 0) within the range of A.
-    The result is a model like any other: the exact score of x_t given y, at all t. Raises ValueError for an observation of
-    several examples.
+    The result is a model like any other: the exact score of x_t given y, at all t.
+
+    Raises ValueError for an observation of several examples.
     """
     if len(observation.y) != 1:
         raise ValueError(f"posterior takes one observation, got {len(observation.y)}: take y[i : i + 1]")

@@ -160,7 +160,7 @@ def twisted(
     """
     operator, s = spectral(observation.operator, "twisted"), observation.noise
     if s == 0:
-        raise ValueError("twisted weighs by the likelihood of y, and with noise 0 there is none: give it some noise")
+        raise ValueError("twisted weighs by y's likelihood, and with noise 0 there is none: give it a little noise")
     if particles < 1 or not 0 <= threshold <= 1 or len(observation.y) != shape[0]:
         raise ValueError(
             f"particles must be at least 1, threshold between 0 and 1, and the observation of the batch of {shape[0]}, "
