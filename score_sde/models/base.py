@@ -196,7 +196,7 @@ class FromScore(ScoreModel):
     def score(self, x: Tensor, t: Tensor, **condition: Any) -> Tensor:
         score = self.fn(in_precision_of(self.fn, x), t, **condition)
         if score.shape != x.shape:
-            raise WrongShape(f"the score has shape {tuple(score.shape)} for a state of {tuple(x.shape)} at {at(t)}")
+            raise WrongShape(f"a score has shape {tuple(score.shape)} for a state of shape {tuple(x.shape)} at {at(t)}")
         return score.to(x.dtype)
 
 
