@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from . import arrays, images
-from .folders import Layout, class_notes, classes_of, hidden, lay_out, listing, once_each, root_of
+from .folders import Layout, classes_of, hidden, lay_out, listing, once_each, root_of
 from .images import AS_THEY_ARE, Picture, Pixels, is_grey
 from .labels import caption_file, labels_of, named_labels, read_captions, read_dataset_json
 
@@ -266,12 +266,11 @@ def _images(
     train, test = layout.train, layout.test
     if source.channels is None:
         source = replace(source, channels=1 if source.look(train[0], is_grey) else 3)
-    label_file = _at_top("dataset.json", names, layout)
-    label = _labels_by_name(source, label_file) if label_file else {}
-    folder_notes: list[str] = []
+    label_file, label = _dataset_json(source, names, layout)
     class_names: tuple[str, ...] = ()
+    folder_notes: list[str] = []
     if not label:
-        folder_notes, (label, class_names) = class_notes(layout), classes_of(layout, where)
+        label, class_names, folder_notes = classes_of(layout, where)
     captions = read_captions(source.contents, names, train + test, where)
     picture = source.open(train[0])
     image, levels = source.convert(picture, train[0])
@@ -290,17 +289,13 @@ def _images(
     return FileData(*splits, levels, notes)
 
 
-def _labels_by_name(source: _Images, name: str) -> dict[str, Any]:
-    """Labels in a dataset.json, by names relative to the data set instead of the file's folder."""
-    labels = read_dataset_json(source.contents(name), f"{name} in {source.path}")
-    return {name.removesuffix("dataset.json") + image: label for image, label in labels.items()}
-
-
-def _at_top(name: str, names: Sequence[str], layout: Layout) -> str:
-    """The file of this name in the top folder of all images or in the nearest folder above; "" if there is none."""
+def _dataset_json(source: _Images, names: Sequence[str], layout: Layout) -> tuple[str, dict[str, Any]]:
+    """The dataset.json in the top folder of all images or the nearest above, or "", and its labels by image names."""
     folders = layout.top.split("/")[:-1]
-    paths = ("/".join([*folders[:depth], name]) for depth in range(len(folders), -1, -1))
-    return next((path for path in paths if path in names), "")
+    paths = ("/".join([*folders[:depth], "dataset.json"]) for depth in range(len(folders), -1, -1))
+    name = next((path for path in paths if path in names), "")
+    labels = read_dataset_json(source.contents(name), f"{name} in {source.path}") if name else {}
+    return name, {name.removesuffix("dataset.json") + image: label for image, label in labels.items()}
 
 
 def unread_notes(names: Sequence[str], skipped: Mapping[str, int]) -> list[str]:
@@ -328,7 +323,8 @@ def _bit_notes(pixels: Pixels, file_bits: int) -> list[str]:
 
 
 def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path: Path) -> FileData:
-    if named.x_test is not None and _kind(named.x.dtype) != _kind(named.x_test.dtype):
+    kinds = {"float" if x.dtype.kind == "f" else x.dtype.name for x in (named.x, named.x_test) if x is not None}
+    if named.x_test is not None and len(kinds) > 1:
         raise ValueError(
             f"{path} has {named.x.dtype} for training but {named.x_test.dtype} held out: save both as one type"
         )
@@ -356,7 +352,3 @@ def _arrays(named: arrays.Named, num_channels: int | None, pixels: Pixels, path:
         notes.append(f"not read: the arrays {', '.join(named.unread)}")
     test = None if named.x_test is None else split(named.x_test, named.y_test, "x_test")[0]
     return FileData(train, test, levels, tuple(notes))
-
-
-def _kind(dtype: np.dtype) -> str:
-    return "float" if dtype.kind == "f" else dtype.name

@@ -122,15 +122,6 @@ def lay_out(names: Sequence[str], where: str) -> Layout:
     return Layout(train, test, top, [f"not read: {n} files {place}, {reason}" for place, n in sorted(unread.items())])
 
 
-def class_notes(layout: Layout) -> list[str]:
-    """A note for the user if folders are not classes only because some files lie outside of them."""
-    outside = [n for n in layout.train if layout.class_folder(n) is None]
-    folders = {layout.class_folder(n) for n in layout.train} - {None}
-    if not outside or len(folders) < 2:
-        return []
-    return [f"{len(folders)} folders are not used as classes, because {outside[0]} lies in none of them"]
-
-
 def once_each(root: Path, layout: Layout) -> Layout:
     """The layout without links to files that it already has.
 
@@ -154,22 +145,26 @@ def once_each(root: Path, layout: Layout) -> Layout:
     return Layout(train, test, layout.top, [*layout.notes, *notes])
 
 
-def classes_of(layout: Layout, where: str) -> tuple[dict[str, int], tuple[str, ...]]:
-    """The class of every file by its folder, and the names of the classes; ({}, ()) if the folders are not classes.
+def classes_of(layout: Layout, where: str) -> tuple[dict[str, int], tuple[str, ...], list[str]]:
+    """The class of every file by its folder, and the classes' names, both empty if the folders are not classes.
 
-    Raises ValueError for a held-out file outside of the class folders.
+    There is a note for the user if they are not only because some files lie outside of them. Raises ValueError for a
+    held-out file outside of the class folders.
     """
     folder = {n: layout.class_folder(n) for n in layout.train + layout.test}
     classes = sorted({f for n in layout.train if (f := folder[n]) is not None})
-    if len(classes) < 2 or any(folder[n] is None for n in layout.train):
-        return {}, ()
+    outside = next((n for n in layout.train if folder[n] is None), None)
+    if len(classes) < 2:
+        return {}, (), []
+    if outside is not None:
+        return {}, (), [f"{len(classes)} folders are not used as classes, because {outside} lies in none of them"]
     odd = next((n for n in layout.test if folder[n] not in classes), None)
     if odd is not None:
         raise ValueError(
             f"{odd} in {where} lies in none of train's class folders: move it into one of {', '.join(classes)}"
         )
     number = {name: i for i, name in enumerate(classes)}
-    return {n: number[f] for n, f in folder.items() if f is not None}, tuple(classes)
+    return {n: number[f] for n, f in folder.items() if f is not None}, tuple(classes), []
 
 
 def hidden(name: str) -> bool:

@@ -80,7 +80,7 @@ def read_dataset_json(content: bytes, where: str) -> dict[str, Any]:
         if name in labels:
             raise ValueError(f"{place} names {name} a second time")
         first = next(iter(labels.values()), label)
-        if _length(first) != _length(label):
+        if np.shape(first) != np.shape(label):
             raise ValueError(f"{place} is {_short(label)}, but the first is {_short(first)}: give all the same length")
         labels[name] = label
     return labels
@@ -180,10 +180,6 @@ def _json(content: bytes, where: str) -> Any:
 def _is_number(value: object, kind: type | tuple[type, ...] = (int, float)) -> bool:
     """Whether a value is a number that numpy can hold; `bool` and JSON's NaN are not."""
     return isinstance(value, kind) and not isinstance(value, bool) and abs(value) < 2**62  # type: ignore[arg-type]
-
-
-def _length(label: object) -> int | None:
-    return len(label) if isinstance(label, list) else None
 
 
 def _short(value: object) -> str:

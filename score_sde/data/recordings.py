@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..machine.whole_files import whole
 from .files import IMAGES, FileData, FileSplit, unread_notes
-from .folders import Listing, class_notes, classes_of, lay_out, listing, once_each, root_of
+from .folders import Listing, classes_of, lay_out, listing, once_each, root_of
 from .labels import named_labels
 
 _STREAMED = 0x7FFF0000  # bytes; a header with this many or more was written before the length was known
@@ -54,7 +54,7 @@ def read(path: Path, files: Listing, length: int | None = None) -> tuple[FileDat
             f"cut or pad all with --config.data.length=SAMPLES"
         )
     size = length or len(signals[names[0]])
-    label, classes = classes_of(layout, str(path))
+    label, classes, class_notes = classes_of(layout, str(path))
 
     def split(chosen: list[str]) -> FileSplit:
         x = torch.zeros(len(chosen), 1, size)
@@ -63,7 +63,7 @@ def read(path: Path, files: Listing, length: int | None = None) -> tuple[FileDat
         return FileSplit(x, named_labels(label, chosen, str(path)) if label else None, class_names=classes)
 
     others = [name for name in files.names if not _is_recording(name)]
-    notes = (*layout.notes, *class_notes(layout), *unread_notes(others, files.skipped))
+    notes = (*layout.notes, *class_notes, *unread_notes(others, files.skipped))
     return FileData(split(layout.train), split(layout.test) if layout.test else None, None, notes), rates[names[0]]
 
 

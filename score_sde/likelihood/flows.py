@@ -262,7 +262,8 @@ def score_flow(
     which is not quite the true p_1. Raises ValueError for a t_min without noise.
     """
     sde = model.sde
-    check_start(sde, t_min)
+    if not 0 <= t_min < 1 or not bool(sde.sigma(torch.tensor(t_min, dtype=torch.float64)) > 0):
+        raise ValueError(f"t_min must lie between 0 and 1, where {sde} has noise, got {t_min:g}; 1e-5 is usual")
     return Flow(ProbabilityFlow(model), base or sde.prior_log_prob, sde.prior, t0=t_min, t1=1.0, solver=solver, sde=sde)
 
 
@@ -279,12 +280,6 @@ def refuse_gradient(x: Tensor, name: str, instead: str) -> None:
     """Raise ValueError where x requires a gradient, which the function `name` would silently lose."""
     if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
         raise ValueError(f"{name} has no gradient, and x asks for one: take score_flow(model).{instead}, or x.detach()")
-
-
-def check_start(sde: SDE, t_min: float) -> None:
-    """Raise ValueError where the probability flow has no slope at t_min."""
-    if not 0 <= t_min < 1 or not bool(sde.sigma(torch.tensor(t_min, dtype=torch.float64)) > 0):
-        raise ValueError(f"t_min must lie between 0 and 1, where {sde} has noise, got {t_min:g}; 1e-5 is usual")
 
 
 def _slope_and_rates(

@@ -83,16 +83,12 @@ class Solver:
     gradient: Literal["backprop", "adjoint"] = "backprop"
 
     def __post_init__(self) -> None:
-        if self.steps is None and self.method not in (*ADAPTIVE, EACH):
-            raise ValueError(
-                f"unknown adaptive ODE method {self.method!r}; use one of {', '.join((*ADAPTIVE, EACH))}, "
-                f"or set steps for one of {', '.join(FIXED)}"
-            )
-        if self.steps is not None and self.method not in FIXED:
-            raise ValueError(
-                f"unknown fixed-step ODE method {self.method!r}; use one of {', '.join(FIXED)}, "
-                f"or leave steps out for one of {', '.join(ADAPTIVE)}"
-            )
+        known: tuple[str, ...] = (*ADAPTIVE, EACH) if self.steps is None else FIXED
+        if self.method not in known:
+            kind, other = "adaptive", f"set steps for one of {', '.join(FIXED)}"
+            if self.steps is not None:
+                kind, other = "fixed-step", f"leave steps out for one of {', '.join(ADAPTIVE)}"
+            raise ValueError(f"unknown {kind} ODE method {self.method!r}; use one of {', '.join(known)}, or {other}")
         if self.steps is not None and self.steps < 1:
             raise ValueError(f"steps must be at least 1, got {self.steps}")
         check_tolerances(self.rtol, self.atol)
