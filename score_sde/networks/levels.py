@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -141,21 +142,16 @@ def without_skips(inputs: int, o: LevelOptions) -> nn.ModuleList:
     return levels
 
 
-def step_down(channels: int, style: Style) -> nn.Module:
-    """What halves the resolution between two levels."""
-    return _step(channels, style, ConvDown, down)
-
-
-def step_up(channels: int, style: Style) -> nn.Module:
-    """What doubles the resolution between two levels."""
-    return _step(channels, style, ConvUp, up)
-
-
 def _step(channels: int, style: Style, convolution: Callable[..., Any], plain: Callable[..., nn.Module]) -> nn.Module:
+    """What changes the resolution between two levels."""
     if style.block == "ddpm" and style.resample_conv:
         return convolution(channels, channels, style.fir, style.dimensions)
     resample = plain(style.fir, style.dimensions)
     return ResidualBlock(channels, channels, style, resample) if style.block == "biggan" else resample
+
+
+step_down = partial(_step, convolution=ConvDown, plain=down)
+step_up = partial(_step, convolution=ConvUp, plain=up)
 
 
 def take(step: nn.Module, h: Tensor, label: Tensor | None) -> Tensor:
