@@ -3,15 +3,5 @@
 from .keys import default_config, explain
 from .reading import differences, from_json, from_text, load, overridden, split_arguments, to_json, validate
 
-__all__ = [
-    "default_config",
-    "differences",
-    "explain",
-    "from_json",
-    "from_text",
-    "load",
-    "overridden",
-    "split_arguments",
-    "to_json",
-    "validate",
-]
+__all__ = ["default_config", "differences", "explain", "from_json", "from_text", "load", "overridden"]
+__all__ += ["split_arguments", "to_json", "validate"]

@@ -29,19 +29,12 @@ from ..sdes.chains import DDPM, SMLD
 from ..sdes.learned import LearnedVPSDE, MonotoneSchedule
 from ..sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
 
-
-def _learned(gamma_min: float, gamma_max: float, learn_ends: bool, t_min: float) -> LearnedVPSDE:
-    return LearnedVPSDE(schedule=MonotoneSchedule(gamma_min, gamma_max, learn_ends=learn_ends), t_min=t_min)
-
-
 # What makes an SDE, called with the keys of the section model that have the names of its arguments.
 SDES: dict[str, Callable[..., SDE]] = {
-    "vpsde": VPSDE,
-    "subvpsde": SubVPSDE,
-    "vesde": VESDE,
-    "cosine": CosineSDE,
-    "edm": EDMSDE,
-    "learned": _learned,
+    **{"vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE, "cosine": CosineSDE, "edm": EDMSDE},
+    "learned": lambda gamma_min, gamma_max, learn_ends, t_min: LearnedVPSDE(
+        schedule=MonotoneSchedule(gamma_min, gamma_max, learn_ends=learn_ends), t_min=t_min
+    ),
 }
 CHAINS: dict[str, Callable[[ConfigDict], DDPM | SMLD]] = {
     "vpsde": lambda m: DDPM.from_sde(VPSDE(beta_min=m.beta_min, beta_max=m.beta_max), m.num_scales),
@@ -54,7 +47,7 @@ LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
     "sigma": lambda m: rules.label_sigma,
     "log_sigma": lambda m: rules.label_log_sigma,
     "edm": lambda m: rules.label_edm,
-    "index": lambda m: partial(_label_index, n=m.num_scales),
+    "index": lambda m: partial(rules.label_index, steps=m.num_scales),
 }
 EMBEDDINGS: dict[str, Literal["sinusoidal", "fourier"]] = {"positional": "sinusoidal", "fourier": "fourier"}
 PREDICTORS: dict[str, Callable[[ConfigDict], Sampler | None]] = {
@@ -78,6 +71,12 @@ class Method(NamedTuple):
     grid: str = ""  # its grid in place of sampling.grid; "ends": it chooses its own steps between both ends
 
 
+def _predictor_corrector(s: ConfigDict) -> Sampler:
+    """Both samplers of sampling.method=pc, or the one that is not none."""
+    both = [sampler for sampler in (PREDICTORS[s.predictor](s), CORRECTORS[s.corrector](s)) if sampler is not None]
+    return samplers.PredictorCorrector(*both) if len(both) == 2 else both[0]
+
+
 def _ode(s: ConfigDict) -> Sampler:
     if s.ode_method in FIXED:
         return samplers.FixedODE(s.ode_method)
@@ -85,7 +84,7 @@ def _ode(s: ConfigDict) -> Sampler:
 
 
 METHODS = {
-    "pc": Method(lambda s: _predictor_corrector(PREDICTORS[s.predictor](s), CORRECTORS[s.corrector](s))),
+    "pc": Method(_predictor_corrector),
     "ode": Method(_ode),
     "ald": Method(lambda s: samplers.AnnealedLangevin(snr=s.snr, steps=s.n_steps_each)),
     "ddim": Method(lambda s: samplers.DDIM(eta=s.eta), fitted=True),
@@ -135,19 +134,12 @@ def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
         torch.manual_seed(config.seed)
         if own_code.is_own(m.name):
             return _own_network(config, shape)
-        _check_rank(m.name, shape)
+        wanted, ranks = _RANKS.get(m.name, ("images, (C, H, W)", (3,)))
+        if len(shape) not in ranks:
+            raise ValueError(
+                f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}: set another model.name"
+            )
         return NETWORKS[m.name](config, shape)
-
-
-def _check_rank(name: str, shape: tuple[int, ...]) -> None:
-    wanted, ranks = {
-        "mlp": ("vectors, (D,)", (1,)),
-        **{name: ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4)) for name in UNETS},
-    }.get(name, ("images, (C, H, W)", (3,)))
-    if len(shape) not in ranks:
-        raise ValueError(
-            f"model.name={name} is for {wanted}, but the data have shape {tuple(shape)}: set another model.name"
-        )
 
 
 def _own_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
@@ -158,84 +150,59 @@ def _own_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     wanted = (1, 2 * shape[0] if m.learned_variance else shape[0], *shape[1:])
     with torch.no_grad():
         output = network.eval()(torch.zeros(1, *shape), torch.full((1,), 0.5))
-    if not isinstance(output, Tensor) or output.shape != wanted:
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+    if got != wanted:
         raise ValueError(f"model.name={m.name} must return shape {wanted} for one example x and its time, got {got}")
     return network.train()
 
 
 def _options(config: ConfigDict, shape: tuple[int, ...], names: str) -> dict[str, Any]:
-    """The options of a network's constructor that have these `names`, with the config's values."""
+    """The options of a network's constructor that have these `names`, with the config's values.
+
+    Where the constructor and the section model have one name, they mean the same.
+    """
     m = config.model
-    every: dict[str, Any] = dict(
-        dimensions=len(shape) - 1,
-        width=m.nf,
-        multipliers=m.ch_mult,
-        blocks=m.num_res_blocks,
-        attention=m.attn_resolutions,
-        image_size=max(shape[1:], default=0),
-        dropout=m.dropout,
-        activation=m.nonlinearity,
-        centered=config.data.centered,
-        checkpoint_activations=config.training.checkpoint_activations,
-        block=m.resblock_type,
-        resample_conv=m.resamp_with_conv,
-        fir=m.fir_kernel if m.fir else None,
-        skip_rescale=m.skip_rescale,
-        init_scale=m.init_scale,
-        scale_shift=m.scale_shift,
-        heads=m.num_heads,
-        head_channels=m.head_channels,
-        attend_each=m.attend_each,
-        embedding=EMBEDDINGS[m.embedding_type],
-        fourier_scale=m.fourier_scale,
-        fourier_features=m.fourier_features,
-        progressive=m.progressive,
-        progressive_input=m.progressive_input,
-        combine=m.progressive_combine,
-        depth=m.depth,
-        patch=m.patch_size,
-        out_channels=2 * shape[0] if m.learned_variance else None,
-        classes=m.num_classes,
-        image_channels=m.image_channels,
-        text_width=m.text_width,
-        pooled_width=m.pooled_width,
-    )
+    every = {**m, **{name: m[key] for name, key in _RENAMED.items()}}
+    every |= {"dimensions": len(shape) - 1, "image_size": max(shape[1:], default=0), "centered": config.data.centered}
+    every |= {"embedding": EMBEDDINGS[m.embedding_type], "fir": m.fir_kernel if m.fir else None}
+    every["checkpoint_activations"] = config.training.checkpoint_activations
+    every["out_channels"] = every["out_features"] = 2 * shape[0] if m.learned_variance else None
     return {name: every[name] for name in names.split()}
 
 
+_RENAMED = {"width": "nf", "multipliers": "ch_mult", "blocks": "num_res_blocks", "attention": "attn_resolutions"}
+_RENAMED |= {"activation": "nonlinearity", "block": "resblock_type", "resample_conv": "resamp_with_conv"}
+_RENAMED |= {"heads": "num_heads", "combine": "progressive_combine", "patch": "patch_size", "classes": "num_classes"}
 _STAGES = "width multipliers activation centered checkpoint_activations"
 _LEVELS = "width multipliers activation centered blocks attention image_size dropout resample_conv heads"
 _CONDITIONS = "classes image_channels text_width pooled_width"
-_UNET = (
-    f"{_LEVELS} {_CONDITIONS} checkpoint_activations dimensions scale_shift head_channels attend_each fourier_features "
-    "out_channels"
-)
+_OUTER = "checkpoint_activations dimensions scale_shift head_channels attend_each fourier_features out_channels"
+_UNET = f"{_LEVELS} {_CONDITIONS} {_OUTER}"
 _SONG = "block fir skip_rescale"  # these and _PYRAMIDS are Song et al. 2021's
 _PYRAMIDS = "progressive progressive_input combine"
 
 
 def _ddpm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """Ho et al. 2020's U-Net, with GroupNorm of 32 groups."""
-    fixed: dict[str, Any] = dict(block="ddpm", skip_rescale=False, groups=32)
-    return UNet(shape[0], **_options(config, shape, _UNET), **fixed, embedding=_embedding(config, "sinusoidal"))
+    return _unet(config, shape, "sinusoidal", block="ddpm", skip_rescale=False, groups=32)
 
 
 def _ncsnpp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """DDPM++ and NCSN++ of Song et al. 2021, appendix H."""
-    options = _options(config, shape, f"{_UNET} {_SONG} {_PYRAMIDS} fourier_scale init_scale")
-    return UNet(shape[0], **options, embedding=_embedding(config, EMBEDDINGS[config.model.embedding_type]))
+    names = f"{_SONG} {_PYRAMIDS} fourier_scale init_scale"
+    return _unet(config, shape, EMBEDDINGS[config.model.embedding_type], names)
 
 
 def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """ADM, the U-Net of Dhariwal & Nichol 2021, section 3, always with adaptive group normalisation."""
     fixed = dict(scale_shift=True, attend_each=True, skip_rescale=False, project=False, norm_eps=1e-5)
-    options = {**_options(config, shape, f"{_UNET} init_scale"), **fixed}
-    return UNet(shape[0], **options, embedding=_embedding(config, "transformer"))
+    return _unet(config, shape, "transformer", "init_scale", **fixed)
 
 
-def _embedding(config: ConfigDict, name: str) -> str | None:
-    return name if config.model.conditional else None
+def _unet(config: ConfigDict, shape: tuple[int, ...], embedding: str, names: str = "", **fixed: Any) -> nn.Module:
+    """The U-Net with these options more; it has the `embedding` of the label if it takes the label."""
+    options = {**_options(config, shape, f"{_UNET} {names}"), **fixed}
+    return UNet(shape[0], **options, embedding=embedding if config.model.conditional else None)
 
 
 def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
@@ -258,21 +225,16 @@ def _ncsnv2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
 
 def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """The MLP, for vectors."""
-    m = config.model
-    options = _options(config, shape, "depth embedding fourier_scale dropout classes")
-    return MLP(shape[0], width=m.hidden, out_features=2 * shape[0] if m.learned_variance else None, **options)
+    options = _options(config, shape, "depth embedding fourier_scale dropout classes out_features")
+    return MLP(shape[0], width=config.model.hidden, **options)
 
 
-UNETS = ("ddpm", "ncsnpp", "adm")
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
-    "ddpm": _ddpm,
-    "ncsnpp": _ncsnpp,
-    "adm": _adm,
-    "dit": _dit,
-    "ncsn": _ncsn,
-    "ncsnv2": _ncsnv2,
-    "mlp": _mlp,
+    each.__name__[1:]: each for each in (_ddpm, _ncsnpp, _adm, _dit, _ncsn, _ncsnv2, _mlp)
 }
+_UNETS, _ANY = ("ddpm", "ncsnpp", "adm"), ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4))
+# What a network takes, in words, and the ranks of these shapes; the others take images.
+_RANKS: dict[str, tuple[str, tuple[int, ...]]] = {"mlp": ("vectors, (D,)", (1,)), **dict.fromkeys(_UNETS, _ANY)}
 
 
 def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
@@ -309,27 +271,19 @@ def takes_labels(config: ConfigDict) -> bool:
 
 
 def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassifier:
-    """The classifier of noisy examples of `shape`, with a fresh network: the MLP, or the U-Net's way down."""
+    """The classifier of noisy examples of `shape`: the MLP, or the way down of `_ncsnpp`'s U-Net without pyramids."""
     m = config.model
     if (m.name == "mlp") != (len(shape) != 3):
         raise ValueError(f"model.name={m.name} does not classify shape {tuple(shape)}: set model.name=mlp for vectors")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = (_judge if m.name == "mlp" else _encoder)(config, shape)
-    return NoisyClassifier(network, build_sde(config), m.num_classes, LABELS[m.label](m), _scale(config))
-
-
-def _judge(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The MLP with one output for each class."""
-    m = config.model
-    options = _options(config, shape, "depth embedding fourier_scale dropout")
-    return MLP(shape[0], width=m.hidden, out_features=m.num_classes, **options)
-
-
-def _encoder(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
-    """The way down of `_ncsnpp`'s U-Net, without pyramids, with one output for each class."""
-    names = f"{_LEVELS} {_SONG} embedding fourier_scale init_scale scale_shift checkpoint_activations"
-    return Encoder(shape[0], config.model.num_classes, **_options(config, shape, names))
+        if m.name == "mlp":
+            options = _options(config, shape, "depth embedding fourier_scale dropout")
+            network: nn.Module = MLP(shape[0], width=m.hidden, out_features=m.num_classes, **options)
+        else:
+            names = f"{_LEVELS} {_SONG} embedding fourier_scale init_scale scale_shift checkpoint_activations"
+            network = Encoder(shape[0], m.num_classes, **_options(config, shape, names))
+    return NoisyClassifier(network, build_sde(config), m.num_classes, LABELS[m.label](m), _scale(m))
 
 
 def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -362,19 +316,13 @@ Trainable = Preconditioned | NoisyClassifier | ConvolutionalAutoencoder
 def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
     """The score model with a fresh network for examples of `shape`."""
     m = config.model
-    return Preconditioned(
-        build_network(config, shape),
-        build_sde(config),
-        rule=partial(rules.predict_edm, sigma_data=m.sigma_data) if m.rule == "edm" else m.rule,
-        label=LABELS[m.label](m),
-        scale=_scale(config),
-        learned_variance=m.learned_variance,
-    )
+    rule = partial(rules.predict_edm, sigma_data=m.sigma_data) if m.rule == "edm" else m.rule
+    options = {"label": LABELS[m.label](m), "scale": _scale(m), "learned_variance": m.learned_variance}
+    return Preconditioned(build_network(config, shape), build_sde(config), rule=rule, **options)
 
 
-def _scale(config: ConfigDict) -> TimeMap:
+def _scale(m: ConfigDict) -> TimeMap:
     """The factor of the network's input."""
-    m = config.model
     return partial(rules.unit_variance, sigma_data=m.sigma_data) if m.rule == "edm" else rules.unscaled
 
 
@@ -410,9 +358,8 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
     if grid == FITTED:
         if model is None:
             raise ValueError("sampling.grid=fitted is fitted to a model: pass it to build_times, with the data's shape")
-        return fit_times(
-            model, build_sampler(config), s.steps, (32, *shape), sde=replace(sde, t_min=s.t_min), seed=s.seed
-        )
+        until = replace(sde, t_min=s.t_min)
+        return fit_times(model, build_sampler(config), s.steps, (32, *shape), sde=until, seed=s.seed)
     if not config.training.continuous:
         n = config.model.num_scales
         return times.spaced(n, 2 if grid == "ends" else min(s.steps, round(s.start * n)), start=s.start)
@@ -430,18 +377,3 @@ def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:
     if config.training.continuous:
         return times.log_snr(replace(sde, t_min=e.t_min), e.steps or 1000)
     return torch.cat([times.spaced(n, e.steps or n), torch.zeros(1, dtype=torch.float64)])
-
-
-def _label_index(alpha: Tensor, sigma: Tensor, t: Tensor, n: int) -> Tensor:
-    """N t - 1: the index of a chain's step; times before the first step have 0."""
-    return (n * t - 1).clamp_min(0)
-
-
-def _predictor_corrector(predictor: Sampler | None, corrector: Sampler | None) -> Sampler:
-    """Both, or the one that is not None."""
-    if predictor is not None and corrector is not None:
-        return samplers.PredictorCorrector(predictor, corrector)
-    one = predictor or corrector
-    if one is None:
-        raise ValueError("sampling.predictor and sampling.corrector are both none: set one of them")
-    return one

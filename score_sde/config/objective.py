@@ -32,10 +32,6 @@ from .build import AUTOENCODE, CLASSIFY
 Loss = Callable[[ScoreModel, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def _denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, v: Tensor) -> Tensor:
-    return losses.noise_error(model, x0, t, z)
-
-
 def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tensor], law: Law) -> Loss:
     """The score-matching loss of an estimate (model, x_t, t, v) -> (B,) of |s|²/2 + tr(ds/dx), blind to the noise.
 
@@ -50,11 +46,7 @@ def _without_noise(estimate: Callable[[ScoreModel, Tensor, Tensor, Tensor], Tens
     return loss
 
 
-def _implicit(model: ScoreModel, x: Tensor, t: Tensor, v: Tensor) -> Tensor:
-    return score_matching.implicit(model, x, t)
-
-
-_sliced = partial(score_matching.sliced, variance_reduced=False)
+_implicit: Callable[..., Tensor] = lambda model, x, t, v: score_matching.implicit(model, x, t)
 
 
 def _finite_difference(config: ConfigDict) -> Loss:
@@ -83,22 +75,24 @@ class Estimator(NamedTuple):
     decoded: bool = False  # it is the bound of a chain, which depends on the reverse steps' variance too
 
 
+def _sliced(variance_reduced: bool) -> Estimator:
+    estimate = partial(score_matching.sliced, variance_reduced=variance_reduced)
+    return Estimator(lambda c, codec: _without_noise(estimate, c.training.projection), projected=True, twice=True)
+
+
 OBJECTIVES = {
-    "denoising": Estimator(lambda c, codec: _denoising),
+    "denoising": Estimator(lambda c, codec: lambda model, x0, t, z, v: losses.noise_error(model, x0, t, z)),
     "implicit": Estimator(lambda c, codec: _without_noise(_implicit, "gaussian"), twice=True),
-    "sliced": Estimator(lambda c, codec: _without_noise(_sliced, c.training.projection), projected=True, twice=True),
-    "sliced_vr": Estimator(
-        lambda c, codec: _without_noise(score_matching.sliced, c.training.projection), projected=True, twice=True
-    ),
+    "sliced": _sliced(variance_reduced=False),
+    "sliced_vr": _sliced(variance_reduced=True),
     "finite_difference": Estimator(lambda c, codec: _finite_difference(c), projected=True),
     "hybrid": Estimator(lambda c, codec: _of_chain(losses.hybrid, c, codec), decoded=True),
     "vlb": Estimator(lambda c, codec: _of_chain(losses.variational, c, codec), decoded=True),
 }
 NAMES = (*OBJECTIVES, CLASSIFY, AUTOENCODE)
-PROJECTED, TWICE, DECODED = (
-    tuple(name for name, estimator in OBJECTIVES.items() if getattr(estimator, what))
-    for what in ("projected", "twice", "decoded")
-)
+PROJECTED = tuple(name for name, estimator in OBJECTIVES.items() if estimator.projected)
+TWICE = tuple(name for name, estimator in OBJECTIVES.items() if estimator.twice)
+DECODED = tuple(name for name, estimator in OBJECTIVES.items() if estimator.decoded)
 PARTS = ("reconstruction_bits", "kl_bits", "psnr")  # what logs say of an autoencoder
 
 TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
@@ -188,10 +182,9 @@ class EvidenceBound(nn.Module):
     def forward(
         self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        width, dimensions = self.codec.width, x0[0].numel()
+        width, dimensions, low = self.codec.width, x0[0].numel(), self.codec.range[0]
         bound = self.model(x0, z, self.codec.levels, width)
         reconstruction, divergence = bits(bound.reconstruction, dimensions), bits(bound.divergence, dimensions)
-        low = self.codec.range[0]
         near = psnr((x0 - low) / width, (bound.decoded - low) / width).to(x0)
         parts = torch.stack([reconstruction, divergence, near], 1)
         return reconstruction + self.weight * divergence, parts.detach()

@@ -1,7 +1,7 @@
 """Rules between the keys of a config: each is a condition, and the sentence that refuses values which meet it.
 
 What a single key may be is in `keys.py`. Rules between keys and the command line's options are in
-`tasks/options.py`, those between a config and a checkpoint in `tasks/carried.py`, `conditions.py`, `codes.py` and
+`tasks/options.py`, those between a config and a checkpoint in `tasks/job.py`, `conditions.py`, `codes.py` and
 `origin.py`, and those between a config and its data where these have been read.
 """
 
@@ -203,8 +203,8 @@ def _images_and_texts(config: ConfigDict) -> Rules:
 
 
 def _training(config: ConfigDict) -> Rules:
-    """Batches, and training on the steps of a chain."""
-    t = config.training
+    """Batches, training on the steps of a chain, and objectives that are bounds of it, which learn variances."""
+    t, s, d, m = config.training, config.sampling, config.data, config.model
     discrete = not t.continuous
     if t.batch_size % t.accumulate != 0:
         yield f"training.batch_size={t.batch_size} is not divisible by training.accumulate={t.accumulate}: set others"
@@ -220,11 +220,6 @@ def _training(config: ConfigDict) -> Rules:
             f"training.{'time=second_moment' if t.time == 'second_moment' else f'objective={t.objective}'} needs the "
             "steps of a chain: set training.continuous=False"
         )
-
-
-def _bounds_of_chains(config: ConfigDict) -> Rules:
-    """Objectives that are bounds of a chain, and variances that they learn."""
-    t, s, d, m = config.training, config.sampling, config.data, config.model
     if t.objective == "hybrid" and not m.learned_variance:
         yield "training.objective=hybrid trains the variances beside L_simple: set model.learned_variance=True"
     if m.learned_variance and t.objective not in DECODED:
@@ -241,7 +236,7 @@ def _bounds_of_chains(config: ConfigDict) -> Rules:
 
 
 def _times(config: ConfigDict) -> Rules:
-    """Laws of t and weights of the loss."""
+    """Laws of t, weights of the loss, and objectives that take derivatives of the network."""
     t, m = config.training, config.model
     if t.time == "importance" and not t.likelihood_weighting:
         yield "training.time=importance draws t by the likelihood weight: set training.likelihood_weighting=True"
@@ -263,11 +258,6 @@ def _times(config: ConfigDict) -> Rules:
             "training.soft_truncation needs continuous times and no learned SDE: set training.continuous=True, "
             "training.time=uniform or importance (which is log_snr with weights), model.t_min above 0 and training.sde"
         )
-
-
-def _derivatives(config: ConfigDict) -> Rules:
-    """Objectives that take derivatives of the network."""
-    t, m = config.training, config.model
     if t.objective in TWICE and t.compile:
         yield (
             f"training.objective={t.objective} needs second derivatives, which torch.compile does not compute: set "
@@ -307,7 +297,7 @@ def _noise(config: ConfigDict) -> Rules:
 
 
 def _network(config: ConfigDict) -> Rules:
-    """The network, and the label of the time that it takes."""
+    """The network, the label of the time that it takes, and the sizes of its levels and filters."""
     m, own = config.model, own_code.is_own(config.model.name)
     if (m.label == "index" or m.rule == "mean") and config.training.continuous:
         yield "model.label=index and model.rule=mean need the steps of a chain: set training.continuous=False"
@@ -328,11 +318,6 @@ def _network(config: ConfigDict) -> Rules:
         yield f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}"
     if not fourier and not own and m.label == "sigma" and m.name != "ncsnv2":
         yield "model.embedding_type=positional needs labels as large as 999 t: set model.label=log_sigma, not 'sigma'"
-
-
-def _sizes(config: ConfigDict) -> Rules:
-    """Sizes of the network's levels and filters."""
-    m = config.model
     if min(m.attn_resolutions, default=1) < 1:
         yield f"model.attn_resolutions must be image sizes, or () for no attention, got {m.attn_resolutions}"
     if not all(0 <= n <= 30 for n in m.fourier_features):
@@ -344,8 +329,8 @@ def _sizes(config: ConfigDict) -> Rules:
 
 
 def _network_and_data(config: ConfigDict) -> Rules:
-    """The data that a network takes."""
-    d, m = config.data, config.model
+    """The data that a network takes, and clipping to their range."""
+    s, e, d, m = config.sampling, config.eval, config.data, config.model
     own = own_code.is_own(m.name)
     if m.name == "mlp" and not (d.dataset in TOYS or d.dataset == "files" or own_code.is_own(d.dataset)):
         yield f"model.name=mlp is for vectors: for the images of data.dataset={d.dataset} set it to ncsnpp or ddpm"
@@ -353,11 +338,6 @@ def _network_and_data(config: ConfigDict) -> Rules:
         yield f"model.name={m.name} is for images: for the vectors of data.dataset={d.dataset} set it to mlp"
     if d.random_flip and d.dataset in TOYS:
         yield f"data.random_flip mirrors images: for the vectors of data.dataset={d.dataset} set it to False"
-
-
-def _clipping(config: ConfigDict) -> Rules:
-    """Clipping of the estimates of clean data."""
-    s, e, d = config.sampling, config.eval, config.data
     for name, clipped in (("sampling", s.clip_denoised), ("eval", e.clip_denoised)):
         if clipped and d.dataset in TOYS:
             yield f"{name}.clip_denoised clips pixels: for the vectors of data.dataset={d.dataset} set it to False"
@@ -369,8 +349,9 @@ def _clipping(config: ConfigDict) -> Rules:
 
 
 def _sampler(config: ConfigDict) -> Rules:
-    """The sampler."""
-    t, s = config.training, config.sampling
+    """The sampler, and where it begins."""
+    t, s, m = config.training, config.sampling, config.model
+    discrete = not t.continuous
     if s.churn_low > s.churn_high:
         yield f"sampling.churn_low={s.churn_low:g} must not exceed sampling.churn_high={s.churn_high:g}"
     if s.eta > 0 and s.method not in ("ddim", "dpm_solver++"):
@@ -386,12 +367,6 @@ def _sampler(config: ConfigDict) -> Rules:
         yield "sampling.probability_flow excludes ancestral_sampling: set sampling.method=ddim, its steps without noise"
     if s.method == "pc" and s.probability_flow and s.predictor == "reverse_diffusion" and t.sde != "learned":
         check_flow(build_sde(config), s.start)
-
-
-def _start(config: ConfigDict) -> Rules:
-    """Where sampling begins."""
-    s, m = config.sampling, config.model
-    discrete = not config.training.continuous
     if not discrete and s.start <= s.t_min:
         yield f"sampling.start={s.start:g} must be above sampling.t_min={s.t_min:g}, where sampling stops"
     if discrete and round(s.start * m.num_scales) < 2:
@@ -463,23 +438,6 @@ def _likelihood(config: ConfigDict) -> Rules:
 
 
 _RULES = (
-    _data,
-    _autoencoder,
-    _codes,
-    _classes,
-    _guidance,
-    _images_and_texts,
-    _training,
-    _bounds_of_chains,
-    _times,
-    _derivatives,
-    _noise,
-    _network,
-    _sizes,
-    _network_and_data,
-    _clipping,
-    _sampler,
-    _start,
-    _steps,
-    _likelihood,
+    *(_data, _autoencoder, _codes, _classes, _guidance, _images_and_texts, _training, _times, _noise, _network),
+    *(_network_and_data, _sampler, _steps, _likelihood),
 )

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 
 from ..machine.whole_files import read_tensors
 from ..models.base import ScoreModel
-from ..models.rules import Preconditioned, RuleName
+from ..models.rules import Preconditioned, RuleName, label_index
 from ..networks import DiT, UNet
 from ..networks.conditioning import ClassEmbedding
 from ..networks.resample import ConvDown
@@ -120,9 +121,8 @@ def model_of(network: nn.Module, config: Mapping[str, Any], scheduler: Mapping[s
         raise ValueError('the scheduler\'s variance_type="learned" cannot be read; "learned_range" can')
     chain = _chain(scheduler)
     learned = (config["out_channels"] or config["in_channels"]) == 2 * config["in_channels"]
-    index = lambda alpha, sigma, t: (len(chain) * t - 1).clamp_min(0)
-    rule = _RULES[scheduler["prediction_type"]]
-    return Preconditioned(network, chain.as_sde(), rule=rule, label=index, learned_variance=learned)
+    rule, label = _RULES[scheduler["prediction_type"]], partial(label_index, steps=len(chain))
+    return Preconditioned(network, chain.as_sde(), rule=rule, label=label, learned_variance=learned)
 
 
 def _chain(scheduler: Mapping[str, Any]) -> DDPM:

@@ -104,6 +104,11 @@ def label_edm(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
     return torch.log(sigma / alpha) / 4
 
 
+def label_index(alpha: Tensor, sigma: Tensor, t: Tensor, steps: int) -> Tensor:
+    """N t - 1, the index of a step of a chain of N = `steps`; times before the first step have 0."""
+    return (steps * t - 1).clamp_min(0)
+
+
 def unscaled(alpha: Tensor, sigma: Tensor, t: Tensor) -> Tensor:
     """1: the network gets x itself."""
     return torch.ones_like(alpha)
