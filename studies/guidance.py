@@ -251,7 +251,7 @@ def samples(parts: Parts, data: Data, scales: Sequence[float] = (0, 1, 2, 4, 8))
     figure, axes = plt.subplots(len(scales), 1, figsize=(7, 1.5 * len(scales)), layout="constrained")
     for place, scale in zip(axes, scales, strict=True):
         images = codec.display(draw(parts, data, "classifier-free", scale, 2 * classes, seed=3)[0])
-        place.imshow(grid(images, classes, max(1, 32 // images.shape[-1])).permute(1, 2, 0).squeeze(-1), cmap="gray")
+        place.imshow(grid(images, classes).permute(1, 2, 0).squeeze(-1), cmap="gray")
         place.set(xticks=[], yticks=[], ylabel=f"scale {scale:g}")
     return figure
 

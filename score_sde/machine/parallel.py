@@ -77,6 +77,14 @@ class Processes:
         rows = self.gather(torch.frombuffer(bytearray(padded), dtype=torch.uint8)[None])
         return [bytes(row[:length].tolist()).decode() for row, length in zip(rows, lengths, strict=True)]
 
+    def check_same(self, own: str, what: str, remedy: str) -> None:
+        """Raise ValueError where the processes have different texts `own`, with `what` that means and the remedy."""
+        hosts, texts = zip(*(text.split(" ", 1) for text in self.texts(f"{socket.gethostname()} {own}")))
+        for rank, text in enumerate(texts):
+            if text != texts[0]:
+                first, other = f"process 0 on {hosts[0]}", f"process {rank} on {hosts[rank]}"
+                raise ValueError(f"{what}: {first} has {texts[0]}, {other} has {text}: {remedy}")
+
     def agreed(self, work: Callable[[], T]) -> T:
         """Call `work` in the main process only; all processes return its result, which must be valid as JSON.
 

@@ -32,6 +32,7 @@ from ..data.codecs import Codec, Statistics
 from ..data.sets import Data
 from ..foreign import diffusers
 from ..foreign.score_sde_pytorch import load_score_sde_file
+from ..losses.time_laws import SecondMoments
 from ..machine.log import log
 from ..machine.whole_files import is_finite, read_header, read_tensors, write_tensors
 from ..models.autoencoder import ConvolutionalAutoencoder
@@ -214,19 +215,29 @@ class Trained:
         return network
 
 
-def save(
-    path: Path,
-    card: Card,
-    model: nn.Module,
-    ema: nn.Module,
-    optimizer: Optimizer | None,
-    law: nn.Module | None = None,
-) -> None:
-    """Write a checkpoint under a temporary name, flush and rename it: `path` is whole or absent.
+@dataclass
+class State:
+    """What training changes: the model, the average of its weights, the optimizer's moments, the step, and a law of t.
 
-    Raises FloatingPointError, and writes nothing, if a number is not finite.
+    `law` is None unless the config's time law learns; then it replaces `time_law(config)`.
     """
-    tensors = tensors_of(model, ema, optimizer, law)
+
+    model: Trainable
+    ema: Trainable
+    optimizer: Optimizer
+    step: int = 0
+    law: SecondMoments | None = None
+
+    def __post_init__(self) -> None:
+        # Listed once: a walk over the modules in every step would cost more than the fused update of a small network.
+        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+        self.values = [p.detach() for p in self.model.parameters()]
+        self.averages = [p.detach() for p in self.ema.parameters()]
+
+
+def save(path: Path, card: Card, state: State) -> None:
+    """Write a checkpoint, whole or not at all. Raises FloatingPointError if a number is not finite."""
+    tensors = tensors_of(state)
     for name, value in tensors.items():
         if not is_finite(value):
             raise FloatingPointError(
@@ -249,57 +260,42 @@ def read_card(path: Path) -> Card:
         raise ValueError(f"{path} is no checkpoint that can be read: {error}; take another checkpoint") from error
 
 
-def restore(
-    path: Path,
-    model: nn.Module,
-    ema: nn.Module | None = None,
-    optimizer: Optimizer | None = None,
-    law: nn.Module | None = None,
-) -> Card:
-    """Copy a checkpoint into `model`, and its average, moments and time law into those of the others that are given.
+def restore(path: Path, state: State) -> Card:
+    """Copy a checkpoint into a fresh state.
 
-    A moment has its parameter's memory layout. Everything is read and compared first: if names, shapes and types are
-    not exactly those expected, ValueError is raised and nothing is changed.
+    Everything is read and compared first: if names, shapes and types are not exactly those expected, ValueError is
+    raised and nothing is changed.
     """
     card, saved = read_card(path), read_tensors(path)
-    expected = _tensors(model, ema, law)
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad] if optimizer is not None else []
+    expected = _of_modules(state)
+    trained = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
     if any(name.startswith("optimizer/") for name in saved):
         expected |= {f"optimizer/{key}/{name}": p for name, p in trained for key in _MOMENTS}
         expected |= {f"optimizer/step/{name}": torch.zeros((), dtype=torch.float32) for name, _ in trained}
     elif trained and card.step > 0:
         raise ValueError(f"{path} holds no optimizer state for this model; it cannot be resumed")
     _compare(path, expected, saved)
-    put(saved, model, ema, optimizer, law)
+    put(saved, state)
+    state.step = card.step
     return card
 
 
-def tensors_of(
-    model: nn.Module, ema: nn.Module | None, optimizer: Optimizer | None, law: nn.Module | None
-) -> dict[str, Tensor]:
-    """All tensors of a checkpoint of these, by name."""
-    tensors = _tensors(model, ema, law)
-    if optimizer is not None:
-        for name, parameter in model.named_parameters():
-            moments = optimizer.state.get(parameter, {})
-            tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.items()}
+def tensors_of(state: State) -> dict[str, Tensor]:
+    """All tensors of a checkpoint, by name."""
+    tensors = _of_modules(state)
+    for name, parameter in state.model.named_parameters():
+        moments = state.optimizer.state.get(parameter, {})
+        tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.items()}
     return tensors
 
 
-def put(
-    saved: Mapping[str, Tensor],
-    model: nn.Module,
-    ema: nn.Module | None,
-    optimizer: Optimizer | None,
-    law: nn.Module | None,
-) -> None:
-    """Copy the tensors of `tensors_of` into these; a moment has its parameter's memory layout."""
-    for name, value in _tensors(model, ema, law).items():
+def put(saved: Mapping[str, Tensor], state: State) -> None:
+    """Copy the tensors of `tensors_of` into a state; a moment has its parameter's memory layout."""
+    for name, value in _of_modules(state).items():
         value.copy_(saved[name])
-    if optimizer is None:
-        return
+    optimizer = state.optimizer
     optimizer.state.clear()
-    for name, p in model.named_parameters():
+    for name, p in state.model.named_parameters():
         if f"optimizer/step/{name}" in saved:
             # Fused steps read parameters and moments in the order of memory; Adam counts on the CPU unless it is fused.
             moments = {key: torch.empty_like(p).copy_(saved[f"optimizer/{key}/{name}"]) for key in _MOMENTS}
@@ -307,9 +303,9 @@ def put(
             optimizer.state[p] = {"step": saved[f"optimizer/step/{name}"].to(device, copy=True), **moments}
 
 
-def _tensors(model: nn.Module, ema: nn.Module | None, law: nn.Module | None) -> dict[str, Tensor]:
-    modules = [(key, m) for key, m in (("model", model), ("ema", ema), ("law", law)) if m is not None]
-    return {f"{key}/{name}": value for key, module in modules for name, value in module.state_dict().items()}
+def _of_modules(state: State) -> dict[str, Tensor]:
+    modules = {"model": state.model, "ema": state.ema} | ({} if state.law is None else {"law": state.law})
+    return {f"{key}/{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
 
 
 def _compare(path: Path, expected: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -319,16 +315,9 @@ def _compare(path: Path, expected: Mapping[str, Tensor], saved: Mapping[str, Ten
         where = "is missing from" if name in expected else "is in"
         raise ValueError(f"{name} {where} {path}, against the model's config; {remedy}")
     for name, value in expected.items():
-        shape, shape_saved, dtype, dtype_saved = (
-            tuple(value.shape),
-            tuple(saved[name].shape),
-            value.dtype,
-            saved[name].dtype,
-        )
-        if shape != shape_saved:
-            raise ValueError(f"{name} has shape {shape_saved} in {path}, but the config asks for {shape}; {remedy}")
-        if dtype != dtype_saved:
-            raise ValueError(f"{name} is {dtype_saved} in {path}, but the config asks for {dtype}; {remedy}")
+        here, there = (f"{each.dtype} of shape {tuple(each.shape)}" for each in (value, saved[name]))
+        if here != there:
+            raise ValueError(f"{name} is {there} in {path}, but the config asks for {here}; {remedy}")
 
 
 def _is_count(value: object) -> bool:

@@ -65,4 +65,4 @@ def _draw(joined: Arrays, codec: Codec, folder: Path) -> None:
     maps = heat((bits - bits.min()) / (bits.max() - bits.min()).clamp_min(1e-9))
     both = torch.stack([shown[:, :3].expand(-1, 3, -1, -1), maps], 1).flatten(0, 1)
     columns = 2 * math.ceil(math.sqrt(len(shown)))
-    write_png(grid(both, columns, zoom=max(1, 32 // both.shape[-1])), folder / "heat_map.png")
+    write_png(grid(both, columns), folder / "heat_map.png")

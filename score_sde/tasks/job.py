@@ -7,7 +7,6 @@ no config file, and no data that would be read or downloaded.
 from __future__ import annotations
 
 import argparse
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,13 +120,7 @@ def _checkpoint(where: str | Path, carried: Trained | None, processes: Processes
     path = Path(processes.agreed(main))
     if processes.world > 1:
         sha256 = checkpoint.file_hash(path) if path.is_file() else "nothing"
-        hashes, hosts = zip(*(text.split(" ") for text in processes.texts(f"{sha256} {socket.gethostname()}")))
-        other = next((rank for rank, each in enumerate(hashes) if each != hashes[0]), None)
-        if other is not None:
-            raise ValueError(
-                f"{path} is not the same file for process 0 on {hosts[0]} and process {other} on {hosts[other]}: "
-                "work in one shared folder"
-            )
+        processes.check_same(sha256, f"{path} is not the same file everywhere", "work in one shared folder")
     return own[0] if own and own[0].path == path else Trained.open(path)
 
 

@@ -21,7 +21,7 @@ _LETTERS = 24  # of a name beside a row
 def grid(
     images: Tensor,
     columns: int | None = None,
-    zoom: int = 1,
+    zoom: int | None = None,
     groups: Sequence[int] | None = None,
     names: Sequence[str] = (),
 ) -> Tensor:
@@ -30,13 +30,14 @@ def grid(
     Args:
         images: C is 1 or 3.
         columns: images in a row; by default the picture is as nearly square as possible.
-        zoom: repeats each pixel, for images too small to see.
+        zoom: repeats each pixel, by default until an image is some 32 pixels wide.
         groups: each image's group, counted from 0: a class, a prompt, a scale of guidance. The images of a group are
             in rows of their own, in order (see `layout`); image j has the same place in each group. `columns` has no
             effect then.
         names: the groups' names, written in front of their first rows.
     """
     n, c, h, w = images.shape
+    zoom = zoom or max(1, 32 // w)
     h, w, of = h * zoom + _PADDING, w * zoom + _PADDING, [0] * n if groups is None else list(groups)
     counts = Counter(of)
     across, down, wide = layout(len(counts), max(counts.values(), default=1), h / w)

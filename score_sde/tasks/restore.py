@@ -250,7 +250,7 @@ class _Restoration:
         rows = np.stack([joined[name][:_SHOWN] for name in kinds], 1)
         images = codec.display(torch.from_numpy(rows.reshape(-1, *rows.shape[2:])).permute(0, 3, 1, 2))
         abreast = max(1, min(4, len(rows) // 2))
-        write_png(grid(images, len(kinds) * abreast, zoom=max(1, 32 // images.shape[-1])), folder / "grid.png")
+        write_png(grid(images, len(kinds) * abreast), folder / "grid.png")
         if self.own:
             pictures = codec.display(torch.from_numpy(joined["restored"]).permute(0, 3, 1, 2))
             for j, picture in enumerate(pictures):

@@ -32,10 +32,8 @@ from .checkpoint import file_hash
 from .pictures import first_of_each, grid, histogram, write_png
 
 Arrays = dict[str, np.ndarray]
-_SHOWN = 256  # images of a grid
-
-
 Work = Callable[[Path], dict[str, Any]]
+_SHOWN = 256  # images of a grid
 
 
 def once(
@@ -61,7 +59,8 @@ def kept(
     Raises Busy where another process makes this result, and ValueError where the processes of this run were asked for
     different results, or do not share one folder.
     """
-    _check_same(folder, processes)
+    different = "the processes of this run would make different results"
+    processes.check_same(folder.name, different, "give them the same data, files, checkpoint and versions")
     result = processes.agreed(lambda: finished(folder, made_from, file, stamp)[0])
     if result is not None:
         return result
@@ -75,7 +74,9 @@ def kept(
         _check_shared(folder, processes)
         result = {**made_from, **work(folder)}
         if processes.main:
-            _write_stamp(folder / stamp, {**result, "sha256": {file: file_hash(folder / file)}})
+            content = {**result, "sha256": {file: file_hash(folder / file)}}
+            with whole(folder / stamp) as out:
+                out.write((json.dumps(content, indent=1) + "\n").encode())
             for parts in [*folder.rglob("parts")]:
                 remove_parts(parts.parent)
             remove_leftovers(folder)
@@ -92,7 +93,8 @@ def finished(
         return None, ""
     try:
         content: dict[str, Any] = json.loads(path.read_text())
-        wrong = "" if _plain(made_from).items() <= content.items() else f"{path} belongs to another result"
+        plain = json.loads(json.dumps(made_from))  # as it comes back from a file
+        wrong = "" if plain.items() <= content.items() else f"{path} belongs to another result"
     except (ValueError, TypeError, AttributeError):
         content, wrong = {}, f"{path} cannot be read"
     if not wrong and not (folder / file).is_file():
@@ -139,7 +141,7 @@ def in_batches(
     processes.barrier()
     batches = [read_arrays(path) for path in paths.values()]
     _check_whole(parts, batches, processes)
-    stored = [Stored(batch, path) for batch, path in zip(batches, paths.values()) if batch is not None]
+    stored = [Stored(batch or {}, path) for batch, path in zip(batches, paths.values())]
     names = stored[0] if stored else ()
     return Stored({name: np.concatenate([batch[name] for batch in stored]) for name in names}, parts)
 
@@ -180,17 +182,15 @@ def write_pictures(
     groups: Sequence[int] | None = None,
     names: Sequence[str] = (),
 ) -> None:
-    """Write `grid.png` of images (N, H, W, C), `histogram.png` of points of the plane (N, 2), or recordings.
+    """Write `grid.png` of images (N, H, W, C), `histogram.png` of points (N, 2), or recordings (N, 1, length) as .wav.
 
-    Recordings (N, 1, length) are .wav files, 000000.wav and so on, at the sample rate of the data. Only the first 256
-    are shown, from groups equally many of each. `columns`, `groups` and `names` are those of `pictures.grid`.
+    Only the first 256 are shown, from groups equally many of each. `columns`, `groups` and `names` are `grid`'s.
     """
     if codec.pixels is not None:
-        shown = list(range(min(len(values), _SHOWN))) if groups is None else first_of_each(groups, _SHOWN)
+        shown = first_of_each([0] * len(values) if groups is None else groups, _SHOWN)
         groups = None if groups is None else [groups[i] for i in shown]
         images = codec.pixels.display(torch.from_numpy(values[shown]).permute(0, 3, 1, 2))
-        zoom = max(1, 32 // images.shape[-1])
-        write_png(grid(images, columns, zoom, groups, names), folder / "grid.png")
+        write_png(grid(images, columns, groups=groups, names=names), folder / "grid.png")
     elif values.shape[1:] == (2,):
         write_png(histogram(torch.from_numpy(values)), folder / "histogram.png")
     elif codec.rate:
@@ -243,17 +243,6 @@ def running_mean(unit: str) -> Callable[[Progress, list[Arrays]], None]:
     return progress
 
 
-def _check_same(folder: Path, processes: Processes) -> None:
-    """Raise ValueError where the processes of a run would make different results, as data or files differ."""
-    hosts, names = zip(*(text.split(" ", 1) for text in processes.texts(f"{socket.gethostname()} {folder.name}")))
-    other = next((rank for rank, name in enumerate(names) if name != names[0]), None)
-    if other is not None:
-        raise ValueError(
-            f"the processes of this run would make different results, {names[0]} on {hosts[0]} and {names[other]} on "
-            f"{hosts[other]}: give them the same data, files, checkpoint and versions"
-        )
-
-
 def _check_shared(folder: Path, processes: Processes) -> None:
     """Raise ValueError where a process does not see the main process' folder."""
     if processes.world == 1:
@@ -262,12 +251,12 @@ def _check_shared(folder: Path, processes: Processes) -> None:
     seen = processes.texts(f"{mark.exists()} {socket.gethostname()}")
     if processes.main:
         mark.unlink()
-    blind = next((text.split()[1] for text in seen if text.startswith("False")), None)
-    if blind is not None:
-        raise ValueError(
-            f"{folder} on {seen[0].split()[1]} is not the folder of that name on {blind}: all processes write their "
-            "batches into one, so give --workdir a folder that all hosts share"
-        )
+    for text in seen:
+        if text.startswith("False"):
+            raise ValueError(
+                f"{folder} on {seen[0].split()[1]} is not the folder of that name on {text.split()[1]}: all processes "
+                "write their batches into one, so give --workdir a folder that all hosts share"
+            )
 
 
 def _marked(folder: Path) -> str:
@@ -287,14 +276,3 @@ def _check_whole(parts: Path, batches: Sequence[Arrays | None], processes: Proce
                 f"{parts} lacks {text}, so the result is not whole: see that all processes work in one folder and that "
                 "nobody deletes from it, and run the same command again; it computes what is missing"
             )
-
-
-def _write_stamp(path: Path, content: dict[str, Any]) -> None:
-    """Write the last file of a result, whole or absent."""
-    with whole(path) as file:
-        file.write((json.dumps(content, indent=1) + "\n").encode())
-
-
-def _plain(made_from: dict[str, Any]) -> dict[str, Any]:
-    """A stamp as it comes back from JSON."""
-    return dict(json.loads(json.dumps(made_from)))

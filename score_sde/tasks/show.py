@@ -1,4 +1,4 @@
-"""Reports of training: a progress bar, the log, TensorBoard, and grids of samples, from what `train` yields."""
+"""Reports of training, from what `train` yields: a bar, the log, TensorBoard, errors by noise level, and samples."""
 
 from __future__ import annotations
 
@@ -6,27 +6,31 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import torch
 from ml_collections import ConfigDict
 from torch import Tensor
 
+from .. import losses
 from ..config.build import build_sde
 from ..config.kinds import MODEL, kind_of
 from ..data.captions import Text
 from ..data.codecs import Codec, PixelCodec
 from ..data.sets import Data
 from ..data.toys import EXACT, TOYS
+from ..losses import time_laws
 from ..machine.log import log
 from ..machine.progress import Progress
 from ..models.base import ScoreModel
+from ..noise import StepStream, generator
 from ..samplers import Heun, sample, times
+from ..sdes.linear import SDE
 from . import checkpoint, failures
 from .class_names import class_name
 from .codes import as_drawn
 from .conditions import given, in_turn
-from .noise_bins import noise_floor
 from .pictures import grid, histogram, write_png
 from .scan import about_empty_classes, disagreements
 
@@ -138,7 +142,7 @@ class Show:
         assert isinstance(codec, PixelCodec)
         k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0].to(self.device)
         pairs = torch.stack([k, codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))], 1)
-        return grid(codec.display(pairs.flatten(0, 1)), min(8, 2 * len(k)), zoom=max(1, 32 // k.shape[-1]))
+        return grid(codec.display(pairs.flatten(0, 1)), min(8, 2 * len(k)))
 
 
 def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
@@ -164,6 +168,34 @@ def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
         sigma_max=m.sigma_max if config.training.sde in ("vesde", "edm") else None,
     ):
         log.warning("warning: %s", sentence)
+
+
+def noise_bins(sde: SDE, count: int = 5) -> tuple[Tensor, list[str]]:
+    """Edges in log SNR, even from t_min (1e-5 at least) to 1, and the range of sigma/alpha of each bin as its name."""
+    ends = sde.log_snr(torch.tensor([max(sde.t_min, 1e-5), 1.0], dtype=torch.float64))
+    if not bool(torch.isfinite(ends).all()):  # pragma: no cover
+        raise ValueError(f"{sde} has no finite log SNR between {sde.t_min} and 1")
+    edges = torch.linspace(ends[0].item(), ends[1].item(), count + 1, dtype=torch.float64)
+    levels = torch.exp(-edges / 2).tolist()
+    return edges, [f"sigma {a:.2g} to {b:.2g}" for a, b in pairwise(levels)]
+
+
+def by_noise_level(sde: SDE, t: Tensor, error: Tensor) -> dict[str, float]:
+    """Mean of an error (or another measure) in each bin of `noise_bins` that has examples."""
+    edges, names = noise_bins(sde)
+    bins = torch.bucketize(-sde.log_snr(t), -edges[1:-1])
+    return {name: float(error[bins == i].mean()) for i, name in enumerate(names) if bool((bins == i).any())}
+
+
+def noise_floor(exact: ScoreModel, sample: Callable[[int], Tensor], sde: SDE, n: int = 20_000) -> dict[str, float]:
+    """The irreducible error E|z - E[z|x_t]|² per dimension in each bin, for data whose exact model is known."""
+    t = time_laws.log_snr(sde, time_laws.low_discrepancy(n, generator(0, 0, StepStream.FLOOR))).t
+    x0 = sample(n).double()
+    z = torch.randn(x0.shape, generator=generator(0, 0, StepStream.FLOOR_NOISE), dtype=x0.dtype)
+    parts = zip(*(v.split(2_000) for v in (x0, t, z)))  # a mixture of many components takes memory
+    with torch.no_grad():
+        error = [losses.noise_error(exact, x0_, t_, z_) for x0_, t_, z_ in parts]
+    return by_noise_level(sde, t, torch.cat(error))
 
 
 def _line(scalars: dict[str, float]) -> str:
@@ -200,4 +232,4 @@ def _picture(
     x = codec.decode(sample(model, Heun(), (count, *shape), walk, denoise=True))
     if pixels is None:
         return histogram(x)
-    return grid(pixels.display(x), None, max(1, 32 // x.shape[-1]), groups, names)
+    return grid(pixels.display(x), groups=groups, names=names)

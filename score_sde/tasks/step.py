@@ -19,42 +19,22 @@ import torch
 from ml_collections import ConfigDict
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
-from ..config.build import Trainable
 from ..config.kinds import kind_of
 from ..config.objective import PROJECTED, importance_weighted, learned_law, time_law
 from ..data.captions import Text
 from ..data.codecs import Codec
 from ..data.sets import Split, batch_indices, mirrored
 from ..losses import time_laws
-from ..losses.time_laws import SecondMoments, TimeLaw
+from ..losses.time_laws import TimeLaw
 from ..machine.devices import sent
 from ..machine.parallel import ALONE, Processes
 from ..noise import StepStream, generator
 from ..sdes.linear import SDE, like
+from .checkpoint import State
 from .conditions import Conditions, left_out, low_resolution, of_data
-from .ema import ema_decay, ema_update
 
-
-@dataclass
-class State:
-    """What training changes: the model, the average of its weights, the optimizer's moments, the step, and a law of t.
-
-    `law` is None unless the config's time law learns; then it replaces `time_law(config)`.
-    """
-
-    model: Trainable
-    ema: Trainable
-    optimizer: Optimizer
-    step: int = 0
-    law: SecondMoments | None = None
-
-    def __post_init__(self) -> None:
-        # Listed once: a walk over the modules in every step would cost more than the fused update of a small network.
-        self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.values = [p.detach() for p in self.model.parameters()]
-        self.averages = [p.detach() for p in self.ema.parameters()]
+RAMP = 0.1  # the half-life of the average is at most this share of the images seen, so that it forgets its start
 
 
 class Batch(NamedTuple):
@@ -219,6 +199,24 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
     decay = ema_decay(state.step, rate=m.ema_rate, halflife=m.ema_halflife, batch_size=t.batch_size)
     ema_update(state.averages, state.values, decay)
     return record
+
+
+def ema_decay(step: int, *, rate: float, halflife: float = 0.0, batch_size: int = 1) -> float:
+    """Decay of the average at its update number `step` = 1, 2, ...
+
+    With `halflife` (in images) > 0 it is 0.5^(batch_size/h), h = min(halflife, RAMP · images seen), as in EDM
+    (Karras et al. 2022, appendix F.2), so that it means the same at any batch size. Otherwise it is score_sde's
+    min(rate, (1 + step)/(10 + step)).
+    """
+    if halflife > 0:
+        return 0.5 ** (batch_size / min(halflife, RAMP * step * batch_size))
+    return min(rate, (1 + step) / (10 + step))
+
+
+@torch.no_grad()
+def ema_update(averages: list[Tensor], values: list[Tensor], decay: float) -> None:
+    """averages += (1 - decay) (values - averages), for all tensors in one fused operation."""
+    torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 def in_precision(config: ConfigDict, device: torch.device) -> torch.autocast:

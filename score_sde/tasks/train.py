@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -31,14 +30,13 @@ from ..machine.progress import Progress, Stop
 from ..machine.whole_files import remove_leftovers, whole
 from ..sdes.linear import SDE
 from . import checkpoint, failures
-from .checkpoint import Trained
+from .checkpoint import State, Trained
 from .codes import Source, check_codes, codes_of, opened
 from .inputs import read_for_training
 from .job import source_of
-from .noise_bins import by_noise_level
 from .origin import check_fits, check_origin, take_weights
-from .show import Metrics, Show, warn
-from .step import Batches, Record, State, evaluate_loss, make_state, part_of, seed_dropout, train_step
+from .show import Metrics, Show, by_noise_level, warn
+from .step import Batches, Record, evaluate_loss, make_state, part_of, seed_dropout, train_step
 from .texts import embedded_captions
 
 
@@ -283,7 +281,7 @@ class _Run:
         gone = self.made and not path.parent.is_dir()
         if processes.main:
             now = replace(self.card, config=configs.to_json(self.config), step=state.step)
-            checkpoint.save(path, now, state.model, state.ema, state.optimizer, state.law)
+            checkpoint.save(path, now, state)
             checkpoint.prune(path, t.keep_last, t.keep_every * t.snapshot_freq)
         if processes.any(gone):
             raise FileNotFoundError(
@@ -312,14 +310,8 @@ def _check_data(data: Data, card: checkpoint.Card, processes: Processes) -> None
     description = {"shape": card.shape, **json.loads(card.data)}
     if isinstance(data.train.x, Stream):
         del description["digest"]  # it contains the files' times, which differ between copies
-    own = f"{socket.gethostname()} {json.dumps(description, sort_keys=True)}"
-    hosts, texts = zip(*(text.split(" ", 1) for text in processes.texts(own)))
-    other = next((rank for rank, text in enumerate(texts) if text != texts[0]), None)
-    if other is not None:
-        raise ValueError(
-            f"process {other} on {hosts[other]} has read other data than process 0 on {hosts[0]} ({texts[other]}, not "
-            f"{texts[0]}): give every host the same files, or one shared folder"
-        )
+    remedy = "give every host the same files, or one shared folder"
+    processes.check_same(json.dumps(description, sort_keys=True), "the processes have read different data", remedy)
 
 
 def _begin(config: ConfigDict, workdir: Path, state: State, card: checkpoint.Card) -> tuple[int, list[str]]:
@@ -331,7 +323,7 @@ def _begin(config: ConfigDict, workdir: Path, state: State, card: checkpoint.Car
     begun, notes = checkpoint.newest(workdir)
     check_origin(config, workdir, begun)
     if begun is not None:
-        state.step = checkpoint.restore(begun.path, state.model, state.ema, state.optimizer, state.law).step
+        checkpoint.restore(begun.path, state)
         return state.step, [*notes, f"going on from step {state.step} of {begun.path}", *_changes(begun, card)]
     if not config.training.origin:
         return -1, [*notes, "a new run"]
@@ -356,8 +348,7 @@ def _changes(begun: Trained, now: checkpoint.Card) -> list[str]:
 def _receive(state: State, saved: int, processes: Processes) -> None:
     """Copy the main process's state to every other process, bit for bit."""
     if processes.world > 1:
-        parts = (state.model, state.ema, state.optimizer, state.law)
-        tensors = processes.copies(lambda: checkpoint.tensors_of(*parts))
+        tensors = processes.copies(lambda: checkpoint.tensors_of(state))
         if not processes.main:
             state.step = max(saved, 0)
-            checkpoint.put(tensors, *parts)
+            checkpoint.put(tensors, state)

@@ -75,7 +75,7 @@ def test_a_refused_command_leaves_nothing_that_the_next_one_trips_over(
     assert run(line("vp_toy", "train", workdir, training__n_iters=2)) == 0
     before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
     error = refused(capsys, line("vp_toy", "train", workdir, model__hidden=16))
-    assert "network.embed.hidden.weight has shape (8, 8)" in error
+    assert "network.embed.hidden.weight is torch.float32 of shape (8, 8)" in error
     assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
     for name in ("tensorboard", "checkpoints"):  # what shows it cannot be written
         (workdir / name).rename(workdir / "away")
@@ -390,8 +390,8 @@ def test_an_old_checkpoint_s_data_are_read(classes: Path, tmp_path: Path, monkey
     config = job.carried_config(classes)[0]
     card, path = checkpoint.read_card(last(classes)), tmp_path / "run" / "checkpoints" / "000000004.safetensors"
     state = make_state(config, card.shape, torch.device("cpu"))
-    checkpoint.restore(last(classes), state.model, state.ema, state.optimizer)
-    checkpoint.save(path, replace(card, data=""), state.model, state.ema, state.optimizer)
+    checkpoint.restore(last(classes), state)
+    checkpoint.save(path, replace(card, data=""), state)
     read: list[object] = []
     real = inputs.load_data
     monkeypatch.setattr(inputs, "load_data", lambda *a, **k: (read.append(a), real(*a, **k))[1])

@@ -33,7 +33,7 @@ from score_sde.data.codecs import VectorCodec
 from score_sde.data.toys import ring, ring_mixture
 from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.networks import UNet
-from score_sde.tasks.noise_bins import noise_floor
+from score_sde.tasks.show import noise_floor
 from score_sde.tasks.train import train
 from tests.oracles import SDES, name, numbers
 from tests.runs import ALONE, image_config, run_steps, toy_config

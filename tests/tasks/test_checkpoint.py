@@ -84,7 +84,7 @@ def test_a_checkpoint_gives_back_every_tensor(trained: Path) -> None:
     assert last.card.step == 6 and last.card.shape == (2,)
     tensors = load_file(path)
     state = make_state(config, (2,), CPU)
-    restore(path, state.model, state.ema, state.optimizer)
+    restore(path, state)
     for name, value in state.model.state_dict().items():
         assert torch.equal(value, tensors[f"model/{name}"])
     for name, value in state.ema.state_dict().items():
@@ -126,11 +126,11 @@ def test_a_foreign_checkpoint_is_refused(trained: Path) -> None:
 def test_a_checkpoint_of_another_network_changes_nothing(trained: Path) -> None:
     state = make_state(toy_config(model__hidden=16), (2,), CPU)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
-    with pytest.raises(ValueError, match=r"has shape .* but the config asks for"):
-        restore(checkpoints(trained)[-1], state.model, state.ema, state.optimizer)
+    with pytest.raises(ValueError, match=r"of shape .* but the config asks for"):
+        restore(checkpoints(trained)[-1], state)
     deeper = make_state(toy_config(model__depth=4), (2,), CPU)
     with pytest.raises(ValueError, match="is missing from"):
-        restore(checkpoints(trained)[-1], deeper.model, deeper.ema, deeper.optimizer)
+        restore(checkpoints(trained)[-1], deeper)
     for name, value in state.model.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -139,20 +139,20 @@ def test_a_checkpoint_of_another_network_changes_nothing(trained: Path) -> None:
 def test_a_file_without_optimizer_cannot_be_resumed(trained: Path, step: int) -> None:
     state = make_state(toy_config(), (2,), CPU)
     path = trained / "weights.safetensors"
-    save(path, Card(to_json(toy_config()), (2,), step), state.model, state.ema, None)
+    save(path, Card(to_json(toy_config()), (2,), step), state)
     load(path)
     with pytest.raises(ValueError, match="no optimizer state"):
-        restore(path, state.model, state.ema, state.optimizer)
+        restore(path, state)
 
 
 def test_after_a_single_step_too_the_optimizer_s_state_is_needed(tmp_path: Path) -> None:
     """Before the first step there is none."""
     state, path = make_state(toy_config(), (2,), CPU), tmp_path / "weights.safetensors"
-    save(path, Card(to_json(toy_config()), (2,), 1), state.model, state.ema, None)
+    save(path, Card(to_json(toy_config()), (2,), 1), state)
     with pytest.raises(ValueError, match="no optimizer state"):
-        restore(path, state.model, state.ema, state.optimizer)
-    save(path, Card(to_json(toy_config()), (2,), 0), state.model, state.ema, None)
-    assert restore(path, state.model, state.ema, state.optimizer).step == 0
+        restore(path, state)
+    save(path, Card(to_json(toy_config()), (2,), 0), state)
+    assert restore(path, state).step == 0
 
 
 def test_an_interrupted_write_leaves_the_old_file(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,7 +165,7 @@ def test_an_interrupted_write_leaves_the_old_file(trained: Path, monkeypatch: py
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="no space"):
-        save(path, Card("{}", (2,), 6), state.model, state.ema, state.optimizer)
+        save(path, Card("{}", (2,), 6), state)
     assert path.read_bytes() == before
     assert find(trained).path == path and newest(trained)[1] == [] and list(path.parent.iterdir()) == [path]
 
@@ -174,10 +174,10 @@ def test_a_state_that_is_not_finite_is_never_written(trained: Path) -> None:
     path = checkpoints(trained)[-1]
     before = path.read_bytes()
     state = make_state(toy_config(), (2,), CPU)
-    restore(path, state.model, state.ema, state.optimizer)
+    restore(path, state)
     state.optimizer.state[state.parameters[0]]["exp_avg_sq"][0] = torch.inf
     with pytest.raises(FloatingPointError, match=r"optimizer/exp_avg_sq/.* is not finite at step 6"):
-        save(path, Card(to_json(toy_config()), (2,), 6), state.model, state.ema, state.optimizer)
+        save(path, Card(to_json(toy_config()), (2,), 6), state)
     assert path.read_bytes() == before and list(path.parent.iterdir()) == [path]
 
 
@@ -185,8 +185,8 @@ def test_equal_states_are_equal_files(trained: Path, tmp_path: Path) -> None:
     """Whatever order things were in; so their hashes, in stamps and configs, are equal, too."""
     path, other = checkpoints(trained)[-1], tmp_path / "other.safetensors"
     state = make_state(toy_config(), (2,), CPU)
-    card = restore(path, state.model, state.ema, state.optimizer)
-    save(other, card, state.model, state.ema, state.optimizer)
+    card = restore(path, state)
+    save(other, card, state)
     assert other.read_bytes() == path.read_bytes() and file_hash(other) == file_hash(path)
 
 
@@ -198,7 +198,7 @@ def small(workdir: Path, *steps: int) -> list[Path]:
     state = make_state(toy_config(model__hidden=4, model__depth=1), (2,), CPU)
     paths = [checkpoint.checkpoint_path(workdir, step) for step in steps]
     for step, path in zip(steps, paths, strict=True):
-        save(path, Card(to_json(toy_config(model__hidden=4, model__depth=1)), (2,), step), state.model, state.ema, None)
+        save(path, Card(to_json(toy_config(model__hidden=4, model__depth=1)), (2,), step), state)
     return paths
 
 
@@ -378,7 +378,7 @@ def test_a_file_that_was_changed_anywhere_is_refused_or_holds_what_was_saved(tmp
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"optimizer/exp_avg/network.first.bias": torch.zeros(5)}, r"exp_avg/network.first.bias has shape \(5,\)"),
+        ({"optimizer/exp_avg/network.first.bias": torch.zeros(5)}, r"first.bias is torch.float32 of shape \(5,\)"),
         ({"optimizer/exp_avg/network.first.bias": torch.zeros(4, dtype=torch.int32)}, "first.bias is torch.int32"),
         ({"optimizer/exp_avg_sq/network.first.bias": torch.zeros(4, dtype=torch.float64)}, "is torch.float64"),
         ({"optimizer/exp_avg_sq/network.first.bias": None}, "exp_avg_sq/network.first.bias is missing"),
@@ -403,7 +403,7 @@ def test_a_tensor_that_cannot_be_is_named_and_nothing_is_restored(
     state = make_state(toy_config(model__hidden=4, model__depth=1), (2,), CPU)
     before = {name: value.clone() for name, value in state.model.state_dict().items()}
     with pytest.raises(ValueError, match=words) as caught:
-        restore(path, state.model, state.ema, state.optimizer)
+        restore(path, state)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
     assert all(torch.equal(value, before[name]) for name, value in state.model.state_dict().items())
     assert not state.optimizer.state

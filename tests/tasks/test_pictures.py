@@ -85,7 +85,7 @@ def test_points_become_a_picture_with_y_upwards():
     assert picture.nonzero().tolist() == [[0, 0, 9], [0, 5, 0]]
     assert picture[0, 0, 9] == 255
     assert picture[0, 5, 0] == 127  # the root of a quarter
-    assert grid(picture[None]).shape == (1, 14, 14)
+    assert grid(picture[None], zoom=1).shape == (1, 14, 14)
 
 
 def test_a_picture_is_whole_or_absent(tmp_path, monkeypatch):

@@ -94,7 +94,7 @@ def straight_and_interrupted(config: ConfigDict, data: Data, workdir: Path, text
     list(train(config, workdir / "b", data, codec, ALONE, text=text))
     assert last.read_bytes() == written
     state = make_state(config, data.shape, ALONE.device)
-    checkpoint.restore(first, state.model, state.ema, state.optimizer, state.law)
+    checkpoint.restore(first, state)
     assert len(state.optimizer.state) == len(state.parameters)
     for p in state.parameters:
         kept = state.optimizer.state[p]
