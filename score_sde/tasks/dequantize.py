@@ -49,9 +49,8 @@ def run_dequantizing(job: Job, split: Split) -> Path:
     codec, config = job.codec, job.config
     if not isinstance(codec, PixelCodec):
         raise ValueError(f"--mode dequantize is for pixels; data.dataset={config.data.dataset} holds floats")
-    about = {"sde": repr(job.model.sde), "examples_sha256": split.digest()}
     target = dequantiser_path(job)
-    limited = stamped(job, "dequantize", about)
+    limited = stamped(job, "dequantize", {"sde": repr(job.model.sde), "examples_sha256": split.digest()})
     made_from = json.dumps(limited.made_from)
     keep_log()
     if was_made_from(target, made_from):
@@ -65,19 +64,9 @@ def run_dequantizing(job: Job, split: Split) -> Path:
                 bar.note(f"loss {bits(loss.item(), math.prod(split.shape)):.3f} bits/dim")
             bar.update()
 
-        dequantiser = fit_dequantiser(
-            job.model,
-            split.to(job.processes.device),
-            codec,
-            steps=d.n_iters,
-            batch_size=d.batch_size,
-            lr=d.lr,
-            hidden=d.hidden,
-            layers=d.layers,
-            t_min=e.t_min,
-            seed=limited.config.seed,
-            progress=progress,
-        )
+        options: dict[str, Any] = {key: d[key] for key in ("batch_size", "lr", "hidden", "layers")}
+        options |= {"steps": d.n_iters, "t_min": e.t_min, "seed": limited.config.seed, "progress": progress}
+        dequantiser = fit_dequantiser(job.model, split.to(job.processes.device), codec, **options)
     save_dequantiser(target, dequantiser, checkpoint_sha256=job.trained.sha256, made_from=made_from)
     return target
 

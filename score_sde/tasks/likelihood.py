@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -127,23 +127,29 @@ def reported(result: dict[str, Any]) -> str:
     return f"{result['unit']} {result['mean']:.4f} {' '.join(parts)}, NFE {result['nfe']:.0f}{without}"
 
 
-class Estimator(Protocol):
-    """It estimates log p, or a lower bound on it, for the examples first, first + 1, ..."""
+@dataclass(frozen=True)
+class Estimator(ABC):
+    """It estimates log p, or a lower bound on it, for the examples first, first + 1, ..., by the section eval."""
 
-    road: str
+    config: ConfigDict
+    road: ClassVar[str]
 
+    @abstractmethod
     def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood:
         """The estimate for x (B, *shape) as the model sees it."""
 
     def of_pixels(self, model: ScoreModel, k: Tensor, law: Dequantiser, first: int) -> LogProbability | Likelihood:
-        """The estimate for stored levels k (B, *shape), dequantised by `law`."""
+        """The estimate for stored levels k (B, *shape): that of their image under `law`, less its own log density."""
+        u = uniform_numbers(tuple(k.shape), 1, self.config.eval.seed, first)[0].to(k.device)
+        x, log_q = law(k, u)
+        bound = self.of_floats(model, x, first)
+        return bound._replace(log_prob=bound.log_prob - log_q.flatten(1).sum(1))
 
 
 @dataclass(frozen=True)
-class Flow:
-    """Log p by the probability-flow ODE, with the solver's tolerances and the probes of the section eval."""
+class Flow(Estimator):
+    """Log p by the probability-flow ODE."""
 
-    config: ConfigDict
     tighter: float = 1.0  # divides the tolerances
     probes: int = 0  # in place of eval.probes
     road = "probability-flow ODE"
@@ -160,26 +166,10 @@ class Flow:
         return {**solver, "probe": e.probe, "probes": self.probes or e.probes, "seed": e.seed, "first": first}
 
 
-class _Bounded(ABC):
-    """The bound of pixels is that of a dequantised image, less the law's own log density."""
-
-    config: ConfigDict
-
-    @abstractmethod
-    def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood: ...
-
-    def of_pixels(self, model: ScoreModel, k: Tensor, law: Dequantiser, first: int) -> Likelihood:
-        u = uniform_numbers(tuple(k.shape), 1, self.config.eval.seed, first)[0].to(k.device)
-        x, log_q = law(k, u)
-        bound = self.of_floats(model, x, first)
-        return bound._replace(log_prob=bound.log_prob - log_q.flatten(1).sum(1))
-
-
 @dataclass(frozen=True)
-class SdeBound(_Bounded):
+class SdeBound(Estimator):
     """The variational bound of the SDE, with eval.draws of its times for each example."""
 
-    config: ConfigDict
     road = "variational bound of the SDE"
 
     def of_floats(self, model: ScoreModel, x: Tensor, first: int) -> Likelihood:
@@ -189,10 +179,9 @@ class SdeBound(_Bounded):
 
 
 @dataclass(frozen=True)
-class ChainBound(_Bounded):
+class ChainBound(Estimator):
     """The variational bound of a chain of `times`, here for floats."""
 
-    config: ConfigDict
     times: Tensor
     road = "variational bound of the chain"
 

@@ -69,24 +69,16 @@ class Report:
     gaussian: tuple[float, float] | None  # bits/dim, without levels nats/dim, and its standard error over examples
 
     @property
-    def sigma_data(self) -> float:
-        return self.rms
-
-    @property
-    def sigma_max(self) -> float:
-        return self.largest_distance
-
-    @property
     def sigma_min(self) -> float:
         return 0.01 * (self.range[1] - self.range[0])
 
     @property
     def noise_levels(self) -> NoiseLevels | None:
-        """NCSNv2's levels from sigma_min to sigma_max; None below 5 dimensions, for which there is no rule."""
+        """NCSNv2's levels from sigma_min to sigma_max; None below 5 dimensions, which have no rule."""
         d = math.prod(self.data.shape)
-        if d < 5 or self.sigma_min >= self.sigma_max:
+        if d < 5 or self.sigma_min >= self.largest_distance:
             return None
-        return NoiseLevels.by_rule(d, self.sigma_max, sigma_min=self.sigma_min)
+        return NoiseLevels.by_rule(d, self.largest_distance, sigma_min=self.sigma_min)
 
     def __str__(self) -> str:
         data, unit = self.data, "bits/dim" if self.levels else "nats/dim"
@@ -111,8 +103,8 @@ class Report:
             ("largest distance", f"{self.largest_distance:.4g} between two training examples{bound}"),
             ("Gaussian baseline", baseline),
             ("uniform baseline", f"{math.log2(self.levels):.3f} bits/dim" if self.levels else "none"),
-            ("suggested", f"--config.model.sigma_data={self.sigma_data:.3g}  the root mean square"),
-            ("", f"--config.model.sigma_max={self.sigma_max:.3g}  the largest distance"),
+            ("suggested", f"--config.model.sigma_data={self.rms:.3g}  the root mean square"),
+            ("", f"--config.model.sigma_max={self.largest_distance:.3g}  the largest distance"),
             ("", f"--config.model.sigma_min={self.sigma_min:.3g}  1 % of the range"),
         ]
         if levels := self.noise_levels:
@@ -131,24 +123,16 @@ def scan(data: Data, codec: Codec, seed: int = 0) -> Report:
     2 GiB, of a split that stays on disk.
     """
     train, test = _in_memory(data.train, _STREAM, seed), _in_memory(data.test, _STREAM, seed)
-    count, total, squares, low, high = 0, 0.0, 0.0, math.inf, -math.inf
+    total, squares, low, high = 0.0, 0.0, math.inf, -math.inf
     for x in _encoded(train, codec):
-        count, total, squares = count + x.numel(), total + x.sum().item(), squares + x.square().sum().item()
+        total, squares = total + x.sum().item(), squares + x.square().sum().item()
         low, high = min(low, x.min().item()), max(high, x.max().item())
+    mean, square = total / train.numel(), squares / train.numel()
     distance, exact = largest_distance(train, codec)
     return Report(
-        data=data,
-        levels=codec.levels,
-        seed=seed,
-        scanned=(len(train), len(test)),
-        stored=(float(train.min()), float(train.max())),
-        range=(low, high),
-        mean=total / count,
-        std=math.sqrt(max(0.0, squares / count - (total / count) ** 2)),
-        rms=math.sqrt(squares / count),
-        largest_distance=distance,
-        distance_is_exact=exact,
-        gaussian=_baseline(train, test, codec, seed),
+        *(data, codec.levels, seed, (len(train), len(test)), (float(train.min()), float(train.max())), (low, high)),
+        *(mean, math.sqrt(max(0.0, square - mean**2)), math.sqrt(square), distance, exact),
+        _baseline(train, test, codec, seed),
     )
 
 
@@ -216,28 +200,20 @@ def largest_distance(k: Tensor, codec: Codec) -> tuple[float, bool]:
     return max(best, torch.cdist(far, far).max().item()), candidates <= limit
 
 
-def disagreements(
-    data: Data,
-    codec: Codec,
-    *,
-    image_size: int | None = None,
-    num_channels: int | None = None,
-    sigma_data: float | None = None,
-    sigma_max: float | None = None,
-) -> list[str]:
-    """Warnings where the data and a config disagree, from 2,000 training examples; None or 0 leaves a check out.
-
-    Pass sigma_data if the model uses it, and sigma_max if the SDE keeps its data unscaled (VE, EDM).
-    """
+def disagreements(data: Data, codec: Codec, config: ConfigDict) -> list[str]:
+    """Warnings where the data, of which 2,000 training examples are looked at, and a config disagree."""
+    d, m = config.data, config.model
+    sigma_data = m.sigma_data if m.rule == "edm" else None
+    sigma_max = m.sigma_max if config.training.sde in ("vesde", "edm") else None  # the others scale their data down
     k = _in_memory(data.train, 2000 * math.prod(data.shape) * 4, seed=0)[:2000]
     rms = math.sqrt(torch.cat([x.square().mean(1) for x in _encoded(k, codec)]).mean())
     warnings = []
     if codec.levels and len(data.shape) == 3:
         channels, *size = data.shape
-        if num_channels and num_channels != channels:
-            warnings.append(f"the images have {channels} channels, but data.num_channels={num_channels}")
-        if image_size and size != [image_size, image_size]:
-            warnings.append(f"the images are {size[0]} x {size[1]}, but data.image_size={image_size}")
+        if d.num_channels and d.num_channels != channels:
+            warnings.append(f"the images have {channels} channels, but data.num_channels={d.num_channels}")
+        if d.image_size and size != [d.image_size, d.image_size]:
+            warnings.append(f"the images are {size[0]} x {size[1]}, but data.image_size={d.image_size}")
     if codec.levels and k.max() < codec.levels // 4:
         remedy = f"multiply them by {(codec.levels - 1) // max(1, int(k.max()))}"
         if codec.levels > COARSE:
@@ -264,9 +240,8 @@ def _classes(data: Data) -> list[tuple[str, str]]:
         return []
     splits = (split.y for split in (data.train, data.test))
     counts = [[0] * data.num_classes if y is None else torch.bincount(y, minlength=data.num_classes) for y in splits]
-    each = [
-        f"{class_name(i, data.class_names)} {int(counts[0][i])} + {int(counts[1][i])}" for i in range(data.num_classes)
-    ]
+    names = [class_name(i, data.class_names) for i in range(data.num_classes)]
+    each = [f"{name} {int(train)} + {int(test)}" for name, train, test in zip(names, *counts)]
     shown = [", ".join(each[i : i + 5]) for i in range(0, min(len(each), _SHOWN), 5)]
     if len(each) > _SHOWN:
         shown.append(f"and {len(each) - _SHOWN} more")

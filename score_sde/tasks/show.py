@@ -75,8 +75,11 @@ class Show:
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and needed in training alone
 
         self.writer = SummaryWriter(str(workdir / "tensorboard"))
-        self.floor = _floor(config) if config.data.dataset in EXACT and kind_of(config) is MODEL else {}
-        if self.floor:
+        self.floor = dict[str, float]()  # the irreducible error, for data whose density is known
+        name = config.data.dataset
+        if name in EXACT and kind_of(config) is MODEL:
+            sde = build_sde(config)
+            self.floor = noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
             log.info("irreducible error by noise level: %s", _line(self.floor))
 
     def __call__(self, m: Metrics) -> None:
@@ -151,7 +154,7 @@ def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
         log.info("data: %s", sentence)
     if data.empty_classes:
         log.warning("warning: %s", about_empty_classes(data))
-    d, m, o = config.data, config.model, config.optim
+    o = config.optim
     if o.warmup > config.training.n_iters:
         highest = o.lr * config.training.n_iters / o.warmup
         log.warning(
@@ -159,14 +162,7 @@ def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
             "not to optim.lr=%g",
             *(o.warmup, config.training.n_iters, highest, o.lr),
         )
-    for sentence in disagreements(
-        as_drawn(data),
-        codec,
-        image_size=d.image_size,
-        num_channels=d.num_channels,
-        sigma_data=m.sigma_data if m.rule == "edm" else None,
-        sigma_max=m.sigma_max if config.training.sde in ("vesde", "edm") else None,
-    ):
+    for sentence in disagreements(as_drawn(data), codec, config):
         log.warning("warning: %s", sentence)
 
 
@@ -202,13 +198,6 @@ def _line(scalars: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in scalars.items())
 
 
-def _floor(config: ConfigDict) -> dict[str, float]:
-    """The irreducible error by noise level, for a data set whose density is known."""
-    name = config.data.dataset
-    sde = build_sde(config)
-    return noise_floor(EXACT[name](sde), lambda count: TOYS[name](count, 1), sde)
-
-
 def _picture(
     model: ScoreModel, shape: tuple[int, ...], codec: Codec, classes: Mapping[int, str]
 ) -> torch.Tensor | None:
@@ -217,12 +206,11 @@ def _picture(
     Samples come from 18 steps of Heun's method on Karras's grid. A class-conditional model draws equally many of each
     class, in rows of their own; `classes` are the names of the classes that were trained on.
     """
-    steps = model.sde.steps
-    walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), _STEPS)
-    pixels = codec.pixels
-    count = _PICTURES if pixels is not None else 4096
+    steps, pixels = model.sde.steps, codec.pixels
     if pixels is None and shape != (2,):
         return None
+    walk = times.karras(replace(model.sde, t_min=1 / steps if steps else max(model.sde.t_min, 1e-3)), _STEPS)
+    count = _PICTURES if pixels is not None else 4096
     groups, names = None, list[str]()
     if pixels is not None and 1 < len(classes) <= _PICTURES:
         count = _PICTURES // len(classes) * len(classes)

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
+from ml_collections import ConfigDict
 
+from score_sde.config import default_config
 from score_sde.data import Data, Split, load_data
 from score_sde.data.codecs import PixelCodec, VectorCodec
 from score_sde.data.files import Stream
@@ -31,11 +33,11 @@ def test_statistics_are_numpys(centered, monkeypatch):
     # encoding is in float32
     assert report.mean == pytest.approx(x.mean(), abs=1e-7)
     assert report.std == pytest.approx(x.std(), rel=1e-6)
-    assert report.rms == report.sigma_data == pytest.approx(np.sqrt((x**2).mean()), rel=1e-6)
+    assert report.rms == pytest.approx(np.sqrt((x**2).mean()), rel=1e-6)
     assert report.range == pytest.approx((x.min(), x.max()), rel=1e-6)
     assert report.stored == (data.train.x.min(), data.train.x.max())
     distances = scipy.spatial.distance.pdist(x.reshape(len(x), -1))
-    assert report.largest_distance == report.sigma_max == pytest.approx(distances.max(), rel=1e-6)
+    assert report.largest_distance == pytest.approx(distances.max(), rel=1e-6)
     assert report.sigma_min == pytest.approx(0.01 * (x.max() - x.min()), rel=1e-6)
     assert report.gaussian is not None
 
@@ -155,25 +157,35 @@ def test_streams_are_scanned_in_part_and_it_says_so(monkeypatch):
     assert "200 to train on, 10 held out; looked at 40 and 10, chosen with seed 0" in str(report)
 
 
+def config_of(size: int = 0, channels: int = 0, sigma_data: float = 0.0, sigma_max: float = 0.0) -> ConfigDict:
+    """A config of images, whose model uses the noise levels that are not 0."""
+    config = default_config()
+    config.data.image_size, config.data.num_channels = size, channels
+    if sigma_data:
+        config.model.rule, config.model.sigma_data = "edm", sigma_data
+    if sigma_max:
+        config.training.sde, config.model.sigma_max = "vesde", float(sigma_max)
+    return config
+
+
 def test_agreement_is_silent():
     data = load_data("digits")
-    fits = disagreements(data, PixelCodec(17), image_size=8, num_channels=1, sigma_data=0.8, sigma_max=9)
-    assert fits == disagreements(load_data("moons"), VectorCodec(), image_size=32, num_channels=3) == []
+    fits = disagreements(data, PixelCodec(17), config_of(8, 1, sigma_data=0.8, sigma_max=9))
+    assert fits == disagreements(load_data("moons"), VectorCodec(), config_of(32, 3)) == []
 
 
 def test_disagreements_are_named():
     digits = load_data("digits")
-    channels, size, data_sigma, max_sigma = disagreements(
-        digits, PixelCodec(17), image_size=32, num_channels=3, sigma_data=0.4, sigma_max=1.0
-    )
+    config = config_of(32, 3, sigma_data=0.4, sigma_max=1.0)
+    channels, size, data_sigma, max_sigma = disagreements(digits, PixelCodec(17), config)
     assert channels == "the images have 1 channels, but data.num_channels=3"
     assert size == "the images are 8 x 8, but data.image_size=32"
     assert data_sigma.startswith("the data's root mean square is 0.84")
     assert "model.sigma_data=0.4" in data_sigma
     assert "model.sigma_max=1 leaves modes apart" in max_sigma
-    (dark,) = disagreements(dataset(uint8(50, 1, 4, 4, high=2)), PixelCodec())
+    (dark,) = disagreements(dataset(uint8(50, 1, 4, 4, high=2)), PixelCodec(), config_of())
     assert dark == "pixels reach 1 of 255: if that is their white, multiply them by 255"
-    (scale,) = disagreements(dataset(torch.rand(50, 3) * 255, None), VectorCodec())
+    (scale,) = disagreements(dataset(torch.rand(50, 3) * 255, None), VectorCodec(), config_of())
     assert "root mean square is" in scale
     assert "divide the data by it" in scale
 
