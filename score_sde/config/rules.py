@@ -169,8 +169,8 @@ def _guidance(config: ConfigDict) -> Rules:
         )
     if not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1:
         yield (
-            f"sampling.guidance={s.guidance:g} has nothing to guide by: set model.class_conditional=True "
-            "for a class-conditional model, sampling.classifier or sampling.guidance_checkpoint"
+            f"sampling.guidance={s.guidance:g} has no effect without a condition: set model.class_conditional=True, "
+            "sampling.classifier or sampling.guidance_checkpoint"
         )
     if s.classifier and (s.guidance_checkpoint or s.guidance_rescale > 0):
         yield (

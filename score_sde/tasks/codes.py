@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import runpy
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,7 @@ class Opened:
     autoencoder: Autoencoder
     sha256: str
     where: Path
-    device: torch.device | str = "cpu"
+    device: torch.device | str
 
     @torch.no_grad()
     def decoded_shape(self, codes: tuple[int, ...]) -> tuple[int, ...]:
@@ -185,7 +186,9 @@ def codes_of(
     The main process reads them from a file in `folder`, or writes it, and sends them to the others. With `mirror` each
     training image is encoded twice, once mirrored. Raises ValueError for codes that do not vary.
     """
-    made_from = {"autoencoder": source.sha256, "images": _fingerprint(data), "mirror": str(mirror)}
+    both = (replace(split, y=None, caption=None).digest() for split in (data.train, data.test))
+    images = hashlib.sha256(" ".join(both).encode()).hexdigest()
+    made_from = {"autoencoder": source.sha256, "images": images, "mirror": str(mirror)}
     key = hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:16]
     path = folder / f"{source.sha256[:16]}-{key}.safetensors"
 
@@ -219,12 +222,11 @@ def as_asked(data: Data, codec: AutoencoderCodec, device: torch.device | str) ->
     """The data's images as the means of their normalised codes, encoded whenever they are read."""
 
     def part(split: Split) -> Split:
-        def read(index: list[int]) -> Tensor:
-            return codec.posterior(split[torch.tensor(index, dtype=torch.int64)][0].to(device))[0].cpu()
+        def read(index: Sequence[int]) -> Tensor:
+            return codec.posterior(split[torch.tensor(list(index), dtype=torch.int64)][0].to(device))[0].cpu()
 
         one = codec.posterior(torch.zeros(1, *split.shape, dtype=torch.uint8, device=device))[0]
-        x = Stream((len(split), *one.shape[1:]), lambda index: read(list(index)), f"codes of {split.digest()}")
-        return replace(split, x=x)
+        return replace(split, x=Stream((len(split), *one.shape[1:]), read, f"codes of {split.digest()}"))
 
     return replace(data, train=part(data.train), test=part(data.test), levels=None)
 
@@ -273,30 +275,23 @@ def check_codes(trained: Trained, sha256: str, where: str, statistics: Statistic
         )
 
 
-def _fingerprint(data: Data) -> str:
-    """A hash of both splits' images, without their labels and captions."""
-    both = (replace(split, y=None, caption=None).digest() for split in (data.train, data.test))
-    return hashlib.sha256(" ".join(both).encode()).hexdigest()
-
-
 @torch.no_grad()
 def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
     """Mean and standard deviation of every code, (N, c, h, w) float32 in the autoencoder's units, and statistics."""
     parameters = source.autoencoder.parameters() if isinstance(source.autoencoder, nn.Module) else iter(())
     device = next((p.device for p in parameters), torch.device("cpu"))
-    parts: list[tuple[str, Split, Callable[[Tensor], Tensor]]] = [("train", data.train, lambda k: k)]
-    if mirror:
-        parts.append(("train", data.train, lambda k: k.flip(-1)))
-    parts.append(("test", data.test, lambda k: k))
-    parts_of: dict[str, list[Tensor]] = {}
-    with Progress("encoding", sum(len(split) for _, split, _ in parts), "image") as bar:
-        for name, split, turned in parts:
+    turned = [("train", data.train, True)] if mirror else []
+    passes = [("train", data.train, False), *turned, ("test", data.test, False)]
+    parts: dict[str, list[Tensor]] = defaultdict(list)
+    with Progress("encoding", sum(len(split) for _, split, _ in passes), "image") as bar:
+        for name, split, mirrored in passes:
             for index in torch.arange(len(split)).split(_TOGETHER):
-                k = turned(split[index][0]).to(device)
-                for kind, value in zip(("mean", "std"), source.autoencoder.encode(source.pixels.encode(k))):
-                    parts_of.setdefault(f"{name}/{kind}", []).append(value.float().cpu())
+                k = split[index][0].to(device)
+                x = source.pixels.encode(k.flip(-1) if mirrored else k)
+                for kind, value in zip(("mean", "std"), source.autoencoder.encode(x)):
+                    parts[f"{name}/{kind}"].append(value.float().cpu())
                 bar.update(len(index))
-    codes = {name: torch.cat(values) for name, values in parts_of.items()}
+    codes = {name: torch.cat(values) for name, values in parts.items()}
     # the variance of draws is that of the means and the mean of the variances
     mean = torch.stack([c.double().mean() for c in codes["train/mean"].unbind(1)])
     spread = torch.stack([c.double().var(correction=0) for c in codes["train/mean"].unbind(1)])
@@ -307,11 +302,10 @@ def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
             f"data.autoencoder={source.where}: channel {int((std == 0).nonzero()[0])} of its codes is the same number "
             "everywhere; take an autoencoder whose codes have fewer channels"
         )
-    deviation = getattr(source.autoencoder, "deviation", None)
-    if deviation is None:
-        deviation = _measured_deviation(source, data.train, codes, device)
-    deviation = torch.as_tensor(deviation, dtype=torch.float64).detach().cpu()
-    return codes | {"mean": mean, "std": std, "deviation": deviation}
+    known = getattr(source.autoencoder, "deviation", None)
+    deviation = _measured_deviation(source, data.train, codes, device) if known is None else known
+    statistics = {"mean": mean, "std": std, "deviation": torch.as_tensor(deviation, dtype=torch.float64).detach().cpu()}
+    return codes | statistics
 
 
 def _measured_deviation(source: Source, split: Split, codes: dict[str, Tensor], device: torch.device) -> Tensor:

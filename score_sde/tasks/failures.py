@@ -28,9 +28,6 @@ _MEMORY = re.compile(
 _PEERS = re.compile(
     r"(gloo|nccl|tcpstore).*(closed|reset|refused|time[sd]? ?out|broken pipe|remote)", re.IGNORECASE | re.DOTALL
 )
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_DENIED = (errno.EACCES, errno.EPERM, errno.EROFS)
-_IN_THE_WAY = (errno.EEXIST, errno.ENOTDIR)
 _SHOWN = 200  # characters of a path, of which an absurd one has thousands
 
 
@@ -88,53 +85,56 @@ def _system(error: BaseException, code: int, mode: str, workdir: str) -> str:
     path = getattr(error, "filename2", None) or getattr(error, "filename", None)  # of a file that is put in its place
     path = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
     where = _short(path) or (f"a file in {_short(workdir)}" if workdir else "a file")
-    reason = os.strerror(code)
-    kept = "what was finished is kept, and the same command goes on from there"
-    if code in _FULL:
-        return f"{where} could not be written ({reason}): free some space or give another --workdir; {kept}"
-    if code in _DENIED:
-        return f"{where} cannot be used ({reason}): change its permissions, or give another --workdir"
-    if code in _IN_THE_WAY:
-        blocked = _short(_blocking(path)) if path else where
-        return f"{blocked} is a file where a folder is needed: move it away, or give another --workdir"
-    if code == errno.EISDIR:
-        return f"{where} is a folder where a file is needed: move it away, or give another --workdir"
-    if code == errno.ENAMETOOLONG:
-        return f"the name {where} is too long for the file system: give a shorter one"
-    if code == errno.ENOENT:
-        return f"{where} is not there: if it was deleted during the run, give the same command again"
-    if code == errno.ENOMEM:
-        return f"out of memory ({reason}): {_less_memory(mode)}"
-    if code == errno.EPIPE:
-        return f"the output was closed before its end, as `| head` does: write to a file instead; {kept}"
-    if code in (errno.EMFILE, errno.ENFILE):
-        return f"{where} cannot be opened ({reason}): allow more open files by ulimit -n"
-    return f"{where}: {reason}; {kept}"
+    words = {"where": where, "blocked": _short(_blocking(path)) if path else where, "reason": os.strerror(code)}
+    return _SENTENCES.get(code, f"{{where}}: {{reason}}; {_KEPT}").format(**words, less=_less_memory(mode))
+
+
+_KEPT = "what was finished is kept, and the same command goes on from there"
+# Sentences for the operating system's errors; `blocked` is the file in a folder's place, `less` what saves memory.
+_SENTENCES = {
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
+        f"{{where}} could not be written ({{reason}}): free some space or give another --workdir; {_KEPT}",
+    ),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS),
+        "{where} cannot be used ({reason}): change its permissions, or give another --workdir",
+    ),
+    **dict.fromkeys(
+        (errno.EEXIST, errno.ENOTDIR),
+        "{blocked} is a file where a folder is needed: move it away, or give another --workdir",
+    ),
+    errno.EISDIR: "{where} is a folder where a file is needed: move it away, or give another --workdir",
+    errno.ENAMETOOLONG: "the name {where} is too long for the file system: give a shorter one",
+    errno.ENOENT: "{where} is not there: if it was deleted during the run, give the same command again",
+    errno.ENOMEM: "out of memory ({reason}): {less}",
+    errno.EPIPE: f"the output was closed before its end, as `| head` does: write to a file instead; {_KEPT}",
+    errno.EMFILE: "{where} cannot be opened ({reason}): allow more open files by ulimit -n",
+    errno.ENFILE: "{where} cannot be opened ({reason}): allow more open files by ulimit -n",
+}
 
 
 def _less_memory(mode: str) -> str:
     """What takes less memory in a mode."""
+    fewer = "evaluate fewer at a time, by a smaller --config.eval.batch_size"
     training = (
         "compute the batch in parts (--config.training.accumulate=2), recompute activations "
         "(--config.training.checkpoint_activations=true), halve the precision (--config.training.precision=bfloat16), "
         "or take a smaller --config.training.batch_size"
     )
-    fewer = "evaluate fewer at a time, by a smaller --config.eval.batch_size"
-    if mode == "train":
-        return training
-    if mode == "sample":
-        return "draw fewer samples at a time, by a smaller --config.sampling.batch_size"
-    if mode == "likelihood":
-        return f"{fewer}, and take fewer --config.eval.probes, --config.eval.draws or --config.eval.importance_samples"
-    if mode in RESTORING:
-        return "restore fewer at a time, by a smaller --config.eval.batch_size, with fewer --config.inverse.particles"
-    if mode in ("encode", "decode", "interpolate"):
-        return fewer
-    if mode == "dequantize":
-        return "take a smaller --config.dequantizer.batch_size or --config.dequantizer.hidden"
-    if mode == "scan":
-        return "take smaller examples, by --config.data.image_size or --config.data.length"
-    return f"{training}; or draw and evaluate fewer at a time (--config.sampling.batch_size, --config.eval.batch_size)"
+    restoring = "restore fewer at a time, by a smaller --config.eval.batch_size, with fewer --config.inverse.particles"
+    by_mode = {
+        "train": training,
+        "sample": "draw fewer samples at a time, by a smaller --config.sampling.batch_size",
+        "likelihood": f"{fewer}, and take fewer --config.eval.probes, --config.eval.draws or "
+        "--config.eval.importance_samples",
+        "dequantize": "take a smaller --config.dequantizer.batch_size or --config.dequantizer.hidden",
+        "scan": "take smaller examples, by --config.data.image_size or --config.data.length",
+        **dict.fromkeys(("encode", "decode", "interpolate"), fewer),
+        **dict.fromkeys(RESTORING, restoring),
+    }
+    other = f"{training}; or draw and evaluate fewer at a time (--config.sampling.batch_size, --config.eval.batch_size)"
+    return by_mode.get(mode, other)
 
 
 def _blocking(path: str) -> Path:

@@ -48,7 +48,7 @@ def read_for_training(config: ConfigDict, processes: Processes) -> tuple[Data, C
 
 def split_of(data: Data, config: ConfigDict) -> Split:
     """The examples that eval.split names."""
-    return {"test": data.test, "train": data.train}[config.eval.split]
+    return data.test if config.eval.split == "test" else data.train
 
 
 def number_of(split: Split, config: ConfigDict) -> int:

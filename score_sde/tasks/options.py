@@ -41,9 +41,9 @@ def check(options: argparse.Namespace, config: ConfigDict) -> None:
     """
     _mode(options, config)
     for option, modes in READ_BY.items():
-        given = getattr(options, option.removeprefix("--"))
-        if given not in (None, "", []) and options.mode not in modes:
-            value = given[0] if isinstance(given, list) else given
+        value = getattr(options, option.removeprefix("--"))
+        value = next(iter(value), "") if isinstance(value, list) else value
+        if value not in (None, "") and options.mode not in modes:
             raise ValueError(
                 f"--mode {options.mode} reads no {option}, got {value}; leave it out ({option} is for "
                 f"{', '.join(modes)})"
@@ -111,14 +111,13 @@ def _input(options: argparse.Namespace, config: ConfigDict) -> None:
             f"--input {options.input} and sampling.base={config.sampling.base} both give the images that are enlarged: "
             "leave one of them out"
         )
-    unread = {
-        "interpolation.between=seeds": mode == "interpolate" and config.interpolation.between == "seeds",
-        "--mode sample": mode == "sample" and start == 1 and not config.model.super_resolution,
-    }
-    for what, holds in unread.items():
-        if holds and options.input is not None:
-            begin = ", or begin with it: --config.sampling.start=0.4" if mode == "sample" else ""
-            raise ValueError(f"{what} reads no --input, got {options.input}; leave it out{begin}")
+    unread = ""
+    if mode == "interpolate" and config.interpolation.between == "seeds":
+        unread, remedy = "interpolation.between=seeds", ""
+    elif mode == "sample" and start == 1 and not config.model.super_resolution:
+        unread, remedy = "--mode sample", ", or begin with it: --config.sampling.start=0.4"
+    if unread and options.input is not None:
+        raise ValueError(f"{unread} reads no --input, got {options.input}; leave it out{remedy}")
 
 
 def _prompt(options: argparse.Namespace, config: ConfigDict) -> None:
@@ -133,13 +132,13 @@ def _prompt(options: argparse.Namespace, config: ConfigDict) -> None:
     s = config.sampling
     if options.negative and (s.classifier or s.guidance_checkpoint):
         raise ValueError(
-            f"--negative {options.negative!r} is for a model that guides by itself: leave sampling.classifier and "
+            f"--negative {options.negative!r} is for classifier-free guidance: leave sampling.classifier and "
             "sampling.guidance_checkpoint alone"
         )
 
 
 def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
-    """Refuse scales with nothing to guide by, and guidance without effect."""
+    """Refuse guidance without effect."""
     s, scales = config.sampling, scales_of(options) or [config.sampling.guidance]
     classes = (config.model.class_conditional or s.classifier) and (options.mode == "sample" or s.labels)
     guided = classes or s.guidance_checkpoint or options.prompt
@@ -160,8 +159,8 @@ def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
         )
     if options.scales and not guided:
         raise ValueError(
-            f"--scales {options.scales} has nothing to guide by: take a class-conditional model, a --prompt, or set "
-            "sampling.classifier or sampling.guidance_checkpoint"
+            f"--scales {options.scales} has no effect without a condition: take a class-conditional model, give a "
+            "--prompt, or set sampling.classifier or sampling.guidance_checkpoint"
         )
 
 

@@ -36,7 +36,7 @@ from .inputs import number_of, read_examples, read_mask, split_of
 from .job import Job
 from .latents import as_in_training
 from .pictures import grid, write_png
-from .results import Arrays, channels_last, mean_and_error, write_arrays
+from .results import Arrays, channels_last, mean_and_error, write_arrays, write_single_pictures
 from .sample import Draws, drawing
 from .stamps import about_examples, about_grid, stamped
 from .texts import with_prompts
@@ -252,9 +252,7 @@ class _Restoration:
         abreast = max(1, min(4, len(rows) // 2))
         write_png(grid(images, len(kinds) * abreast), folder / "grid.png")
         if self.own:
-            pictures = codec.display(torch.from_numpy(joined["restored"]).permute(0, 3, 1, 2))
-            for j, picture in enumerate(pictures):
-                write_png(picture, folder / f"{j:06d}.png")
+            write_single_pictures(joined["restored"], codec, folder)
 
 
 def _noise(job: Job, task: str) -> float:

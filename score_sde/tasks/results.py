@@ -198,9 +198,9 @@ def write_pictures(
             recordings.write(signal, folder / f"{i:06d}.wav", codec.rate)
 
 
-def write_single_pictures(folder: Path, pixels: PixelCodec) -> None:
-    """Write the images of a folder's `samples.npz`, (N, H, W, C), as 000000.png and so on, where these are missing."""
-    for i, image in enumerate((read_arrays(folder / "samples.npz") or {})["arr_0"]):
+def write_single_pictures(values: np.ndarray, pixels: PixelCodec, folder: Path) -> None:
+    """Write images (N, H, W, C) as 000000.png and so on, where these are missing."""
+    for i, image in enumerate(values):
         path = folder / f"{i:06d}.png"
         if not path.is_file():
             write_png(pixels.display(torch.from_numpy(image).permute(2, 0, 1)), path)

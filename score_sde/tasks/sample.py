@@ -31,7 +31,7 @@ from .conditions import Guides, Wanted, check_number, conditional, in_turn, load
 from .inputs import own_examples, read_examples
 from .job import Job
 from .options import scales_of
-from .results import Arrays, Stored, channels_last, write_arrays, write_pictures, write_single_pictures
+from .results import Arrays, Stored, channels_last, read_arrays, write_arrays, write_pictures, write_single_pictures
 from .stamps import StampedJob, about_grid, stamped
 from .texts import with_prompts
 
@@ -68,7 +68,7 @@ def run_sampling(
     draws = Draws(limited, sampler, times, guides, wanted)
     folder, result = limited.once("samples", words, "samples.npz", partial(draws.all, strengths))
     if singly and job.codec.pixels is not None and job.processes.main:
-        write_single_pictures(folder, job.codec.pixels)
+        write_single_pictures((read_arrays(folder / "samples.npz") or {})["arr_0"], job.codec.pixels, folder)
     return folder, result
 
 

@@ -215,7 +215,7 @@ def test_the_network_uses_the_image_and_its_noise_level(stages: tuple[Path, Path
         ("to be enlarged: name the workdir of a model", (*LARGE, "--config.sampling.base=LARGE")),
         ("there is no file or folder no.png: name what is to be read, --input", (*LARGE, "--input=no.png")),
         ("--scales must be numbers", (*LARGE, "--config.sampling.base=BASE", "--scales=1,two")),
-        ("nothing to guide by", ("--scales=1,2",)),
+        ("--scales 1,2 has no effect without a condition", ("--scales=1,2",)),
     ],
 )
 def test_what_a_model_of_images_cannot_do_is_said(
@@ -373,7 +373,7 @@ def test_another_encoder_or_data_without_captions_are_refused(
     assert "--negative 'a dog' has no effect without guidance: set sampling.guidance above" in capsys.readouterr().err
     weaker = (f"--config.sampling.guidance_checkpoint={workdir}", "--config.sampling.guidance=2")
     assert modes("sample", workdir, *settings, "--prompt=a cat", "--negative=a dog", *weaker) == 2
-    assert "--negative 'a dog' is for a model that guides by itself" in capsys.readouterr().err
+    assert "--negative 'a dog' is for classifier-free guidance" in capsys.readouterr().err
     assert modes("deblur", workdir, *settings, "--config.sampling.guidance=2") == 2
     assert "has no prompt to guide by: give one, --prompt TEXT" in capsys.readouterr().err
     assert modes("sample", workdir, *settings, "--config.sampling.guidance=2") == 2

@@ -575,7 +575,7 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
     ("words", "settings"),
     [
         ("there is no class '10'", ["--config.sampling.labels=10", "{classifier}"]),
-        ("has nothing to guide by", ["--config.sampling.guidance=2"]),
+        ("has no effect without a condition", ["--config.sampling.guidance=2"]),
         ("excludes other guidance", ["{classifier}", "--config.sampling.guidance_rescale=0.5"]),
         ("sampling.classifier=nowhere", ["--config.sampling.classifier=nowhere"]),
         ("guidance_checkpoint=nowhere: there is no", ["--config.sampling.guidance_checkpoint=nowhere"]),
