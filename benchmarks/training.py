@@ -121,7 +121,7 @@ def _ours(
         split, codec = Split(pixels).to(clock.device), codec_of(256, config.data.centered)
     else:
         split, codec = Split(torch.randn(max(256, t.batch_size), *shape, generator=g)).to(clock.device), codec_of(None)
-    objective, sde = kind_of(config).objective(state.model, config), kind_of(config).sde(state.model, config)
+    objective, sde = kind_of(config).objective(state.model, config, None), kind_of(config).sde(state.model, config)
 
     def whole() -> None:
         b = Batches(config, codec, sde).draw(split, state.step, flip=config.data.random_flip)

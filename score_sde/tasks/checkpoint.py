@@ -44,6 +44,11 @@ SUFFIX = ".safetensors"
 _NAMED = re.compile(r"\d{9,}" + re.escape(SUFFIX), re.ASCII)
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW, beside their step
 
+_SUCH: dict[type, tuple[str, str, str]] = {  # its name, the objective that trains it, a config that does
+    NoisyClassifier: ("classifier", "cross_entropy", "classifier_digits"),
+    ConvolutionalAutoencoder: ("autoencoder", "autoencoder", "autoencoder_digits32"),
+}
+
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -51,8 +56,7 @@ M = TypeVar("M", bound=nn.Module)
 class Card:
     """A checkpoint's description of itself: the config (as JSON text), the shape of an example, and the step.
 
-    `codes` are the statistics of the codes, for a model of codes, and `data` is a `DataCard`, both as JSON text, or ""
-    without one, as in files of version 0.1.0.
+    `codes` are the `Statistics` of a model of codes, and `data` is a `DataCard`, as JSON text; "" where there is none.
     """
 
     config: str
@@ -131,13 +135,11 @@ class DataCard:
             card = cls(**{**values, **lists})
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise ValueError(f"{text[:60]!r} does not describe a model's data ({error!r})") from error
-        counts = (card.levels, card.rate, card.num_classes, card.examples)
-        if not all(_is_count(value) for value in counts if value is not None) or None in counts[2:]:
-            raise ValueError(f"levels, rate, num_classes and examples of a model's data are counts, got {counts}")
-        if not all(_is_count(label) for label in card.empty_classes):
-            raise ValueError(f"empty classes of a model's data are counts, got {card.empty_classes}")
-        if not all(isinstance(name, str) for name in (*card.class_names, card.digest)):
-            raise ValueError(f"class names and digest of a model's data are text, got {text[:60]!r}")
+        optional = (value for value in (card.levels, card.rate) if value is not None)
+        counts = (*optional, card.num_classes, card.examples, *card.empty_classes)
+        names = (*card.class_names, card.digest)
+        if not all(map(_is_count, counts)) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"numbers of a model's data are counts, and its names text, got {text[:60]!r}")
         return card
 
 
@@ -198,20 +200,13 @@ class Trained:
             raise ValueError(f"{self.path} is {kind.name}: {kind.use}={self.path}")
         return model
 
-    def classifier(self, ema: bool = True, device: str | torch.device = "cpu") -> NoisyClassifier:
-        """The classifier of noisy examples. Raises ValueError for a broken file, or one without a classifier."""
-        remedy = "training.objective=cross_entropy, such as configs/classifier_digits.py"
-        return self._only(NoisyClassifier, "classifier", remedy, ema, device)
-
-    def autoencoder(self, ema: bool = True, device: str | torch.device = "cpu") -> ConvolutionalAutoencoder:
-        """The autoencoder. Raises ValueError for a broken file, or one without an autoencoder."""
-        remedy = "training.objective=autoencoder, such as configs/autoencoder_digits32.py"
-        return self._only(ConvolutionalAutoencoder, "autoencoder", remedy, ema, device)
-
-    def _only(self, kind: type[M], name: str, remedy: str, ema: bool, device: str | torch.device) -> M:
+    def only(self, kind: type[M], ema: bool = True, device: str | torch.device = "cpu") -> M:
+        """The classifier or autoencoder that the file holds. Raises ValueError for a broken file, or one of others."""
         network = self.network(ema, device) if self.card is not None else None
         if not isinstance(network, kind):
-            raise ValueError(f"{self.path} is no {name}: train one with {remedy}")
+            name, objective, example = _SUCH[kind]
+            remedy = f"train one with training.objective={objective}, such as configs/{example}.py"
+            raise ValueError(f"{self.path} is no {name}: {remedy}")
         return network
 
 
@@ -454,14 +449,14 @@ def load_classifier(path: str | Path, ema: bool = True, map_location: str | torc
 
     Raises FileNotFoundError if there is none, ValueError for a file that is broken or holds something else.
     """
-    return find(path).classifier(ema, map_location)
+    return find(path).only(NoisyClassifier, ema, map_location)
 
 
 def load_autoencoder(
     path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu"
 ) -> ConvolutionalAutoencoder:
     """Load the autoencoder of a workdir or checkpoint, in eval mode; errors as `load_classifier`."""
-    return find(path).autoencoder(ema, map_location)
+    return find(path).only(ConvolutionalAutoencoder, ema, map_location)
 
 
 def file_hash(path: Path) -> str:

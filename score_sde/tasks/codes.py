@@ -27,7 +27,7 @@ from ..data.sets import Data, Split, digest
 from ..machine.parallel import ALONE, Processes
 from ..machine.progress import Progress
 from ..machine.whole_files import read_header, read_tensors, write_tensors
-from ..models.autoencoder import Autoencoder
+from ..models.autoencoder import Autoencoder, ConvolutionalAutoencoder
 from . import checkpoint
 from .checkpoint import Trained
 
@@ -126,7 +126,7 @@ def opened(where: str | Path, device: torch.device | str = "cpu") -> Opened:
         made, sha256 = _from_diffusers(where)
     else:
         trained = checkpoint.find(where)
-        made, sha256 = trained.autoencoder(), trained.sha256
+        made, sha256 = trained.only(ConvolutionalAutoencoder), trained.sha256
     return Opened(made.to(device).eval().requires_grad_(False), sha256, where, device)
 
 

@@ -56,7 +56,7 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
     ema = s.weights == "ema"
     if s.classifier:
         trained = trained_at(s.classifier, "sampling.classifier", "a classifier (such as the config classifier_digits)")
-        judge = trained.classifier(ema, device)
+        judge = trained.only(NoisyClassifier, ema, device)
         _check_kin(trained, "sampling.classifier", config, shape, judge.sde == model.sde)
         return Guides(classifier=judge, about={"classifier_sha256": trained.sha256})
     if not s.guidance_checkpoint:

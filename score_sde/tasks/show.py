@@ -23,6 +23,7 @@ from ..data.toys import EXACT, TOYS
 from ..losses import time_laws
 from ..machine.log import log
 from ..machine.progress import Progress
+from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
 from ..noise import StepStream, generator
 from ..samplers import Heun, sample, times
@@ -141,7 +142,7 @@ class Show:
     @torch.no_grad()
     def _reconstructions(self, trained: checkpoint.Trained, weights: str) -> Tensor:
         """A grid of held-out images, each beside the image that the mean of its code decodes to."""
-        autoencoder, codec = trained.autoencoder(weights == "ema", self.device), self.codec
+        autoencoder, codec = trained.only(ConvolutionalAutoencoder, weights == "ema", self.device), self.codec
         assert isinstance(codec, PixelCodec)
         k = self.held_out[torch.arange(min(_PICTURES // 2, len(self.held_out)))][0].to(self.device)
         pairs = torch.stack([k, codec.decode(autoencoder.decode(autoencoder.encode(codec.encode(k))[0]))], 1)
