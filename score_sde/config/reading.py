@@ -212,12 +212,9 @@ def _names(text: str) -> tuple[int | str, ...]:
     return tuple(int(word) if number.fullmatch(word) else word.strip("'") for word in words if word)
 
 
-_PARSERS: dict[type, Callable[[str], Any]] = {
-    bool: lambda text: {"true": True, "1": True, "false": False, "0": False}.get(text.lower(), text),
-    int: _integer,
-    float: float,
-    tuple: _tuple,
-}
+_SWITCH = {"true": True, "1": True, "false": False, "0": False}
+_PARSERS: dict[type, Callable[[str], Any]] = {int: _integer, float: float, tuple: _tuple}
+_PARSERS[bool] = lambda text: _SWITCH.get(text.lower(), text)
 
 
 def _run(path: Path) -> ConfigDict:

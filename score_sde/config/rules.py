@@ -37,23 +37,12 @@ def check(config: ConfigDict) -> None:
 
 # The usual ranges of numbers whose extremes make a loss infinite or NaN.
 _USUAL: dict[str, tuple[float, float]] = {
-    "optim.lr": (1e-8, 0.1),
-    "optim.eps": (1e-16, 1e-2),
-    "optim.weight_decay": (0, 1),
-    "optim.grad_clip": (-math.inf, 1e4),
-    "training.kl_weight": (0, 1e4),
-    "training.difference_step": (1e-4, 1),
-    "training.soft_truncation": (0, 10),
-    "model.sigma_data": (1e-2, 1e3),
-    "model.sigma_min": (1e-6, 10),
-    "model.sigma_max": (0.1, 1e5),
-    "model.beta_min": (1e-6, 10),
-    "model.beta_max": (0.1, 200),
-    "model.gamma_min": (-40, 5),
-    "model.gamma_max": (-5, 40),
-    "model.init_scale": (0, 10),
-    "model.fourier_scale": (1e-3, 1e3),
-    "model.fourier_features": (0, 16),
+    "optim.lr": (1e-8, 0.1), "optim.eps": (1e-16, 1e-2), "optim.weight_decay": (0, 1),
+    "optim.grad_clip": (-math.inf, 1e4), "training.kl_weight": (0, 1e4), "training.difference_step": (1e-4, 1),
+    "training.soft_truncation": (0, 10), "model.sigma_data": (1e-2, 1e3), "model.sigma_min": (1e-6, 10),
+    "model.sigma_max": (0.1, 1e5), "model.beta_min": (1e-6, 10), "model.beta_max": (0.1, 200),
+    "model.gamma_min": (-40, 5), "model.gamma_max": (-5, 40), "model.init_scale": (0, 10),
+    "model.fourier_scale": (1e-3, 1e3), "model.fourier_features": (0, 16),
 }
 
 

@@ -137,13 +137,9 @@ def _describe(record: Record) -> str:
 
 def _own_record(doing: str) -> Record:
     """What this process writes into its lock file."""
-    process = {
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "pid": os.getpid(),
-        "began": _start_time(os.getpid()),
-    }
-    return {**process, "since": time.strftime("%Y-%m-%d %H:%M:%S"), "doing": doing}
+    pid, since = os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S")
+    process = {"host": socket.gethostname(), "machine": _machine(), "pid": pid, "began": _start_time(pid)}
+    return {**process, "since": since, "doing": doing}
 
 
 def _machine() -> str:

@@ -66,27 +66,14 @@ class ChainEvaluation:
         config, codec, e = self.job.config, self.job.codec, self.job.config.eval
         index, model = torch.arange(first, first + count), self.job.model
         clipped = clip(model, *codec.range) if e.clip_denoised and isinstance(codec, PixelCodec) else model
-        bound = chain_bound(
-            given(config, clipped, self.split, index, self.text, codec),
-            codec.encode(self.split[index][0]).to(torch.float32),
-            self.times,
-            variance=config.sampling.variance,
-            levels=codec.levels,
-            width=codec.width,
-            terms=e.terms or None,
-            seed=e.seed,
-            first=first,
-        )
-        return self.arrays(bound)
+        conditioned = given(config, clipped, self.split, index, self.text, codec)
+        x0 = codec.encode(self.split[index][0]).to(torch.float32)
+        options = {"variance": config.sampling.variance, "levels": codec.levels, "width": codec.width, "seed": e.seed}
+        return self.arrays(chain_bound(conditioned, x0, self.times, terms=e.terms or None, first=first, **options))
 
     def arrays(self, bound: Bound) -> Arrays:
-        parts = {
-            "value": bound.total,
-            "prior": bound.prior,
-            "diffusion": bound.rate - bound.prior,
-            "reconstruction": bound.reconstruction,
-            "terms": bound.diffusion,
-        }
+        parts = {"value": bound.total, "prior": bound.prior, "diffusion": bound.rate - bound.prior}
+        parts |= {"reconstruction": bound.reconstruction, "terms": bound.diffusion}
         if self.job.codec.levels:
             parts = {name: bound.bits_per_dim(part) for name, part in parts.items()}
         arrays = {name: part.double().cpu().numpy() for name, part in parts.items()}
@@ -99,11 +86,8 @@ class ChainEvaluation:
     def write(self, joined: Arrays, folder: Path) -> None:
         drawn = joined["drawn"].sum(0)
         terms = np.divide(joined["sum"].sum(0), drawn, out=np.full(self.steps, np.nan), where=drawn > 0)
-        arrays = {
-            "bits_per_dim" if self.job.codec.levels else "nats": joined["value"][:, None],
-            **{name: joined[name] for name in _PARTS},
-            **({"std_error": joined["std_error"]} if self.job.config.eval.terms else {}),
-            "times": self.times.numpy()[: self.steps],
-            "terms": terms,
-        }
+        drawn_terms = ("std_error",) if self.job.config.eval.terms else ()
+        arrays = {"bits_per_dim" if self.job.codec.levels else "nats": joined["value"][:, None]}
+        arrays |= {name: joined[name] for name in (*_PARTS, *drawn_terms)}
+        arrays |= {"times": self.times.numpy()[: self.steps], "terms": terms}
         write_arrays(folder / "likelihood.npz", arrays)

@@ -153,9 +153,7 @@ def words() -> argparse.ArgumentParser:
 
 
 def _add(
-    parser: argparse.ArgumentParser,
-    name: str,
-    choices: Sequence[str] | None = None,
+    parser: argparse.ArgumentParser, name: str, choices: Sequence[str] | None = None,
     complete: dict[str, str] | None = None,
 ) -> None:
     argument = parser.add_argument(name, choices=choices)

@@ -238,12 +238,8 @@ class Wanted(NamedTuple):
 
 
 def conditional(
-    model: ScoreModel,
-    conditions: tuple[dict[str, Any], dict[str, Any]],
-    labels: Tensor,
-    config: ConfigDict,
-    guides: Guides,
-    scale: float,
+    model: ScoreModel, conditions: tuple[dict[str, Any], dict[str, Any]], labels: Tensor, config: ConfigDict,
+    guides: Guides, scale: float,
 ) -> ScoreModel:
     """The model given the conditions of `Wanted.of`, and guided as the section sampling says, at this scale."""
     s, (wanted, beside) = config.sampling, conditions

@@ -89,15 +89,12 @@ def run_encoding(job: Job, split: Split, own: bool = False) -> tuple[Path, dict[
             write_arrays(folder / "latents.npz", {name: joined[name] for name in stored if name in joined})
             if "pairs" in joined:
                 write_pictures(joined["pairs"], job.codec, folder, columns=min(8, len(joined["pairs"])))
-        deviation = float(np.sqrt((joined["latents"].astype(np.float64) ** 2).mean()))
-        return {
-            "unit": "levels" if job.codec.levels else "data",
-            "largest_error": float(joined["largest_error"].max()),
-            "rms_error": math.sqrt(float((joined["rms_error"] ** 2).mean())),
-            "same_level": float(joined["same"].mean()) if "same" in joined else None,
-            "latent_deviation": deviation / job.model.sde.prior_std,
-            "nfe": joined["nfe"].mean(0).tolist(),
-        }
+        deviation, squares = math.sqrt((joined["latents"].astype(np.float64) ** 2).mean()), joined["rms_error"] ** 2
+        result: dict[str, Any] = {"unit": "levels" if job.codec.levels else "data"}
+        result |= {"largest_error": float(joined["largest_error"].max()), "rms_error": math.sqrt(squares.mean())}
+        result["same_level"] = float(joined["same"].mean()) if "same" in joined else None
+        result["latent_deviation"] = deviation / job.model.sde.prior_std
+        return {**result, "nfe": joined["nfe"].mean(0).tolist()}
 
     return limited.once("latents", (source,), "latents.npz", work)
 

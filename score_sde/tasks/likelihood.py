@@ -75,14 +75,10 @@ def run_likelihood(job: Job, split: Split, text: Text | None = None) -> tuple[Pa
     kind, config, codec, e = estimator_of(job.config), job.config, job.codec, job.config.eval
     coded, n, levels = isinstance(codec, AutoencoderCodec), number_of(split, config), (codec.pixels or codec).levels
     times = build_bound_times(config, job.model.sde) if kind == "bound" else None
-    about: dict[str, Any] = {
-        "sde": repr(job.model.sde),
-        **about_examples(split, e.split, n, text if conditioned(config) else None),
-        "given_labels": conditioned(config),
-        **({} if times is None else {"grid": about_times(times)}),
-        "levels": levels,
-        "unit": "bits/dim" if levels else "nats",
-    }
+    given_labels, grid = conditioned(config), {} if times is None else {"grid": about_times(times)}
+    about: dict[str, Any] = {"sde": repr(job.model.sde)}
+    about |= about_examples(split, e.split, n, text if given_labels else None)
+    about |= {"given_labels": given_labels, **grid, "levels": levels, "unit": "bits/dim" if levels else "nats"}
     device, words = job.processes.device, (e.split,)
     on_device = split.to(device), None if text is None else text.to(device)
     if times is not None and not coded:
@@ -224,15 +220,12 @@ class _Evaluation:
         mean, error = mean_and_error(values[~failed].mean(1))
         errors = {"images": error, **self.errors(folder, by_image, ~failed)}
         parts = {name: mean_and_error(by_image[name][~failed].mean(1)) for name in CODED if name in by_image}
-        return {
-            "mean": mean,
-            "standard_error": error,
-            "errors": {name: None if value is None or math.isnan(value) else value for name, value in errors.items()},
-            **{name: part[0] for name, part in parts.items()},
-            **({"errors_of_parts": {name: part[1] for name, part in parts.items()}} if parts else {}),
-            "nfe": float(joined["nfe"].mean()),
-            "failed": np.flatnonzero(failed).tolist(),
-        }
+        known = {name: None if value is None or math.isnan(value) else value for name, value in errors.items()}
+        result = {"mean": mean, "standard_error": error, "errors": known}
+        result |= {name: part[0] for name, part in parts.items()}
+        if parts:
+            result["errors_of_parts"] = {name: part[1] for name, part in parts.items()}
+        return {**result, "nfe": float(joined["nfe"].mean()), "failed": np.flatnonzero(failed).tolist()}
 
     def batches(self, folder: Path, total: int, compute: Callable[[int, int], Arrays], *shown: Any) -> Arrays:
         return self.job.in_batches(folder, total, self.job.config.eval.batch_size, compute, *shown)

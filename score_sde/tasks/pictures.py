@@ -19,10 +19,7 @@ _LETTERS = 24  # of a name beside a row
 
 
 def grid(
-    images: Tensor,
-    columns: int | None = None,
-    zoom: int | None = None,
-    groups: Sequence[int] | None = None,
+    images: Tensor, columns: int | None = None, zoom: int | None = None, groups: Sequence[int] | None = None,
     names: Sequence[str] = (),
 ) -> Tensor:
     """A grid of images, uint8 (N, C, H, W), as one picture (C, H', W'), with two black pixels around each.

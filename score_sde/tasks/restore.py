@@ -53,14 +53,8 @@ GUIDED: dict[str, Guidance] = {
 METHODS = KEYS["inverse.method"].choices
 # The keys of the section inverse that a method or a task has to itself.
 OWN = {
-    "dps": ("rate",),
-    "pigdm": ("variance",),
-    "ddnm": ("variance",),
-    "moment_matching": ("iterations",),
-    "repaint": ("resamplings",),
-    "twisted": ("variance", "particles"),
-    "superresolve": ("factor",),
-    "deblur": ("blur",),
+    "dps": ("rate",), "pigdm": ("variance",), "ddnm": ("variance",), "moment_matching": ("iterations",),
+    "repaint": ("resamplings",), "twisted": ("variance", "particles"), "superresolve": ("factor",), "deblur": ("blur",),
 }
 
 
@@ -83,12 +77,7 @@ def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Pa
 
 
 def restore(
-    model: ScoreModel,
-    config: ConfigDict,
-    observation: Observation,
-    shape: tuple[int, ...],
-    times: Tensor,
-    first: int,
+    model: ScoreModel, config: ConfigDict, observation: Observation, shape: tuple[int, ...], times: Tensor, first: int,
     sampler: Sampler | None = None,
 ) -> Tensor:
     """One draw of x given y for each of the observations, (B, *shape), by the method of the section inverse.
@@ -139,12 +128,7 @@ def command(options: argparse.Namespace, job: Job, images: Data) -> None:
 
 
 def run_restoring(
-    job: Job,
-    task: str,
-    data: Data,
-    own: Path | None = None,
-    mask: Path | None = None,
-    guides: Guides | None = None,
+    job: Job, task: str, data: Data, own: Path | None = None, mask: Path | None = None, guides: Guides | None = None,
     wanted: Wanted | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Degrade the first eval.num_images examples of eval.split and restore them, or restore the user's, which are in
@@ -165,18 +149,11 @@ def run_restoring(
     check_number(s.labels, wanted.prompts, n, "the number of images")
     times, sampler = build_times(config, job.model.sde, job.model, job.shape), build_sampler(config)
     words, scale = (task, i.method), s.guidance
-    about = {
-        "mode": task,
-        "sde": repr(job.model.sde),
-        **about_examples(split, e.split if own is None else "input", n),
-        "number": n,
-        "mask_sha256": digest(operator.known) if isinstance(operator, Mask) else None,
-        "method": i.method,
-        "noise": noise,
-        "sampler": "ancestral steps" if i.method == "twisted" else repr(sampler),
-        "grid": about_grid(config, times),
-        **wanted.described([scale], guides),
-    }
+    walk = "ancestral steps" if i.method == "twisted" else repr(sampler)
+    known = digest(operator.known) if isinstance(operator, Mask) else None
+    about = {"mode": task, "sde": repr(job.model.sde), **about_examples(split, e.split if own is None else "input", n)}
+    about |= {"number": n, "mask_sha256": known, "method": i.method, "noise": noise, "sampler": walk}
+    about |= {"grid": about_grid(config, times), **wanted.described([scale], guides)}
     limited = stamped(job, "restore", about, [f"inverse.{key}" for name in words for key in OWN.get(name, ())])
     draws = Draws(limited, sampler, times, guides, wanted)
     split = split.to(job.processes.device)

@@ -111,13 +111,8 @@ def folder_for(base: Path, label: str, made_from: dict[str, Any]) -> Path:
 
 
 def in_batches(
-    folder: Path,
-    total: int,
-    batch_size: int,
-    processes: Processes,
-    compute: Callable[[int, int], Arrays],
-    description: str,
-    progress: Callable[[Progress, list[Arrays]], None] = lambda bar, done: None,
+    folder: Path, total: int, batch_size: int, processes: Processes, compute: Callable[[int, int], Arrays],
+    description: str, progress: Callable[[Progress, list[Arrays]], None] = lambda bar, done: None,
 ) -> Arrays:
     """compute(first, count) for all of 0..total-1, each batch kept in a file; return them joined, on every process.
 
@@ -175,11 +170,7 @@ def write_arrays(path: Path, arrays: Arrays) -> None:
 
 
 def write_pictures(
-    values: np.ndarray,
-    codec: Codec,
-    folder: Path,
-    columns: int | None = None,
-    groups: Sequence[int] | None = None,
+    values: np.ndarray, codec: Codec, folder: Path, columns: int | None = None, groups: Sequence[int] | None = None,
     names: Sequence[str] = (),
 ) -> None:
     """Write `grid.png` of images (N, H, W, C), `histogram.png` of points (N, 2), or recordings (N, 1, length) as .wav.

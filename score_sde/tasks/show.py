@@ -53,13 +53,7 @@ class Show:
     """Shows what the training loop yields: on the bar, in the log, and in TensorBoard."""
 
     def __init__(
-        self,
-        config: ConfigDict,
-        workdir: Path,
-        data: Data,
-        codec: Codec,
-        device: torch.device,
-        bar: Progress,
+        self, config: ConfigDict, workdir: Path, data: Data, codec: Codec, device: torch.device, bar: Progress,
         text: Text | None,
     ) -> None:
         self.config, self.workdir, self.shape, self.codec = config, workdir, data.shape, codec
@@ -159,9 +153,8 @@ def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
     if o.warmup > config.training.n_iters:
         highest = o.lr * config.training.n_iters / o.warmup
         log.warning(
-            "warning: optim.warmup=%d is longer than training.n_iters=%d: the learning rate rises only to %.3g, and "
-            "not to optim.lr=%g",
-            *(o.warmup, config.training.n_iters, highest, o.lr),
+            f"warning: optim.warmup={o.warmup} is longer than training.n_iters={config.training.n_iters}: the learning "
+            f"rate rises only to {highest:.3g}, and not to optim.lr={o.lr:g}"
         )
     for sentence in disagreements(as_drawn(data), codec, config):
         log.warning("warning: %s", sentence)

@@ -99,16 +99,12 @@ def stamped(job: Job, kind: str, about: dict[str, Any], own: Sequence[str] = ())
     Its stamp has the checkpoint, the weights, the codec, these keys, versions, and `about`.
     """
     config, path, keys = job.config, job.trained.path, (*_keys_of(kind, job.config), *own)
-    made_from = {
-        "checkpoint": path.name,
-        "checkpoint_sha256": job.trained.sha256,
-        "weights": (config.sampling if kind.startswith("sample") else config.eval).weights,
-        "codec": _named(job.codec, config),
-        **about,
-        "config": values(config, keys),
-        **({"read_as": values(config, FOREIGN)} if path.suffix != SUFFIX else {}),
-        "versions": {name: str(version) for name, version in VERSIONS.items()},
-    }
+    weights = (config.sampling if kind.startswith("sample") else config.eval).weights
+    made_from = {"checkpoint": path.name, "checkpoint_sha256": job.trained.sha256, "weights": weights}
+    made_from |= {"codec": _named(job.codec, config), **about, "config": values(config, keys)}
+    if path.suffix != SUFFIX:
+        made_from["read_as"] = values(config, FOREIGN)
+    made_from["versions"] = {name: str(version) for name, version in VERSIONS.items()}
     common = {**vars(job), "model": Counted(job.model), "config": asked(config, keys)}
     return StampedJob(**common, made_from=made_from)
 

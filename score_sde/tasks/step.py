@@ -248,11 +248,7 @@ def update(state: State, limit: float) -> Tensor:
 
 @torch.no_grad()
 def evaluate_loss(
-    state: State,
-    config: ConfigDict,
-    split: Split,
-    codec: Codec,
-    text: Text | None = None,
+    state: State, config: ConfigDict, split: Split, codec: Codec, text: Text | None = None,
     processes: Processes = ALONE,
 ) -> dict[str, float]:
     """Loss of the averaged weights on a batch of held-out data, with the same times and noise at every call.

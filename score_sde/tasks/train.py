@@ -163,13 +163,8 @@ def of_all(records: list[Record], processes: Processes) -> list[Record]:
 
 
 def train(
-    config: ConfigDict,
-    workdir: Path,
-    data: Data,
-    codec: Codec,
-    processes: Processes,
-    stop: Callable[[], bool] = lambda: False,
-    text: Text | None = None,
+    config: ConfigDict, workdir: Path, data: Data, codec: Codec, processes: Processes,
+    stop: Callable[[], bool] = lambda: False, text: Text | None = None,
 ) -> Iterator[Metrics]:
     """Train, or resume from the workdir's newest checkpoint, to step training.n_iters; yield what there is to report.
 
