@@ -24,7 +24,7 @@ from torch import Tensor
 from ..data import recordings
 from ..data.codecs import Codec, PixelCodec
 from ..machine.lock import held
-from ..machine.log import keep_log, log
+from ..machine.log import log
 from ..machine.parallel import Processes
 from ..machine.progress import Progress
 from ..machine.whole_files import remove_leftovers, temporary, whole
@@ -36,25 +36,13 @@ Work = Callable[[Path], dict[str, Any]]
 _SHOWN = 256  # images of a grid
 
 
-def once(
-    base: Path, label: str, made_from: dict[str, Any], file: str, processes: Processes, work: Work
-) -> tuple[Path, dict[str, Any]]:
-    """A result's folder below `base`, and its stamp: `made_from`, what `work` returns, and the sha256 of `file`.
-
-    `kept` explains `work` and the errors.
-    """
-    keep_log()
-    folder = folder_for(base, label, made_from)
-    return folder, kept(folder, made_from, file, processes, work)
-
-
 def kept(
     folder: Path, made_from: dict[str, Any], file: str, processes: Processes, work: Work, stamp: str = "stamp.json"
 ) -> dict[str, Any]:
-    """The content of a folder's `stamp`, `made_from` and what `work` returns; the result is made if it is not there.
+    """The content of a folder's `stamp`: `made_from`, what `work` returns, and the sha256 of `file`.
 
-    work(folder) keeps batches by `in_batches`, and its main process writes `file`. A finished result, whose file is the
-    one that was stamped, is not computed again. The stamp is written last, and then the batches are deleted.
+    The result is made unless it is there: a finished one, whose file is the one that was stamped. work(folder) keeps
+    batches by `in_batches`, and its main process writes `file`; then the stamp is written, and the batches are deleted.
 
     Raises Busy where another process makes this result, and ValueError where the processes of this run were asked for
     different results, or do not share one folder.

@@ -23,6 +23,7 @@ from ..config.build import grid_name, steps_together
 from ..data.captions import Text
 from ..data.codecs import AutoencoderCodec, Codec
 from ..data.sets import Split, digest
+from ..machine.log import keep_log
 from ..machine.version import __version__
 from ..models.base import Counted
 from ..ode.integrators import ADAPTIVE
@@ -73,12 +74,15 @@ class StampedJob(Job):
     model: Counted
     made_from: dict[str, Any]
 
-    def once(
-        self, below: str, words: Sequence[str], file: str, work: Callable[[Path], dict[str, Any]]
-    ) -> tuple[Path, dict[str, Any]]:
-        """`results.once`, in a folder of the workdir's `below` that checkpoint, weights and `words` name."""
+    def once(self, below: str, words: Sequence[str], file: str, work: results.Work) -> tuple[Path, dict[str, Any]]:
+        """A result's folder in the workdir's `below`, named by checkpoint, weights, `words` and stamp; and its stamp.
+
+        `results.kept` explains `work` and the errors.
+        """
+        keep_log()
         label = "-".join((self.trained.path.stem, self.made_from["weights"], *words))
-        return results.once(self.workdir / below, label, self.made_from, file, self.processes, work)
+        folder = results.folder_for(self.workdir / below, label, self.made_from)
+        return folder, results.kept(folder, self.made_from, file, self.processes, work)
 
     def in_batches(
         self, folder: Path, total: int, size: int, compute: Callable[[int, int], Arrays], *shown: Any

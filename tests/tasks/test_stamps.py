@@ -205,13 +205,13 @@ class Stamped(Exception):
 
 @pytest.fixture
 def unmade(monkeypatch: pytest.MonkeyPatch) -> None:
-    def told(base: Path, label: str, made_from: dict[str, Any], *args: object) -> None:
+    def asked(folder: Path, made_from: dict[str, Any], *args: object) -> None:
         raise Stamped(repr(made_from))
 
     def of_file(path: Path, made_from: str) -> bool:
         raise Stamped(made_from)
 
-    monkeypatch.setattr(results, "once", told)
+    monkeypatch.setattr(results, "kept", asked)
     monkeypatch.setattr(dequantize, "was_made_from", of_file)
 
 
