@@ -161,10 +161,7 @@ def main(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 
 def _config(options: argparse.Namespace, overrides: dict[str, str]) -> tuple[ConfigDict, Trained | None]:
-    """The config of a file, or else the one that the workdir or the checkpoint carries, and that checkpoint.
-
-    `options.config` becomes its file.
-    """
+    """The config of a file, or of the workdir or checkpoint that carries one, and that one; sets options.config."""
     if options.config:
         return configs.load(options.config, overrides), None
     own = options.mode in RUNS  # a workdir's own run goes on, whatever checkpoint it began from

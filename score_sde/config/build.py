@@ -136,9 +136,8 @@ def build_network(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
             return _own_network(config, shape)
         wanted, ranks = _RANKS.get(m.name, ("images, (C, H, W)", (3,)))
         if len(shape) not in ranks:
-            raise ValueError(
-                f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}: set another model.name"
-            )
+            raise ValueError(f"model.name={m.name} is for {wanted}, but the data have shape {tuple(shape)}: set "
+                             "another model.name")
         return NETWORKS[m.name](config, shape)
 
 
@@ -244,19 +243,15 @@ def resolve_classes(config: ConfigDict, classes: int, name: str) -> None:
         return
     if classes == 0:
         whose = "model.class_conditional=False" if m.class_conditional else "training.objective=denoising"
-        raise ValueError(
-            f"{name} has no classes, which are whole numbers from 0 or folders: set {whose}, or give data with classes"
-        )
+        raise ValueError(f"{name} has no classes, which are whole numbers from 0 or folders: set {whose}, or give data "
+                         "with classes")
     if m.num_classes not in (0, classes):
         raise ValueError(f"the config has model.num_classes={m.num_classes}, {name} has {classes} classes: leave it 0")
     m.num_classes = classes
 
 
 def resolve_conditions(config: ConfigDict, channels: int) -> None:
-    """Put the widths of the text encoder and the channels of the low-resolution image into the config.
-
-    Raises FileNotFoundError for a missing encoder.
-    """
+    """Put the text encoder's widths and the small image's channels into the config. Raises FileNotFoundError."""
     m = config.model
     if m.super_resolution:
         m.image_channels = channels
@@ -287,16 +282,11 @@ def build_classifier(config: ConfigDict, shape: tuple[int, ...]) -> NoisyClassif
 
 
 def code_shape(config: ConfigDict, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Shape of an autoencoder's codes of images of `shape`: each level except the last halves height and width.
-
-    Raises ValueError for sizes that cannot be halved so often.
-    """
+    """Shape of the codes of images: all levels but the last halve them. Raises ValueError for other sizes."""
     factor = 2 ** (len(config.model.ch_mult) - 1)
     if len(shape) != 3 or any(size % factor for size in shape[1:]):
-        raise ValueError(
-            f"an autoencoder of {len(config.model.ch_mult)} levels (model.ch_mult) is for images whose height and "
-            f"width are multiples of {factor}, but the data have shape {tuple(shape)}"
-        )
+        raise ValueError(f"an autoencoder of {len(config.model.ch_mult)} levels (model.ch_mult) is for images whose "
+                         f"height and width are multiples of {factor}, but the data have shape {tuple(shape)}")
     return config.model.code_channels, *(size // factor for size in shape[1:])
 
 

@@ -122,10 +122,8 @@ class Objective(nn.Module):
         self.levels: Tensor | None = None
         if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
             if config.model.learn_ends and codec.levels > COARSE:
-                raise ValueError(
-                    f"model.learn_ends compares each pixel with {codec.levels} levels, too many: set data.bits=8, or "
-                    "data.uniform_dequantization=True"
-                )
+                raise ValueError(f"model.learn_ends compares each pixel with {codec.levels} levels, too many: set "
+                                 "data.bits=8, or data.uniform_dequantization=True")
             self.levels = codec.encode(torch.arange(codec.levels))
 
     def forward(

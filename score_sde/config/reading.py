@@ -126,10 +126,8 @@ def from_json(path: str | Path) -> ConfigDict:
         raise FileNotFoundError(f"there is no config {path}; training writes it into its workdir") from None
     except ValueError as error:
         problem = f"{path} is not text ({error})" if isinstance(error, UnicodeDecodeError) else error
-        raise ValueError(
-            f"{problem} (the checkpoints of a workdir carry its config: leave --config out and give --workdir "
-            f"{Path(path).parent})"
-        ) from None
+        raise ValueError(f"{problem} (the checkpoints of a workdir carry its config: leave --config out and give "
+                         f"--workdir {Path(path).parent})") from None
 
 
 def from_text(text: str, where: str) -> ConfigDict:
@@ -223,9 +221,8 @@ def _run(path: Path) -> ConfigDict:
         with own_code.slips(path):
             module = runpy.run_path(str(path))
             if not callable(module.get("get_config")):
-                raise ValueError(
-                    f"{path} defines no get_config(); a config file is Python with get_config() -> ConfigDict"
-                )
+                raise ValueError(f"{path} defines no get_config(); a config file is Python with get_config() -> "
+                                 "ConfigDict")
             config = module["get_config"]()
     except (AttributeError, KeyError, TypeError) as error:
         _explain(error.__traceback__, path)

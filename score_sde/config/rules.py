@@ -74,21 +74,15 @@ def _autoencoder(config: ConfigDict) -> Rules:
     if m.name != "ncsnpp" or d.dataset in TOYS:
         yield "training.objective=autoencoder needs images and ncsnpp's blocks: set model.name=ncsnpp and data.dataset"
     if len(m.ch_mult) < 2:
-        yield (
-            "training.objective=autoencoder halves the images at every level except the last: give model.ch_mult 2 "
-            f"numbers or more, not {m.ch_mult}"
-        )
+        yield ("training.objective=autoencoder halves the images at every level except the last: give model.ch_mult 2 "
+               f"numbers or more, not {m.ch_mult}")
     if d.uniform_dequantization or m.class_conditional or m.super_resolution > 0 or m.text_encoder:
-        yield (
-            "training.objective=autoencoder decodes levels and takes no condition: set "
-            "data.uniform_dequantization=False, model.class_conditional=False, model.super_resolution=0 and "
-            "model.text_encoder=''"
-        )
+        yield ("training.objective=autoencoder decodes levels and takes no condition: set "
+               "data.uniform_dequantization=False, model.class_conditional=False, model.super_resolution=0 and "
+               "model.text_encoder=''")
     if not t.continuous or t.sde == "learned" or t.time != "uniform" or t.soft_truncation > 0:
-        yield (
-            "training.objective=autoencoder has no noise levels: leave training.sde, training.continuous, "
-            "training.time and training.soft_truncation alone"
-        )
+        yield ("training.objective=autoencoder has no noise levels: leave training.sde, training.continuous, "
+               "training.time and training.soft_truncation alone")
 
 
 def _codes(config: ConfigDict) -> Rules:
@@ -97,25 +91,17 @@ def _codes(config: ConfigDict) -> Rules:
     if not d.autoencoder:
         return
     if config.training.objective == AUTOENCODE or d.dataset in TOYS or m.super_resolution > 0:
-        yield (
-            "data.autoencoder is for models of an image's codes, not for vectors, another autoencoder or "
-            "model.super_resolution: leave it empty"
-        )
+        yield ("data.autoencoder is for models of an image's codes, not for vectors, another autoencoder or "
+               "model.super_resolution: leave it empty")
     if d.uniform_dequantization or not d.centered:
-        yield (
-            "data.autoencoder makes codes, which have no levels and lie around 0: set "
-            "data.uniform_dequantization=False and data.centered=True"
-        )
+        yield ("data.autoencoder makes codes, which have no levels and lie around 0: set "
+               "data.uniform_dequantization=False and data.centered=True")
     if s.clip_denoised or e.clip_denoised or s.threshold > 0:
-        yield (
-            "data.autoencoder makes codes, which have no range to be clipped to: set sampling.clip_denoised=False, "
-            "eval.clip_denoised=False and sampling.threshold=0"
-        )
+        yield ("data.autoencoder makes codes, which have no range to be clipped to: set sampling.clip_denoised=False, "
+               "eval.clip_denoised=False and sampling.threshold=0")
     if e.dequantization != "uniform" or e.importance_samples > 1 or e.heat_map > 0:
-        yield (
-            "data.autoencoder makes codes, whose bound does not split into pixels: leave eval.dequantization, "
-            "eval.importance_samples and eval.heat_map alone"
-        )
+        yield ("data.autoencoder makes codes, whose bound does not split into pixels: leave eval.dequantization, "
+               "eval.importance_samples and eval.heat_map alone")
 
 
 def _classes(config: ConfigDict) -> Rules:
@@ -123,27 +109,19 @@ def _classes(config: ConfigDict) -> Rules:
     t, s, m = config.training, config.sampling, config.model
     classifies = t.objective == CLASSIFY
     if classifies and (m.name not in ("ncsnpp", "mlp") or not m.conditional or m.class_conditional):
-        yield (
-            "training.objective=cross_entropy trains a classifier, which takes the time but no class: set model.name "
-            "to ncsnpp (its way down) or mlp, model.conditional=True and model.class_conditional=False"
-        )
+        yield ("training.objective=cross_entropy trains a classifier, which takes the time but no class: set "
+               "model.name to ncsnpp (its way down) or mlp, model.conditional=True and model.class_conditional=False")
     if classifies and t.sde == "learned":
-        yield (
-            "training.objective=cross_entropy learns no noise schedule: set training.sde to that of the model that the "
-            "classifier will guide"
-        )
+        yield ("training.objective=cross_entropy learns no noise schedule: set training.sde to that of the model that "
+               "the classifier will guide")
     if m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional):
-        yield (
-            "model.class_conditional is for networks that take the time: set model.name to ddpm, ncsnpp, adm, dit or "
-            "mlp, and model.conditional=True"
-        )
+        yield ("model.class_conditional is for networks that take the time: set model.name to ddpm, ncsnpp, adm, dit "
+               "or mlp, and model.conditional=True")
     if not (m.class_conditional or classifies) and m.num_classes > 0:
         yield "model.num_classes is for class-conditional models and classifiers: set model.class_conditional=True"
     if not m.class_conditional and not s.classifier and len(s.labels) > 0:
-        yield (
-            "sampling.labels need a class-conditional model or a classifier: set model.class_conditional=True, or "
-            "sampling.classifier to the workdir of one"
-        )
+        yield ("sampling.labels need a class-conditional model or a classifier: set model.class_conditional=True, or "
+               "sampling.classifier to the workdir of one")
     if t.condition_dropout == 1 and (m.class_conditional or m.text_encoder) and not classifies:
         yield "training.condition_dropout=1 drops every label and caption: set it to 0.1"
 
@@ -152,20 +130,15 @@ def _guidance(config: ConfigDict) -> Rules:
     """Guidance."""
     s, m = config.sampling, config.model
     if s.negative_label != -1 and (not m.class_conditional or s.classifier or s.guidance_checkpoint):
-        yield (
-            f"sampling.negative_label={s.negative_label} is for classifier-free guidance of a class-conditional model: "
-            "set model.class_conditional=True, and leave sampling.classifier and sampling.guidance_checkpoint alone"
-        )
+        yield (f"sampling.negative_label={s.negative_label} is for classifier-free guidance of a class-conditional "
+               "model: set model.class_conditional=True, and leave sampling.classifier and "
+               "sampling.guidance_checkpoint alone")
     if not (m.class_conditional or m.text_encoder or s.classifier or s.guidance_checkpoint) and s.guidance != 1:
-        yield (
-            f"sampling.guidance={s.guidance:g} has no effect without a condition: set model.class_conditional=True, "
-            "sampling.classifier or sampling.guidance_checkpoint"
-        )
+        yield (f"sampling.guidance={s.guidance:g} has no effect without a condition: set model.class_conditional=True, "
+               "sampling.classifier or sampling.guidance_checkpoint")
     if s.classifier and (s.guidance_checkpoint or s.guidance_rescale > 0):
-        yield (
-            "sampling.classifier excludes other guidance: leave sampling.guidance_checkpoint and "
-            "sampling.guidance_rescale alone"
-        )
+        yield ("sampling.classifier excludes other guidance: leave sampling.guidance_checkpoint and "
+               "sampling.guidance_rescale alone")
     if 0 < s.guidance_high <= s.guidance_low:
         yield f"sampling.guidance_low={s.guidance_low:g} must be below sampling.guidance_high={s.guidance_high:g}"
 
@@ -175,20 +148,14 @@ def _images_and_texts(config: ConfigDict) -> Rules:
     t, s, m = config.training, config.sampling, config.model
     networks = ("ddpm", "ncsnpp", "adm", "dit")
     if (m.super_resolution > 0 or m.text_encoder) and m.name not in networks and not own_code.is_own(m.name):
-        yield (
-            f"model.super_resolution and model.text_encoder are for {', '.join(networks)}: set model.name to one "
-            f"of these, not {m.name}"
-        )
+        yield (f"model.super_resolution and model.text_encoder are for {', '.join(networks)}: set model.name to one of "
+               f"these, not {m.name}")
     if m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or s.base):
-        yield (
-            "training.augmentation, sampling.augmentation and sampling.base are for super-resolution models: set "
-            "model.super_resolution"
-        )
+        yield ("training.augmentation, sampling.augmentation and sampling.base are for super-resolution models: set "
+               "model.super_resolution")
     if max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"):
-        yield (
-            "model.image_channels, model.text_width and model.pooled_width are for networks with such conditions: set "
-            f"model.name to ddpm, ncsnpp, adm or dit, not {m.name}"
-        )
+        yield ("model.image_channels, model.text_width and model.pooled_width are for networks with such conditions: "
+               f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}")
 
 
 def _training(config: ConfigDict) -> Rules:
@@ -200,22 +167,16 @@ def _training(config: ConfigDict) -> Rules:
     if discrete and t.sde not in CHAINS:
         yield f"training.continuous=False needs training.sde to be one of {', '.join(CHAINS)}, got {t.sde!r}"
     if discrete and (t.time not in ("uniform", "second_moment") or t.likelihood_weighting):
-        yield (
-            "training.continuous=False draws the chain's steps uniformly or by second_moment: leave "
-            "training.time=uniform and training.likelihood_weighting=False"
-        )
+        yield ("training.continuous=False draws the chain's steps uniformly or by second_moment: leave "
+               "training.time=uniform and training.likelihood_weighting=False")
     if not discrete and (t.time == "second_moment" or t.objective in DECODED):
-        yield (
-            f"training.{'time=second_moment' if t.time == 'second_moment' else f'objective={t.objective}'} needs the "
-            "steps of a chain: set training.continuous=False"
-        )
+        yield (f"training.{'time=second_moment' if t.time == 'second_moment' else f'objective={t.objective}'} needs "
+               "the steps of a chain: set training.continuous=False")
     if t.objective == "hybrid" and not m.learned_variance:
         yield "training.objective=hybrid trains the variances beside L_simple: set model.learned_variance=True"
     if m.learned_variance and t.objective not in DECODED:
-        yield (
-            f"training.objective={t.objective} trains no variances: set it to hybrid or vlb, or "
-            "model.learned_variance=False"
-        )
+        yield (f"training.objective={t.objective} trains no variances: set it to hybrid or vlb, or "
+               "model.learned_variance=False")
     if t.objective in DECODED and m.num_scales < 2:
         yield f"training.objective={t.objective} needs a chain of at least 2 steps, not model.num_scales={m.num_scales}"
     if t.objective in DECODED and d.uniform_dequantization:
@@ -232,36 +193,25 @@ def _times(config: ConfigDict) -> Rules:
     if t.time == "log_snr" and t.likelihood_weighting:
         yield "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False"
     if t.time == "edm" and (t.likelihood_weighting or m.rule != "edm"):
-        yield (
-            "training.time=edm has EDM's weight, of model.sigma_data: set training.likelihood_weighting=False and "
-            "model.rule=edm"
-        )
+        yield ("training.time=edm has EDM's weight, of model.sigma_data: set training.likelihood_weighting=False and "
+               "model.rule=edm")
     learned = t.sde == "learned"
     if learned and not (t.likelihood_weighting and t.time == "uniform" and m.label == "log_sigma"):
-        yield (
-            "training.sde=learned needs a loss whose mean is the same for every shape of the schedule: set "
-            "training.likelihood_weighting=True, training.time=uniform and model.label=log_sigma"
-        )
+        yield ("training.sde=learned needs a loss whose mean is the same for every shape of the schedule: set "
+               "training.likelihood_weighting=True, training.time=uniform and model.label=log_sigma")
     if t.soft_truncation > 0 and (not t.continuous or learned or t.time == "log_snr" or m.t_min == 0):
-        yield (
-            "training.soft_truncation needs continuous times and no learned SDE: set training.continuous=True, "
-            "training.time=uniform or importance (which is log_snr with weights), model.t_min above 0 and training.sde"
-        )
+        yield ("training.soft_truncation needs continuous times and no learned SDE: set training.continuous=True, "
+               "training.time=uniform or importance (which is log_snr with weights), model.t_min above 0 and "
+               "training.sde")
     if t.objective in TWICE and t.compile:
-        yield (
-            f"training.objective={t.objective} needs second derivatives, which torch.compile does not compute: set "
-            "training.compile=False, or training.objective=denoising or finite_difference"
-        )
+        yield (f"training.objective={t.objective} needs second derivatives, which torch.compile does not compute: set "
+               "training.compile=False, or training.objective=denoising or finite_difference")
     if t.objective == "finite_difference" and t.precision == "bfloat16":
-        yield (
-            "training.objective=finite_difference subtracts numbers too close for bfloat16: set "
-            "training.precision=float32, or training.objective=sliced_vr"
-        )
+        yield ("training.objective=finite_difference subtracts numbers too close for bfloat16: set "
+               "training.precision=float32, or training.objective=sliced_vr")
     if t.objective == "finite_difference" and m.dropout > 0:
-        yield (
-            "training.objective=finite_difference would compare two dropout masks: set model.dropout=0, or "
-            "training.objective=sliced_vr"
-        )
+        yield ("training.objective=finite_difference would compare two dropout masks: set model.dropout=0, or "
+               "training.objective=sliced_vr")
 
 
 def _noise(config: ConfigDict) -> Rules:
@@ -273,10 +223,8 @@ def _noise(config: ConfigDict) -> Rules:
     if m.beta_min > m.beta_max:
         yield f"model.beta_min={m.beta_min:g} must not exceed model.beta_max={m.beta_max:g}"
     if discrete and t.sde == "vpsde" and m.beta_max >= m.num_scales:
-        yield (
-            f"a chain of model.num_scales={m.num_scales} steps is too coarse for model.beta_max={m.beta_max:g}: "
-            "set more steps, for beta_max/num_scales must be below 1"
-        )
+        yield (f"a chain of model.num_scales={m.num_scales} steps is too coarse for model.beta_max={m.beta_max:g}: set "
+               "more steps, for beta_max/num_scales must be below 1")
     if m.gamma_min >= m.gamma_max:
         yield f"model.gamma_min={m.gamma_min:g} must be below model.gamma_max={m.gamma_max:g}"
     vanishing = t.sde in ("vpsde", "subvpsde", "cosine")
@@ -296,10 +244,8 @@ def _network(config: ConfigDict) -> Rules:
     if refinenet and m.dropout > 0:
         yield f"model.name={m.name} has no dropout: set model.dropout=0, not {m.dropout:g}"
     if refinenet and len(m.ch_mult) < 3:
-        yield (
-            f"model.name={m.name} has at least 3 stages, the last two dilated: give model.ch_mult 3 numbers or more, "
-            f"not {m.ch_mult}"
-        )
+        yield (f"model.name={m.name} has at least 3 stages, the last two dilated: give model.ch_mult 3 numbers or "
+               f"more, not {m.ch_mult}")
     if refinenet and m.nf < 2:
         yield f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}"
     fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "dit", "ncsn", "ncsnv2")
@@ -331,10 +277,8 @@ def _network_and_data(config: ConfigDict) -> Rules:
         if clipped and d.dataset in TOYS:
             yield f"{name}.clip_denoised clips pixels: for the vectors of data.dataset={d.dataset} set it to False"
     if s.threshold > 0 and (s.clip_denoised or d.dataset in TOYS):
-        yield (
-            f"sampling.threshold={s.threshold:g} scales pixels into their range, in place of clipping: set it to 0 for "
-            "vectors, and sampling.clip_denoised=False for images"
-        )
+        yield (f"sampling.threshold={s.threshold:g} scales pixels into their range, in place of clipping: set it to 0 "
+               "for vectors, and sampling.clip_denoised=False for images")
 
 
 def _sampler(config: ConfigDict) -> Rules:
@@ -346,10 +290,8 @@ def _sampler(config: ConfigDict) -> Rules:
     if s.eta > 0 and s.method not in ("ddim", "dpm_solver++"):
         yield (f"sampling.eta={s.eta:g} is noise of ddim and dpm_solver++: set it to 0 for sampling.method={s.method}")
     if s.grid == FITTED and (not METHODS[s.method].fitted or s.eta > 0):
-        yield (
-            "sampling.grid=fitted is for solvers without noise: set sampling.method to one of "
-            f"{', '.join(name for name, method in METHODS.items() if method.fitted)}, and sampling.eta=0"
-        )
+        yield ("sampling.grid=fitted is for solvers without noise: set sampling.method to one of "
+               f"{', '.join(name for name, method in METHODS.items() if method.fitted)}, and sampling.eta=0")
     if s.method == "pc" and s.predictor == s.corrector == "none":
         yield "sampling.predictor and sampling.corrector are both none: set one of them"
     if s.method == "pc" and s.probability_flow and s.predictor == "ancestral_sampling":
@@ -359,24 +301,17 @@ def _sampler(config: ConfigDict) -> Rules:
     if not discrete and s.start <= s.t_min:
         yield f"sampling.start={s.start:g} must be above sampling.t_min={s.t_min:g}, where sampling stops"
     if discrete and round(s.start * m.num_scales) < 2:
-        yield (
-            f"sampling.start={s.start:g} leaves fewer than 2 of the chain's model.num_scales={m.num_scales} steps: set "
-            f"it to {2 / m.num_scales:g} or more"
-        )
+        yield (f"sampling.start={s.start:g} leaves fewer than 2 of the chain's model.num_scales={m.num_scales} steps: "
+               f"set it to {2 / m.num_scales:g} or more")
     if s.start < 1 and s.grid == FITTED:
-        yield (
-            f"sampling.grid=fitted begins at t = 1: for sampling.start={s.start:g} set another grid, such as log_snr"
-        )
+        yield (f"sampling.grid=fitted begins at t = 1: for sampling.start={s.start:g} set another grid, such as "
+               "log_snr")
     if s.start < 1 and s.temperature != 1:
-        yield (
-            f"sampling.temperature={s.temperature:g} scales the draw from the prior, which sampling.start={s.start:g} "
-            "does not make: set one of them to 1"
-        )
+        yield (f"sampling.temperature={s.temperature:g} scales the draw from the prior, which "
+               f"sampling.start={s.start:g} does not make: set one of them to 1")
     if s.start < 1 and m.super_resolution > 0:
-        yield (
-            f"sampling.start={s.start:g} begins with the images of --input, which model.super_resolution="
-            f"{m.super_resolution} enlarges instead: set sampling.start=1"
-        )
+        yield (f"sampling.start={s.start:g} begins with the images of --input, which "
+               f"model.super_resolution={m.super_resolution} enlarges instead: set sampling.start=1")
 
 
 def _steps(config: ConfigDict) -> Rules:
@@ -388,10 +323,8 @@ def _steps(config: ConfigDict) -> Rules:
     if s.step_lr > 0 and t.sde not in ("vesde", "edm"):
         yield f"sampling.step_lr is for vesde and edm: for training.sde={t.sde} set sampling.snr and step_lr=0"
     if s.step_lr >= 2 * m.sigma_min**2:
-        yield (
-            f"sampling.step_lr={s.step_lr:g} must be below 2 model.sigma_min²={2 * m.sigma_min**2:g}: Langevin "
-            "dynamics would diverge"
-        )
+        yield (f"sampling.step_lr={s.step_lr:g} must be below 2 model.sigma_min²={2 * m.sigma_min**2:g}: Langevin "
+               "dynamics would diverge")
     if discrete and s.grid != "uniform":
         yield f"training.continuous=False samples on the chain's steps: sampling.grid must be uniform, got {s.grid!r}"
     if discrete and not 2 <= s.steps <= m.num_scales:
@@ -407,20 +340,14 @@ def _likelihood(config: ConfigDict) -> Rules:
     decoded = e.estimate == "bound" or (e.estimate == "auto" and discrete)
     noise = e.dequantization != "uniform" or e.importance_samples > 1 or e.heat_map > 0
     if decoded and noise:
-        yield (
-            "eval.estimate=bound decodes levels without dequantization: set eval.estimate=ode, or leave "
-            "eval.dequantization, eval.importance_samples and eval.heat_map alone"
-        )
+        yield ("eval.estimate=bound decodes levels without dequantization: set eval.estimate=ode, or leave "
+               "eval.dequantization, eval.importance_samples and eval.heat_map alone")
     if e.dequantization == "truncated_normal" and (d.uniform_dequantization or e.estimate == "sde_bound"):
-        yield (
-            "eval.dequantization=truncated_normal is for the ODE of a model trained without dequantization: set "
-            "data.uniform_dequantization=False and eval.estimate=ode, or eval.dequantization=uniform"
-        )
+        yield ("eval.dequantization=truncated_normal is for the ODE of a model trained without dequantization: set "
+               "data.uniform_dequantization=False and eval.estimate=ode, or eval.dequantization=uniform")
     if e.estimate == "sde_bound" and (discrete or e.importance_samples > 1 or e.heat_map > 0):
-        yield (
-            "eval.estimate=sde_bound is for continuous models, without eval.importance_samples or eval.heat_map: set "
-            "eval.estimate=ode (or bound) for these"
-        )
+        yield ("eval.estimate=sde_bound is for continuous models, without eval.importance_samples or eval.heat_map: "
+               "set eval.estimate=ode (or bound) for these")
     terms = (e.steps or m.num_scales) - 1 if discrete else e.steps or 1000
     if e.terms > terms:
         yield f"eval.terms must be at most the bound's {terms} diffusion terms, got {e.terms}"

@@ -43,10 +43,9 @@ def check_unchanged(name: str, key: str, sha256: str) -> None:
     """
     now = file_hash(name, key)
     if sha256 not in ("", now):
-        raise ValueError(
-            f"{key}={name}: the file is not the one that was trained with (sha256 {sha256[:12]}... then, {now[:12]}... "
-            f"now): restore it, or continue training with the new one by --mode train --config.{key}={name}"
-        )
+        raise ValueError(f"{key}={name}: the file is not the one that was trained with (sha256 {sha256[:12]}... then, "
+                         f"{now[:12]}... now): restore it, or continue training with the new one by --mode train "
+                         f"--config.{key}={name}")
 
 
 def make(name: str, key: str, kind: type, values: Mapping[str, Any]) -> Any:
@@ -101,10 +100,8 @@ def _parts(name: str) -> tuple[str, str]:
 def _file(name: str, key: str) -> Path:
     path = Path(_parts(name)[0]).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{key}={name}: there is no file {path} with your code: give its path from this folder, or change to the "
-            "folder where the path holds"
-        )
+        raise FileNotFoundError(f"{key}={name}: there is no file {path} with your code: give its path from this "
+                                "folder, or change to the folder where the path holds")
     return path
 
 
@@ -126,8 +123,6 @@ def _arguments(target: Callable[..., Any], what: str, values: Mapping[str, Any])
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for p in named:
         if p.name not in values and p.default is p.empty:
-            raise ValueError(
-                f"{what} has an argument {p.name}, for which there is no value: give it a default, or use only "
-                f"{', '.join(sorted(values))}"
-            )
+            raise ValueError(f"{what} has an argument {p.name}, for which there is no value: give it a default, or use "
+                             f"only {', '.join(sorted(values))}")
     return {p.name: values[p.name] for p in named if p.name in values}

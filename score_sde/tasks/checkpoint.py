@@ -173,10 +173,7 @@ class Trained:
         return DataCard.from_json(self.card.data) if self.card is not None and self.card.data else None
 
     def network(self, ema: bool = True, device: str | torch.device = "cpu") -> Trainable:
-        """The model, classifier or autoencoder of a checkpoint of ours, in eval mode.
-
-        Raises ValueError for a broken file.
-        """
+        """The network of a checkpoint of ours, in eval mode. Raises ValueError for a broken file."""
         assert self.card is not None
         try:
             model = kind_of(self.config).build(self.config, self.card.shape)
@@ -235,10 +232,9 @@ def save(path: Path, card: Card, state: State) -> None:
     tensors = tensors_of(state)
     for name, value in tensors.items():
         if not is_finite(value):
-            raise FloatingPointError(
-                f"{name} is not finite at step {card.step}, so {path.name} is not written; the last checkpoint is "
-                "intact: lower optim.lr, raise optim.warmup or lower optim.grad_clip, and run again"
-            )
+            raise FloatingPointError(f"{name} is not finite at step {card.step}, so {path.name} is not written; the "
+                                     "last checkpoint is intact: lower optim.lr, raise optim.warmup or lower "
+                                     "optim.grad_clip, and run again")
     write_tensors(path, tensors, card.header())
 
 
@@ -353,10 +349,7 @@ def prune(written: Path, keep_last: int, keep_every: int) -> None:
 
 
 def newest(workdir: Path) -> tuple[Trained | None, list[str]]:
-    """The whole checkpoint with the highest step on its card, and a sentence for each later one that is broken.
-
-    Whole means that every byte is as it was saved.
-    """
+    """The whole checkpoint, as it was saved, of the highest step, and a sentence for each later one that is broken."""
     broken: list[tuple[int, str]] = []
     cards: list[tuple[int, Path, Card]] = []
     for path in checkpoints(workdir):
@@ -403,10 +396,8 @@ def find(where: str | Path) -> Trained:
     if not path.is_dir():
         return Trained.open(path)
     if diffusers.is_folder(path):
-        raise ValueError(
-            f"{path} is a folder of diffusers': --mode train --checkpoint {path} trains it further, into a workdir of "
-            "ours; score_sde.load reads it in Python"
-        )
+        raise ValueError(f"{path} is a folder of diffusers': --mode train --checkpoint {path} trains it further, into "
+                         "a workdir of ours; score_sde.load reads it in Python")
     trained, skipped = newest(path)
     if trained is None:
         others = sorted(p.name for p in (path / "checkpoints").glob(f"*{SUFFIX}") if not p.name.startswith("."))
@@ -445,7 +436,7 @@ def load(
 
 
 def load_classifier(path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu") -> NoisyClassifier:
-    """Load the noisy classifier of a workdir or checkpoint, in eval mode, for ``classifier(model, it, label=y)``.
+    """The noisy classifier of a workdir or checkpoint, in eval mode, for ``classifier(model, it, label=y)``.
 
     Raises FileNotFoundError if there is none, ValueError for a file that is broken or holds something else.
     """

@@ -13,10 +13,9 @@ from ..machine.log import log
 
 
 def resolve_labels(config: ConfigDict, data: Data, restores: bool = False) -> None:
-    """Replace names of classes in the config by numbers.
+    """Replace names of classes in the config by numbers. Raises ValueError for an unknown class, with the nearest name.
 
     A config without labels means all classes, and here those with training examples; with `restores` it means none.
-    Raises ValueError for an unknown class, with the nearest name.
     """
     s, names = config.sampling, data.class_names
     with s.ignore_type():

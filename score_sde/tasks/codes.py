@@ -66,10 +66,8 @@ class Opened:
         try:
             return tuple(self.autoencoder.decode(torch.zeros(1, *codes, device=self.device)).shape[1:])
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ValueError(
-                f"data.autoencoder={self.where} cannot decode codes of shape {codes}: {error}; take the one that the "
-                "model was trained with"
-            ) from error
+            raise ValueError(f"data.autoencoder={self.where} cannot decode codes of shape {codes}: {error}; take the "
+                             "one that the model was trained with") from error
 
     def source(self, levels: int | None, shape: tuple[int, ...]) -> Source:
         """The autoencoder for uint8 images of `shape` (C, H, W) with this number of levels.
@@ -116,10 +114,8 @@ def opened(where: str | Path, device: torch.device | str = "cpu") -> Opened:
     """The autoencoder at `where`, see `open_autoencoder`, on a device."""
     where = Path(where)
     if not where.exists():
-        raise FileNotFoundError(
-            f"data.autoencoder={where}: there is no such file or folder; train one there first, such as the config "
-            "autoencoder_digits32"
-        )
+        raise FileNotFoundError(f"data.autoencoder={where}: there is no such file or folder; train one there first, "
+                                "such as the config autoencoder_digits32")
     if where.suffix == ".py":
         made, sha256 = _from_file(where)
     elif (where / "config.json").is_file() and "_class_name" in json.loads((where / "config.json").read_text()):
@@ -165,16 +161,12 @@ def _code_shape(made: Opened, pixels: PixelCodec, shape: tuple[int, ...]) -> tup
             mean, std = made.autoencoder.encode(black)
             back = made.autoencoder.decode(mean)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"data.autoencoder={where} cannot encode and decode images of shape {shape}: {error}; take an autoencoder "
-            "of these images"
-        ) from error
+        raise ValueError(f"data.autoencoder={where} cannot encode and decode images of shape {shape}: {error}; take an "
+                         "autoencoder of these images") from error
     if back.shape != black.shape or std.shape != mean.shape or mean.ndim != 4:
-        raise ValueError(
-            f"data.autoencoder={where} makes of an image {shape} a code of mean {tuple(mean.shape[1:])} and deviation "
-            f"{tuple(std.shape[1:])}, and of that {tuple(back.shape[1:])}: mean and deviation are (B, c, h, w), and "
-            "images come back in their shape"
-        )
+        raise ValueError(f"data.autoencoder={where} makes of an image {shape} a code of mean {tuple(mean.shape[1:])} "
+                         f"and deviation {tuple(std.shape[1:])}, and of that {tuple(back.shape[1:])}: mean and "
+                         "deviation are (B, c, h, w), and images come back in their shape")
     return tuple(mean.shape[1:])
 
 
@@ -263,16 +255,13 @@ def check_codes(trained: Trained, sha256: str, where: str, statistics: Statistic
             was, now = ("codes", "pixels") if theirs.autoencoder_sha256 else ("pixels", "codes")
             remedy = f"={theirs.autoencoder}" if was == "codes" else " empty"
             raise ValueError(f"{path} is a model of {was}, and the config says {now}: set data.autoencoder{remedy}")
-        raise ValueError(
-            f"{path} is a model of the codes of another autoencoder, sha256 {theirs.autoencoder_sha256[:12]}..., than "
-            f"data.autoencoder={where}, {sha256[:12]}...: that one was trained further, or replaced; restore the "
-            "first one, or train a new model in another workdir"
-        )
+        raise ValueError(f"{path} is a model of the codes of another autoencoder, sha256 "
+                         f"{theirs.autoencoder_sha256[:12]}..., than data.autoencoder={where}, {sha256[:12]}...: that "
+                         "one was trained further, or replaced; restore the first one, or train a new model in another "
+                         "workdir")
     if statistics is not None and card is not None and card.codes != statistics.to_json():
-        raise ValueError(
-            f"{path} was trained on codes with other statistics, so on other data: use those, or train a new model in "
-            "another workdir"
-        )
+        raise ValueError(f"{path} was trained on codes with other statistics, so on other data: use those, or train a "
+                         "new model in another workdir")
 
 
 @torch.no_grad()
@@ -298,10 +287,8 @@ def _encode_all(source: Source, data: Data, mirror: bool) -> dict[str, Tensor]:
     within = torch.stack([c.double().square().mean() for c in codes["train/std"].unbind(1)])
     std = (spread + within).sqrt()
     if not bool((std > 0).all()):
-        raise ValueError(
-            f"data.autoencoder={source.where}: channel {int((std == 0).nonzero()[0])} of its codes is the same number "
-            "everywhere; take an autoencoder whose codes have fewer channels"
-        )
+        raise ValueError(f"data.autoencoder={source.where}: channel {int((std == 0).nonzero()[0])} of its codes is the "
+                         "same number everywhere; take an autoencoder whose codes have fewer channels")
     known = getattr(source.autoencoder, "deviation", None)
     deviation = _measured_deviation(source, data.train, codes, device) if known is None else known
     statistics = {"mean": mean, "std": std, "deviation": torch.as_tensor(deviation, dtype=torch.float64).detach().cpu()}

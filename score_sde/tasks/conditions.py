@@ -1,8 +1,4 @@
-"""What a model is conditioned on: labels, captions and smaller images, from data or a command, and its guides.
-
-In training conditions come with the data, and `left_out` makes the model unconditional for some examples; a model that
-was trained so can be guided.
-"""
+"""What a model is conditioned on, labels, captions and smaller images, from data or a command; and its guides."""
 
 from __future__ import annotations
 
@@ -67,11 +63,9 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
     theirs = trained.config.model
     for key, kind, _ in _KINDS:
         if theirs[key] and theirs[key] != config.model[key]:
-            raise ValueError(
-                f"sampling.guidance_checkpoint={trained.path} is conditioned on {kind}, and the model that it guides "
-                f"is not, or on others: take a weaker model with the same model.{key.replace('sha256', 'encoder')}, or "
-                "without"
-            )
+            raise ValueError(f"sampling.guidance_checkpoint={trained.path} is conditioned on {kind}, and the model "
+                             "that it guides is not, or on others: take a weaker model with the same "
+                             f"model.{key.replace('sha256', 'encoder')}, or without")
     shared = tuple(name for key, _, names in _KINDS if theirs[key] for name in names)
     return Guides(reference=weak, shared=shared, about={"reference_sha256": trained.sha256})
 
@@ -104,9 +98,8 @@ def _check_kin(trained: Trained, key: str, config: ConfigDict, shape: tuple[int,
         pairs.append(("model.num_classes", theirs.model.num_classes, ours.model.num_classes))
     for what, have, want in pairs:
         if have != want:
-            raise ValueError(
-                f"{key}={trained.path} has {what} {have}, and the model has {want}: train one on the model's data"
-            )
+            raise ValueError(f"{key}={trained.path} has {what} {have}, and the model has {want}: train one on the "
+                             "model's data")
     if not same_sde:
         raise ValueError(f"{key}={trained.path} has another SDE than the model: train one with its training.sde")
 
@@ -120,10 +113,8 @@ def check_conditions(trained: Trained, config: ConfigDict, mode: str, scales: Se
     m = theirs.model
     for key in ("class_conditional", "super_resolution"):
         if m[key] != config.model[key]:
-            raise ValueError(
-                f"{path} was trained with model.{key}={m[key]}, and the config has {config.model[key]}: set "
-                f"model.{key}={m[key]}"
-            )
+            raise ValueError(f"{path} was trained with model.{key}={m[key]}, and the config has {config.model[key]}: "
+                             f"set model.{key}={m[key]}")
     if m.text_sha256 != config.model.text_sha256:
         what = "no text encoder" if not m.text_sha256 else f"another text encoder, sha256 {m.text_sha256[:12]}..."
         was = f", that of {m.text_encoder}" if m.text_encoder else ""
@@ -138,17 +129,12 @@ def check_conditions(trained: Trained, config: ConfigDict, mode: str, scales: Se
     elif mode != "sample":
         unlabelled = "" if config.eval.conditional else "eval.conditional=False"
     if unlabelled:
-        raise ValueError(
-            f"{unlabelled} needs a model that knows examples without label, and {path} was trained with "
-            "training.condition_dropout=0: train one with 0.1"
-        )
+        raise ValueError(f"{unlabelled} needs a model that knows examples without label, and {path} was trained with "
+                         "training.condition_dropout=0: train one with 0.1")
 
 
 def sampled_labels(config: ConfigDict, guides: Guides | None = None) -> list[int]:
-    """The classes to sample in turn: none for a model without classes and without a classifier.
-
-    Raises ValueError for a class that does not exist.
-    """
+    """The classes to sample in turn; none without classes or a classifier. Raises ValueError for an unknown class."""
     judge = None if guides is None else guides.classifier
     classes = config.model.num_classes if config.model.class_conditional else 0
     classes = classes or (0 if judge is None else judge.classes)
@@ -165,9 +151,8 @@ def check_number(labels: Sequence[int], prompts: Sequence[str], number: int, key
     """Raise ValueError for more classes or prompts than examples, whose `number` the config's `key` says."""
     for what, wanted in (("sampling.labels", len(labels)), ("--prompt", len(prompts))):
         if wanted > number:
-            raise ValueError(
-                f"{what} asks for {wanted}, and {key}={number} is fewer: set it to {wanted} or more, or ask for fewer"
-            )
+            raise ValueError(f"{what} asks for {wanted}, and {key}={number} is fewer: set it to {wanted} or more, or "
+                             "ask for fewer")
 
 
 def in_turn(labels: list[int], first: int, count: int) -> Tensor:
@@ -273,10 +258,8 @@ def labelled(config: ConfigDict, model: ScoreModel, label: Tensor | None) -> Sco
 def given(
     config: ConfigDict, model: ScoreModel, split: Split, index: Tensor, text: Text | None, codec: Codec
 ) -> ScoreModel:
-    """The model conditioned on what a split has for the examples at `index`, (B,): labels and captions, if it is
-    evaluated so, and their images at a lower resolution, without noise, if it enlarges.
-
-    Raises ValueError where the examples have no labels or captions.
+    """The model conditioned on a split's examples at `index`, (B,): labels and captions, if it is evaluated so, and
+    smaller images, without noise, if it enlarges. Raises ValueError where the examples have no labels or captions.
     """
     conditions = of_data(config, split, index, text) if conditioned(config) else {}
     if config.model.super_resolution:

@@ -45,12 +45,11 @@ def command(options: argparse.Namespace, config: ConfigDict, workdir: Path, proc
 
 
 def confidence(data: Data, samples: np.ndarray, threshold: float = 0.9) -> tuple[float, float, int]:
-    """Shares of the samples and of the held-out images that a classifier recognises with more than `threshold`
-    probability, and the number of classes among the samples.
+    """Shares of samples and of held-out images that a classifier is sure of, and the number of the samples' classes.
 
-    The classifier, fitted to the real training images, is a support vector machine for each pair of classes with
-    coupled probabilities: far from all digits it is unsure, unlike calibrated one-against-rest machines. `samples` are
-    (N, H, W, C) levels.
+    Sure means a probability above `threshold`. The classifier, fitted to the real training images, is a support vector
+    machine for each pair of classes with coupled probabilities: far from all digits it is unsure, unlike calibrated
+    one-against-rest machines. `samples` are (N, H, W, C) levels.
     """
     assert data.train.y is not None and data.levels is not None
     scale = data.levels - 1

@@ -42,10 +42,7 @@ def command(options: argparse.Namespace, job: Job, images: Data) -> None:
 
 
 def run_dequantizing(job: Job, split: Split) -> Path:
-    """Fit the flow that the section dequantizer describes to a checkpoint; return its file.
-
-    A file that was made from the same is not fitted again.
-    """
+    """Fit the section dequantizer's flow to a checkpoint, unless its file was made from the same; return the file."""
     codec, config = job.codec, job.config
     if not isinstance(codec, PixelCodec):
         raise ValueError(f"--mode dequantize is for pixels; data.dataset={config.data.dataset} holds floats")

@@ -1,8 +1,7 @@
 """Errors that end a command, in one sentence with the remedy; mistakes of the program keep their traceback.
 
-A sentence is given for what the package refuses (ValueError and its like), what the operating system refuses (OSError:
-a full disk, a folder without write permission, a file in a folder's place), too little memory, a numerical breakdown,
-and another process of the run that has ended.
+A sentence is given for what the package or the operating system refuses, such as a full disk, for too little memory,
+a numerical breakdown, and another process of the run that has ended.
 """
 
 from __future__ import annotations
@@ -41,11 +40,8 @@ def sentence(error: BaseException, mode: str = "", workdir: str = "") -> str | N
         return f"out of memory ({_first_line(error)}): {_less_memory(mode)}"
     lost = (torch.distributed.DistNetworkError, torch.distributed.DistStoreError)
     if isinstance(error, lost) or _says(error, RuntimeError, _PEERS):
-        return (
-            "another process of this run has ended or cannot be reached "
-            f"({_first_line(error).split('. ')[0]}): its own message says why, and the same command goes on from what "
-            "was finished"
-        )
+        return (f"another process of this run has ended or cannot be reached ({_first_line(error).split('. ')[0]}): "
+                "its own message says why, and the same command goes on from what was finished")
     missing = isinstance(error, ImportError) and "pip install" in str(error)  # an extra of the package is not installed
     if missing or isinstance(error, ValueError | OSError | FloatingPointError | GaveUp):
         return str(error)

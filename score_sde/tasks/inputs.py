@@ -60,9 +60,8 @@ def number_of(split: Split, config: ConfigDict) -> int:
 def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, pixels: Pixels = AS_THEY_ARE) -> Split:
     """The user's examples for a model of examples of `shape`, as a data set stores them; of a folder its train/ if any.
 
-    An image, or a folder or zip of images, is cropped, resized and made grey or RGB, laid over the background where it
-    is transparent, and gets the data's levels; of files with more bits than `Pixels.file_bits` so many are used, as for
-    the data. Arrays in a .npy or .npz hold levels, or for vectors floats, and stay as they are.
+    Images are cropped, resized, made grey or RGB and opaque, and get the data's levels; of files with more bits than
+    `Pixels.file_bits` so many are used. Arrays in a .npy or .npz hold levels, or floats for vectors, and stay.
 
     Raises FileNotFoundError, and ValueError for a file that cannot be read or has another kind or shape.
     """
@@ -76,10 +75,8 @@ def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, pixels: Pixe
     if tuple(x.shape[1:]) != shape or (data.levels is None) == isinstance(codec, PixelCodec):
         kind = f"{str(codec.dtype)[6:]} images" if isinstance(codec, PixelCodec) else "floats"
         pictures = " (pictures such as PNGs would be cropped and resized)" if len(shape) == 3 else ""
-        raise ValueError(
-            f"{path} holds {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, and {kind} of shape "
-            f"{shape} are needed{pictures}"
-        )
+        raise ValueError(f"{path} holds {str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}, and {kind} of "
+                         f"shape {shape} are needed{pictures}")
     if isinstance(codec, PixelCodec) and data.levels is not None:
         if path.suffix.lower() not in (".npy", ".npz"):
             x = requantised(x, data.levels, codec)
@@ -95,10 +92,9 @@ def own_examples(
     """The examples of --input as the data set has them; for a model of codes of these `images`, their codes."""
     split = read_examples(options.input, images.shape, codec.pixels or codec, Pixels.of(config.data))
     if options.mode == "sample" and len(split) > config.sampling.num_samples:
-        raise ValueError(
-            f"--input {options.input} holds {len(split)} examples, and sampling.num_samples="
-            f"{config.sampling.num_samples} is fewer: set it to {len(split)} or more, or give fewer"
-        )
+        raise ValueError(f"--input {options.input} holds {len(split)} examples, and "
+                         f"sampling.num_samples={config.sampling.num_samples} is fewer: set it to {len(split)} or "
+                         "more, or give fewer")
     return as_asked(replace(images, test=split), codec, device).test if isinstance(codec, AutoencoderCodec) else split
 
 
@@ -126,16 +122,13 @@ def read_latents(path: Path, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | N
 def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
     """The mask in an image file, bool (H, W), for examples of `shape`: white where they are known, black where not.
 
-    A mask drawn in transparency, such as a picture with an erased hole, is known where it is opaque.
-    Raises FileNotFoundError, and ValueError for no path or image, for another size, for other colours, for a mask
-    that leaves nothing to do, and for one with two meanings.
+    A mask drawn in transparency, such as a picture with an erased hole, is known where it is opaque. Raises
+    FileNotFoundError, and ValueError for none, and one of another size, other colours, nothing to do or two meanings.
     """
     height, width = shape[1:]
     if path is None:
-        raise ValueError(
-            f"--mode inpaint needs --mask FILE, an image of {height} x {width}, white where the images are known and "
-            "black where they are to be filled"
-        )
+        raise ValueError(f"--mode inpaint needs --mask FILE, an image of {height} x {width}, white where the images "
+                         "are known and black where they are to be filled")
     if not path.is_file():
         raise FileNotFoundError(f"there is no mask {path}")
     try:
@@ -144,22 +137,16 @@ def read_mask(path: Path | None, shape: tuple[int, ...]) -> Tensor:
         raise ValueError(f"the mask {path} {error}") from None
     if alpha.min() < 255:
         if 0 in (shades := set(np.unique(grey[alpha == 255]).tolist())) and shades <= {0, 255}:
-            raise ValueError(
-                f"the mask {path} is drawn in black and in transparency, and either could be what is to be filled: "
-                "save it in black and white without transparency"
-            )
+            raise ValueError(f"the mask {path} is drawn in black and in transparency, and either could be what is to "
+                             "be filled: save it in black and white without transparency")
         grey = alpha
     if grey.shape != (height, width):
-        raise ValueError(
-            f"the mask {path} is {grey.shape[0]} x {grey.shape[1]}, and the model's images are {height} x {width}, to "
-            "which --input is cropped and resized: make the mask of that size"
-        )
+        raise ValueError(f"the mask {path} is {grey.shape[0]} x {grey.shape[1]}, and the model's images are {height} x "
+                         f"{width}, to which --input is cropped and resized: make the mask of that size")
     other = set(np.unique(grey).tolist()) - {0, 255}
     if other:
-        raise ValueError(
-            f"the mask {path} has the grey level {min(other)}: it must be black (fill) and white (known) alone; "
-            "save it without smoothing, as a PNG"
-        )
+        raise ValueError(f"the mask {path} has the grey level {min(other)}: it must be black (fill) and white (known) "
+                         "alone; save it without smoothing, as a PNG")
     if grey.min() == grey.max():
         which = "white: nothing is" if grey.max() else "black: all is"
         raise ValueError(f"the mask {path} is all {which} to be filled")

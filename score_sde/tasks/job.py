@@ -132,10 +132,9 @@ def _reads_data(mode: str, config: ConfigDict, own: bool) -> bool:
 
 
 def _described(trained: Trained, config: ConfigDict, autoencoder: Opened | None) -> Data | None:
-    """The data of a checkpoint's model as the checkpoint describes them: shape, levels, classes, and no examples.
+    """The data of a checkpoint's model, as it describes them, without examples; None for files of version 0.1.0.
 
-    None for files of version 0.1.0, which describe none. Files of score_sde_pytorch are for images of 256 levels, with
-    the size and channels of the config.
+    Files of score_sde_pytorch are for images of 256 levels, with the size and channels of the config.
     """
     if trained.card is None:
         d = config.data
@@ -159,19 +158,16 @@ def _empty(shape: tuple[int, ...], levels: int | None) -> Split:
 
 
 def _adopt(config: ConfigDict, trained: Trained, mode: str, scales: Sequence[float]) -> None:
-    """Put into the config what the checkpoint's own says of the model, its noise and its data's scale.
+    """Put into the config what the checkpoint's own says of model, noise and scale of the data; log what differs.
 
-    So the model is used as it was trained; where the config differs, it is logged. Raises ValueError for the config of
-    another model, and for what its model cannot do.
+    Raises ValueError for the config of another model, and for what its model cannot do.
     """
     if trained.card is None:
         return
     theirs = trained.config
     if theirs.model.name != config.model.name:
-        raise ValueError(
-            f"{trained.path} has model.name={theirs.model.name}, and the config {config.model.name}: take the config "
-            "that it was trained with, or leave --config out, as the checkpoint carries it"
-        )
+        raise ValueError(f"{trained.path} has model.name={theirs.model.name}, and the config {config.model.name}: take "
+                         "the config that it was trained with, or leave --config out, as the checkpoint carries it")
     resolve_conditions(config, trained.card.shape[0])
     check_conditions(trained, config, mode, scales)
     resolve_classes(config, theirs.model.num_classes, str(trained.path))
@@ -196,8 +192,7 @@ def _model(
     check_codes(trained, config.data.autoencoder_sha256, config.data.autoencoder)
     shape = example if trained.card is None else trained.card.shape
     if shape != example:
-        raise ValueError(
-            f"{trained.path} was trained on examples of shape {shape}, but {config.data.dataset} has {example}"
-        )
+        raise ValueError(f"{trained.path} was trained on examples of shape {shape}, but {config.data.dataset} has "
+                         f"{example}")
     log.info("checkpoint: %s (%s weights)", trained.path, weights)
     return trained.model(weights == "ema", processes.device, foreign_config(config) if trained.card is None else None)

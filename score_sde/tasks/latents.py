@@ -1,7 +1,4 @@
-"""The modes encode, decode and interpolate: the probability flow both ways, with the solver of the section eval.
-
-Example i depends on (seed, i) alone, so batches may have any size, and processes may share them.
-"""
+"""The modes encode, decode and interpolate: the probability flow both ways, with the solver of the section eval."""
 
 from __future__ import annotations
 
@@ -73,9 +70,8 @@ def run_encoding(job: Job, split: Split, own: bool = False) -> tuple[Path, dict[
     """Latents of a split's first eval.num_images examples, into a folder below latents/.
 
     `latents.npz` has `latents` (N, *shape), each example's `largest_error` and `rms_error` of decode(encode(x)), in
-    levels of pixels, and for class-conditional models the `labels` that were given; the stamp has the errors of all,
-    and the fraction of pixels that come back to their level. A grid shows the first images, each beside what its latent
-    decodes to. `own` says that the split is the user's, from --input, and not that of eval.split.
+    levels of pixels, and the `labels` that a class-conditional model was given; the stamp has the errors of all. A grid
+    shows the first images, each beside what its latent decodes to. `own` says that the split is that of --input.
     """
     n, source = number_of(split, job.config), "input" if own else job.config.eval.split
     limited = stamped(job, "encode", {"mode": "encode", **about_examples(split, source, n), "number": n, **_flow(job)})
@@ -146,10 +142,8 @@ def run_decoding(job: Job, path: Path) -> tuple[Path, dict[str, Any]]:
     """
     latents, labels = read_latents(path, job.shape)
     if conditioned(job.config) and labels is None:
-        raise ValueError(
-            f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
-            "eval.conditional=False"
-        )
+        raise ValueError(f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
+                         "eval.conditional=False")
     about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_flow(job)}
     limited = stamped(job, "decode", about)
     config = limited.config
@@ -171,11 +165,10 @@ def run_decoding(job: Job, path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def run_interpolation(job: Job, split: Split | None, own: bool = False) -> tuple[Path, dict[str, Any]]:
-    """Interpolations on the sphere between two latents, decoded, into a folder below interpolations/:
-    `interpolations.npz` (`arr_0`, a row for each pair), and a grid.
+    """Decoded interpolations on the sphere between pairs of latents, into a folder below interpolations/.
 
-    The latents are those of a split's examples, the first and second, the third and fourth, and so on; without a split
-    they are draws from the prior, latent i from (sampling.seed, i) as in --mode sample. All are multiplied by
+    `interpolations.npz` has `arr_0`, a row for each pair. The latents are those of a split's examples, the first and
+    second, and so on, or draws from the prior, latent i from (sampling.seed, i) as in --mode sample; all are times
     sampling.temperature. For examples the stamp has how far the decoded ends are from them.
 
     A class-conditional model is given the labels of a split's examples, or for draws sampling.labels in turn; between
@@ -267,8 +260,7 @@ def _options(config: ConfigDict) -> dict[str, Any]:
 def as_in_training(k: Tensor, codec: Codec, config: ConfigDict, first: int) -> Tensor:
     """Stored values as the model saw them in training: with uniform noise within a level, if it was trained so.
 
-    The noise is that of the likelihood, from (eval.seed, first + i). Without it an even surface would be encoded far
-    from where the prior is.
+    The noise is the likelihood's, from (eval.seed, first + i): without it even surfaces are encoded far from the prior.
     """
     u = None
     if isinstance(codec, PixelCodec) and config.data.uniform_dequantization:

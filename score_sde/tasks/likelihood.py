@@ -1,8 +1,7 @@
 """The mode likelihood: bits/dim of held-out examples with its errors, by one of three estimators.
 
-They are the probability-flow ODE, the variational bound of the SDE, and the variational bound of a chain, which for
-pixels and vectors `bound` evaluates. Example i depends on (seed, i) alone, so batches may have any size, and processes
-may share them.
+They are the probability-flow ODE, the variational bound of the SDE, and that of a chain, which for pixels and vectors
+`bound` evaluates.
 """
 
 from __future__ import annotations

@@ -44,10 +44,8 @@ def check(options: argparse.Namespace, config: ConfigDict) -> None:
         value = getattr(options, option.removeprefix("--"))
         value = next(iter(value), "") if isinstance(value, list) else value
         if value not in (None, "") and options.mode not in modes:
-            raise ValueError(
-                f"--mode {options.mode} reads no {option}, got {value}; leave it out ({option} is for "
-                f"{', '.join(modes)})"
-            )
+            raise ValueError(f"--mode {options.mode} reads no {option}, got {value}; leave it out ({option} is for "
+                             f"{', '.join(modes)})")
     _input(options, config)
     _prompt(options, config)
     if options.mode in READ_BY["--prompt"]:
@@ -55,10 +53,9 @@ def check(options: argparse.Namespace, config: ConfigDict) -> None:
         _number(options, config)
     m = config.model
     if options.mode == "demo" and (config.data.dataset not in JUDGED or m.super_resolution or m.text_encoder):
-        raise ValueError(
-            f"--mode demo judges digits that a model draws from nothing, and {options.config} is of something else: "
-            "take --config vp_digits, or the modes train, sample and likelihood one by one"
-        )
+        raise ValueError(f"--mode demo judges digits that a model draws from nothing, and {options.config} is of "
+                         "something else: take --config vp_digits, or the modes train, sample and likelihood one by "
+                         "one")
 
 
 def scales_of(options: argparse.Namespace) -> list[float]:
@@ -78,20 +75,15 @@ def _mode(options: argparse.Namespace, config: ConfigDict) -> None:
     mode, d, m = options.mode, config.data, config.model
     kind = kind_of(config)
     if kind.use and mode not in ("scan", "train"):
-        raise ValueError(
-            f"{options.config} is of {kind.name}, and --mode {mode} of models: {kind.use}=WORKDIR (its held-out loss "
-            "is eval_loss in its log)"
-        )
+        raise ValueError(f"{options.config} is of {kind.name}, and --mode {mode} of models: {kind.use}=WORKDIR (its "
+                         "held-out loss is eval_loss in its log)")
     if d.autoencoder and mode in (*RESTORING, "dequantize", "demo"):
-        raise ValueError(
-            f"--mode {mode} works on pixels, and data.autoencoder={d.autoencoder} makes this a model "
-            "of codes: take a model of pixels"
-        )
+        raise ValueError(f"--mode {mode} works on pixels, and data.autoencoder={d.autoencoder} makes this a model of "
+                         "codes: take a model of pixels")
     if mode in RESTORING and m.super_resolution:
-        raise ValueError(
-            f"--mode {mode} is for a model of whole images, and model.super_resolution={m.super_resolution} makes this "
-            "one of smaller ones: --mode sample --input FILE_OR_FOLDER enlarges by it"
-        )
+        raise ValueError(f"--mode {mode} is for a model of whole images, and "
+                         f"model.super_resolution={m.super_resolution} makes this one of smaller ones: --mode sample "
+                         "--input FILE_OR_FOLDER enlarges by it")
 
 
 def _input(options: argparse.Namespace, config: ConfigDict) -> None:
@@ -100,17 +92,13 @@ def _input(options: argparse.Namespace, config: ConfigDict) -> None:
         raise ValueError("--mode decode needs latents: --input FILE, such as the latents.npz that --mode encode wrote")
     mode, start = options.mode, config.sampling.start
     if start < 1 and mode == "sample" and options.input is None:
-        raise ValueError(
-            f"sampling.start={start:g} begins with examples that are noised to that time: give them, --input "
-            "FILE_OR_FOLDER, or set it to 1"
-        )
+        raise ValueError(f"sampling.start={start:g} begins with examples that are noised to that time: give them, "
+                         "--input FILE_OR_FOLDER, or set it to 1")
     if start < 1 and mode in (*RESTORING, "demo"):
         raise ValueError(f"sampling.start={start:g} is of --mode sample, and this is --mode {mode}: set it to 1")
     if mode == "sample" and options.input is not None and config.sampling.base:
-        raise ValueError(
-            f"--input {options.input} and sampling.base={config.sampling.base} both give the images that are enlarged: "
-            "leave one of them out"
-        )
+        raise ValueError(f"--input {options.input} and sampling.base={config.sampling.base} both give the images that "
+                         "are enlarged: leave one of them out")
     unread = ""
     if mode == "interpolate" and config.interpolation.between == "seeds":
         unread, remedy = "interpolation.between=seeds", ""
@@ -124,17 +112,14 @@ def _prompt(options: argparse.Namespace, config: ConfigDict) -> None:
     """Refuse prompts for models without captions, and a negative prompt without a prompt."""
     if (options.prompt or options.negative) and not config.model.text_encoder:
         name, value = ("--prompt", options.prompt[0]) if options.prompt else ("--negative", options.negative)
-        raise ValueError(
-            f"{name} {value!r} is for a model of text, which this is not: train one with model.text_encoder"
-        )
+        raise ValueError(f"{name} {value!r} is for a model of text, which this is not: train one with "
+                         "model.text_encoder")
     if options.negative and not options.prompt:
         raise ValueError(f"--negative {options.negative!r} is beside a --prompt, and there is none: give one")
     s = config.sampling
     if options.negative and (s.classifier or s.guidance_checkpoint):
-        raise ValueError(
-            f"--negative {options.negative!r} is for classifier-free guidance: leave sampling.classifier and "
-            "sampling.guidance_checkpoint alone"
-        )
+        raise ValueError(f"--negative {options.negative!r} is for classifier-free guidance: leave sampling.classifier "
+                         "and sampling.guidance_checkpoint alone")
 
 
 def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
@@ -154,14 +139,11 @@ def _guidance(options: argparse.Namespace, config: ConfigDict) -> None:
     nobody = {*s.labels} == {-1} and s.negative_label == -1 and not (s.guidance_checkpoint or options.prompt)
     if nobody and any(scale != 1 for scale in scales):
         asked = f"--scales {options.scales}" if options.scales else f"sampling.guidance={s.guidance:g}"
-        raise ValueError(
-            f"{asked} has no effect on samples without class, sampling.labels=-1: name classes, or set the scale to 1"
-        )
+        raise ValueError(f"{asked} has no effect on samples without class, sampling.labels=-1: name classes, or set "
+                         "the scale to 1")
     if options.scales and not guided:
-        raise ValueError(
-            f"--scales {options.scales} has no effect without a condition: take a class-conditional model, give a "
-            "--prompt, or set sampling.classifier or sampling.guidance_checkpoint"
-        )
+        raise ValueError(f"--scales {options.scales} has no effect without a condition: take a class-conditional "
+                         "model, give a --prompt, or set sampling.classifier or sampling.guidance_checkpoint")
 
 
 def _number(options: argparse.Namespace, config: ConfigDict) -> None:

@@ -40,16 +40,11 @@ _AS_IT_WAS = "take the config that it was trained with (only the numbers of clas
 
 
 def find_origin(where: str) -> Trained:
-    """The checkpoint that training.origin names: a file, a workdir's newest, or a folder of diffusers'.
-
-    Raises FileNotFoundError if there is none.
-    """
+    """The checkpoint training.origin: a file, a workdir's newest, or diffusers' folder. Raises FileNotFoundError."""
     path = Path(where)
     if not path.exists():
-        raise FileNotFoundError(
-            f"there is no checkpoint {path} to begin from: name a checkpoint or a workdir (--checkpoint), or leave it "
-            "out to begin anew, or to go on with the workdir's own run"
-        )
+        raise FileNotFoundError(f"there is no checkpoint {path} to begin from: name a checkpoint or a workdir "
+                                "(--checkpoint), or leave it out to begin anew, or to go on with the workdir's own run")
     return Trained(path) if diffusers.is_folder(path) else checkpoint.find(path)
 
 
@@ -64,11 +59,9 @@ def check_origin(config: ConfigDict, workdir: Path, begun: Trained | None) -> No
         t.origin, t.origin_sha256 = (theirs.origin, theirs.origin_sha256) if theirs else ("", "")
         t.origin_weights = theirs.origin_weights if theirs else t.origin_weights
     if theirs is not None and theirs.origin and theirs.origin_weights != t.origin_weights:
-        raise ValueError(
-            f"{workdir} holds a run already, which began from other weights of {theirs.origin}: set "
-            f"training.origin_weights={theirs.origin_weights} to go on with it, or begin the new run in another "
-            "--workdir"
-        )
+        raise ValueError(f"{workdir} holds a run already, which began from other weights of {theirs.origin}: set "
+                         f"training.origin_weights={theirs.origin_weights} to go on with it, or begin the new run in "
+                         "another --workdir")
     if theirs is not None and (theirs.origin, theirs.origin_sha256) == (t.origin, t.origin_sha256):
         return  # the run's own config says so, and the file may be deleted by now
     if not t.origin:
@@ -77,10 +70,8 @@ def check_origin(config: ConfigDict, workdir: Path, begun: Trained | None) -> No
     t.origin_sha256 = checkpoint.file_hash(diffusers.network_folder(path) if path.is_dir() else path)
     if theirs is not None and theirs.origin_sha256 != t.origin_sha256:
         was = f"began from {theirs.origin}, with other content" if theirs.origin_sha256 else "did not begin from a file"
-        raise ValueError(
-            f"{workdir} holds a run already, which {was}: leave --checkpoint {t.origin} out to go on with it, or begin "
-            "the new run in another --workdir"
-        )
+        raise ValueError(f"{workdir} holds a run already, which {was}: leave --checkpoint {t.origin} out to go on with "
+                         "it, or begin the new run in another --workdir")
 
 
 def check_fits(config: ConfigDict, workdir: Path, shape: tuple[int, ...]) -> None:
@@ -132,10 +123,8 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
     ]
     for what, have, want in pairs:
         if have != want:
-            raise ValueError(
-                f"{path} cannot be trained further with this config: it has {what}{have}, the config {want}; take a "
-                "checkpoint of the same, or begin anew"
-            )
+            raise ValueError(f"{path} cannot be trained further with this config: it has {what}{have}, the config "
+                             f"{want}; take a checkpoint of the same, or begin anew")
     bridge = ConfigDict(config.to_dict())
     bridge.data.centered = theirs.data.centered
     for key in ("num_classes", "class_conditional"):
@@ -151,10 +140,8 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
         if key not in _FREE and key not in _READ_OTHERWISE and value != config.model[key]
     ]
     if others and not torch.equal(_answer(fitting, example), _answer(network, example)):
-        raise ValueError(
-            f"{path} has another network than the config: set {', '.join(others)} as it was (only keys that the "
-            "network uses matter), or begin anew"
-        )
+        raise ValueError(f"{path} has another network than the config: set {', '.join(others)} as it was (only keys "
+                         "that the network uses matter), or begin anew")
     keys = [*(f"model.{key}" for key in _READ_OTHERWISE), "training.sde", "training.continuous", "data.centered"]
     lines = [line for line in configs.differences(theirs, config) if line.partition(":")[0] in keys]
     return network, [f"warning: the weights were trained to be read otherwise: {line}" for line in lines]
@@ -188,10 +175,8 @@ def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tu
     if not _alike(model, theirs, example) and not path.is_dir():
         _negate(model, channels)  # a network whose output over sigma is the score has minus the sign of the noise
     if not _alike(model, theirs, example):
-        raise ValueError(
-            f"{path} and the config compute different outputs from its weights: set the sections model and training as "
-            "they were there, or begin anew"
-        )
+        raise ValueError(f"{path} and the config compute different outputs from its weights: set the sections model "
+                         "and training as they were there, or begin anew")
     return model, _read_by_scheduler(path, model, example) if path.is_dir() else []
 
 
@@ -225,9 +210,8 @@ def _filled(path: Path, model: Trainable, weights: Mapping[str, Tensor], remedy:
     for name in sorted(own.keys() | weights.keys()):
         here, there = (str(tuple(v[name].shape)) if name in v else "none" for v in (own, weights))
         if here != there:
-            raise ValueError(
-                f"{path} has another network than the config: {name} is {there} there and {here} here; {remedy}"
-            )
+            raise ValueError(f"{path} has another network than the config: {name} is {there} there and {here} here; "
+                             f"{remedy}")
     model.load_state_dict(weights)
     return model.eval()
 

@@ -1,7 +1,4 @@
-"""The modes inpaint, colorize, superresolve and deblur: the section inverse, on held-out images or on the user's.
-
-Example i depends on (seed, i) alone, so batches may have any size, and processes may share them.
-"""
+"""The modes inpaint, colorize, superresolve and deblur: the section inverse, on held-out images or on the user's."""
 
 from __future__ import annotations
 
@@ -70,9 +67,8 @@ def operator_for(task: str, config: ConfigDict, shape: tuple[int, ...], mask: Pa
         return Blur.gaussian(config.inverse.blur)
     factor = config.inverse.factor
     if shape[1] % factor or shape[2] % factor:
-        raise ValueError(
-            f"inverse.factor={factor} does not divide the model's images of {shape[1]} x {shape[2]}: take one that does"
-        )
+        raise ValueError(f"inverse.factor={factor} does not divide the model's images of {shape[1]} x {shape[2]}: take "
+                         "one that does")
     return Average(factor)
 
 
@@ -238,10 +234,8 @@ def _noise(job: Job, task: str) -> float:
     if not isinstance(codec, PixelCodec) or len(job.shape) != 3:
         raise ValueError(f"--mode {task} is for images, and data.dataset={job.config.data.dataset} has {job.shape}")
     if i.method == "twisted" and grid_name(job.config) == "ends":
-        raise ValueError(
-            f"inverse.method=twisted walks on sampling's grid, and sampling.method={s.method} chooses its own steps: "
-            "set sampling.method=pc"
-        )
+        raise ValueError(f"inverse.method=twisted walks on sampling's grid, and sampling.method={s.method} chooses its "
+                         "own steps: set sampling.method=pc")
     # The task deblur and the method twisted need noise: at least that of rounding to levels.
     rounding = 1 / (codec.levels * math.sqrt(12)) if task == "deblur" or i.method == "twisted" else 0.0
     return codec.width * max(i.noise, rounding)

@@ -1,7 +1,8 @@
 """Results on disk: folders that a stamp names, and batches that are stored as soon as they are computed.
 
-Every finished batch is a file in the result's folder; a stopped run goes on where it was, processes share the batches,
-and the last step joins them. A joined result is whole, and a finished one is what its stamp says.
+Example i depends on (seed, i) alone, so batches may have any size, and processes share them. Every finished batch is a
+file in the result's folder; a stopped run goes on where it was, and the last step joins them. A joined result is whole,
+and a finished one is what its stamp says.
 """
 
 from __future__ import annotations
@@ -137,9 +138,8 @@ class Stored(Arrays):
         self.where = where
 
     def __missing__(self, name: str) -> np.ndarray:
-        raise ValueError(
-            f"{self.where} holds no array {name}, so it is not this command's: delete it, and give the command again"
-        )
+        raise ValueError(f"{self.where} holds no array {name}, so it is not this command's: delete it, and give the "
+                         "command again")
 
 
 def read_arrays(path: Path) -> Arrays | None:
@@ -232,10 +232,9 @@ def _check_shared(folder: Path, processes: Processes) -> None:
         mark.unlink()
     for text in seen:
         if text.startswith("False"):
-            raise ValueError(
-                f"{folder} on {seen[0].split()[1]} is not the folder of that name on {text.split()[1]}: all processes "
-                "write their batches into one, so give --workdir a folder that all hosts share"
-            )
+            raise ValueError(f"{folder} on {seen[0].split()[1]} is not the folder of that name on {text.split()[1]}: "
+                             "all processes write their batches into one, so give --workdir a folder that all hosts "
+                             "share")
 
 
 def _marked(folder: Path) -> str:
@@ -251,7 +250,6 @@ def _check_whole(parts: Path, batches: Sequence[Arrays | None], processes: Proce
     mine = "" if missing is None else f"batch {missing + 1} of {len(batches)} of process {missing % processes.world}"
     for text in processes.texts(mine and f"{mine} (looked for on {socket.gethostname()})"):
         if text:
-            raise ValueError(
-                f"{parts} lacks {text}, so the result is not whole: see that all processes work in one folder and that "
-                "nobody deletes from it, and run the same command again; it computes what is missing"
-            )
+            raise ValueError(f"{parts} lacks {text}, so the result is not whole: see that all processes work in one "
+                             "folder and that nobody deletes from it, and run the same command again; it computes what "
+                             "is missing")

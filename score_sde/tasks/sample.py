@@ -1,7 +1,4 @@
-"""The mode sample: draws from a model, or from a cascade of models.
-
-Example i depends on (seed, i) alone, so batches may have any size, and processes may share them.
-"""
+"""The mode sample: draws from a model, or from a cascade of models."""
 
 from __future__ import annotations
 
@@ -188,10 +185,8 @@ def _stage_before(job: Job, small: tuple[int, ...]) -> Job:
     """
     s = job.config.sampling
     if not s.base:
-        raise ValueError(
-            "the model enlarges images: give it some, --input FILE_OR_FOLDER, or the stage before, "
-            "--config.sampling.base=WORKDIR"
-        )
+        raise ValueError("the model enlarges images: give it some, --input FILE_OR_FOLDER, or the stage before, "
+                         "--config.sampling.base=WORKDIR")
     what = f"the stage before (a model of images of {small[1]} x {small[2]})"
     trained = trained_at(s.base, "sampling.base", what)
     card, config, path = trained.card, deepcopy(trained.config), trained.path
@@ -199,10 +194,8 @@ def _stage_before(job: Job, small: tuple[int, ...]) -> Job:
     if card.codes:
         raise ValueError(f"sampling.base={s.base} is a model of codes: take a model of pixels for the stage before")
     if card.shape != small:
-        raise ValueError(
-            f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be enlarged: name the "
-            "workdir of a model that makes these"
-        )
+        raise ValueError(f"sampling.base={s.base} makes examples of shape {card.shape}, and {small} are to be "
+                         "enlarged: name the workdir of a model that makes these")
     for key in ("num_samples", "batch_size", "seed", "labels", "negative_label"):
         config.sampling[key] = s[key]
     config.sampling.start = 1.0

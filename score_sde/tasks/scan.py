@@ -169,10 +169,7 @@ def gaussian_fit(k: Tensor, codec: Codec, seed: int = 0) -> tuple[Tensor, Tensor
 
 
 def gaussian_log_prob(x: Tensor, mean: Tensor, covariance: Tensor) -> Tensor:
-    """Log density, (B,) in nats, of x (B, *shape) under N(mean, covariance).
-
-    Raises ValueError if the covariance is singular.
-    """
+    """Log density, (B,) in nats, of x (B, *shape) under N(mean, covariance). Raises ValueError for a singular one."""
     factor, failed = torch.linalg.cholesky_ex(covariance)
     if failed:
         raise ValueError(f"the covariance of {len(covariance)} dimensions is singular: fit it to more examples")

@@ -81,8 +81,7 @@ def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device)
 
 
 def learning_rate(config: ConfigDict, step: int) -> float:
-    """The learning rate of a step: it rises linearly from 0 over optim.warmup steps, and falls to 0 over the last
-    fraction optim.decay of the run."""
+    """It rises linearly from 0 over optim.warmup steps, and falls to 0 over the run's last fraction optim.decay."""
     o, n = config.optim, config.training.n_iters
     rise = min(step / o.warmup, 1.0) if o.warmup else 1.0
     fall = min((n - step) / (o.decay * n), 1.0) if o.decay else 1.0

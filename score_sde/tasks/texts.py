@@ -22,10 +22,8 @@ def embedded_captions(config: ConfigDict, data: Data, workdir: Path, processes: 
     if not config.model.text_encoder:
         return None
     if not data.captions:
-        raise ValueError(
-            f"model.text_encoder needs captions, and data.dataset={config.data.dataset} has none: put a NAME.txt "
-            "beside each image, or a metadata.jsonl; of CIFAR-10 take the python version"
-        )
+        raise ValueError(f"model.text_encoder needs captions, and data.dataset={config.data.dataset} has none: put a "
+                         "NAME.txt beside each image, or a metadata.jsonl; of CIFAR-10 take the python version")
     return _embedded(config, data.captions, workdir, processes)
 
 

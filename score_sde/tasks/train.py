@@ -203,10 +203,9 @@ class _Run:
     ) -> None:
         t = config.training
         if t.batch_size % (processes.world * t.accumulate):
-            raise ValueError(
-                f"training.batch_size={t.batch_size} cannot be split over {processes.world} processes with "
-                f"training.accumulate={t.accumulate}; make it a multiple of {processes.world * t.accumulate}"
-            )
+            raise ValueError(f"training.batch_size={t.batch_size} cannot be split over {processes.world} processes "
+                             f"with training.accumulate={t.accumulate}; make it a multiple of "
+                             f"{processes.world * t.accumulate}")
         self.config, self.workdir, self.processes = config, workdir, processes
         self.state = make_state(config, data.shape, processes.device)
         self.state.model.train()
@@ -279,10 +278,8 @@ class _Run:
             checkpoint.save(path, now, state)
             checkpoint.prune(path, t.keep_last, t.keep_every * t.snapshot_freq)
         if processes.any(gone):
-            raise FileNotFoundError(
-                f"{self.workdir} was deleted during the run: the checkpoint of step {state.step} is there again, as "
-                f"{path}, and the same command goes on from it"
-            )
+            raise FileNotFoundError(f"{self.workdir} was deleted during the run: the checkpoint of step {state.step} "
+                                    f"is there again, as {path}, and the same command goes on from it")
         self.saved = state.step
         return Metrics(state.step, checkpoint=path)
 
