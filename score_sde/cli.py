@@ -68,9 +68,7 @@ several GPUs      torchrun --standalone --nproc_per_node=8 -m score_sde MODE NAM
 # The commands of modes, of (options, config, workdir, processes); those on a checkpoint, of (options, job, data).
 RUNS = {"train": train.command, "demo": demo.command, "scan": scan.command}
 ON_CHECKPOINTS = {
-    "sample": sample.command,
-    "likelihood": likelihood.command,
-    "dequantize": dequantize.command,
+    **{"sample": sample.command, "likelihood": likelihood.command, "dequantize": dequantize.command},
     **dict.fromkeys(("encode", "decode", "interpolate"), latents.command),
     **dict.fromkeys(RESTORING, restore.command),
 }

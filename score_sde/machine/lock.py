@@ -51,7 +51,9 @@ def held(folder: Path, doing: str) -> Iterator[None]:
     path = folder / NAME
     file = _acquire(path)
     try:
-        _write(file, _own_record(doing))
+        file.truncate(0)  # it was opened for appending
+        file.write(json.dumps(_own_record(doing)))
+        file.flush()
         done = threading.Event()
         beat = threading.Thread(target=_renew, args=(path, done), daemon=True)
         beat.start()
@@ -170,12 +172,6 @@ def _renew(path: Path, done: threading.Event) -> None:
             os.utime(path)
         except OSError:
             return  # the folder is gone
-
-
-def _write(file: IO[str], record: Record) -> None:
-    file.truncate(0)  # it was opened for appending
-    file.write(json.dumps(record))
-    file.flush()
 
 
 def _read(file: IO[str]) -> Record:

@@ -62,7 +62,8 @@ class Progress:
         elif self.shown:
             self._running.remove(self)
             if self.leave and self._reported and error[0] is None:
-                write(f"{self.what}: {self._amount()} in {_duration(clock() - self._begin)}{self._remark()}")
+                remark = self.remark and f", {self.remark}"
+                write(f"{self.what}: {self._amount()} in {_duration(clock() - self._begin)}{remark}")
 
     def update(self, count: int = 1) -> None:
         """Count `count` more units as done."""
@@ -95,10 +96,7 @@ class Progress:
             line += f", {self._rate(rate)}"
             if self.total is not None:
                 line += f", {_duration((self.total - self.n) / rate)} left"
-        return line + self._remark()
-
-    def _remark(self) -> str:
-        return f", {self.remark}" if self.remark else ""
+        return line + (self.remark and f", {self.remark}")
 
     def _amount(self) -> str:
         if self.unit == "B":

@@ -75,7 +75,7 @@ class Card:
         values = {}
         for key, kind, fits in (
             ("config", "JSON object", lambda value: isinstance(value, dict)),
-            ("shape", "list of sizes", lambda value: isinstance(value, list) and value and all(map(_is_size, value))),
+            ("shape", "list of sizes", lambda v: isinstance(v, list) and v and all(_is_count(n) and n for n in v)),
             ("step", "count", _is_count),
         ):
             if key not in header:
@@ -313,10 +313,6 @@ def _compare(path: Path, expected: Mapping[str, Tensor], saved: Mapping[str, Ten
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
-
-
-def _is_size(value: object) -> bool:
-    return _is_count(value) and value != 0
 
 
 def checkpoints(workdir: Path) -> list[Path]:

@@ -82,31 +82,23 @@ def _system(error: BaseException, code: int, mode: str, workdir: str) -> str:
     path = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else ""
     where = _short(path) or (f"a file in {_short(workdir)}" if workdir else "a file")
     words = {"where": where, "blocked": _short(_blocking(path)) if path else where, "reason": os.strerror(code)}
-    return _SENTENCES.get(code, f"{{where}}: {{reason}}; {_KEPT}").format(**words, less=_less_memory(mode))
+    words |= {"less": _less_memory(mode), "kept": "what was finished is kept, and the same command goes on from there"}
+    name = errno.errorcode.get(code, "")
+    known = (text for names, text in _SENTENCES.items() if name in names.split())
+    return next(known, "{where}: {reason}; {kept}").format(**words)
 
 
-_KEPT = "what was finished is kept, and the same command goes on from there"
 # Sentences for the operating system's errors; `blocked` is the file in a folder's place, `less` what saves memory.
 _SENTENCES = {
-    **dict.fromkeys(
-        (errno.ENOSPC, errno.EDQUOT, errno.EFBIG),
-        f"{{where}} could not be written ({{reason}}): free some space or give another --workdir; {_KEPT}",
-    ),
-    **dict.fromkeys(
-        (errno.EACCES, errno.EPERM, errno.EROFS),
-        "{where} cannot be used ({reason}): change its permissions, or give another --workdir",
-    ),
-    **dict.fromkeys(
-        (errno.EEXIST, errno.ENOTDIR),
-        "{blocked} is a file where a folder is needed: move it away, or give another --workdir",
-    ),
-    errno.EISDIR: "{where} is a folder where a file is needed: move it away, or give another --workdir",
-    errno.ENAMETOOLONG: "the name {where} is too long for the file system: give a shorter one",
-    errno.ENOENT: "{where} is not there: if it was deleted during the run, give the same command again",
-    errno.ENOMEM: "out of memory ({reason}): {less}",
-    errno.EPIPE: f"the output was closed before its end, as `| head` does: write to a file instead; {_KEPT}",
-    errno.EMFILE: "{where} cannot be opened ({reason}): allow more open files by ulimit -n",
-    errno.ENFILE: "{where} cannot be opened ({reason}): allow more open files by ulimit -n",
+    "ENOSPC EDQUOT EFBIG": "{where} could not be written ({reason}): free some space or give another --workdir; {kept}",
+    "EACCES EPERM EROFS": "{where} cannot be used ({reason}): change its permissions, or give another --workdir",
+    "EEXIST ENOTDIR": "{blocked} is a file where a folder is needed: move it away, or give another --workdir",
+    "EISDIR": "{where} is a folder where a file is needed: move it away, or give another --workdir",
+    "ENAMETOOLONG": "the name {where} is too long for the file system: give a shorter one",
+    "ENOENT": "{where} is not there: if it was deleted during the run, give the same command again",
+    "ENOMEM": "out of memory ({reason}): {less}",
+    "EPIPE": "the output was closed before its end, as `| head` does: write to a file instead; {kept}",
+    "EMFILE ENFILE": "{where} cannot be opened ({reason}): allow more open files by ulimit -n",
 }
 
 

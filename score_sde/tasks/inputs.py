@@ -53,8 +53,7 @@ def split_of(data: Data, config: ConfigDict) -> Split:
 
 def number_of(split: Split, config: ConfigDict) -> int:
     """How many examples of a split eval.num_images asks for: 0 means all."""
-    most = config.eval.num_images
-    return min(most, len(split)) if most else len(split)
+    return min(config.eval.num_images or len(split), len(split))
 
 
 def read_examples(path: Path, shape: tuple[int, ...], codec: Codec, pixels: Pixels = AS_THEY_ARE) -> Split:

@@ -69,7 +69,9 @@ def open_job(
     trained = _checkpoint(options.checkpoint or workdir, carried, processes)
     autoencoder = opened(config.data.autoencoder, processes.device) if config.data.autoencoder else None
     described = _described(trained, config, autoencoder)
-    reads = _reads_data(options.mode, config, options.input is not None)
+    drawn = options.mode == "interpolate" and config.interpolation.between == "seeds"
+    on_data = options.mode in ("likelihood", "dequantize", "encode", "interpolate", *RESTORING) and not drawn
+    reads = on_data and options.input is None
     data = read_data(config, processes) if described is None or reads else described
     resolve_labels(config, data, options.mode in RESTORING)
     _adopt(config, trained, options.mode, scales_of(options))
@@ -122,13 +124,6 @@ def _checkpoint(where: str | Path, carried: Trained | None, processes: Processes
         sha256 = checkpoint.file_hash(path) if path.is_file() else "nothing"
         processes.check_same(sha256, f"{path} is not the same file everywhere", "work in one shared folder")
     return own[0] if own and own[0].path == path else Trained.open(path)
-
-
-def _reads_data(mode: str, config: ConfigDict, own: bool) -> bool:
-    """Whether a mode that works on a checkpoint reads its data set; the examples may be the user's `own`."""
-    if mode == "interpolate" and config.interpolation.between == "seeds":
-        return False
-    return not own and mode in ("likelihood", "dequantize", "encode", "interpolate", *RESTORING)
 
 
 def _described(trained: Trained, config: ConfigDict, autoencoder: Opened | None) -> Data | None:

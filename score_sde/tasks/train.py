@@ -6,7 +6,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -191,8 +191,9 @@ def train(
             yield run.report()
         for frequency, work in ((t.eval_freq, run.evaluation), (t.snapshot_freq, run.snapshot)):
             if step % frequency == 0 or last:
-                with run.clock_stopped():
-                    yield work()
+                before = time.perf_counter()
+                yield work()
+                run.clock += time.perf_counter() - before  # it is no time of the steps
 
 
 class _Run:
@@ -209,7 +210,9 @@ class _Run:
         self.config, self.workdir, self.processes = config, workdir, processes
         self.state = make_state(config, data.shape, processes.device)
         self.state.model.train()
-        self.card = _card(config, data, codec)
+        codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
+        about = checkpoint.DataCard.of(data, codec).to_json()
+        self.card = checkpoint.Card(configs.to_json(config), data.shape, 0, codes, about)
         _check_data(data, self.card, processes)
         self.saved, self.notes = processes.agreed(lambda: _begin(config, workdir, self.state, self.card))
         _receive(self.state, self.saved, processes)
@@ -282,19 +285,6 @@ class _Run:
                                     f"is there again, as {path}, and the same command goes on from it")
         self.saved = state.step
         return Metrics(state.step, checkpoint=path)
-
-    @contextmanager
-    def clock_stopped(self) -> Iterator[None]:
-        """Time within the block does not count as time of the steps."""
-        before = time.perf_counter()
-        yield
-        self.clock += time.perf_counter() - before
-
-
-def _card(config: ConfigDict, data: Data, codec: Codec) -> checkpoint.Card:
-    """The card of the run's checkpoints, at step 0."""
-    codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
-    return checkpoint.Card(configs.to_json(config), data.shape, 0, codes, checkpoint.DataCard.of(data, codec).to_json())
 
 
 def _check_data(data: Data, card: checkpoint.Card, processes: Processes) -> None:
