@@ -13,13 +13,8 @@ def sliced_wasserstein(x: Tensor, y: Tensor, *, projections: int = 256, p: float
     al. 2015), so W_p^p is the integral over u in [0, 1] of |F_x^-1(u) - F_y^-1(u)|^p, exact for any two sizes. Two
     samples of one distribution have a distance above 0 too: compare with that of two samples of the truth.
 
-    Args:
-        x, y: (N, *shape) and (M, *shape), N and M at least 1.
-        projections: number of directions; in one dimension one is enough.
-        p: at least 1.
-        seed: of the directions.
-
-    Raises ValueError for examples of different shapes, or none.
+    x is (N, *shape) and y (M, *shape); the seed is that of the `projections`, of which in one dimension one is enough,
+    and p is at least 1. Raises ValueError for examples of different shapes, or none.
     """
     if x.shape[1:] != y.shape[1:] or not (len(x) and len(y)):
         raise ValueError(f"x and y must hold examples of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")

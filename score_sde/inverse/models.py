@@ -34,12 +34,9 @@ def spread(sde: SDE, t: Tensor, variance: float) -> Tensor:
 
 
 class Conditional(ScoreModel):
-    """`model` conditioned on y, by a score of y that is a gradient through the model.
+    """`model` of x conditioned on y, by a score of y that is a gradient through the model.
 
-    Args:
-        model: of x.
-        operator, noise: of the observations y.
-        setting: the method's own number: the rate, the variance or the iterations.
+    `operator` and `noise` are those of y, `setting` is the method's own number: its rate, variance or iterations.
     """
 
     def __init__(self, model: ScoreModel, operator: Operator, noise: float, setting: Any) -> None:
@@ -85,8 +82,6 @@ def dps(model: ScoreModel, observation: Observation, rate: float | None = None) 
     """Diffusion posterior sampling (DPS; Chung et al. 2023): its mean replaces x_0 given x_t. For any operator.
 
     Args:
-        model: of x.
-        observation: of the batch's examples.
         rate: None: the score of N(y; A m(x_t), s² I), as in their theorem 1; stiff where s is small, as the law of x_0
             is much wider at most times. A number: their algorithm 1, which moves x by -zeta grad|y - A m(x_t)| in each
             of n steps of any length, in its continuous limit, a drift of rate = zeta n (zeta = 0.3 to 1 in the paper,

@@ -129,10 +129,8 @@ class Mask(Scaled):
 class Grey(Scaled):
     """One channel from several, y = sum_c weights_c x_c: the grey values of a picture in colour.
 
-    Args:
-        weights: (C,); by default 1/sqrt(C) each, the first row of an orthogonal change of the channels and the first
-            channel of score_sde's `couple`. Luma is (0.299, 0.587, 0.114), and 1/C gives the mean.
-        channels: C, for the default weights.
+    The weights (C,) are by default 1/sqrt(C) each for C `channels`, the first row of an orthogonal change of the
+    channels and the first channel of score_sde's `couple`. Luma is (0.299, 0.587, 0.114), and 1/C gives the mean.
     """
 
     weights: Tensor | None = None
@@ -293,12 +291,8 @@ def _cut(squares: Tensor) -> Tensor:
 class Observation:
     """Observations y = A x + noise · z of a batch of examples, z standard normal.
 
-    Args:
-        operator: A.
-        y: (B, *observed), one observation for each example of the batch.
-        noise: standard deviation of the observation's noise; 0: y is exact.
-
-    Raises ValueError for negative noise.
+    y is (B, *observed), one for each example, and exact where `noise`, a standard deviation, is 0. Raises ValueError
+    for negative noise.
     """
 
     operator: Operator

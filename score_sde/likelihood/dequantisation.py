@@ -262,11 +262,8 @@ def dequantisation_loss(
     The variational bound of the SDE replaces -log p(x), as in Song et al. 2021b: it is differentiable in the
     dequantiser and in the model.
 
-    Args:
-        model, dequantiser, k: (B, *shape).
-        u: uniform numbers of k's shape, for the dequantiser.
-        v: uniform numbers (B,) in float64, which become times, uniform in log SNR from the dequantiser's t_min.
-        z: standard normal numbers of k's shape.
+    Of k's shape (B, *shape) are u, uniform numbers for the dequantiser, and z, standard normal ones; v (B,) are uniform
+    numbers in float64, which become times, uniform in log SNR from the dequantiser's t_min.
     """
     x, log_q = dequantiser(k, u)
     sde = model.sde

@@ -58,14 +58,9 @@ class Energy(nn.Module):
 def implicit(model: ScoreModel | Score, x: Tensor, t: Tensor, *, limit: int = 1024, products: int = BLOCK) -> Tensor:
     """|s|²/2 + tr(ds/dx) with the exact trace, (B,) (Hyvärinen 2005, eq. 4; its sample average is eq. 8).
 
-    It takes D vector-Jacobian products per example, for dimension D.
-
-    Args:
-        limit: the largest D that is accepted.
-        products: how many, over all examples, are computed at a time and held for the backward pass. If there are more,
-            the backward pass of an nn.Module computes each block again, which bounds the memory.
-
-    Raises ValueError beyond the limit, or where the score has no gradient in x.
+    It takes D vector-Jacobian products per example, for dimension D. `products`, over all examples, are computed at a
+    time and held for the backward pass; if there are more, the backward pass of an nn.Module computes each block again,
+    which bounds the memory. Raises ValueError for D beyond the limit, or where the score has no gradient in x.
     """
     d, batch = math.prod(x.shape[1:]), len(x)
     if d > limit:
@@ -112,11 +107,9 @@ def finite_difference(
 
         (E₊ - E₋)²/(8 step²) - (E₊ + E₋ - 2 E)/step²,      |(s₊ + s₋)/2|²/2 + v^T (s₊ - s₋)/(2 step).
 
-    Args:
-        v: (M, B, *shape), as `projections` makes them.
-        step: in units of x, () or (B,). In float32 rounding leaves about 1e-7/step² of an energy, 1e-7/step of a score.
-
-    Raises ValueError for another shape of v or a step that is not positive.
+    v is (M, B, *shape), as `projections` makes them; `step` is in units of x, () or (B,): in float32 rounding leaves
+    about 1e-7/step² of an energy, 1e-7/step of a score. Raises ValueError for another shape of v or a step that is not
+    positive.
     """
     _check_projections(x, v)
     if not isinstance(step, Tensor) and step <= 0:

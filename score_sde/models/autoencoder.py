@@ -49,10 +49,8 @@ class Evidence(NamedTuple):
 class ConvolutionalAutoencoder(nn.Module):
     """This package's own `Autoencoder` (VAE): two networks, and the decoder's standard deviation as a parameter.
 
-    Args:
-        encoder: module F(x) -> (B, 2 c, h, w), the posterior's mean and its log variance, clamped to [-30, 20].
-        decoder: module F(z) -> (B, C, H, W).
-        centered: x is in [-1, 1]; if False, in [0, 1].
+    The encoder F(x) -> (B, 2 c, h, w) gives the posterior's mean and its log variance, clamped to [-30, 20], the
+    decoder F(z) -> (B, C, H, W) images, in [-1, 1], or in [0, 1] if not `centered`.
     """
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, *, centered: bool = True) -> None:

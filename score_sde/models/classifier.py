@@ -19,9 +19,8 @@ class NoisyClassifier(nn.Module):
     Trained by cross-entropy on x_t = alpha x_0 + sigma z, it approaches the posterior of the data's classes at every t.
     Called with a label, it is a `log_prob` for `classifier`.
 
-    Args:
-        network: module F(x, label) -> logits (B, classes), with a label of shape (B,), both positional.
-        label, scale: (alpha, sigma, t) -> (B,), the network's time label and a factor of its input.
+    The network F(x, label) -> logits (B, classes) takes a label (B,) of the time, both positional; `label` and `scale`
+    are functions (alpha, sigma, t) -> (B,) for this label and a factor of the network's input.
     """
 
     def __init__(

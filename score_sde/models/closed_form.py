@@ -147,11 +147,8 @@ class Boxes(ScoreModel):
     (Phi(v) - Phi(u))/(alpha (high - low)). It is computed in float64 for every dtype of x: the difference vanishes far
     from a box and where there is much noise.
 
-    Args:
-        weights: (K,) positive; normalised here.
-        low, high: (K, *shape), the boxes' corners.
-
-    Raises ValueError for shapes that do not fit, or a box without volume.
+    The weights (K,) are positive, and normalised here; low and high (K, *shape) are the boxes' corners. Raises
+    ValueError for shapes that do not fit, or a box without volume.
     """
 
     log_weights: Tensor

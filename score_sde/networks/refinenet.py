@@ -39,8 +39,7 @@ class RefineNet(nn.Module):
     border, and the output is cropped.
 
     Args:
-        norms: of the encoder and the head, and of the decoder.
-        pool: of the decoder; keeps height and width.
+        norms, pool: see `RefineStyle`.
         width: stage i has width * multipliers[i] channels; at least 2, because the norms compare channels.
         multipliers: one per stage, at least 3; all stages but the first and the last two halve the resolution.
         centered: the data is in [-1, 1]; if False, in [0, 1], and the network begins with 2 x - 1.

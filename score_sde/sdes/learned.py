@@ -35,12 +35,8 @@ class MonotoneSchedule(nn.Module):
     code starts from weights near 0. It is evaluated in float64 on the CPU for every dtype and device of the parameters;
     with a GPU each evaluation waits for it once.
 
-    Args:
-        gamma_min, gamma_max: -log SNR at t = 0 and 1; the paper's -13.3 and 5.
-        learn_ends: whether these are parameters.
-        units: width of the network.
-
-    Raises ValueError unless gamma_min < gamma_max and units >= 1.
+    gamma_min and gamma_max are -log SNR at t = 0 and 1, the paper's -13.3 and 5, and parameters if `learn_ends`;
+    `units` is the network's width. Raises ValueError unless gamma_min < gamma_max and units >= 1.
     """
 
     ends: Tensor
