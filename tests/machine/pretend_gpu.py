@@ -12,8 +12,10 @@ Importing this module changes torch for the whole process: only `on_pretend_gpu`
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import cache
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("gpu")
 torch.__future__.set_overwrite_module_params_on_conversion(True)
+# The compiler, which optimizers import to be left alone by it, takes seconds to import.
+torch._dynamo = ModuleType("torch._dynamo")  # type: ignore[assignment]
+torch._dynamo.graph_break, torch._dynamo.disable = lambda: None, lambda f, *_, **__: f  # type: ignore[assignment]
+sys.modules["torch._dynamo"] = torch._dynamo
 
 GPU = torch.device("gpu:0")
 CPU = torch.device("cpu")
@@ -52,13 +58,14 @@ class Pretending(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # the compiler is not asked, and takes seconds to import
+        return False  # the compiler is not asked
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _is_gpu(kwargs.get("device")) or any(isinstance(t, Ghost) for t in _tensors((args, kwargs))):
+        if Ghost in types or _is_gpu(kwargs.get("device")):
             return _handle(func, args, kwargs)
-        _check_generators(func, args, kwargs, CPU)
+        if _facts(func).draws:
+            _check_generators(func, args, kwargs, CPU)
         return func(*args, **kwargs)
 
 
@@ -146,6 +153,25 @@ _SIZED_BY_VALUES = {
 }
 
 
+class _Facts(NamedTuple):
+    """What is checked of an operation; the schema is read once, as there are 100,000 calls."""
+
+    indexes: bool
+    sized_by_values: bool
+    fused_adam: bool
+    draws: bool
+    in_place: bool
+
+
+@cache
+def _facts(func: Any) -> _Facts:
+    schema = func._schema
+    draws = any("Generator" in str(argument.type) for argument in schema.arguments)
+    return _Facts(
+        func in _INDEXING, func in _SIZED_BY_VALUES, "_fused_adam" in schema.name, draws, schema.is_mutable
+    )  # fmt: skip
+
+
 def _handle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """The operation on the host's numbers, after what CUDA would check."""
     if func is torch.ops.prim.device.default:
@@ -161,32 +187,39 @@ def _handle(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     if func is aten._local_scalar_dense.default:
         _note("a number is read")
         return func(_host(args[0]))
-    tensors = _tensors((args, kwargs))
-    if func in _SIZED_BY_VALUES:
+    facts = _facts(func)
+    ghosts, others = list[Ghost](), list[Tensor]()
+    hosts = _hosts(args, ghosts, others)
+    options = dict(zip(kwargs, _hosts(kwargs.values(), ghosts, others), strict=True))
+    if facts.sized_by_values:
         _note("a result's size or truth is read")
-    if func in _INDEXING:
+    if facts.indexes:
         _check_index(func, args)
-    else:
-        _check_operands(func, args, tensors)
-    if "_fused_adam" in str(func):
+    elif ghosts and others:
+        _check_operands(func, args, ghosts, others)
+    if facts.fused_adam:
         _check_fused_adam(args)
-    ghosts = [t for t in tensors if isinstance(t, Ghost)]
     there = bool(ghosts)
     if kwargs.get("device") is not None:
         there = _is_gpu(kwargs["device"])
-        kwargs = {**kwargs, "device": CPU}
-    _check_generators(func, args, kwargs, GPU if there else CPU)
-    if "pin_memory" in kwargs:
-        kwargs = {**kwargs, "pin_memory": False}
-    found = func(*_mapped(_host, args), **_mapped(_host, kwargs))
+        options["device"] = CPU
+    if facts.draws:
+        _check_generators(func, args, kwargs, GPU if there else CPU)
+    if "pin_memory" in options:
+        options["pin_memory"] = False
+    found = func(*hosts, **options)
     if not there:
         return found
-    known = {id(t.host): t for t in ghosts}  # an operation in place gives back the tensor that it was given
+    # an operation in place gives back the tensor that it was given
+    known = {id(t.host): t for t in ghosts} if facts.in_place else {}
+    return _ghosts(found, known)
 
-    def wrapped(value: Any) -> Any:
-        return known[id(value)] if id(value) in known else Ghost(value)
 
-    return _mapped(wrapped, found)
+def _ghosts(found: Any, known: dict[int, Ghost]) -> Any:
+    """An operation's results as tensors on the GPU."""
+    if isinstance(found, Tensor):
+        return known[id(found)] if id(found) in known else Ghost(found)
+    return type(found)(_ghosts(one, known) for one in found) if type(found) in (list, tuple) else found
 
 
 def _copied(source: Tensor, kwargs: dict[str, Any]) -> Tensor:
@@ -207,7 +240,7 @@ def _note_copy(was_there: bool, there: bool, blocking: bool) -> None:
 
 
 def _check_index(func: Any, args: Any) -> None:
-    whole, indices = args[0], _tensors(args[1])
+    whole, indices = args[0], [index for index in args[1] if index is not None]
     for index in indices:
         if index.dtype in (torch.bool, torch.uint8):
             _note("a mask's count is read")
@@ -220,11 +253,8 @@ def _check_index(func: Any, args: Any) -> None:
         raise Refused(f"{func}: values on another device, {_where()}")
 
 
-def _check_operands(func: Any, args: Any, tensors: list[Tensor]) -> None:
+def _check_operands(func: Any, args: Any, ghosts: list[Ghost], others: list[Tensor]) -> None:
     """Operands on two devices: only scalars from the CPU, only in pointwise operations, and not in every place."""
-    ghosts, others = [t for t in tensors if isinstance(t, Ghost)], [t for t in tensors if not isinstance(t, Ghost)]
-    if not ghosts or not others:
-        return
     shapes = [tuple(t.shape) for t in ghosts][:3], [tuple(t.shape) for t in others][:3]
     what = f"{func} of {shapes[0]} on the GPU and {shapes[1]} on the CPU, {_where()}"
     if any(t.ndim > 0 for t in others):
@@ -282,37 +312,26 @@ def _is_gpu(device: Any) -> bool:
     return device is not None and torch.device(device).type == "gpu"
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    """The tensors in arguments, which are nested lists, tuples and dicts."""
-    found: list[Tensor] = []
-    _collect((value,), found)
-    return found
-
-
 _PLAIN = {int, float, bool, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
-def _collect(values: Any, found: list[Tensor]) -> None:
+def _hosts(values: Iterable[Any], ghosts: list[Ghost], others: list[Tensor]) -> list[Any]:
+    """Arguments with the host's tensors; those on the GPU go to `ghosts`, those on the CPU to `others`."""
+    hosts: list[Any] = []
     for value in values:
-        if type(value) in _PLAIN:  # most are, and to ask whether they are tensors is slow
-            continue
-        if isinstance(value, (list, tuple)):
-            _collect(value, found)
-        elif isinstance(value, dict):
-            _collect(value.values(), found)
-        elif isinstance(value, Tensor):
-            found.append(value)
-
-
-def _mapped(change: Callable[[Any], Any], value: Any) -> Any:
-    """Arguments, or results, with their tensors changed."""
-    if type(value) in _PLAIN:
-        return value
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, dict):
-        return {name: _mapped(change, part) for name, part in value.items()}
-    return type(value)(_mapped(change, part) for part in value) if type(value) in (list, tuple) else value
+        kind = type(value)
+        if kind in _PLAIN:  # most are, and to ask whether they are tensors is slow
+            hosts.append(value)
+        elif kind is Ghost:
+            ghosts.append(value)
+            hosts.append(value.host)
+        elif kind is list or kind is tuple:
+            hosts.append(kind(_hosts(value, ghosts, others)))
+        else:
+            hosts.append(value)
+            if isinstance(value, Tensor):
+                others.append(value)
+    return hosts
 
 
 # --- what of torch must know the device
@@ -381,7 +400,7 @@ class Autocast(TorchFunctionMode):
             floats = isinstance(value, Ghost) and value.dtype in (torch.float32, torch.bfloat16)
             return value.to(wanted) if floats else value
 
-        return func(*_mapped(cast, args), **_mapped(cast, kwargs))
+        return func(*map(cast, args), **{name: cast(value) for name, value in kwargs.items()})
 
 
 def _autocast(own: Callable[..., Any]) -> Callable[..., AbstractContextManager[Any]]:

@@ -2,12 +2,12 @@
 
 import errno
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
+from multiprocessing.process import BaseProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -15,21 +15,21 @@ import pytest
 from score_sde.machine import lock
 from score_sde.machine.lock import Busy, held
 
-HOLD = (  # score_sde without its __init__, because torch takes seconds to import
-    "import sys, time, types; from pathlib import Path\n"
-    "package = sys.modules['score_sde'] = types.ModuleType('score_sde')\n"
-    f"package.__path__ = [{str(Path(lock.__file__).parents[1])!r}]\n"
-    "from score_sde.machine.lock import held\n"
-    "with held(Path(sys.argv[1]), 'training'):\n"
-    "  print('in', flush=True); time.sleep(60)"
-)
 
-
-def another(folder: Path) -> "subprocess.Popen[str]":
+def another(folder: Path) -> BaseProcess:
     """A process that works in the folder."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None and process.stdout.readline() == "in\n"
+    fork = multiprocessing.get_context("fork")
+    inside = fork.Event()
+    process = fork.Process(target=_hold, args=(folder, inside))
+    process.start()
+    assert inside.wait(60)
     return process
+
+
+def _hold(folder: Path, inside: Event) -> None:
+    with held(folder, "training"):
+        inside.set()
+        time.sleep(60)
 
 
 def record(folder: Path, **changes: object) -> None:
@@ -59,8 +59,8 @@ def test_a_second_process_is_refused_and_a_killed_one_s_folder_taken_over(
         assert f"{tmp_path} is in use: process {process.pid} on {os.uname().nodename} (training since 20" in said
         assert json.loads((tmp_path / lock.NAME).read_text())["pid"] == process.pid, "it was taken from its holder"
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     assert caplog.text == ""
     with held(tmp_path, "sampling"):
         assert f"process {process.pid} on" in caplog.text and "is gone" in caplog.text
