@@ -21,6 +21,16 @@ def in_the_repository() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def quick_pictures() -> Iterator[None]:
+    """What training draws to be looked at takes two steps of a sampler in place of eighteen."""
+    from score_sde.tasks import show  # torch is slow to import
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(show, "_STEPS", 2)
+        yield
+
+
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Workdirs of a model of digits of 4 x 4, and of one of 8 x 8 that is conditioned on these, both of classes."""

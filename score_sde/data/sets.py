@@ -271,12 +271,17 @@ def _captioned(data: Data, train: Sequence[str] | None, test: Sequence[str] | No
 
 def _digits(path: Path | None) -> Data:
     """Scikit-learn's 1,797 handwritten digits (Alpaydin and Kaynak 1998), 1 x 8 x 8 of 17 levels; 300 are held out."""
+    train, test = _hold_out(Split(*_scikit_learn_digits()), 300)
+    return Data(train, test, levels=17, num_classes=10, class_names=tuple("0123456789"))
+
+
+@lru_cache(1)
+def _scikit_learn_digits() -> tuple[Tensor, Tensor]:
+    """The digits and their labels, from a file of text, which takes as long to read as a tiny run."""
     from sklearn.datasets import load_digits  # slow to import, and needed only here
 
     digits = load_digits()
-    x = torch.from_numpy(digits.images.astype(np.uint8))[:, None]
-    train, test = _hold_out(Split(x, torch.from_numpy(digits.target.astype(np.int64))), 300)
-    return Data(train, test, levels=17, num_classes=10, class_names=tuple("0123456789"))
+    return torch.from_numpy(digits.images.astype(np.uint8))[:, None], torch.from_numpy(digits.target.astype(np.int64))
 
 
 def _digits32(path: Path | None) -> Data:

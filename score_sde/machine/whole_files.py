@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -119,7 +120,7 @@ def read_tensors(path: Path, prefix: str = "") -> dict[str, Tensor]:
 def is_finite(value: Tensor) -> bool:
     """Whether a tensor holds neither NaN nor an infinity."""
     # A finite sum has finite terms, and is cheaper than a test of each term; but a sum of finite terms may overflow.
-    return not value.is_floating_point() or bool(value.sum().isfinite()) or bool(value.isfinite().all())
+    return not value.is_floating_point() or math.isfinite(value.sum()) or bool(value.isfinite().all())
 
 
 def is_alive(process: int) -> bool:

@@ -28,12 +28,14 @@ def test_tensors_texts_and_refusals_reach_the_other_process(tmp_path: Path) -> N
     def refuses() -> None:
         raise ValueError("the main process says no")
 
+    data = load_data("digits")  # both have it from here
+
     def work(rank: int, folder: Path) -> Any:
         processes = parallel.start("cpu")
         copies = processes.copies(lambda: tensors if rank == 0 else {}["not asked"])
         told = processes.agreed(lambda: [rank, "word"])
         order = processes.in_turn(lambda: _look(folder, rank))
-        codes, _ = codes_of(halves(), load_data("digits"), folder / f"codes-{rank}", False, processes)
+        codes, _ = codes_of(halves(), data, folder / f"codes-{rank}", False, processes)
         found = [copies, told, order, processes.texts("héllo" if rank else ""), codes.train.x, codes.test.std]
         for attempt in (processes.agreed, processes.in_turn):
             try:
@@ -119,9 +121,9 @@ def test_classifiers_and_models_of_captions_are_of_two_processes_as_of_one(tmp_p
 
     one = tmp_path / "one"
     assert run(line("vp_digits", "train", one / "plain", training__n_iters=1)) == 0
-    assert two_nodes(tmp_path, work) == [[0] * 4] * 2
     assert run(line("classifier_digits", "train", one / "classifier", **steps)) == 0
     assert run(line("vp_digits", "train", one / "text", **told)) == 0
+    assert two_nodes(tmp_path, work) == [[0] * 4] * 2  # these have from here what is slow to import
     for name in ("classifier", "text"):
         a, b = (load_file(checkpoint.checkpoint_path(tmp_path / place / name, 2)) for place in ("one", "two"))
         for key, value in a.items():

@@ -27,13 +27,13 @@ SDE = VPSDE()
 TINY = [
     "--config.model.nf=8",
     "--config.model.ch_mult=1",
-    "--config.model.attn_resolutions=8",
+    "--config.model.attn_resolutions=",
     "--config.training.n_iters=2",
     "--config.training.batch_size=8",
     "--config.training.eval_freq=1",
     "--config.training.snapshot_sampling=false",
     "--config.sampling.method=heun",
-    "--config.sampling.steps=3",
+    "--config.sampling.steps=2",
     "--config.sampling.num_samples=6",
     "--config.sampling.batch_size=4",
     "--config.eval.num_images=3",
@@ -146,6 +146,7 @@ def test_one_s_own_images_are_enlarged(stages: tuple[Path, Path], tmp_path: Path
     found = np.load(latest(stages[1]) / "samples.npz")["arr_0"]
     model, codec, label = load(stages[1]), codec_of(17, True), torch.arange(4)
     config = config_from_json(stages[1] / "config.json")
+    config.sampling.steps = 2
     wanted = [
         codec.decode(sample(told, Heun(), (4, 1, 8, 8), build_times(config, model.sde), denoise=True))
         for k in (small, 16 - small)
@@ -272,6 +273,7 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]
         "--config.data.dataset=files",
         f"--config.data.path={data}",
         f"--config.model.text_encoder={encoder}",
+        "--config.model.attn_resolutions=8",
         "--config.data.leave_out=an airbus",
     ]
     assert modes("train", workdir, *settings, *AWAKE) == 0

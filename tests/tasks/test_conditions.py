@@ -191,7 +191,7 @@ TINY = [
     "--config.eval.num_images=4",
     "--config.training.snapshot_sampling=false",
     "--config.model.class_conditional",
-    "--config.sampling.steps=4",
+    "--config.sampling.steps=2",
     "--config.sampling.method=heun",
     "--config.sampling.num_samples=20",
     "--config.eval.check_images=0",
@@ -280,7 +280,7 @@ def test_guidance_leads_away_from_another_class(trained: Path) -> None:
 
 def drawn_by(model: ScoreModel) -> np.ndarray:
     """Four images by the sampler of TINY."""
-    config = load_config("configs/vp_digits.py", {"sampling.steps": "4"})
+    config = load_config("configs/vp_digits.py", {"sampling.steps": "2"})
     x = sample(model, Heun(), (4, 1, 8, 8), build_times(config, model.sde), denoise=True)
     return codec_of(17, True).decode(x).permute(0, 2, 3, 1).numpy()
 
@@ -298,7 +298,7 @@ RESTORE = ("--config.eval.num_images=3", "--config.eval.batch_size=2", "--config
 
 def restored_by(model: ScoreModel) -> np.ndarray:
     """The first three held-out digits' lower halves, by the library."""
-    config = load_config("configs/vp_digits.py", {"sampling.steps": "4", "sampling.method": "heun"})
+    config = load_config("configs/vp_digits.py", {"sampling.steps": "2", "sampling.method": "heun"})
     codec = codec_of(17, True)
     operator = Mask(torch.arange(64).reshape(8, 8) < 32)
     seen = Observation(operator, operator.apply(as_in_training(load_data("digits").test.x[:3], codec, config, 0)), 0.0)
@@ -349,17 +349,19 @@ def test_every_method_restores_by_a_model_told_a_class(method: str, trained: Pat
         ["--config.sampling.labels=3", "--config.sampling.guidance=2"],
     ):
         settings = [*settings, f"--config.inverse.method={method}", "--config.sampling.method=pc"]
+        settings += ["--config.inverse.resamplings=2", "--config.inverse.particles=2"]
         assert modes(trained, "inpaint", f"--mask={mask}", *RESTORE, *settings) == 0
         found.append(np.load(results(trained, "restored", "restored.npz")[-1])["restored"])
     assert not nearly(found[0], found[1]) and not nearly(found[1], found[2])
 
 
 def test_likelihood_is_given_the_labels_or_not(trained: Path) -> None:
+    loose = ("--config.eval.rtol=1", "--config.eval.atol=1")
     for choice in ("true", "false"):
-        assert modes(trained, "likelihood", f"--config.eval.conditional={choice}") == 0
+        assert modes(trained, "likelihood", *loose, f"--config.eval.conditional={choice}") == 0
     values = [np.load(p)["bits_per_dim"] for p in results(trained, "likelihood", "likelihood.npz")]
     assert np.abs(values[0] - values[1]).max() > 1e-6
-    assert modes(trained, "likelihood", "--config.eval.heat_map=2") == 0
+    assert modes(trained, "likelihood", *loose, "--config.eval.heat_map=1", "--config.eval.num_images=1") == 0
 
 
 @pytest.mark.parametrize(
@@ -415,7 +417,7 @@ def test_what_was_trained_without_dropout_knows_no_examples_without_label(
 
 
 def test_labels_go_with_latents_and_back(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tight = ("--config.eval.rtol=1e-3", "--config.eval.atol=1e-3")
+    tight = ("--config.eval.rtol=5e-3", "--config.eval.atol=5e-3")
     assert modes(trained, "encode", *tight) == 0
     file = results(trained, "latents", "latents.npz")[-1]
     test = load_data("digits").test
@@ -552,7 +554,7 @@ def test_a_weaker_model_guides(judged: dict[str, Path], trained: Path) -> None:
     file = results(judged["model"], "samples", "samples.npz")[-1]
     assert len(json.loads((file.parent / "stamp.json").read_text())["reference_sha256"]) == 64
     config = load_config("configs/vp_digits.py")
-    config.sampling.steps = 4
+    config.sampling.steps = 2
     guided = guide(load(judged["model"]), load(judged["weak"]), 3.0)
     x = sample(guided, Heun(), (4, 1, 8, 8), build_times(config, guided.sde), denoise=True)
     images = codec_of(17, True).decode(x).permute(0, 2, 3, 1).numpy()

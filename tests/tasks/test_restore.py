@@ -23,7 +23,9 @@ from tests.oracles import numbers
 from tests.runs import words
 
 STEPS = {
-    "sampling__steps": 4,
+    "sampling__steps": 2,
+    "inverse__resamplings": 2,
+    "inverse__particles": 2,
     "eval__batch_size": 2,
     "eval__num_images": 3,
     "sampling__predictor": "ancestral_sampling",

@@ -33,11 +33,8 @@ OF_POINTS = {
         "model__dropout": 0.3,
         "optim__grad_clip": -1.0,
     },
-    "accumulate": {"training__accumulate": 2},
-    "bfloat16": {"training__precision": "bfloat16"},
     "importance, low discrepancy": {"training__low_discrepancy": True, "training__time": "importance"},
     "soft truncation": {"training__soft_truncation": 1.0, "training__likelihood_weighting": True},
-    "chain": CHAIN,
     "hybrid": {**VARIANCE, "training__objective": "hybrid"},
     "second moments": {  # a batch in which each step comes ten times and more, so that the next is drawn by them
         **VARIANCE,
@@ -48,11 +45,9 @@ OF_POINTS = {
     "sliced": {"training__objective": "sliced", "training__projections": 2},
     "finite difference": {"training__objective": "finite_difference"},
     "edm": {"training__sde": "edm", "training__time": "edm", "model__rule": "edm", "model__label": "edm"},
-    "learned schedule": LEARNED,
-    "learned ends": {**LEARNED, "model__learn_ends": True},
+    "learned schedule and ends": {**LEARNED, "model__learn_ends": True},
 }
 OF_IMAGES = {
-    "alone": {},
     "AdamW, bfloat16, accumulate, checkpoint_activations, dropout": {
         "optim__optimizer": "AdamW", "training__precision": "bfloat16", "training__accumulate": 2,
         "training__checkpoint_activations": True, "model__dropout": 0.2,
@@ -63,8 +58,9 @@ OF_IMAGES = {
     "dit": {"model__name": "dit", "model__hidden": 16, "model__depth": 1, "model__num_heads": 2},
     "classifier": {"training__objective": "cross_entropy"},
     "autoencoder": {"training__objective": "autoencoder"},
-    "classes": {"model__class_conditional": True},
-    "super-resolution": {"model__super_resolution": 2, "training__augmentation": 0.5},
+    "classes, super-resolution": {
+        "model__class_conditional": True, "model__super_resolution": 2, "training__augmentation": 0.5,
+    },
     "learned schedule": {**LEARNED, "model__learn_ends": True, "model__fourier_features": (3, 4)},
 }  # fmt: skip
 

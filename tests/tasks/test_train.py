@@ -260,14 +260,14 @@ def test_soft_truncation_draws_a_smallest_time_for_each_batch_of_training() -> N
     """log tau is uniform for k = 1; above it, 16 even times leave a gap of 1/16 of the range at most."""
     config, data = toy_config(training__soft_truncation=1.0, training__low_discrepancy=True), load_data("ring")
     sde, smallest = VPSDE(), []
-    for step in range(300):
+    for step in range(150):
         b = Batches(config, VectorCodec(), sde).draw(data.train, step)
         # Weights of uniform times above tau are all (1 - tau)/(1 - t_min).
         tau = 1 - b.importance * (1 - sde.t_min)
         assert tau.max() - tau.min() < 1e-12 and tau[0] <= b.t.min() < tau[0] + (1 - tau[0]) / 16
         smallest.append(tau[0].item())
     assert kstest(np.log(smallest) / math.log(sde.t_min), "uniform").pvalue > 1e-3
-    assert abs(np.corrcoef(np.log(smallest[:-1]), np.log(smallest[1:]))[0, 1]) < 0.2  # anew in each batch
+    assert abs(np.corrcoef(np.log(smallest[:-1]), np.log(smallest[1:]))[0, 1]) < 0.3  # anew in each batch
     state = make_state(config, data.shape, torch.device("cpu"))
     held_out = evaluate_loss(state, config, data.test, VectorCodec())
     config.training.soft_truncation = 0.0
@@ -393,8 +393,8 @@ def test_the_floor_is_the_error_of_the_exact_model_and_no_model_beats_it() -> No
 
 def test_training_lowers_the_loss_towards_the_floor(tmp_path: Path) -> None:
     config = toy_config(
-        training__n_iters=400, training__batch_size=256, model__hidden=64, optim__lr=3e-3, training__time="log_snr",
-        training__low_discrepancy=True, training__eval_freq=400, training__log_freq=400, model__ema_halflife=5000,
+        training__n_iters=150, training__batch_size=256, model__hidden=32, optim__lr=1e-2, training__time="log_snr",
+        training__low_discrepancy=True, training__eval_freq=150, training__log_freq=150, model__ema_halflife=2500,
     )  # fmt: skip
     data = load_data("ring")
     config.model.label = "log_sigma"
