@@ -164,9 +164,10 @@ def test_predictor_corrector_run(case: str) -> None:
         if settings["corrector"] == "langevin":
             chained, t, s = on_the_chain(model, time, n)
             x = corrector.step(chained, x, t, s, noise)
-        draw = noise(x)
-        mean = predict(predictor, model, x, time, n, torch.zeros_like)
+        draw, before = noise(x), x
         x = predict(predictor, model, x, time, n, lambda like, z=draw: z)
+        if i in steps or i == n - 1:
+            mean = predict(predictor, model, before, time, n, torch.zeros_like)
         if i in steps:
             close(x, array("pc_runs", case, "x_after_step")[steps.index(i)], 1e-4)
             close(mean, array("pc_runs", case, "x_mean_after_step")[steps.index(i)], 1e-4)

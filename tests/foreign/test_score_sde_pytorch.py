@@ -156,13 +156,8 @@ def raw_network(model: score_sde.Preconditioned, config: dict) -> torch.nn.Modul
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_option_loads_strictly_and_gives_the_recorded_output(case):
+    """With averages: their order must be the parameters', and the names of the others right. No case has two sets."""
     config, state, data = option_case(case)
-    with_raw, with_ema = (
-        interop.load_score_sde(copy.deepcopy(state), config, ema).state_dict() for ema in (False, True)
-    )
-    assert all(
-        torch.equal(a, b) for a, b in zip(with_raw.values(), with_ema.values())
-    )  # the same tensors, in this case
     model = interop.load_score_sde(state, config).double().eval()
     x = data["x"].clone().requires_grad_()
     out = raw_network(model, config)(x, data["label"])

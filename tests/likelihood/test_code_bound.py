@@ -55,11 +55,9 @@ def bound_of(autoencoder: nn.Module, x: Tensor, mean: Tensor, std: Tensor) -> tu
         prior = lambda z: model.log_prob(z, one)
         return log_likelihood(model, y, probe="exact", t_min=1e-7, rtol=1e-6, atol=1e-6, prior_log_prob=prior)
 
-    each = [
-        latent_bound(codec, x, density, noise=point.reshape(1, C, 1, 1).expand(len(x), C, 1, 1))
-        for point in SIGMA_POINTS
-    ]
-    return torch.stack([b.total for b in each]).mean(0), torch.stack([b.latent for b in each]).mean(0)
+    noise = SIGMA_POINTS.repeat_interleave(len(x), 0)[..., None, None]
+    each = latent_bound(codec, x.repeat(len(SIGMA_POINTS), 1, 1, 1), density, noise=noise)
+    return each.total.reshape(-1, len(x)).mean(0), each.latent.reshape(-1, len(x)).mean(0)
 
 
 X = MultivariateNormal(SHIFT, WEIGHTS @ WEIGHTS.T + DEVIATION**2 * torch.eye(D))

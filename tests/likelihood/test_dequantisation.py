@@ -56,10 +56,15 @@ def log_mass(model: Mixture, low: Tensor, high: Tensor, t: float) -> Tensor:
     return torch.log(((upper - lower).prod(-1) * model.log_weights.exp()).sum(1))
 
 
-def closed_form_draws(model: Mixture, k: Tensor, dequantiser: Dequantiser, samples: int, seed: int = 0) -> Tensor:
-    """log p(x_i) - log q(x_i | k), (samples, B), with the model's own density at t_min."""
+def closed_form_draws(
+    model: Mixture, k: Tensor, dequantiser: Dequantiser, samples: int, numbers: Tensor | None = None
+) -> Tensor:
+    """log p(x_i) - log q(x_i | k), (samples, B), with the model's own density at t_min.
+
+    The uniform `numbers` (samples, *k.shape) are those of seed 0 by default.
+    """
     draws = []
-    for u in uniform_numbers(tuple(k.shape), samples, seed).double():
+    for u in (uniform_numbers(tuple(k.shape), samples, 0) if numbers is None else numbers).double():
         x, log_q = dequantiser(k, u)
         draws.append(model.log_prob(x, at(dequantiser.t_min)) - log_q.flatten(1).sum(1))
     return torch.stack(draws)
@@ -201,8 +206,10 @@ def test_the_bound_rises_with_the_draws_to_the_exact_log_probability(name: str) 
         high = low + 0.5
     truth = log_mass(MIXTURE, low, high, law.t_min)
     assert torch.exp(truth).sum() < 1  # what lies beyond the first and the last bin is lost
-    n, most = 200, 256
-    draws = closed_form_draws(MIXTURE, levels.repeat_interleave(n, 0), law, most)
+    n, most = 64, 256
+    even = torch.quasirandom.SobolEngine(2, scramble=True, seed=0).draw(n * most, dtype=torch.float64)
+    u = even[torch.randperm(n * most, generator=torch.Generator().manual_seed(0))].reshape(most, n, 2).repeat(1, 16, 1)
+    draws = closed_form_draws(MIXTURE, levels.repeat_interleave(n, 0), law, most, u)
     gaps = []
     for k in (1, 4, 16, 64, 256):
         bound = torch.stack([log_mean_exp(part) for part in draws.split(k)]).reshape(-1, 16, n).mean((0, 2))
@@ -211,19 +218,19 @@ def test_the_bound_rises_with_the_draws_to_the_exact_log_probability(name: str) 
         assert bool((fine < coarse).all())
     assert gaps[0].min() > 0.03 and bool((gaps[0] > 5 * gaps[2]).all())
     assert gaps[-1].abs().max() < 0.1 and gaps[-1].abs().median() < 0.02
-    # and from below: with so many draws that the mean's error is small
-    assert all(bool((gap > -0.01).all()) for gap in gaps)
+    # and from below: the numbers are even together, and so the mean's error is small
+    assert all(bool((gap > -0.002).all()) for gap in gaps)
 
 
 def test_one_draw_s_mean_is_the_integral_of_the_log_density() -> None:
-    k = torch.tensor([[1, 2]], dtype=torch.uint8).expand(20_000, 2)
-    draws = closed_form_draws(MIXTURE, k, Uniform(CODEC, START), 1)[0]
+    """Over the part of the bin that is filled, by quadrature in u and in x."""
+    k = torch.tensor([[1, 2]], dtype=torch.uint8).expand(1600, 2)
     nodes, weights = (torch.from_numpy(a) for a in np.polynomial.legendre.leggauss(40))
-    u = torch.cartesian_prod((nodes + 1) / 2, (nodes + 1) / 2)
-    x = CODEC.encode(k[:1].expand(1600, 2), u)
-    w = torch.cartesian_prod(weights, weights).prod(1) / 4
+    u, w = torch.cartesian_prod((nodes + 1) / 2, (nodes + 1) / 2), torch.cartesian_prod(weights, weights).prod(1) / 4
+    found = float(w @ closed_form_draws(MIXTURE, k, Uniform(CODEC, START), 1, u[None])[0])
+    x = CODEC.encode(k, torch.zeros_like(u)) + 0.5 * CODEC.filled * u
     expected = float(w @ MIXTURE.log_prob(x, at(START))) + 2 * math.log(0.5 * CODEC.filled)
-    assert abs(float(draws.mean()) - expected) < 4 * float(draws.std()) / math.sqrt(len(draws))
+    assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_data_on_their_levels_ask_for_the_truncated_normal() -> None:
@@ -241,14 +248,15 @@ def test_data_on_their_levels_ask_for_the_truncated_normal() -> None:
 def test_by_the_probability_flow_it_is_the_same_number() -> None:
     levels, law = all_images(CODEC, 2), Uniform(CODEC, START)
     settings = {"probe": "exact", "rtol": 1e-5, "atol": 1e-5, "prior_log_prob": lambda z: MIXTURE.log_prob(z, at(1.0))}
-    found = log_probability(MIXTURE, levels, law, samples=4, seed=3, dtype=torch.float64, **settings)
-    draws = closed_form_draws(MIXTURE, levels, law, 4, seed=3)
+    found = log_probability(MIXTURE, levels, law, samples=2, seed=3, dtype=torch.float64, **settings)
+    u = uniform_numbers((16, 2), 2, 3)
+    draws = closed_form_draws(MIXTURE, levels, law, 2, u)
     torch.testing.assert_close(found.draws, draws, rtol=0, atol=1e-3)
-    torch.testing.assert_close(found.log_prob, torch.logsumexp(draws, 0) - math.log(4), rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.log_prob, torch.logsumexp(draws, 0) - math.log(2), rtol=0, atol=1e-3)
     torch.testing.assert_close(found.bits_per_dim(), -found.log_prob / math.log(4))
-    assert found.nfe > 4 * 20 and bool((found.std_error == 0).all())
+    assert found.nfe > 2 * 20 and bool((found.std_error == 0).all())
     # the offset of `Likelihood.bits_per_dim` is log q's, for the width that is filled
-    x, _ = law(levels, uniform_numbers((16, 2), 4, 3)[0].double())
+    x, _ = law(levels, u[0].double())
     alone = log_likelihood(MIXTURE, x, t_min=START, **settings)  # type: ignore[arg-type]
     torch.testing.assert_close(
         alone.bits_per_dim(4, 2.0 * CODEC.filled), -found.draws[0] / math.log(4), rtol=0, atol=1e-6
@@ -258,14 +266,14 @@ def test_by_the_probability_flow_it_is_the_same_number() -> None:
 def test_draws_depend_on_seed_and_index_alone_and_share_their_probes() -> None:
     cov = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, 0.4], [0.0, 0.4, 1.0]], dtype=torch.float64)
     model, levels = Gaussian(VPSDE(), numbers(3), cov), all_images(CODEC, 3)[::7]
-    run = {"seed": 5, "probes": 2, "rtol": 1e-4, "atol": 1e-4, "dtype": torch.float64}
+    run = {"seed": 5, "probes": 2, "rtol": 1e-3, "atol": 1e-3, "dtype": torch.float64}
     law = Uniform(CODEC, START)
-    whole = log_probability(model, levels, law, samples=3, first=2, **run)  # type: ignore[arg-type]
-    part = log_probability(model, levels[4:6], law, samples=3, first=6, **run)  # type: ignore[arg-type]
+    whole = log_probability(model, levels, law, samples=2, first=2, **run)  # type: ignore[arg-type]
+    part = log_probability(model, levels[4:6], law, samples=2, first=6, **run)  # type: ignore[arg-type]
     torch.testing.assert_close(part.draws, whole.draws[:, 4:6], rtol=0, atol=1e-6)
     assert (whole.draws[0] - whole.draws[1]).abs().min() > 1e-3
     # A Gaussian's Jacobian is the same everywhere, and so is a shared probe's error.
-    exact = log_probability(model, levels, law, samples=3, first=2, **{**run, "probe": "exact"})  # type: ignore[arg-type]
+    exact = log_probability(model, levels, law, samples=2, first=2, **{**run, "probe": "exact"})  # type: ignore[arg-type]
     errors = whole.draws - exact.draws
     assert (errors - errors[0]).abs().max() < 0.02 < 0.05 < errors.abs().max()
     assert float(whole.std_error.max()) > 0.05 and log_probability(model, levels[:0], law, samples=2).draws.shape == (
@@ -306,7 +314,7 @@ def test_the_bound_of_the_sde_is_on_the_same_scale_and_not_below_the_exact_numbe
     for t_min, low, high in ((1e-4, -1e-3, 1e-3), (0.1, 0.4, 0.8)):
         x, log_q = Uniform(codec, t_min)(k, uniform_numbers((n, 2), 1, 0)[0].double())
         width = codec.width * codec.filled
-        exact = log_likelihood(model, x, probe="exact", t_min=t_min, rtol=1e-4, atol=1e-4).bits_per_dim(17, width)
+        exact = log_likelihood(model, x, probe="exact", t_min=t_min, rtol=1e-3, atol=1e-3).bits_per_dim(17, width)
         bound = variational_bound(model, x, t_min=t_min, draws=150)
         bits = bound.bits_per_dim(17, width)
         torch.testing.assert_close(bits, (bound.total + log_q.sum(1)) / (2 * math.log(2)))
@@ -338,7 +346,9 @@ def test_a_fitted_flow_comes_nearer_to_the_exact_probability() -> None:
     )  # fmt: skip
     held_out, _ = model.sample(500, torch.Generator().manual_seed(1))
     k = codec.decode(held_out)
-    truth = log_mean_exp(closed_form_draws(model, k, Uniform(codec, START), 500)).mean()
+    images = all_images(codec, 2)[:, None, None]  # 16, and each held-out one is one of them
+    of_each = log_mean_exp(closed_form_draws(model, images, Uniform(codec, START), 2000))
+    truth = of_each[(4 * k[..., 0] + k[..., 1]).flatten().long()].mean()
     before, after = (closed_form_draws(model, k, q, 20).mean() for q in (Uniform(codec, START), law.double()))
     assert truth - before > 0.3  # nats: half of it and more is won back
     assert -0.01 < truth - after < 0.5 * (truth - before)

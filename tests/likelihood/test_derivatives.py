@@ -53,7 +53,6 @@ from score_sde.samplers import (
     Churn,
     DPMSolver,
     EmbeddedODE,
-    Heun,
     Langevin,
     Multistep,
     PredictorCorrector,
@@ -159,8 +158,8 @@ def cell(*values: object, slow: bool) -> ParameterSet:
 
 
 FEW = ("ncsnpp", "dit", "mlp")
-DIVERGENCES = [
-    cell(name, guidance, slow=name not in FEW and guidance != "dps")
+DIVERGENCES = [  # each guidance by the cheap networks, and the dearest derivatives by every network
+    cell(name, guidance, slow=name not in ("dit", "mlp") and guidance != "dps")
     for name, guidance in itertools.product(NETWORKS, GUIDANCE)
 ]
 
@@ -252,8 +251,9 @@ def smooth(sampler: Sampler) -> Sampler:
     """One whose steps do not decide by the numbers: as tight as differences show, or without a choice of steps."""
     if isinstance(sampler, AdaptiveSDE):
         return AdaptiveSDE(rtol=1e3, atol=1e3, first=1.0)  # which takes the grid's steps
-    own = {"AdaptiveODE": 1e-9, "EmbeddedODE": 1e-5}.get(name_of(sampler))
-    return sampler if own is None else replace(sampler, rtol=own, atol=own)  # type: ignore[call-arg]
+    if isinstance(sampler, AdaptiveODE):
+        return AdaptiveODE(1e-8, 1e-8, "dopri8")
+    return EmbeddedODE(1e-5, 1e-5) if isinstance(sampler, EmbeddedODE) else sampler
 
 
 SAMPLERS: list[Sampler] = [
@@ -266,8 +266,8 @@ GRID = torch.tensor([1.0, 0.7, 0.4, 0.15, 0.02], dtype=torch.float64)
 
 
 def end_of(sampler: Sampler, model: ScoreModel, x: Tensor, grid: Tensor = GRID) -> Tensor:
-    """A number made of the walk's end, with the same noise each time; a solver of its own steps goes there at once."""
-    grid = grid[[0, -1]] if isinstance(sampler, (AdaptiveODE, EmbeddedODE)) else grid
+    """A number made of the walk's end, with the same noise each time; a solver of its own steps takes a shorter way."""
+    grid = grid[[1, -2]] if isinstance(sampler, (AdaptiveODE, EmbeddedODE)) else grid
     generator = torch.Generator().manual_seed(0)
     *_, end = sampler.walk(model, x, grid, lambda like: torch.randn(like.shape, generator=generator).to(like))
     return (end * numbers(*x.shape, seed=9)).sum()
@@ -310,7 +310,7 @@ def test_walks_have_a_learned_schedules_gradient_or_say_that_they_have_none(samp
     assert slope_along(found, ways) == pytest.approx(truth, rel=1e-4)
 
 
-@pytest.mark.parametrize("sampler", [Heun(), Churn(), UniPC(), PredictorCorrector()], ids=name_of)
+@pytest.mark.parametrize("sampler", [Churn(), UniPC()], ids=name_of)
 def test_walks_of_guided_images_have_the_gradient_of_finite_differences(sampler: Sampler) -> None:
     model, x = GUIDANCE["dps"]("ncsnpp", network_model("ncsnpp")), states("ncsnpp").requires_grad_()
     grid = torch.tensor([0.6, 0.4, 0.3], dtype=torch.float64)

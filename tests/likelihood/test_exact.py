@@ -52,15 +52,20 @@ def exactly(model: Mixture, x: Tensor, **options: object) -> Likelihood:
 
 
 @EVERY
-def test_gaussians_and_mixtures_have_their_closed_forms_density(sde: SDE) -> None:
-    gaussian = Gaussian(sde, MEAN, COV)
-    mixture = Mixture(sde, [0.3, 0.7], torch.stack([MEAN, -2 * MEAN]), torch.stack([COV, 0.2 * COV]))
-    for model in (mixture, gaussian):
-        x, _ = model.sample(4, torch.Generator().manual_seed(0))
-        found = exactly(model, x)
-        torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=5e-5)
-        assert bool((found.std_error == 0).all())
-    torch.testing.assert_close(found.latent, gaussian.flow(x, START, END), rtol=1e-4, atol=1e-5)
+def test_gaussians_have_their_closed_forms_density(sde: SDE) -> None:
+    model = Gaussian(sde, MEAN, COV)
+    x, _ = model.sample(4, torch.Generator().manual_seed(0))
+    found = exactly(model, x)
+    torch.testing.assert_close(found.log_prob, model.log_prob(x, START), rtol=0, atol=5e-5)
+    assert bool((found.std_error == 0).all())
+    torch.testing.assert_close(found.latent, model.flow(x, START, END), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("sde", [VESDE(), CHAINS[0]], ids=name)
+def test_mixtures_have_their_closed_forms_density(sde: SDE) -> None:
+    model = Mixture(sde, [0.3, 0.7], torch.stack([MEAN, -2 * MEAN]), torch.stack([COV, 0.2 * COV]))
+    x, _ = model.sample(4, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(exactly(model, x).log_prob, model.log_prob(x, START), rtol=0, atol=5e-5)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "RK45"])
@@ -146,7 +151,8 @@ def test_evaluations_are_counted() -> None:
 
     for method, batch in (("dopri5", 2), ("RK45", 2), ("embedded", 1)):
         model = Counted(VPSDE())
-        assert log_likelihood(model, numbers(batch, 3), probes=4, method=method).nfe == model.calls > 10
+        found = log_likelihood(model, numbers(batch, 3), probes=4, method=method, rtol=1e-3, atol=1e-3)
+        assert found.nfe == model.calls > 10
 
 
 # --- estimates of the trace
@@ -215,7 +221,7 @@ def test_the_standard_error_is_the_spread_over_probes() -> None:
 def test_given_probes_are_used_as_they_are() -> None:
     model = Gaussian(VPSDE(), MEAN, COV)
     x, _ = model.sample(2, torch.Generator().manual_seed(0))
-    truth = exactly(model, x).log_prob
+    truth = model.log_prob(x, START)
     unit = math.sqrt(3) * torch.eye(3, dtype=torch.float64)[:, None].expand(3, 2, 3)  # e^T J e averages to the trace
     torch.testing.assert_close(exactly(model, x, probe=unit).log_prob, truth, rtol=0, atol=5e-5)
     # random signs in the Jacobian's eigenbasis: one probe that is exact
@@ -360,13 +366,15 @@ def test_the_gaussian_fitted_to_digits_has_its_closed_forms_bits() -> None:
     truth = -model.log_prob(x) / (dimensions * math.log(2)) + math.log2(17 / 2)
     assert float(truth.mean()) == pytest.approx(2.964, abs=0.05)  # measured elsewhere with other dequantisation noise
 
+    x, truth = x[:100], truth[:100]
     fast = log_likelihood(model, x, probe=signs_in_the_basis(model, x, 0)).bits_per_dim(17, codec.width)
     assert float(fast.mean()) == pytest.approx(float(truth.mean()), abs=0.002)
-    exact = log_likelihood(model, x[:20], probe="exact").bits_per_dim(17, codec.width)
-    torch.testing.assert_close(exact, truth[:20], rtol=0, atol=0.005)
-    estimate = log_likelihood(model, x[:20], probe="rademacher", probes=16, rtol=1e-4, atol=1e-4)
+    x, truth = x[:10], truth[:10]
+    exact = log_likelihood(model, x, probe="exact").bits_per_dim(17, codec.width)
+    torch.testing.assert_close(exact, truth, rtol=0, atol=0.005)
+    estimate = log_likelihood(model, x, probe="rademacher", probes=16, rtol=1e-4, atol=1e-4)
     error = estimate.std_error / (dimensions * math.log(2))
-    assert ((estimate.bits_per_dim(17, codec.width) - truth[:20]) / error).abs().max() < 5
+    assert ((estimate.bits_per_dim(17, codec.width) - truth) / error).abs().max() < 5
 
 
 @pytest.mark.slow

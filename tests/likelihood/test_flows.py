@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -144,7 +143,7 @@ def test_networks_take_one_label_for_the_batch() -> None:
 # --- one path for both likelihoods
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), DDPM.from_sde(VPSDE(), 50).as_sde()], ids=name)
+@pytest.mark.parametrize("sde", [VESDE(), DDPM.from_sde(VPSDE(), 50).as_sde()], ids=name)
 def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
     model = Gaussian(sde, [0.3, -0.7], [[0.5, 0.3], [0.3, 1.2]])
     x, _ = model.sample(6, torch.Generator().manual_seed(0))
@@ -165,14 +164,12 @@ def test_a_score_model_is_a_flow_with_its_likelihood(sde: SDE) -> None:
         torch.testing.assert_close(getattr(found, key), getattr(same, key), rtol=0, atol=0)
 
 
-@KINDS
-def test_a_score_models_likelihood_has_its_parameters_gradient(gradient: str) -> None:
+def test_a_score_models_likelihood_has_its_parameters_gradient() -> None:
     network = small_network(torch.float64)
-    solver = Solver("dopri5", 1e-5, 1e-5, gradient=gradient)  # type: ignore[arg-type]
     model = Preconditioned(network, VPSDE(), label=lambda alpha, sigma, t: t)  # smooth in t: few evaluations
-    flow = score_flow(model, t_min=0.1, solver=solver)
-    x = 0.5 * numbers(3, 2)
-    found = gradients(flow, lambda f: f.log_prob(x).mean())
+    flow, x = score_flow(model, t_min=0.1, solver=Solver("rk4", steps=10)), 0.5 * numbers(3, 2)
+    adjoint = flow.replace(solver=Solver("rk4", steps=10, gradient="adjoint"))
+    found = [gradients(f, lambda f: f.log_prob(x).mean()) for f in (flow, adjoint)]
     parameters = list(network.parameters())
     direction = [numbers(*p.shape, seed=i) for i, p in enumerate(parameters)]
     step, values = 1e-4, []
@@ -182,7 +179,8 @@ def test_a_score_models_likelihood_has_its_parameters_gradient(gradient: str) ->
                 p.add_(d, alpha=sign * step)
             values.append(flow.log_prob(x).mean())
     slope = (values[0] - values[1]) / (2 * step)
-    assert float(found @ torch.cat([d.flatten() for d in direction])) == pytest.approx(float(slope), rel=1e-3)
+    for gradient in found:
+        assert float(gradient @ torch.cat([d.flatten() for d in direction])) == pytest.approx(float(slope), rel=1e-3)
 
 
 # --- gradients
@@ -194,7 +192,6 @@ def regularised(found: Evaluation) -> Tensor:
 
 
 LOSSES: dict[str, Callable[[Flow], Tensor]] = {
-    "exact": lambda f: f.log_prob(numbers(4, 3)).mean(),
     "probes": lambda f: f.log_prob(numbers(4, 3), probe=numbers(2, 4, 3, seed=5)).mean(),
     "regularised": lambda f: regularised(f.evaluate(numbers(4, 3), kinetic=True, jacobian=True)),
     "path": lambda f: (f.path(numbers(4, 3), [0.0, 0.4, 1.0]) * numbers(3, 4, 3, seed=6)).sum(),
@@ -205,8 +202,8 @@ LOSSES: dict[str, Callable[[Flow], Tensor]] = {
 @pytest.mark.parametrize("loss", LOSSES)
 def test_backprop_and_the_adjoint_agree(loss: str) -> None:
     flow = Flow(Bent())
-    fine = gradients(flow.replace(solver=Solver("rk4", steps=20)), LOSSES[loss])
-    for method, steps, error in (("rk4", 8, 1e-3), ("midpoint", 16, 5e-3), ("dopri5", None, 1e-3)):
+    fine = gradients(flow.replace(solver=Solver("rk4", steps=16)), LOSSES[loss])
+    for method, steps, error in (("rk4", 8, 1e-3), ("dopri5", None, 1e-3)):
         for gradient in ("backprop", "adjoint"):
             solver = Solver(method, 1e-5, 1e-5, steps, gradient)  # type: ignore[arg-type]
             found = gradients(flow.replace(solver=solver), LOSSES[loss])
@@ -260,12 +257,11 @@ def test_evaluations_of_the_adjoint_cost_no_memory() -> None:
     velocity, x = NetworkVelocity(small_network()), numbers(32, 2).float()
     peaks = {}
     for gradient in ("backprop", "adjoint"):
-        for steps in (2, 4, 8):
+        for steps in (2, 4):
             flow = Flow(velocity, solver=Solver("rk4", steps=steps, gradient=gradient))  # type: ignore[arg-type]
             peaks[gradient, steps] = peak_saved_bytes(lambda flow=flow: flow.log_prob(x).mean().backward())
-    grown = [peaks["backprop", n] / peaks["backprop", m] for m, n in pairwise((2, 4, 8))]
-    assert grown == pytest.approx([2, 2], rel=0.1)
-    assert len({peaks["adjoint", steps] for steps in (2, 4, 8)}) == 1
+    assert peaks["backprop", 4] == pytest.approx(2 * peaks["backprop", 2], rel=0.1)
+    assert peaks["adjoint", 4] == peaks["adjoint", 2]
     assert peaks["adjoint", 4] < peaks["backprop", 4] / 8
 
 
@@ -336,7 +332,7 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
 
     def fitted(weight: float) -> Evaluation:
         velocity = Changing(torch.tensor([[0.0, 3.0], [-3.0, 0.0]], dtype=torch.float64))
-        flow = Flow(velocity, solver=Solver("rk4", steps=6))
+        flow = Flow(velocity, solver=Solver("rk4", steps=5))
         steps = 30 if weight else 15
         optimizer = torch.optim.LBFGS(velocity.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
@@ -370,7 +366,8 @@ def few_points(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the examples, so that the network costs little beside its calls."""
     monkeypatch.setattr(example, "BATCH", 128)
     monkeypatch.setattr(example, "HELD_OUT", 500)
-    monkeypatch.setattr(example, "TRAINING", Solver("heun2", steps=4))
+    monkeypatch.setattr(example, "TRAINING", Solver("heun2", steps=2))
+    monkeypatch.setattr(example, "FINE_TUNING", Solver("dopri5", 1e-2, 1e-2))
     monkeypatch.setattr(example, "EVALUATION", Solver("dopri5", 1e-3, 1e-3))
 
 

@@ -21,7 +21,7 @@ COV = torch.tensor(
 TIGHT = Solver(rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("sde", [VPSDE(), VESDE(), DDPM.linear(50).as_sde()], ids=name)
+@pytest.mark.parametrize("sde", [VESDE(), DDPM.linear(50).as_sde()], ids=name)
 def test_it_sums_to_the_log_density(sde: SDE) -> None:
     model = Mixture(sde, [0.3, 0.7], torch.stack([MEAN, -2 * MEAN]), torch.stack([COV, 0.2 * COV]))
     x, _ = model.sample(3, torch.Generator().manual_seed(0))
@@ -35,7 +35,7 @@ def test_it_sums_to_the_log_density(sde: SDE) -> None:
 def test_with_the_same_steps_the_sum_is_the_same_to_rounding() -> None:
     model = Mixture(VPSDE(), [0.3, 0.7], torch.stack([MEAN, -2 * MEAN]), torch.stack([COV, 0.2 * COV]))
     x, _ = model.sample(3, torch.Generator().manual_seed(0))
-    steps = Solver("rk4", steps=20)
+    steps = Solver("rk4", steps=8)
     flow = score_flow(model, t_min=0.01, solver=steps)
     for probes, same in ((None, {"probe": "exact"}), (3, {"probe": "rademacher", "probes": 3, "seed": 5, "first": 2})):
         found = heat_map(model, x, probes=probes, t_min=0.01, solver=steps, seed=5, first=2)
@@ -69,11 +69,9 @@ def test_random_signs_are_unbiased_in_every_term() -> None:
 def test_examples_depend_on_seed_and_index_alone_and_empty_batches_are_empty() -> None:
     model = Gaussian(VPSDE(), MEAN, COV)
     x, _ = model.sample(4, torch.Generator().manual_seed(0))
-    whole, part = (
-        heat_map(model, x, probes=2, solver=TIGHT, first=3),
-        heat_map(model, x[1:3], probes=2, first=4, solver=TIGHT),
-    )
-    torch.testing.assert_close(part.log_prob, whole.log_prob[1:3], rtol=0, atol=1e-5)
+    settings = {"probes": 2, "t_min": 0.01, "solver": Solver("rk4", steps=8)}  # which do not depend on the batch
+    whole, part = (heat_map(model, y, first=i, **settings) for y, i in ((x, 3), (x[1:3], 4)))  # type: ignore[arg-type]
+    torch.testing.assert_close(part.log_prob, whole.log_prob[1:3], rtol=1e-12, atol=1e-12)
     assert heat_map(model, x[:0]).log_prob.shape == (0, 1, 2, 2)
     assert heat_map(model, x.float()).log_prob.shape == x.shape
     with pytest.raises(ValueError, match="probes must be at least 1, or None for the exact terms, got 0"):

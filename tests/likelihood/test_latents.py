@@ -12,7 +12,7 @@ from tests.oracles import SDES, name, numbers
 
 MEAN = torch.tensor([0.5, -1.0], dtype=torch.float64)
 COV = torch.tensor([[0.3, 0.2], [0.2, 0.5]], dtype=torch.float64)
-TIGHT = Solver("dopri5", 1e-9, 1e-9)
+TIGHT = Solver("dopri8", 1e-9, 1e-9)
 
 
 @pytest.mark.parametrize("sde", SDES, ids=name)
@@ -55,7 +55,7 @@ def test_what_has_no_gradient_refuses_an_x_that_asks_for_one_and_names_what_has(
             use(model, x)
         with pytest.raises(ValueError, match="x must be a tensor .*, got ndarray; torch.as_tensor"):
             use(model, x.detach().numpy())  # type: ignore[arg-type]
-    flow = score_flow(model)
+    flow = score_flow(model, solver=Solver("rk4", steps=2))
     for y in (flow.log_prob(x).sum(), flow.encode(x).sum(), flow.decode(x).sum()):
         assert bool(torch.autograd.grad(y, x)[0].isfinite().all())
     with pytest.raises(ValueError, match=r"t must be a tensor of shape \(\) or \(3,\), got float"):
@@ -101,7 +101,7 @@ def test_slerp_keeps_length_at_equal_angles(std: float) -> None:
 def test_slerp_between_draws_of_the_prior_stays_within_its_law(d: int) -> None:
     """The mean length is that of N(0, std² I), sqrt(2) Gamma((d + 1)/2)/Gamma(d/2), at every weight, and the direction
     uniform. A straight line's middle is shorter by sqrt(2)."""
-    n, std = 40_000, 50.0
+    n, std = 10_000, 50.0
     a, b = std * numbers(n, d), std * numbers(n, d, seed=1)
     expected = std * math.sqrt(2) * math.exp(math.lgamma((d + 1) / 2) - math.lgamma(d / 2))
     for z in slerp(a, b, torch.tensor([0.2, 0.5, 0.9], dtype=torch.float64)):
@@ -135,8 +135,14 @@ def test_slerp_refuses_what_has_no_great_circle() -> None:
 # --- temperature
 
 
-@pytest.mark.parametrize("sampler", [Heun(), DDIM(), UniPC(), Churn(0.0), EmbeddedODE(1e-6, 1e-6)], ids=str)
-@pytest.mark.parametrize("sde", [VPSDE(t_min=1e-3), VESDE()], ids=name)
+@pytest.mark.parametrize(
+    "sde, sampler",
+    [
+        *((VPSDE(t_min=1e-3), sampler) for sampler in (Heun(), DDIM(), UniPC(), Churn(0.0), EmbeddedODE(1e-6, 1e-6))),
+        (VESDE(), Heun()),
+    ],
+    ids=str,
+)
 def test_temperature_scales_the_deviation_of_gaussian_samples(sde: SDE, sampler: object) -> None:
     """The flow of a Gaussian is affine: samples are the mean plus temperature times what they were at 1."""
     model, grid = closed_form.Gaussian(sde, MEAN, COV), times.log_snr(sde, 20)

@@ -643,6 +643,7 @@ def test_channels_last_gives_the_same():
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_graph_has_no_breaks():
     network, x = small(progressive="output_skip", progressive_input="residual"), numbers(2, 3, 7, 8)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
