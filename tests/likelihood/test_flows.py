@@ -332,7 +332,7 @@ def test_kinetic_energy_leads_to_optimal_transport() -> None:
 
     def fitted(weight: float) -> Evaluation:
         velocity = Changing(torch.tensor([[0.0, 3.0], [-3.0, 0.0]], dtype=torch.float64))
-        flow = Flow(velocity, solver=Solver("rk4", steps=5))
+        flow = Flow(velocity, solver=Solver("rk4", steps=6))
         steps = 30 if weight else 15
         optimizer = torch.optim.LBFGS(velocity.parameters(), max_iter=steps, line_search_fn="strong_wolfe")
 
