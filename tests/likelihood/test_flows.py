@@ -319,6 +319,7 @@ class Changing(nn.Module):
         return x @ torch.einsum("k,kij->ji", t ** torch.arange(3, dtype=t.dtype), self.a)
 
 
+@pytest.mark.slow
 def test_kinetic_energy_leads_to_optimal_transport() -> None:
     """Between N(0, C) and N(0, I), whose squared Wasserstein distance is tr C + 2 - 2 tr sqrt(C).
 
@@ -377,6 +378,7 @@ def test_a_few_steps_of_likelihood_beat_the_fitted_gaussian() -> None:
     assert example.held_out(flow, "ring").log_prob > example.gaussian_log_prob("ring") + 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("few_points")
 def test_a_score_model_improves_by_its_flows_likelihood() -> None:
     model = example.new_score_model()

@@ -358,6 +358,8 @@ def test_above_the_truncation_times_follow_their_law() -> None:
     first, last = sde.log_snr(torch.stack([tau, torch.ones_like(tau)]))
     cells = ((sde.log_snr(t) - first) / (last - first) * 64).sort().values.floor()
     assert cells.tolist() == list(range(64))  # even numbers stay even
+    u = torch.linspace(0, 0.99, 7, dtype=torch.float64)
+    torch.testing.assert_close(soft_truncation(uniform, 1.0, v)(sde, u).t, tau + (1 - tau) * u, rtol=0, atol=1e-12)
 
 
 def test_soft_truncation_needs_a_time_above_zero() -> None:

@@ -496,8 +496,11 @@ PYRAMIDS = [
 ]
 
 
-@pytest.mark.parametrize("pyramid", PYRAMIDS, ids=lambda p: "-".join(p.values()))
-@pytest.mark.parametrize("size", [(13, 13), (8, 19), (4, 4)], ids=str)
+@pytest.mark.parametrize(
+    "pyramid, size",
+    [*((pyramid, (8, 19)) for pyramid in PYRAMIDS), (PYRAMIDS[-1], (13, 13)), (PYRAMIDS[-1], (4, 4))],
+    ids=lambda value: "-".join(value.values()) if isinstance(value, dict) else str(value),
+)
 def test_any_size_is_padded_by_the_border_and_cropped(pyramid, size):
     network = small(**pyramid, multipliers=(1, 1, 2), fir=(1, 3, 3, 1))
     x, label = numbers(2, 3, *size), labels(network)
