@@ -64,10 +64,7 @@ def overridden(stated: ConfigDict | dict[str, Any], overrides: dict[str, str], w
 
 
 def _seals(values: dict[str, Any]) -> dict[str, str]:
-    """The sha256 of each file of the user's own: as it is stated, or else of the file as it is now.
-
-    Raises FileNotFoundError for no file.
-    """
+    """The sha256 of each file of the user's own, as stated, or as it is now. Raises FileNotFoundError for no file."""
     return {
         sealed: (values[sealed] or own_code.file_hash(values[key], key)) if own_code.is_own(values[key]) else ""
         for key, sealed in OWN.items()

@@ -145,10 +145,7 @@ class DataCard:
 
 @dataclass(frozen=True)
 class Trained:
-    """A checkpoint, opened once: its file, its card, and the config that it was trained with.
-
-    `card` and `config` are None for a file of score_sde_pytorch, which has neither.
-    """
+    """A checkpoint, opened once; `card` and the `config` that it was trained with are None for score_sde_pytorch's."""
 
     path: Path
     card: Card | None = None

@@ -35,12 +35,12 @@ _KINDS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 
 
 class Guides(NamedTuple):
-    """What guides a model besides itself, and what a stamp says of it."""
+    """What guides a model besides itself, and the digests of it for stamps."""
 
     classifier: NoisyClassifier | None = None
     reference: ScoreModel | None = None  # the weaker model of autoguidance
     shared: tuple[str, ...] = ()  # the model's conditions that the weaker model is given too
-    about: dict[str, str] | None = None
+    digests: dict[str, str] | None = None
 
 
 def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], device: torch.device) -> Guides:
@@ -54,7 +54,7 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
         trained = trained_at(s.classifier, "sampling.classifier", "a classifier (such as the config classifier_digits)")
         judge = trained.only(NoisyClassifier, ema, device)
         _check_kin(trained, "sampling.classifier", config, shape, judge.sde == model.sde)
-        return Guides(classifier=judge, about={"classifier_sha256": trained.sha256})
+        return Guides(classifier=judge, digests={"classifier_sha256": trained.sha256})
     if not s.guidance_checkpoint:
         return Guides()
     trained = trained_at(s.guidance_checkpoint, "sampling.guidance_checkpoint", "a weaker model")
@@ -67,7 +67,7 @@ def load_guides(config: ConfigDict, model: ScoreModel, shape: tuple[int, ...], d
                              "that it guides is not, or on others: take a weaker model with the same "
                              f"model.{key.replace('sha256', 'encoder')}, or without")
     shared = tuple(name for key, _, names in _KINDS if theirs[key] for name in names)
-    return Guides(reference=weak, shared=shared, about={"reference_sha256": trained.sha256})
+    return Guides(reference=weak, shared=shared, digests={"reference_sha256": trained.sha256})
 
 
 def trained_at(where: str, key: str, what: str) -> Trained:
@@ -212,7 +212,8 @@ class Wanted(NamedTuple):
     def described(self, scales: list[float], guides: Guides) -> dict[str, Any]:
         """What a stamp says of all this and of its guidance, beside the keys of the section sampling."""
         guided = bool(self.labels or self.prompts or guides.reference)
-        facts: dict[str, Any] = {"labels": self.labels, "guidance": scales if guided else None, **(guides.about or {})}
+        facts: dict[str, Any] = {"labels": self.labels, "guidance": scales if guided else None}
+        facts |= guides.digests or {}
         if self.text is not None:
             facts |= {"prompts": list(self.prompts), "text_sha256": digest(*self.text)}
         if self.images is not None:

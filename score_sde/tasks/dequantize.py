@@ -68,12 +68,12 @@ def run_dequantizing(job: Job, split: Split) -> Path:
     return target
 
 
-def save_dequantiser(path: Path, dequantiser: VariationalDequantiser, **about: str) -> None:
-    """Write a dequantiser to a safetensors file, whole or absent; its header says how it was built, and `about`."""
+def save_dequantiser(path: Path, dequantiser: VariationalDequantiser, **texts: str) -> None:
+    """Write a dequantiser to a safetensors file, whole or absent; its header says how it was built, and `texts`."""
     d = dequantiser
     built = {"levels": d.codec.levels, "centered": d.codec.centered, "shape": d.shape, "hidden": d.hidden}
     built |= {"layers": len(d.couplings), "t_min": d.t_min}
-    write_tensors(path, d.state_dict(), {"format": FORMAT, "built": json.dumps(built), **about})
+    write_tensors(path, d.state_dict(), {"format": FORMAT, "built": json.dumps(built), **texts})
 
 
 def was_made_from(path: Path, made_from: str) -> bool:

@@ -144,8 +144,8 @@ def run_decoding(job: Job, path: Path) -> tuple[Path, dict[str, Any]]:
     if conditioned(job.config) and labels is None:
         raise ValueError(f"{path} holds no labels, and the model is class-conditional: encode with this model, or set "
                          "eval.conditional=False")
-    about = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_flow(job)}
-    limited = stamped(job, "decode", about)
+    facts = {"mode": "decode", "latents_sha256": file_hash(path), "number": len(latents), **_flow(job)}
+    limited = stamped(job, "decode", facts)
     config = limited.config
 
     def batch(first: int, count: int) -> Arrays:
@@ -186,9 +186,9 @@ def run_interpolation(job: Job, split: Split | None, own: bool = False) -> tuple
         between = {"shape": list(job.shape), "labels": labels}
     else:
         between = about_examples(split, "input" if own else e.split, 2 * pairs)
-    about = {"mode": "interpolate", **between, "pairs": pairs, "steps": i.steps, **_flow(job)}
+    facts = {"mode": "interpolate", **between, "pairs": pairs, "steps": i.steps, **_flow(job)}
     words = (i.between,)
-    limited = stamped(job, "interpolate seeds" if split is None else "interpolate", about)
+    limited = stamped(job, "interpolate seeds" if split is None else "interpolate", facts)
     ends = _Ends(limited, None if split is None else split.to(job.processes.device), labels)
 
     def work(folder: Path) -> dict[str, Any]:

@@ -75,21 +75,21 @@ def run_likelihood(job: Job, split: Split, text: Text | None = None) -> tuple[Pa
     coded, n, levels = isinstance(codec, AutoencoderCodec), number_of(split, config), (codec.pixels or codec).levels
     times = build_bound_times(config, job.model.sde) if kind == "bound" else None
     given_labels, grid = conditioned(config), {} if times is None else {"grid": about_times(times)}
-    about: dict[str, Any] = {"sde": repr(job.model.sde)}
-    about |= about_examples(split, e.split, n, text if given_labels else None)
-    about |= {"given_labels": given_labels, **grid, "levels": levels, "unit": "bits/dim" if levels else "nats"}
+    facts: dict[str, Any] = {"sde": repr(job.model.sde)}
+    facts |= about_examples(split, e.split, n, text if given_labels else None)
+    facts |= {"given_labels": given_labels, **grid, "levels": levels, "unit": "bits/dim" if levels else "nats"}
     device, words = job.processes.device, (e.split,)
     on_device = split.to(device), None if text is None else text.to(device)
     if times is not None and not coded:
         decoded = "pixels without dequantisation" if levels else "Gaussian decoder"
-        about["estimate"] = f"variational bound of {len(times) - 1} steps, {decoded}"
-        limited = stamped(job, kind, about)
+        facts["estimate"] = f"variational bound of {len(times) - 1} steps, {decoded}"
+        limited = stamped(job, kind, facts)
         chain = ChainEvaluation(limited, *on_device, times, n)
         return limited.once("likelihood", (*words, "bound"), "likelihood.npz", chain.all)
     law, sentence, dequantised = law_of(job)
     repeats, pictures = e.dequantizations if law or coded else 1, min(e.heat_map, n)
-    about |= {"estimate": ESTIMATORS[kind].road + sentence, **dequantised, "dequantizations": repeats}
-    limited = stamped(job, kind, {**about, "t_min": law.t_min if law else e.t_min})
+    facts |= {"estimate": ESTIMATORS[kind].road + sentence, **dequantised, "dequantizations": repeats}
+    limited = stamped(job, kind, {**facts, "t_min": law.t_min if law else e.t_min})
     estimator = ESTIMATORS[kind](limited.config, *([] if times is None else [times]))
     evaluation = _Evaluation(limited, *on_device, law, estimator, n, repeats)
     folder, result = limited.once("likelihood", words, "likelihood.npz", evaluation.all)

@@ -147,10 +147,10 @@ def run_restoring(
     words, scale = (task, i.method), s.guidance
     walk = "ancestral steps" if i.method == "twisted" else repr(sampler)
     known = digest(operator.known) if isinstance(operator, Mask) else None
-    about = {"mode": task, "sde": repr(job.model.sde), **about_examples(split, e.split if own is None else "input", n)}
-    about |= {"number": n, "mask_sha256": known, "method": i.method, "noise": noise, "sampler": walk}
-    about |= {"grid": about_grid(config, times), **wanted.described([scale], guides)}
-    limited = stamped(job, "restore", about, [f"inverse.{key}" for name in words for key in OWN.get(name, ())])
+    facts = {"mode": task, "sde": repr(job.model.sde), **about_examples(split, e.split if own is None else "input", n)}
+    facts |= {"number": n, "mask_sha256": known, "method": i.method, "noise": noise, "sampler": walk}
+    facts |= {"grid": about_grid(config, times), **wanted.described([scale], guides)}
+    limited = stamped(job, "restore", facts, [f"inverse.{key}" for name in words for key in OWN.get(name, ())])
     draws = Draws(limited, sampler, times, guides, wanted)
     split = split.to(job.processes.device)
     restoration = _Restoration(draws, scale, task, operator, noise, split, own is not None)

@@ -59,9 +59,9 @@ def run_sampling(
     sampler, times = build_sampler(config), build_times(config, job.model.sde, job.model, job.shape)
     check_number(s.labels, wanted.prompts, s.num_samples, "sampling.num_samples")
     built = {"sampler": repr(sampler), "grid": about_grid(config, times), "shape": list(job.shape)}
-    about = {"sde": repr(job.model.sde), **built, **wanted.described(strengths, guides)}
+    facts = {"sde": repr(job.model.sde), **built, **wanted.described(strengths, guides)}
     words, singly = (s.method,), s.single_png
-    limited = stamped(job, "sample" if wanted.changed is None else "sample from examples", about)
+    limited = stamped(job, "sample" if wanted.changed is None else "sample from examples", facts)
     draws = Draws(limited, sampler, times, guides, wanted)
     folder, result = limited.once("samples", words, "samples.npz", partial(draws.all, strengths))
     if singly and job.codec.pixels is not None and job.processes.main:

@@ -97,15 +97,15 @@ class StampedJob(Job):
         return results.in_batches(folder, total, size, self.processes, counted, *shown)
 
 
-def stamped(job: Job, kind: str, about: dict[str, Any], own: Sequence[str] = ()) -> StampedJob:
+def stamped(job: Job, kind: str, facts: dict[str, Any], own: Sequence[str] = ()) -> StampedJob:
     """The job that makes a result of a kind of `KEYS`, which also reads the keys `own`.
 
-    Its stamp has the checkpoint, the weights, the codec, these keys, versions, and `about`.
+    Its stamp has the checkpoint, the weights, the codec, these keys, versions, and `facts`.
     """
     config, path, keys = job.config, job.trained.path, (*_keys_of(kind, job.config), *own)
     weights = (config.sampling if kind.startswith("sample") else config.eval).weights
     made_from = {"checkpoint": path.name, "checkpoint_sha256": job.trained.sha256, "weights": weights}
-    made_from |= {"codec": _named(job.codec, config), **about, "config": values(config, keys)}
+    made_from |= {"codec": _named(job.codec, config), **facts, "config": values(config, keys)}
     if path.suffix != SUFFIX:
         made_from["read_as"] = values(config, FOREIGN)
     made_from["versions"] = {name: str(version) for name, version in VERSIONS.items()}
@@ -137,8 +137,8 @@ def about_grid(config: ConfigDict, times: Tensor) -> dict[str, Any]:
 
 def about_examples(split: Split, name: str, number: int, text: Text | None = None) -> dict[str, Any]:
     """What a stamp says of the examples, the first `number` of a split, and of their captions' embeddings."""
-    about = {"split": name, "images": number, "examples_sha256": split.digest()}
-    return about if text is None else {**about, "text_sha256": digest(*text)}
+    facts = {"split": name, "images": number, "examples_sha256": split.digest()}
+    return facts if text is None else {**facts, "text_sha256": digest(*text)}
 
 
 def asked(config: ConfigDict, keys: Sequence[str]) -> ConfigDict:

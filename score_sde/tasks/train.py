@@ -211,8 +211,8 @@ class _Run:
         self.state = make_state(config, data.shape, processes.device)
         self.state.model.train()
         codes = codec.statistics.to_json() if isinstance(codec, AutoencoderCodec) else ""
-        about = checkpoint.DataCard.of(data, codec).to_json()
-        self.card = checkpoint.Card(configs.to_json(config), data.shape, 0, codes, about)
+        about_data = checkpoint.DataCard.of(data, codec).to_json()
+        self.card = checkpoint.Card(configs.to_json(config), data.shape, 0, codes, about_data)
         _check_data(data, self.card, processes)
         self.saved, self.notes = processes.agreed(lambda: _begin(config, workdir, self.state, self.card))
         _receive(self.state, self.saved, processes)
