@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections import defaultdict
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
@@ -40,6 +41,7 @@ class Import(NamedTuple):
     outside: str = ""
 
 
+@cache
 def imports(path: Path) -> list[Import]:
     """All imports of a file, also those within functions."""
     folder = path.relative_to(PACKAGE).parts[:-1]

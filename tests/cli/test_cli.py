@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,13 @@ import torch
 from PIL import Image
 
 from score_sde.cli import run
-from score_sde.config import build
+from score_sde.config import build, load
 from score_sde.data import load_data
 from score_sde.machine.whole_files import temporary
 from score_sde.models.base import ScoreModel
 from score_sde.models.closed_form import Gaussian
 from score_sde.sdes import VPSDE
+from score_sde.tasks import results
 from score_sde.tasks.checkpoint import find
 from tests import ROOT
 from tests.runs import two_nodes, words
@@ -55,32 +56,58 @@ LATER = ("cascade_digits_8", "cascade_cifar_16", "cascade_cifar_32", "text_cifar
 CODES = tuple(f"{kind}_{data}" for kind in ("autoencoder", "latent") for data in ("cifar", "cifar_small", "digits32"))
 
 
-@pytest.mark.parametrize("name", [name for name in CONFIGS if name not in LATER + CODES])
-def test_each_config_runs_each_mode(
-    name: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    workdir = tmp_path / "run"
-    assert run(words(name, "scan", workdir, images)) == 0
+HERE = [name for name in CONFIGS if name not in LATER + CODES]
+
+
+def data_of(name: str) -> str:
+    """What a scan's result depends on."""
+    return load(name).data.dataset
+
+
+def model_of(name: str) -> tuple[object, ...]:
+    """What changes how a likelihood is computed."""
+    c = load(name)
+    kind = (c.model.name, c.model.class_conditional, c.training.sde, c.training.continuous, c.training.objective)
+    return (*kind, c.eval.estimate, c.eval.probe, c.eval.dequantization)
+
+
+# one config, the last, of each kind of data, and of each kind of model
+SCANNED = {data_of(name): name for name in HERE}.values()
+EVALUATED = {model_of(name): name for name in HERE}.values()
+
+
+@pytest.mark.parametrize("name", SCANNED)
+def test_data_are_scanned(name: str, tmp_path: Path, images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(words(name, "scan", tmp_path, images)) == 0
     assert "Gaussian baseline" in capsys.readouterr().out
-    assert run(words(name, "train", workdir, images)) == 0
+
+
+@pytest.mark.parametrize("name", HERE)
+def test_each_config_trains_samples_and_is_evaluated(name: str, tmp_path: Path, images: Path) -> None:
+    workdir = tmp_path / "run"
+    few = {"sampling__num_samples": 2, "sampling__steps": 2, "eval__num_images": 2}
+    shown = "true" if name in ("vp_toy", "cond_digits") else "false"
+    assert run(words(name, "train", workdir, images, training__snapshot_sampling=shown)) == 0
     assert find(workdir).path.stem == "000000001"
     if name.startswith("classifier"):
         assert "accuracy/sigma" in (workdir / "log.txt").read_text()
         return
-    assert run(words(name, "sample", workdir, images)) == 0
+    assert run(words(name, "sample", workdir, images, **few)) == 0
     (folder,) = (workdir / "samples").glob("000000001-*")
     x = np.load(folder / "samples.npz")["arr_0"]
     pixels = "toy" not in name
     channels = 1 if "digits" in name else 3
-    assert x.shape == ((5, 8, 8, channels) if pixels else (5, 2)) and x.dtype == (np.uint8 if pixels else np.float32)
+    assert x.shape == ((2, 8, 8, channels) if pixels else (2, 2)) and x.dtype == (np.uint8 if pixels else np.float32)
     assert np.isfinite(x).all() and (folder / ("grid.png" if pixels else "histogram.png")).is_file()
+    if name not in EVALUATED:
+        return
     # by the solver of the fewest evaluations; the default's steps of each example's own are in the tests below
-    assert run(words(name, "likelihood", workdir, images, eval__ode_method="bosh3")) == 0
+    assert run(words(name, "likelihood", workdir, images, eval__ode_method="bosh3", **few)) == 0
     (folder,) = (workdir / "likelihood").iterdir()
     stamp = json.loads((folder / "stamp.json").read_text())
-    assert stamp["images"] == 3 and np.isfinite(stamp["mean"]) and stamp["standard_error"] > 0 and stamp["nfe"] >= 4
+    assert stamp["images"] == 2 and np.isfinite(stamp["mean"]) and stamp["standard_error"] > 0 and stamp["nfe"] >= 4
     values = np.load(folder / "likelihood.npz")["bits_per_dim" if pixels else "nats"]
-    assert values.shape == (3, 1) and stamp["mean"] == pytest.approx(values.mean())
+    assert values.shape == (2, 1) and stamp["mean"] == pytest.approx(values.mean())
 
 
 def test_church_takes_a_step_on_a_folder_of_photographs(tmp_path: Path) -> None:
@@ -179,7 +206,7 @@ def test_the_stamp_says_what_was_done(trained: Path, images: Path) -> None:
 def test_samples_by_a_fast_solver_on_a_fitted_grid_with_thresholding(
     trained: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(build, "fit_times", partial(build.fit_times, fine=20))
+    monkeypatch.setattr(build, "fit_times", partial(build.fit_times, fine=10))
     change = {"sampling__method": "unipc", "sampling__steps": 3, "sampling__num_samples": 3}
     found = []
     for more in ({"sampling__grid": "fitted"}, {"sampling__grid": "fitted", "sampling__threshold": 0.9}):
@@ -479,22 +506,22 @@ def test_your_own_images_are_encoded(trained: Path, images: Path, tmp_path: Path
 @pytest.mark.parametrize("between", ["images", "seeds"])
 def test_rows_go_from_one_image_to_another(between: str, trained: Path, images: Path) -> None:
     clear(trained, "interpolations")
-    change = {"interpolation__between": between, "interpolation__pairs": 3, "interpolation__steps": 4}
+    change = {"interpolation__between": between, "interpolation__pairs": 2, "interpolation__steps": 3}
     tight = {f"{part}__{key}": 1e-3 for part in ("eval", "sampling") for key in ("rtol", "atol")}
     assert run(words("vp_digits", "interpolate", trained, images, **change, **tight)) == 0
     folder, stamp = folder_of(trained, "interpolations")
     rows = np.load(folder / "interpolations.npz")["arr_0"]
-    assert rows.shape == (3, 4, 8, 8, 1) and np.asarray(Image.open(folder / "grid.png")).shape == (104, 138)
-    assert (rows[:, 1] != rows[:, 0]).any() and (rows[:, 1] != rows[:, 3]).any()
+    assert rows.shape == (2, 3, 8, 8, 1) and np.asarray(Image.open(folder / "grid.png")).shape == (70, 104)
+    assert (rows[:, 1] != rows[:, 0]).any() and (rows[:, 1] != rows[:, 2]).any()
     if between == "images":
-        k = load_data("digits").test.x[:6].permute(0, 2, 3, 1).numpy().reshape(3, 2, 8, 8, 1)  # type: ignore[index]
+        k = load_data("digits").test.x[:4].permute(0, 2, 3, 1).numpy().reshape(2, 2, 8, 8, 1)  # type: ignore[index]
         assert 0 < stamp["ends_rms_error"] < 0.1
         assert (rows[:, [0, -1]] == k).mean() > 0.95
     else:
         clear(trained, "samples")
         drawn = {"sampling__method": "ode", "sampling__noise_removal": "false", "sampling__t_min": 1e-5}
-        assert run(words("vp_digits", "sample", trained, images, sampling__num_samples=6, **drawn, **tight)) == 0
-        assert (rows[:, [0, -1]] == samples(trained).reshape(3, 2, 8, 8, 1)).mean() > 0.95, "ends are not the samples"
+        assert run(words("vp_digits", "sample", trained, images, sampling__num_samples=4, **drawn, **tight)) == 0
+        assert (rows[:, [0, -1]] == samples(trained).reshape(2, 2, 8, 8, 1)).mean() > 0.95, "ends are not the samples"
         clear(trained, "interpolations")
         change["sampling__temperature"] = 0.0
         assert run(words("vp_digits", "interpolate", trained, images, **change, **tight)) == 0
@@ -504,10 +531,12 @@ def test_rows_go_from_one_image_to_another(between: str, trained: Path, images: 
 
 @pytest.mark.parametrize("name", ["ve_toy", "iddpm_digits"])
 def test_points_of_the_plane_and_chains_have_latents_too(name: str, tmp_path: Path, images: Path) -> None:
+    few = {"interpolation__pairs": 1, "interpolation__steps": 3, "training__snapshot_sampling": "false"}
+    few |= {"model__ch_mult": 1, "model__attn_resolutions": "()", "eval__ode_method": "bosh3"}
     for mode in ("train", "encode", "interpolate"):
-        assert run(words(name, mode, tmp_path, images, interpolation__pairs=1, interpolation__steps=3)) == 0
+        assert run(words(name, mode, tmp_path, images, **few)) == 0
     folder, stamp = folder_of(tmp_path, "latents")
-    assert run([*words(name, "decode", tmp_path, images), "--input", str(folder / "latents.npz")]) == 0
+    assert run([*words(name, "decode", tmp_path, images, **few), "--input", str(folder / "latents.npz")]) == 0
     assert np.isfinite(np.load(folder_of(tmp_path, "decoded")[0] / "samples.npz")["arr_0"]).all()
     assert stamp["unit"] == ("data" if name == "ve_toy" else "levels") and np.isfinite(stamp["rms_error"])
     picture = "histogram.png" if name == "ve_toy" else "grid.png"
@@ -567,7 +596,7 @@ def test_an_image_on_which_the_solver_gives_up_is_named_and_costs_the_others_not
             found.log_prob[1] = torch.nan
         return found
 
-    change = {"eval__num_images": 5, "eval__batch_size": 2, "eval__probes": 2, "eval__check_images": 4}
+    change = {"eval__num_images": 4, "eval__batch_size": 2, "eval__probes": 2, "eval__check_images": 4}
     change["eval__ode_method"] = "bosh3"
     values = []
     for patched in (False, True):
@@ -577,7 +606,7 @@ def test_an_image_on_which_the_solver_gives_up_is_named_and_costs_the_others_not
         (folder,) = (trained / "likelihood").iterdir()
         values.append(np.load(folder / "likelihood.npz")["bits_per_dim"][:, 0])
     stamp = json.loads((folder / "stamp.json").read_text())
-    kept = [0, 1, 2, 4]
+    kept = [0, 1, 2]
     assert stamp["failed"] == [3] and np.isnan(values[1][3])
     np.testing.assert_array_equal(values[1][kept], values[0][kept])
     assert stamp["mean"] == pytest.approx(values[0][kept].mean(), rel=1e-12)
@@ -604,42 +633,64 @@ def main_of(command: list[str], errors: Path) -> None:
     sys.exit(run(command))
 
 
-@pytest.mark.parametrize(
-    ("mode", "number"),
-    [
-        ("sample", signal.SIGINT),
-        ("likelihood", signal.SIGKILL),
-        ("encode", signal.SIGINT),
-        ("decode", signal.SIGKILL),
-        ("interpolate", signal.SIGINT),
-    ],
-)
-def test_an_interrupted_evaluation_loses_nothing(
-    mode: str, number: int, trained: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture
+def command_of(trained: Path, images: Path, tmp_path: Path) -> Callable[[str], list[str]]:
+    """The command of a mode that has no result yet: six batches of samples or images of latents, three of others."""
+    change = {"sampling__num_samples": 6, "sampling__batch_size": 1, "sampling__steps": 20}
+    change |= {"eval__num_images": 3, "eval__batch_size": 1, "eval__ode_method": "bosh3"}
+    change |= {"interpolation__between": "seeds", "interpolation__pairs": 3, "interpolation__steps": 2}
+
+    def command(mode: str) -> list[str]:
+        clear(trained, PLACES[mode])
+        np.savez(tmp_path / "latents.npz", latents=np.random.default_rng(0).normal(size=(6, 1, 8, 8)))
+        own = ["--input", str(tmp_path / "latents.npz")] if mode == "decode" else []
+        return [*words("vp_digits", mode, trained, images, **change), *own]
+
+    return command
+
+
+def finish(command: list[str], folder: Path) -> tuple[int, dict[str, np.ndarray]]:
+    """(batches computed, result) of a command whose result lies in `folder`."""
+    written, real = [], results.write_arrays
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "write_arrays", lambda path, arrays: (written.append(path), real(path, arrays)))
+        assert run(command) == 0
+    (result,) = folder.iterdir()
+    assert (result / "stamp.json").is_file() and not (result / "parts").exists()
+    assert not list(result.glob(".*"))
+    return sum(path.parent.name == "parts" for path in written), dict(np.load(next(result.glob("*.npz"))))
+
+
+def assert_goes_on(command: list[str], folder: Path, kept: int, batches: int) -> None:
+    """The same command computes only what is missing, and its result is that of a command that was never stopped."""
+    computed, resumed = finish(command, folder)
+    assert computed == batches - kept
+    clear(folder.parent, folder.name)
+    computed, whole = finish(command, folder)
+    assert computed == batches
+    for key, value in whole.items():
+        np.testing.assert_array_equal(resumed[key], value, err_msg=key)
+
+
+@pytest.mark.parametrize(("mode", "number"), [("sample", signal.SIGINT), ("decode", signal.SIGKILL)])
+def test_a_process_that_is_stopped_loses_nothing(
+    mode: str, number: int, trained: Path, tmp_path: Path, command_of: Callable[[str], list[str]]
 ) -> None:
     """SIGINT to a real process: one sentence, code 130, and the same command computes only what is missing.
 
     After kill -9 too, and a batch whose file a full disk has cut short is computed again.
     """
-    name = PLACES[mode]
-    clear(trained, name)
-    change = {"sampling__num_samples": 6, "sampling__batch_size": 1, "sampling__steps": 20}
-    change |= {"eval__num_images": 6, "eval__batch_size": 1}
-    change |= {"interpolation__between": "seeds", "interpolation__pairs": 6, "interpolation__steps": 2}
-    command = words("vp_digits", mode, trained, images, **change)
-    if mode == "decode":
-        np.savez(tmp_path / "latents.npz", latents=np.random.default_rng(0).normal(size=(6, 1, 8, 8)))
-        command += ["--input", str(tmp_path / "latents.npz")]
+    command, place = command_of(mode), trained / PLACES[mode]
     process = multiprocessing.get_context("fork").Process(target=main_of, args=(command, tmp_path / "errors"))
     process.start()
     assert process.pid is not None
     deadline = time.monotonic() + 120
-    while len(list((trained / name).glob("*/parts/0*.npz"))) < 2 and process.is_alive() and time.monotonic() < deadline:
+    while len(list(place.glob("*/parts/0*.npz"))) < 2 and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.005)
     os.kill(process.pid, number)
     process.join(timeout=60)
     errors = (tmp_path / "errors").read_text()
-    parts = sorted((trained / name).glob("*/parts/0*.npz"))
+    parts = sorted(place.glob("*/parts/0*.npz"))
     kept = len(parts)
     assert 2 <= kept < 6
     if number == signal.SIGINT:
@@ -651,27 +702,25 @@ def test_an_interrupted_evaluation_loses_nothing(
         half = temporary(parts[0].parents[1] / "samples.npz")
         half.with_name(half.name.replace(f".{os.getpid()}.", f".{process.pid}.")).write_bytes(b"half")
         kept -= 1
+    assert_goes_on(command, place, kept, batches=6)
 
-    def finish() -> tuple[int, dict[str, np.ndarray]]:
-        """(batches computed, result) of the same command."""
-        import score_sde.tasks.results as results
 
-        written, real = [], results.write_arrays
-        with monkeypatch.context() as patch:
-            patch.setattr(results, "write_arrays", lambda path, arrays: (written.append(path), real(path, arrays)))
-            assert run(command) == 0
-        (folder,) = (trained / name).iterdir()
-        assert (folder / "stamp.json").is_file() and not (folder / "parts").exists()
-        assert not list(folder.glob(".*"))
-        return sum(path.parent.name == "parts" for path in written), dict(np.load(next(folder.glob("*.npz"))))
+@pytest.mark.parametrize("mode", ["likelihood", "encode", "interpolate"])
+def test_an_interrupted_evaluation_loses_nothing(
+    mode: str, trained: Path, command_of: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, real, parts = command_of(mode), results.write_arrays, list[Path]()
 
-    computed, resumed = finish()
-    assert computed == 6 - kept
-    clear(trained, name)
-    computed, whole = finish()
-    assert computed == 6
-    for key, value in whole.items():
-        np.testing.assert_array_equal(resumed[key], value, err_msg=key)
+    def stops_at_the_third(path: Path, arrays: Any) -> None:
+        parts.append(path)
+        if len(parts) == 3:
+            raise KeyboardInterrupt
+        real(path, arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(results, "write_arrays", stops_at_the_third)
+        assert run(command) == 130
+    assert_goes_on(command, trained / PLACES[mode], kept=2, batches=3)
 
 
 def test_a_result_without_its_stamp_is_finished(trained: Path, images: Path) -> None:

@@ -148,9 +148,15 @@ REFUSALS = {
 }
 
 
+@pytest.fixture(scope="module")
+def tried() -> set[str]:
+    """The places in the code that could not write in the test of a mode before."""
+    return set()
+
+
 @pytest.mark.parametrize("mode", WRITING)
 def test_a_disk_that_refuses_from_some_write_on_is_one_sentence(
-    mode: str, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    mode: str, trained: Path, tried: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each place in the code that writes is once the first that cannot: the disk is full, read-only or forbidden."""
     pixels, more = WRITING[mode], list[str]()
@@ -165,6 +171,8 @@ def test_a_disk_that_refuses_from_some_write_on_is_one_sentence(
         assert run(command(mode, tmp_path / "whole", *more, pixels=pixels)) == 0
     sites = list(dict.fromkeys(disk.sites))
     assert len(sites) >= 4
+    sites = [site for site in sites if site not in tried] or sites[-1:]
+    tried.update(sites)
     capsys.readouterr()
     for site, (refusal, words) in zip(sites, cycle(REFUSALS.items()), strict=False):
         with on(Disk(tmp_path, disk.sites.index(site), refusal)):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from torch import Tensor
 
 from examples.laboratory import __main__ as command
@@ -145,6 +146,7 @@ def test_the_command_runs_what_is_missing_and_writes_the_page(
         return ThreadPoolExecutor(n, **options)
 
     monkeypatch.setattr(workers, "ProcessPoolExecutor", threads)  # processes take seconds to begin
+    monkeypatch.setattr(Figure, "draw", lambda figure, renderer: None)  # what is on them is put there before
     arguments = ["--data", "ring", "--steps", "2", "--workers", "1", "--workdir", str(tmp_path / "work")]
     made = command.main([*arguments, "--seeds", "2", "--objectives", "ddpm"])
     assert "2 of 2 experiments run" in capsys.readouterr().out

@@ -122,8 +122,8 @@ def states() -> torch.Tensor:
 def test_scores_learned_from_paths_are_near_the_true_ones(
     objective: str, truth: example.Truth, states: torch.Tensor
 ) -> None:
-    """A tenth of the example's iterations: 3 % of E |s*|² on average over t; the untrained scores miss more."""
-    score = example.learn(example.OBJECTIVES[objective], states, iterations=300)
+    """A fifteenth of the example's iterations: 3 % of E |s*|² on average over t; the untrained scores miss more."""
+    score = example.learn(example.OBJECTIVES[objective], states, iterations=200)
     simple = (example.gaussian_score(states), example.stationary_score)
     linear, untrained, learned = (
         example.relative_error(example.on_grid(s, truth.x, truth.times), truth) for s in (*simple, score)

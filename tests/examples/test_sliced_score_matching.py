@@ -49,11 +49,12 @@ def test_every_objective_finds_what_a_gaussian_cannot(name: str) -> None:
         return (m * torch.tanh(m * x / v) - x) / v
 
     least = example.loss_of(truth, parts[2])
-    found = example.fit(example.OBJECTIVES[name], example.Rows(*parts), 0, iterations=400)
+    found = example.fit(example.OBJECTIVES[name], example.Rows(*parts), 0, iterations=200, every=50)
     assert found.gaussian == pytest.approx(float(parts[2].square().sum(1).mean()) / 2 - 2)
     share = (found.gaussian - found.loss) / (found.gaussian - least)
     # Denoising learns the density with its noise, at 0.3 of variance 0.29 in the place of 0.2; at 0.1 it learns slowly.
-    assert (0.25 if "denoising" in name else 0.7) < share < 1.02
+    least_share = {"denoising, σ = 0.1": 0.12, "denoising, σ = 0.3": 0.4}.get(name, 0.7)
+    assert least_share < share < 1.02
 
 
 def test_stopping_keeps_the_gaussian_where_nothing_is_better() -> None:
