@@ -1,5 +1,7 @@
 """What is installed: the files of a wheel and of an sdist, and what an empty folder can do with them."""
 
+import faulthandler
+import importlib
 import logging
 import os
 import re
@@ -12,6 +14,7 @@ import zipfile
 from configparser import ConfigParser
 from email import message_from_string
 from email.message import Message
+from multiprocessing import get_context
 from pathlib import Path
 from runpy import run_path
 
@@ -60,14 +63,12 @@ def metadata(built: tuple[Path, Path]) -> Message:
 
 @pytest.fixture(scope="module")
 def installed(built: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The programs of a fresh environment with the wheel in it, which takes what it depends on from this one's."""
+    """The programs of a fresh environment with the wheel in it, without what it depends on."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder)
     programs = folder / ("Scripts" if os.name == "nt" else "bin")
     pip = [sys.executable, "-m", "pip", "--python", str(programs / "python"), "install", "--quiet", "--no-compile"]
     subprocess.run([*pip, "--no-deps", "--no-index", "--ignore-installed", str(built[1])], check=True)
-    place = Path(subprocess.check_output([programs / "python", "-c", PLACE], text=True).strip())
-    (place / "dependencies.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")))
     return programs
 
 
@@ -79,19 +80,30 @@ SMALL = (
     "--config.sampling.steps=3 --config.sampling.method=heun --config.eval.num_images=2 --config.eval.rtol=1 "
     "--config.eval.atol=1 --config.eval.check_images=0"
 )
-USE = """
-import faulthandler, runpy, sys
-from pathlib import Path
-script, *commands = sys.argv[1:]
-for command in commands:
-    sys.argv = [script, *command.split()]
-    try:
-        runpy.run_path(script, run_name="__main__")
-    except SystemExit as ended:
-        assert ended.code == 0, command
-import score_sde
-assert Path(sys.prefix) in Path(score_sde.__file__).parents and faulthandler.is_enabled()
-"""
+
+
+def use(programs: Path, folder: Path, commands: list[str]) -> None:
+    """Run commands of the installed program in a folder, all in one process, with what it logs in a file.
+
+    The process is a fork of this one, which has imported PyTorch already, with the installed package before all else.
+    """
+    place = subprocess.check_output([programs / "python", "-c", PLACE], text=True).strip()
+    sys.path[:] = [place, *(path for path in sys.path if "site-packages" in path or path.startswith(sys.base_prefix))]
+    for name in [name for name in sys.modules if name.partition(".")[0] == "score_sde"]:
+        del sys.modules[name]
+    os.chdir(folder)
+    faulthandler.disable()
+    with open("errors", "w") as file:
+        os.dup2(file.fileno(), 2)
+    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
+    for command in commands:
+        sys.argv = [str(programs / "score_sde"), *command.split()]
+        try:
+            run_path(sys.argv[0], run_name="__main__")
+        except SystemExit as ended:
+            assert ended.code == 0, command
+    assert Path(place) in Path(importlib.import_module("score_sde").__file__ or "").parents
+    assert faulthandler.is_enabled()
 
 
 def test_an_installed_package_trains_samples_and_evaluates_in_an_empty_folder(installed: Path, tmp_path: Path) -> None:
@@ -102,10 +114,11 @@ def test_an_installed_package_trains_samples_and_evaluates_in_an_empty_folder(in
         "sample --workdir runs/vp_digits",
         "likelihood --workdir runs/vp_digits",
     ]
-    program = [installed / "python", "-c", USE, installed / "score_sde", *commands]  # in one process, which saves time
-    outside = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    ran = subprocess.run(program, cwd=tmp_path, env=outside, capture_output=True, text=True)
-    assert ran.returncode == 0 and ran.stderr.count("workdir: runs/vp_digits") == 3, ran.stderr
+    process = get_context("fork").Process(target=use, args=(installed, tmp_path, commands))
+    process.start()
+    process.join()
+    errors = (tmp_path / "errors").read_text()
+    assert process.exitcode == 0 and errors.count("workdir: runs/vp_digits") == 3, errors
     run = tmp_path / "runs" / "vp_digits"
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["000000010.safetensors"]
     assert list(run.glob("samples/*/samples.npz")) and list(run.glob("likelihood/*/*.json"))

@@ -260,7 +260,7 @@ def result_of(workdir: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
 def test_a_discrete_model_is_evaluated_by_its_bound_and_either_by_both(
     tmp_path: Path, trained: Path, images: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    change = {"training__sde": "cosine", "model__num_scales": 10, "eval__steps": 0}
+    change = {"training__sde": "cosine", "model__num_scales": 10, "eval__steps": 0, "model__ch_mult": 1}
     chain = [words("ddpm_cifar", mode, tmp_path, images, **change) for mode in ("train", "likelihood")]
     assert run(chain[0]) == 0 and run(chain[1]) == 0
     said = capsys.readouterr().err
@@ -371,7 +371,7 @@ def test_pixels_are_dequantised_in_three_ways_and_by_several_draws(
 ) -> None:
     def told(workdir: Path, **settings: object) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         clear(workdir, "likelihood")
-        common = {"eval__num_images": 4, "eval__batch_size": 4, "eval__check_images": 0}
+        common = {"eval__num_images": 4, "eval__batch_size": 4, "eval__check_images": 0, "eval__ode_method": "bosh3"}
         assert run(words("vp_digits", "likelihood", workdir, images, **{**common, **settings})) == 0
         return result_of(workdir)
 

@@ -87,7 +87,7 @@ class Disk:
 
     def __init__(self, below: Path, first: int = 10**9, code: int = errno.ENOSPC) -> None:
         self.below, self.first, self.code = str(below), first, code
-        self.sites: list[str] = []  # who asked
+        self.sites: list[str] = []  # who asked, and not the writer in machine/ that all use
         self.lock = threading.Lock()
 
     def asked(self, path: Any) -> None:
@@ -96,7 +96,7 @@ class Disk:
         frame, site = sys._getframe(2), ""
         while frame is not None and not site:
             name = frame.f_code.co_filename
-            if "/score_sde/" in name or "tensorboard" in name:
+            if ("/score_sde/" in name and "/machine/" not in name) or "tensorboard" in name:
                 site = f"{Path(name).name} {frame.f_code.co_name} {frame.f_lineno}"
             frame = frame.f_back  # type: ignore[assignment]
         with self.lock:
@@ -170,7 +170,7 @@ def test_a_disk_that_refuses_from_some_write_on_is_one_sentence(
     with on(disk := Disk(tmp_path)):
         assert run(command(mode, tmp_path / "whole", *more, pixels=pixels)) == 0
     sites = list(dict.fromkeys(disk.sites))
-    assert len(sites) >= 4
+    assert len(sites) >= 3
     sites = [site for site in sites if site not in tried] or sites[-1:]
     tried.update(sites)
     capsys.readouterr()

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from examples.laboratory import __main__ as command
 from examples.laboratory import experiment, page, pictures, workers
 from examples.laboratory.experiment import LEVELS, SMALLEST, VP, Job, Result, read, run, truth
 from examples.laboratory.subjects import CONFIGS, DATA, OBJECTIVES, affordable
-from score_sde import Estimate, ScoreModel, log_likelihood
+from score_sde import Estimate, Likelihood, ScoreModel, log_likelihood
 from score_sde import config as configs
 from score_sde.data.toys import EXACT
 from score_sde.sdes import like
@@ -33,6 +33,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(experiment, "confidence", lambda data, samples: (0.5, 0.9, 10))
     for key, value in {"model.nf": "8", "model.ch_mult": "1", "model.attn_resolutions": ""}.items():
         monkeypatch.setitem(DATA["digits"].settings, key, value)
+    monkeypatch.setattr(experiment, "log_likelihood", solved_to(1e-3))
     truth.cache_clear()
     yield
     truth.cache_clear()
@@ -41,11 +42,16 @@ def small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.fixture
 def loose(small: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures whose likelihoods are solved roughly, where their numbers do not count."""
+    monkeypatch.setattr(experiment, "log_likelihood", solved_to(0.3))
 
-    def rough(*given: Any, **named: Any) -> Any:
-        return log_likelihood(*given, **{**named, "rtol": 0.3, "atol": 0.3})
 
-    monkeypatch.setattr(experiment, "log_likelihood", rough)
+def solved_to(tolerance: float) -> Callable[..., Likelihood]:
+    """`log_likelihood` with this tolerance, whatever else is asked."""
+
+    def solved(*given: Any, **named: Any) -> Likelihood:
+        return log_likelihood(*given, **{**named, "rtol": tolerance, "atol": tolerance})
+
+    return solved
 
 
 class Shifted(ScoreModel):
