@@ -19,6 +19,7 @@ from PIL import Image
 
 from score_sde.cli import run
 from score_sde.config import build, load
+from score_sde.config.reading import flat
 from score_sde.data import load_data
 from score_sde.machine.whole_files import temporary
 from score_sde.models.base import ScoreModel
@@ -59,21 +60,17 @@ CODES = tuple(f"{kind}_{data}" for kind in ("autoencoder", "latent") for data in
 HERE = [name for name in CONFIGS if name not in LATER + CODES]
 
 
-def data_of(name: str) -> str:
-    """What a scan's result depends on."""
-    return load(name).data.dataset
+def with_each_value(*keys: str) -> list[str]:
+    """For each value of each key one config that has it."""
+    configs = {name: flat(load(name)) for name in HERE}
+    return sorted({*{(key, values[key]): name for name, values in configs.items() for key in keys}.values()})
 
 
-def model_of(name: str) -> tuple[object, ...]:
-    """What changes how a likelihood is computed."""
-    c = load(name)
-    kind = (c.model.name, c.model.class_conditional, c.training.sde, c.training.continuous, c.training.objective)
-    return (*kind, c.eval.estimate, c.eval.probe, c.eval.dequantization)
-
-
-# one config, the last, of each kind of data, and of each kind of model
-SCANNED = {data_of(name): name for name in HERE}.values()
-EVALUATED = {model_of(name): name for name in HERE}.values()
+SCANNED = with_each_value("data.dataset")
+EVALUATED = with_each_value(  # what changes how a likelihood is computed
+    "model.name", "model.class_conditional", "training.sde", "training.continuous", "training.objective",
+    "eval.estimate", "eval.probe", "eval.dequantization",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SCANNED)
