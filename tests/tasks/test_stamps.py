@@ -426,15 +426,23 @@ def test_a_result_that_is_not_what_its_stamp_says_is_made_again(
     assert "again" not in caplog.text
 
 
+def once(
+    base: Path, label: str, made_from: dict[str, Any], file: str, p: Processes, work: results.Work
+) -> tuple[Path, dict[str, Any]]:
+    """A result's folder and stamp."""
+    folder = results.folder_for(base, label, made_from)
+    return folder, results.kept(folder, made_from, file, p, work)
+
+
 def test_a_result_is_made_by_one_at_a_time(tmp_path: Path) -> None:
     def work(folder: Path) -> dict[str, Any]:
         with pytest.raises(Busy, match=rf"process {os.getpid()} on .*making samples.npz since"):
-            results.once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, work)
+            once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, work)
         results.write_arrays(folder / "samples.npz", {"x": np.ones(2)})
         return {"found": 3}
 
-    folder, stamp = results.once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, work)
-    again = results.once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, lambda folder: pytest.fail("made again"))
+    folder, stamp = once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, work)
+    again = once(tmp_path, "it", {"a": 1}, "samples.npz", ALONE, lambda folder: pytest.fail("made again"))
     assert again[0] == folder and again[1]["found"] == stamp["found"] == 3
 
 
@@ -480,7 +488,7 @@ def numbers(first: int, count: int) -> dict[str, np.ndarray]:
 def test_processes_that_do_not_share_a_folder_are_refused_before_work(tmp_path: Path) -> None:
     def work(p: Threads) -> Any:
         base = tmp_path / str(p.rank)
-        return results.once(base, "it", {"a": 1}, "x.npz", p, lambda folder: pytest.fail("work is done"))
+        return once(base, "it", {"a": 1}, "x.npz", p, lambda folder: pytest.fail("work is done"))
 
     (tmp_path / "1").mkdir()
     for error in both(work):
@@ -490,7 +498,7 @@ def test_processes_that_do_not_share_a_folder_are_refused_before_work(tmp_path: 
 def test_processes_that_are_asked_for_different_results_are_refused(tmp_path: Path) -> None:
     def work(p: Threads) -> Any:
         made_from = {"data": p.rank}
-        return results.once(tmp_path, "my best", made_from, "x.npz", p, lambda folder: pytest.fail("work is done"))
+        return once(tmp_path, "my best", made_from, "x.npz", p, lambda folder: pytest.fail("work is done"))
 
     for error in both(work):
         assert isinstance(error, ValueError) and "would make different results" in str(error)
@@ -516,7 +524,7 @@ def test_two_processes_that_share_a_folder_make_one_result(tmp_path: Path) -> No
                 results.write_arrays(folder / "x.npz", joined)
             return {"sum": int(joined["x"].sum())}
 
-        return [results.once(tmp_path, "it", {"a": 1}, "x.npz", p, made) for _ in range(2)]
+        return [once(tmp_path, "it", {"a": 1}, "x.npz", p, made) for _ in range(2)]
 
     first, second = both(work)
     assert [stamp["sum"] for _, stamp in (*first, *second)] == [55] * 4
