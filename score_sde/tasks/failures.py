@@ -126,8 +126,9 @@ def _less_memory(mode: str) -> str:
 
 
 def _blocking(path: str) -> Path:
-    """The file that stands where `path` needs a folder."""
-    return next((p for p in reversed([Path(path), *Path(path).parents]) if p.exists() and not p.is_dir()), Path(path))
+    """The file that stands where `path` needs a folder; os.path is False for too long names."""
+    places = reversed([Path(path), *Path(path).parents])
+    return next((p for p in places if os.path.exists(p) and not os.path.isdir(p)), Path(path))
 
 
 def _says(error: BaseException, kind: type[BaseException], words: re.Pattern[str]) -> bool:
