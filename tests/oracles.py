@@ -4,6 +4,7 @@ A new SDE is one more row of PUBLISHED: the tests of coefficients, orders and pr
 is one more row of SAMPLERS: so do those of orders, spread, gradients, shapes, dtypes, devices and overhead.
 """
 
+import itertools
 import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ from score_sde import (
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
+    ScoreModel,
     SubVPSDE,
     UniPC,
 )
@@ -166,6 +168,26 @@ def name(value: object) -> str:
 def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
     """Standard normal numbers that depend on the seed alone."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def moments_after(sampler: Sampler, model: ScoreModel, grid: Tensor, mean: float, var: float) -> tuple[float, float]:
+    """Mean and variance after a walk over 1-D Gaussian data, exactly: the walk is x -> a + b x + sum_i c_i z_i.
+
+    One walk finds a, b and all c_i, for as many examples: zero, a unit x, and a unit z_i for each draw.
+    """
+    n = len(grid) - 1
+    x = torch.zeros(n + 2, 1, dtype=torch.float64)
+    x[1] = 1
+    draw = itertools.count(2)
+
+    def noise(like: Tensor) -> Tensor:
+        z = torch.zeros_like(x)
+        z[next(draw)] = 1
+        return z
+
+    end = list(sampler.walk(model, x, grid, noise))[-1][:, 0]
+    a, b, c = float(end[0]), float(end[1] - end[0]), end[2:] - end[0]
+    return a + b * mean, b**2 * var + float(c.square().sum())
 
 
 def bent(units: int = 8, learn_ends: bool = False) -> MonotoneSchedule:

@@ -73,7 +73,7 @@ from score_sde.samplers.exponential import (
     weights,
 )
 from score_sde.sdes import like
-from tests.oracles import FLOW_ORDERS, SDES, name, numbers
+from tests.oracles import FLOW_ORDERS, SDES, moments_after, name, numbers
 
 # of NumPy's and of their own options
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
@@ -469,26 +469,6 @@ def test_ve_and_vp_give_the_same_paths_under_their_rescaling(vp: SDE, sampler: S
 @pytest.mark.parametrize("sampler", [*ORDERS, EmbeddedODE(), DDIM(), Heun(), Multistep(3, start="lower")], ids=str)
 def test_deterministic_solvers_draw_no_noise(sampler: Sampler) -> None:
     last(sampler.walk(problem(VPSDE(), "mixture"), numbers(3, 2), times.log_snr(VPSDE(), 6), refuse))
-
-
-def moments_after(sampler: Sampler, model: ScoreModel, grid: Tensor, mean: float, var: float) -> tuple[float, float]:
-    """Mean and variance after a walk over 1-D Gaussian data, exactly: the walk is x -> a + b x + sum_i c_i z_i.
-
-    One walk finds a, b and all c_i, for as many examples: zero, a unit x, and a unit z_i for each draw.
-    """
-    n = len(grid) - 1
-    x = torch.zeros(n + 2, 1, dtype=torch.float64)
-    x[1] = 1
-    draw = itertools.count(2)
-
-    def noise(like: Tensor) -> Tensor:
-        z = torch.zeros_like(x)
-        z[next(draw)] = 1
-        return z
-
-    end = last(sampler.walk(model, x, grid, noise))[:, 0]
-    a, b, c = float(end[0]), float(end[1] - end[0]), end[2:] - end[0]
-    return a + b * mean, b**2 * var + float(c.square().sum())
 
 
 def truth(model: Gaussian, t: Tensor, s: Tensor, eta: float) -> tuple[float, float, float, float]:
