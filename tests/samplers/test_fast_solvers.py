@@ -649,7 +649,7 @@ def test_an_adaptive_sde_step_that_overflows_is_rejected() -> None:
 def test_the_adaptive_sde_solver_keeps_the_noise_of_rejected_steps() -> None:
     """In two dimensions many steps are rejected: drawing anew each time, variances come out almost twice too large."""
     model, n = Gaussian(VPSDE(), MEAN, COV), 500
-    x = sample(model, AdaptiveSDE(0.05, 0.02), (n, 2), torch.tensor([1.0, 1e-3]), seed=1)
+    x = sample(model, AdaptiveSDE(0.05, 0.02), (n, 2), torch.tensor([1.0, 1e-3]), seed=torch.Generator().manual_seed(1))
     spread = COV.diagonal().sqrt()
     assert bool(((x.mean(0) - MEAN).abs() < 4 * spread / math.sqrt(n)).all())
     error = (COV.square() + torch.outer(spread, spread).square()).sqrt() / math.sqrt(n)
@@ -727,7 +727,7 @@ def test_samples_have_the_datas_mean_and_spread(sde: SDE, sampler: Sampler) -> N
     else:
         grid = times.log_snr(sde, 40)
     n = 300
-    x = sample(model, sampler, (n, 2), grid, seed=2, denoise=True)
+    x = sample(model, sampler, (n, 2), grid, seed=torch.Generator().manual_seed(2), denoise=True)
     spread = COV.diagonal().sqrt()
     # four standard errors, and what 40 steps of order 1 leave of a deviation
     assert bool(((x.mean(0) - MEAN).abs() < 4 * spread / math.sqrt(n) + 0.04).all())

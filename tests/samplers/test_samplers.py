@@ -372,7 +372,7 @@ def test_every_sde_sampler_wrapper_and_rank(sde: SDE, sampler: Sampler, wrapper:
     mean, std, tolerance = truth(sde, sampler)
     for shape in shapes:
         model = wrapped(sde, wrapper, shape[1:])
-        x = sample(model, sampler, shape, grid_for(sde, sampler), seed=1, dtype=torch.float32)
+        x = sample(model, sampler, shape, grid_for(sde, sampler), seed=torch.Generator().manual_seed(1), dtype=torch.float32)
         assert x.shape == shape and x.dtype == torch.float32 and bool(x.isfinite().all())
         error = std / math.sqrt(x.numel())  # of the mean; the deviation's is smaller by sqrt(2)
         assert float(x.mean()) == pytest.approx(mean, abs=4.5 * error + tolerance)
@@ -417,7 +417,7 @@ def test_a_mixture_is_sampled_with_its_weights_means_covariances_and_shape(
     covs = torch.tensor([[[0.3, 0.1], [0.1, 0.2]], [[0.1, 0.0], [0.0, 0.4]], [[0.5, -0.3], [-0.3, 0.4]]]).double()
     model, n = Mixture(sde, weights, means, covs), 2000
     grid = times.log_snr(sde, steps) if steps > 1 else times.uniform(sde, 1)
-    x = sample(model, sampler, (n, 2), grid, seed=5, denoise=True)
+    x = sample(model, sampler, (n, 2), grid, seed=torch.Generator().manual_seed(5), denoise=True)
 
     # The components lie 6 deviations apart, so the likeliest one is the one a sample came from.
     component = torch.stack([model.log_prob(x, label=k) + weights[k].log() for k in range(3)]).argmax(0)
