@@ -187,10 +187,10 @@ def measured_order(sampler: Sampler, sde: SDE, kind: str, n: int) -> float:
     return math.log2(errors[0] / errors[1])
 
 
-CONVERGENT = [(sampler, kind) for sampler in ORDERS for kind in ("gaussian", "mixture")]
+GAUSSIAN = [pytest.param(sampler, "gaussian", marks=pytest.mark.slow) for sampler in ORDERS]
 
 
-@pytest.mark.parametrize(("sampler", "kind"), [*CONVERGENT, *((sampler, "mixture") for sampler in OLD)], ids=str)
+@pytest.mark.parametrize(("sampler", "kind"), [*((s, "mixture") for s in ORDERS | OLD), *GAUSSIAN], ids=str)
 @pytest.mark.parametrize("sde", FIRST_AND_SLOWLY_OTHERS, ids=name)
 def test_solvers_converge_to_the_flow_at_their_order(sde: SDE, sampler: Sampler, kind: str) -> None:
     order = (ORDERS | OLD)[sampler]
@@ -452,8 +452,14 @@ RESCALED = [
 ]
 
 
-@pytest.mark.parametrize("sampler", RESCALED, ids=str)
-@pytest.mark.parametrize("vp", [VPSDE(), SubVPSDE(), CosineSDE()], ids=name)
+@pytest.mark.parametrize(
+    ("vp", "sampler"),
+    [
+        *((VPSDE(), sampler) for sampler in RESCALED),
+        *((sde, s) for sde in (SubVPSDE(), CosineSDE()) for s in (UniPC(3), Multistep(2, eta=1), Churn(5), DDIM(0.6))),
+    ],
+    ids=str,
+)
 def test_ve_and_vp_give_the_same_paths_under_their_rescaling(vp: SDE, sampler: Sampler) -> None:
     ve, grid, x = Exploded(of=vp, t_min=vp.t_min), torch.linspace(0.9, 0.05, 9, dtype=torch.float64), numbers(5, 2)
     a, b = (problem(sde, "mixture") for sde in (vp, ve))
