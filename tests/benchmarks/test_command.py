@@ -40,7 +40,7 @@ def test_sampling_reports_every_sampler_beside_bare_operations(monkeypatch: pyte
     assert all(row["ours/bare"] and row["bare"].endswith(" ms") and row["peer"] == "" for row in found.values())
 
 
-@pytest.mark.parametrize("name", ["vp_digits", "ve_toy"])
+@pytest.mark.parametrize("name", [pytest.param("vp_digits", marks=pytest.mark.slow), "ve_toy"])
 def test_likelihood_reports_its_error_against_the_closed_form(name: str) -> None:
     small = {"model.num_res_blocks": "1"} if name == "vp_digits" else {}
     config = load(CONFIGS / f"{name}.py", {**TINY, **small, "eval.rtol": "1e-4", "eval.atol": "1e-4"})

@@ -108,7 +108,7 @@ def operations(name: str) -> tuple[float, float]:
     return each, each * config.training.n_iters * config.training.batch_size
 
 
-@pytest.mark.parametrize("data", cascades.STAGES)
+@pytest.mark.parametrize("data", ["digits", pytest.param("cifar10", marks=pytest.mark.slow)])
 def test_a_cascade_is_trained_with_the_operations_of_one_model_and_its_docstring_says_which(data: str) -> None:
     stages, (one, whole) = [operations(name) for name in cascades.STAGES[data]], operations(cascades.SINGLE[data])
     assert sum(total for _, total in stages) == pytest.approx(whole, rel=0.02)
