@@ -54,7 +54,6 @@ def test_the_peer_asks_our_model_by_its_own_labels(sde: SDE) -> None:
         torch.testing.assert_close(AsPeer(model)(x, 999 * t), answer, rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.slow
 def test_a_trained_model_is_measured_on_its_own_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "Clock", partial(Clock, turns=1))
     config = ["--config", "configs/vp_digits.py", "--config.model.nf=8"]
