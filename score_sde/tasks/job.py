@@ -160,6 +160,7 @@ def _adopt(config: ConfigDict, trained: Trained, mode: str, scales: Sequence[flo
     if trained.card is None:
         return
     theirs = trained.config
+    _follow_own(theirs, config)
     if theirs.model.name != config.model.name:
         raise ValueError(f"{trained.path} has model.name={theirs.model.name}, and the config {config.model.name}: take "
                          "the config that it was trained with, or leave --config out, as the checkpoint carries it")
@@ -177,6 +178,15 @@ def _adopt(config: ConfigDict, trained: Trained, mode: str, scales: Sequence[flo
     config.model.text_encoder = encoder
     config.data.centered, config.data.uniform_dequantization = theirs.data.centered, theirs.data.uniform_dequantization
     configs.validate(config)
+
+
+def _follow_own(theirs: ConfigDict, config: ConfigDict) -> None:
+    """Let the checkpoint's config name the user's own network and SDE where the config does, if they are the same."""
+    for section, key in (("model", "name"), ("training", "sde")):
+        then, now = theirs[section], config[section]
+        trained_with, named = ((c[f"{key}_sha256"], c[key].rpartition(":")[2]) for c in (then, now))
+        if named[0] and named == trained_with:
+            then[key] = now[key]
 
 
 def _model(

@@ -99,6 +99,21 @@ def test_a_run_of_own_network_sde_and_data_is_trained_sampled_evaluated_and_resu
     assert "data.dataset=data.py:load: there is no file data.py" in capsys.readouterr().err
 
 
+def test_a_file_that_has_moved_is_named_where_it_is_now_and_another_is_refused(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command("train", config=True) == 0
+    (folder / "lib").mkdir()
+    for name in ("net", "sde", "data"):
+        (folder / f"{name}.py").rename(folder / "lib" / f"{name}.py")
+    assert command("sample") == 2 and "give its path from this folder" in capsys.readouterr().err
+    moved: dict[str, object] = {key: f"lib/{name}" for key, name in OWN.items()}
+    assert command("sample", **moved) == 0 and "not as the config says" not in capsys.readouterr().err
+    (folder / "lib" / "net.py").write_text(NETWORK + "# better\n")
+    assert command("sample", **moved) == 2
+    assert "has model.name=net.py:Net, and the config lib/net.py:Net" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("key", OWN)
 def test_a_file_that_has_changed_is_refused_until_it_is_named_again(
     key: str, folder: Path, capsys: pytest.CaptureFixture[str]
