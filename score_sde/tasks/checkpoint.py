@@ -44,7 +44,7 @@ SUFFIX = ".safetensors"
 _NAMED = re.compile(r"\d{9,}" + re.escape(SUFFIX), re.ASCII)
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW, beside their step
 
-_SUCH: dict[type, tuple[str, str, str]] = {  # its name, the objective that trains it, a config that does
+_TRAINED_BY: dict[type, tuple[str, str, str]] = {  # its name, the objective that trains it, a config that does
     NoisyClassifier: ("classifier", "cross_entropy", "classifier_digits"),
     ConvolutionalAutoencoder: ("autoencoder", "autoencoder", "autoencoder_digits32"),
 }
@@ -198,7 +198,7 @@ class Trained:
         """The classifier or autoencoder that the file holds. Raises ValueError for a broken file, or one of others."""
         network = self.network(ema, device) if self.card is not None else None
         if not isinstance(network, kind):
-            name, objective, example = _SUCH[kind]
+            name, objective, example = _TRAINED_BY[kind]
             remedy = f"train one with training.objective={objective}, such as configs/{example}.py"
             raise ValueError(f"{self.path} is no {name}: {remedy}")
         return network
