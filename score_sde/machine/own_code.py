@@ -6,6 +6,7 @@ name and the file's sha256, never the code, and can only be used with that same 
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import importlib.util
 import inspect
@@ -123,6 +124,7 @@ def _arguments(target: Callable[..., Any], what: str, values: Mapping[str, Any])
     named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
     for p in named:
         if p.name not in values and p.default is p.empty:
-            raise ValueError(f"{what} has an argument {p.name}, for which there is no value: give it a default, or use "
-                             f"only {', '.join(sorted(values))}")
+            near = difflib.get_close_matches(p.name, values, 3)
+            raise ValueError(f"{what} has an argument {p.name}, for which there is no value: give it a default, or the "
+                             f"name of a value, such as {', '.join(near or sorted(values)[:3])}")
     return {p.name: values[p.name] for p in named if p.name in values}
