@@ -190,16 +190,11 @@ def twisted(
     log_w = log_twist.reshape(b, k)
     evidence, least = log_w.new_zeros(b), log_w.new_full((b,), float(k))
     for done, (t, to) in enumerate(pairwise(times), 1):
-        # Where weights are uneven, resample: the evidence takes their mean. Other problems keep their weights.
         effective = torch.exp(2 * log_w.logsumexp(1) - (2 * log_w).logsumexp(1))
         least = torch.minimum(least, effective)
-        chosen = _systematic(log_w, noise(x)[:, 0].flatten(1)[:, 0])
-        uneven = effective < threshold * k
-        rows = torch.where(uneven[:, None], chosen, torch.arange(k, device=device))
-        evidence = evidence + torch.where(uneven, log_w.logsumexp(1) - math.log(k), 0.0)
-        log_w = torch.where(uneven[:, None], 0.0, log_w)
-        flat = (rows + k * torch.arange(b, device=device)[:, None]).flatten()
-        x, data, log_twist, gradient = x[flat], data[flat], log_twist[flat], gradient[flat]
+        rows, log_w, gain = _resampled(log_w, effective < threshold * k, noise(x)[:, 0].flatten(1)[:, 0])
+        evidence = evidence + gain
+        x, data, log_twist, gradient = x[rows], data[rows], log_twist[rows], gradient[rows]
         # Step: q is the model's own kernel with its mean moved, and z the noise from the moved mean to x_s.
         keep, weight, std = (a.item() for a in sde.posterior_weights(to, t))
         z, push = noise(x).flatten(0, 1), std * gradient
@@ -213,6 +208,20 @@ def twisted(
     count = operator.count(observation.y)
     evidence = evidence + log_w.logsumexp(1) - math.log(k) - count * math.log(math.sqrt(2 * math.pi) * s)
     return Particles(data.reshape(b, k, *shape[1:]), log_w.log_softmax(1), evidence, least)
+
+
+def _resampled(log_w: Tensor, uneven: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(rows of the B K states that go on, their log weights (B, K), what the log evidence gains (B,)).
+
+    The problems that are `uneven`, (B,), are resampled with the numbers z (B,), and the evidence takes the mean of
+    their weights; the others keep their particles and weights.
+    """
+    b, k = log_w.shape
+    own = torch.arange(k, device=log_w.device)
+    chosen = torch.where(uneven[:, None], _systematic(log_w, z), own)
+    rows = (chosen + k * torch.arange(b, device=log_w.device)[:, None]).flatten()
+    gain = torch.where(uneven, log_w.logsumexp(1) - math.log(k), 0.0)
+    return rows, torch.where(uneven[:, None], 0.0, log_w), gain
 
 
 def _log_normal(residual: Tensor, operator: Spectral, r2: float, s: float) -> Tensor:
