@@ -150,7 +150,7 @@ class _Archive:
             raise ValueError(f"{name} in {self.path} is encrypted: create the zip again without a password")
         try:
             return self.archive.read(member)
-        except Exception as error:  # among them zlib.error, EOFError, and NotImplementedError for compressions
+        except arrays.DAMAGED as error:
             raise ValueError(f"{name} in {self.path} is damaged or cannot be unpacked ({error})") from error
 
 
