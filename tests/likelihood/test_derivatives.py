@@ -254,7 +254,7 @@ def smooth(sampler: Sampler) -> Sampler:
         return AdaptiveSDE(rtol=1e3, atol=1e3, first=1.0)  # which takes the grid's steps
     if isinstance(sampler, AdaptiveODE):
         return AdaptiveODE(1e-8, 1e-8, "dopri8")
-    return EmbeddedODE(1e-5, 1e-5) if isinstance(sampler, EmbeddedODE) else sampler
+    return EmbeddedODE(1e-8, 1e-8) if isinstance(sampler, EmbeddedODE) else sampler
 
 
 SAMPLERS: list[Sampler] = [
