@@ -1,7 +1,6 @@
 """Runs that tests share: tiny configs, command lines of them, an autoencoder, and two processes side by side."""
 
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from ml_collections import ConfigDict
 from torch import Tensor, nn
@@ -142,23 +142,33 @@ def run_steps(config: ConfigDict, data: Data, steps: int = 3) -> tuple[State, li
 Node = Callable[[int, Path], Any]
 
 
-def _enter(rank: int, port: int, folder: Path, work: Node) -> None:
+def _enter(rank: int, ports: list[int], folder: Path, work: Node) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_PORT": str(ports[0]), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)
+    leave, others = dist.destroy_process_group, iter(ports[1:])
+
+    def leave_and_go_on() -> None:
+        leave()
+        os.environ["MASTER_PORT"] = str(next(others))
+
+    dist.destroy_process_group = leave_and_go_on
     os.chdir(ROOT)
     torch.save(work(rank, folder), folder / f"answer-{rank}")
 
 
 def two_nodes(folder: Path, work: Node) -> list[Any]:
-    """work(rank, folder) in two processes that torchrun might have started on two nodes; what they return."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
+    """work(rank, folder) in two processes that torchrun might have started on two nodes; what they return.
+
+    As torchrun does, the parent keeps the stores by which they find each other, one for each of at most seven commands.
+    If the main process did, the other one might begin its next command at the store of the last, and wait for ever.
+    """
+    stores = [dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False) for _ in range(8)]
     if tqdm.monitor is not None:  # a thread; were it to hold tqdm's lock when we fork, the children would wait for ever
         tqdm.monitor.exit()
         tqdm.monitor = None
-    both = multiprocessing.start_processes(_enter, (port, folder, work), nprocs=2, join=False, start_method="fork")
+    ports = [store.port for store in stores]
+    both = multiprocessing.start_processes(_enter, (ports, folder, work), nprocs=2, join=False, start_method="fork")
     deadline = time.monotonic() + 300
     try:
         while not both.join(timeout=1):
