@@ -26,6 +26,7 @@ from score_sde import (
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Balanced,
     Churn,
     CosineSDE,
     DPMSolver,
@@ -143,6 +144,10 @@ SAMPLERS: list[Row] = [
     *(Row(UniPC(order, "b1", "noise"), order + 1, main=False) for order in (2, 3)),
     Row(UniPC(2, predict="both"), 3),
     Row(UniPC(3, predict="both"), 4, main=False),
+    Row(Balanced(1), 2, main=False),
+    Row(Balanced(2), 3, passes=8, main=False),
+    Row(Balanced(), 3, passes=10),
+    Row(Balanced(4), 3, passes=12, main=False),
     Row(AdaptiveODE(1e-4, 1e-4)),
     Row(EmbeddedODE(1e-4, 1e-4)),
     Row(AdaptiveSDE(0.1, 0.1), noise=True),
@@ -150,7 +155,7 @@ SAMPLERS: list[Row] = [
 # sampler without noise: its order as a solver of the probability flow
 FLOW_ORDERS: dict[Sampler, int] = {row.sampler: row.order for row in SAMPLERS if row.order and not row.noise}
 MAIN: list[Sampler] = [row.sampler for row in SAMPLERS if row.main]
-EXPONENTIAL = (Churn, DPMSolver, Multistep, UniPC)  # whose orders test_fast_solvers.py measures
+EXPONENTIAL = (Balanced, Churn, DPMSolver, Multistep, UniPC)  # whose orders test_fast_solvers.py measures
 DETERMINISTIC = {s: order for s, order in FLOW_ORDERS.items() if not isinstance(s, EXPONENTIAL)}
 # those of weak order 1 that have a step
 STOCHASTIC: list[Sampler] = [

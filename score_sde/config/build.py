@@ -94,13 +94,13 @@ METHODS = {
     "dpm_solver++": Method(lambda s: samplers.Multistep(s.order, eta=s.eta), fitted=True),
     "deis": Method(lambda s: samplers.Multistep(s.order, "noise"), fitted=True),
     "unipc": Method(lambda s: samplers.UniPC(s.order, s.unipc_variant, s.predict), fitted=True),
+    "balanced": Method(lambda s: samplers.Balanced(s.order), fitted=True),
     "fast": Method(lambda s: fast(s.steps), grid="arcsinh"),
     "embedded": Method(lambda s: samplers.EmbeddedODE(s.rtol, s.atol), grid="ends"),
     "adaptive_sde": Method(lambda s: samplers.AdaptiveSDE(s.sde_rtol, s.sde_atol), grid="ends"),
 }
-GRIDS: dict[str, Callable[..., Tensor]] = {  # (sde, steps, start=...)
-    grid.__name__: grid for grid in (times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh)
-}
+_GRIDS = (times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh, times.skewed)
+GRIDS: dict[str, Callable[..., Tensor]] = {grid.__name__: grid for grid in _GRIDS}  # (sde, steps, start=...)
 CLASSIFY = "cross_entropy"  # the objective of classifiers
 AUTOENCODE = "autoencoder"  # the objective of autoencoders
 FITTED = "fitted"  # the grid that is fitted to the model

@@ -167,9 +167,10 @@ SECTIONS: dict[str, dict[str, Key]] = {
     },
     "sampling": {
         "method": Key("pc", "pc (predictor, corrector), ode (its ode_method), ald (annealed Langevin), ddim, heun, edm "
-            "(Heun with churn), dpm_solver (singlestep), dpm_solver++ (multistep; with eta its SDE form), deis, unipc; "
-            "fast (what samplers.recommended takes for as many evaluations as steps, on its own grid); or with step "
-            "sizes per example embedded (Runge-Kutta) and adaptive_sde (Jolicoeur-Martineau et al. 2021)",
+            "(Heun with churn), dpm_solver (singlestep), dpm_solver++ (multistep; with eta its SDE form), deis, unipc, "
+            "balanced (between data and noise); fast (what samplers.recommended takes for as many evaluations as "
+            "steps, on its own grid); or with step sizes per example embedded (Runge-Kutta) and adaptive_sde "
+            "(Jolicoeur-Martineau et al. 2021)",
             tuple(METHODS)),
         "predictor": Key("euler_maruyama", "pc: the predictor", tuple(PREDICTORS)),
         "corrector": Key("none", "pc: the corrector", tuple(CORRECTORS)),
@@ -185,7 +186,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "temperature": Key(1.0, "scale of the start, for methods without noise: below 1 samples are more alike; also "
             "for decode and interpolate", AT_LEAST_0),
         "eta": Key(0.0, "ddim, dpm_solver++: 0 draws no noise, 1 is ancestral sampling, the reverse SDE", AT_LEAST_0),
-        "order": Key(2, "order of dpm_solver, dpm_solver++, deis, unipc", Limit("1, 2 or 3", lambda v: v in (1, 2, 3))),
+        "order": Key(2, "order of dpm_solver, dpm_solver++, deis, unipc, balanced",
+            Limit("1, 2 or 3", lambda v: v in (1, 2, 3))),
         "predict": Key("data", "what dpm_solver and unipc interpolate; unipc: also both", ("data", "noise", "both")),
         "unipc_variant": Key("b2", "unipc: its B(h): b1 is h, b2 is exp(h) - 1", ("b1", "b2")),
         "churn": Key(40.0, "edm: how much noise is put back over the walk (S_churn)", AT_LEAST_0),
@@ -195,8 +197,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "steps": Key(1000, "predictor steps; adaptive solvers choose their own", AT_LEAST_1),
         "start": Key(1.0, "time at which sampling begins; below 1 with the examples of --input, noised to that time "
             "(SDEdit): the smaller it is, the more of their coarse features the samples keep", UP_TO_1),
-        "grid": Key("uniform", "where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7) or "
-            "arcsinh(log-SNR/4); or fitted to the model", (*GRIDS, FITTED)),
+        "grid": Key("uniform", "where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7), "
+            "arcsinh(log-SNR/4) or a skewed arcsinh; or fitted to the model", (*GRIDS, FITTED)),
         "t_min": Key(1e-3, "time at which sampling stops (a discrete model stops at its first step)", BELOW_1),
         "ode_method": Key("RK45", "ode: an adaptive or a fixed-step solver", ADAPTIVE + FIXED),
         "rtol": Key(1e-5, "relative tolerance of adaptive solvers", UP_TO_1),

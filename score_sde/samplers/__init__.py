@@ -2,6 +2,7 @@
 
 from . import times
 from .adaptive import AdaptiveSDE
+from .balanced import Balanced
 from .base import Sampler, sample
 from .churn import Churn
 from .deterministic import AdaptiveODE, FixedODE, Heun
@@ -12,7 +13,7 @@ from .langevin import langevin_dynamics
 from .stochastic import DDIM, Ancestral, AnnealedLangevin, EulerMaruyama, Langevin, PredictorCorrector, ReverseDiffusion
 
 __all__ = [
-    "DDIM", "AdaptiveODE", "AdaptiveSDE", "Ancestral", "AnnealedLangevin", "Churn", "DPMSolver", "EmbeddedODE",
-    "EulerMaruyama", "FixedODE", "Heun", "Langevin", "Multistep", "PredictorCorrector", "ReverseDiffusion", "Sampler",
-    "UniPC", "fit_times", "langevin_dynamics", "recommended", "sample", "times",
+    "DDIM", "AdaptiveODE", "AdaptiveSDE", "Ancestral", "AnnealedLangevin", "Balanced", "Churn", "DPMSolver",
+    "EmbeddedODE", "EulerMaruyama", "FixedODE", "Heun", "Langevin", "Multistep", "PredictorCorrector",
+    "ReverseDiffusion", "Sampler", "UniPC", "fit_times", "langevin_dynamics", "recommended", "sample", "times",
 ]  # fmt: skip

@@ -101,7 +101,13 @@ def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tu
         m[1] = (b1 if rule == "b1" else m[0]) / 2
     if n == 3 and rule == "published":
         m[2] = m[2] / 2
-    # Björck & Pereyra 1970: sum_j w_j places_j^k = m_k, solved in place
+    return through(places, m)
+
+
+def through(places: Sequence[Array], moments: Sequence[Array]) -> tuple[Array, ...]:
+    """The weights w with sum_j w_j places_j^k = moments_k for k = 0, 1, ...: those of an integral of the polynomial
+    through values at the places, from its moments (Björck & Pereyra 1970)."""
+    m, n = list(moments), len(places)
     for k in range(n - 1):
         for i in range(n - 1, k, -1):
             m[i] = m[i] - places[k] * m[i - 1]

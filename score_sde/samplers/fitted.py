@@ -10,7 +10,7 @@ from ..noise import noise_source
 from ..sdes.linear import SDE
 from .base import Sampler, Watched
 from .exponential import Multistep
-from .times import arcsinh, karras, log_snr, quadratic, uniform
+from .times import arcsinh, karras, log_snr, quadratic, skewed, uniform
 
 _MOVES = (1 / 2, 1 / 4, 1 / 8)  # of the way to the next node, in log SNR
 
@@ -48,7 +48,7 @@ def fit_times(
         *_, y = sampler.walk(model, x, grid, _refuse)
         return float((y - ends).flatten(1).square().mean(1).sqrt().mean().nan_to_num(torch.inf))
 
-    grids = [rule(sde, n) for rule in (uniform, quadratic, log_snr, arcsinh)]
+    grids = [rule(sde, n) for rule in (uniform, quadratic, log_snr, arcsinh, skewed)]
     grids += [karras(sde, n, rho) for rho in (3.0, 7.0, 15.0)]
     least, grid = min(((distance(grid), grid) for grid in grids), key=lambda pair: pair[0])
     for move in _MOVES:

@@ -20,6 +20,7 @@ from score_sde import (
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Balanced,
     Churn,
     CosineSDE,
     DPMSolver,
@@ -452,6 +453,7 @@ def test_sde_is_what_the_config_says(settings: str, sde: object) -> None:
         ("method=dpm_solver++ eta=1", Multistep(2, eta=1.0)),
         ("method=deis order=3", Multistep(3, "noise")),
         ("method=unipc order=3 unipc_variant=b1 predict=noise", UniPC(3, "b1", "noise")),
+        ("method=balanced order=3", Balanced()),
         ("method=fast steps=6", Multistep(3, "both", start="lower")),
         ("method=fast steps=7", UniPC(2, predict="both", start="lower", short=25)),
         ("method=fast steps=14", UniPC(2, predict="both", start="lower", short=25)),
@@ -466,7 +468,7 @@ def test_sampler_is_what_the_config_says(settings: str, sampler: object) -> None
 
 
 def test_times_end_at_sampling_t_min_and_adaptive_solvers_get_both_ends() -> None:
-    for name in ("uniform", "quadratic", "log_snr", "karras", "arcsinh"):
+    for name in ("uniform", "quadratic", "log_snr", "karras", "arcsinh", "skewed"):
         config = load(VP, {"sampling.grid": name, "sampling.steps": "7"})
         wanted = getattr(times, name)(VPSDE(t_min=1e-3), 7)
         torch.testing.assert_close(build_times(config, build_sde(config)), wanted, rtol=0, atol=0)
@@ -537,8 +539,9 @@ def test_grids_are_fitted_to_the_solvers_that_take_no_noise_and_choose_no_steps(
             validate(config)
             accepted.append(method)
         except ValueError as error:
-            assert "set sampling.method to one of ddim, heun, dpm_solver, dpm_solver++, deis, unipc, and" in str(error)
-    assert accepted == ["ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc"]
+            named = "ddim, heun, dpm_solver, dpm_solver++, deis, unipc, balanced, and"
+            assert f"set sampling.method to one of {named}" in str(error)
+    assert accepted == ["ddim", "heun", "dpm_solver", "dpm_solver++", "deis", "unipc", "balanced"]
 
 
 def test_a_discrete_model_is_labelled_by_the_chain_and_sampled_as_the_chain() -> None:

@@ -51,6 +51,7 @@ from score_sde.samplers import (
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Balanced,
     Churn,
     DPMSolver,
     EmbeddedODE,
@@ -299,7 +300,7 @@ def test_walks_have_a_learned_schedules_gradient_or_say_that_they_have_none(samp
     schedule = MonotoneSchedule(-6.0, 4.0, learn_ends=True, units=8).double()
     model = bare(LearnedVPSDE(schedule=schedule, t_min=0.01), "learned" in repr(sampler))
     x = numbers(2, 3)
-    if isinstance(sampler, (DPMSolver, Multistep, UniPC, EmbeddedODE)) or (
+    if isinstance(sampler, (Balanced, DPMSolver, Multistep, UniPC, EmbeddedODE)) or (
         isinstance(sampler, Churn) and sampler.churn > 0
     ):
         with pytest.raises(ValueError, match="gives no gradient to a learned schedule: hold the schedule constant"):

@@ -27,6 +27,7 @@ from score_sde import (
     AdaptiveSDE,
     Ancestral,
     AnnealedLangevin,
+    Balanced,
     Churn,
     DPMSolver,
     EmbeddedODE,
@@ -351,7 +352,8 @@ def _sampling(name: str, sampler: Any) -> None:
     def work(bench: Bench) -> list[str]:
         model, _ = vp()
         waits = []
-        first = 2 if isinstance(sampler, (Multistep, UniPC)) else 1  # these have a history from the third step on
+        # these have a history from the third step on
+        first = 2 if isinstance(sampler, (Balanced, Multistep, UniPC)) else 1
         for n in (first, first + 1):
             with bench.watched() as found:
                 x = sample(model, sampler, (2, *SHAPE), times.log_snr(model.sde, n), denoise=True)

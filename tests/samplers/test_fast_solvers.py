@@ -73,7 +73,7 @@ from score_sde.samplers.exponential import (
     weights,
 )
 from score_sde.sdes import like
-from tests.oracles import FLOW_ORDERS, SDES, moments_after, name, numbers
+from tests.oracles import EXPONENTIAL, FLOW_ORDERS, SDES, moments_after, name, numbers
 
 # of NumPy's and of their own options
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
@@ -89,7 +89,7 @@ EVERY = pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], i
 # Solvers know an SDE by its curves alone: paths on others are VP's, rescaled, which is tested for each of them.
 FIRST_AND_SLOWLY_OTHERS = [SDES[0], *(pytest.param(sde, marks=pytest.mark.slow) for sde in SDES[1:4])]
 
-ORDERS = {s: order for s, order in FLOW_ORDERS.items() if isinstance(s, (Churn, DPMSolver, Multistep, UniPC))}
+ORDERS = {s: order for s, order in FLOW_ORDERS.items() if isinstance(s, EXPONENTIAL)}
 OLD = {s: order for s, order in FLOW_ORDERS.items() if s not in ORDERS}  # test_samplers.py measures them on Gaussians
 NOISY: list[Sampler] = [Multistep(1, eta=1), Multistep(2, eta=1), Multistep(3, eta=1), Multistep(2, eta=0.5), Churn(5)]
 ALL: list[Sampler] = [*ORDERS, *NOISY, EmbeddedODE(), AdaptiveSDE(0.1, 0.1)]

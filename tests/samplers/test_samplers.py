@@ -635,18 +635,23 @@ def test_a_model_that_is_not_smooth_ends_the_solve(method: str, monkeypatch: pyt
 # --- grids
 
 
-@pytest.mark.parametrize("grid", [times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh])
+GRIDS = [times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh, times.skewed]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("sde", SDES, ids=name)
 def test_grids_fall_from_one_to_t_min_and_are_even_in_what_they_say(sde: SDE, grid: Callable) -> None:
     t = grid(sde, 20)
     assert t.shape == (21,) and t.dtype == torch.float64
     assert t[0] == 1 and t[-1] == sde.t_min and bool((t.diff() < 0).all())
+    y = sde.log_snr(t) / 2 + math.log(0.8) + 0.35
     evenly = {
         times.uniform: t,
         times.quadratic: t.sqrt(),
         times.log_snr: sde.log_snr(t),
         times.karras: torch.exp(-sde.log_snr(t) / 14),
         times.arcsinh: torch.asinh(sde.log_snr(t) / 4),
+        times.skewed: torch.where(y < 0, 1.25 * torch.asinh(y / 1.25), 2 * torch.asinh(y / 2)),
     }[grid].diff()
     torch.testing.assert_close(evenly, evenly.mean().expand(20), rtol=1e-6, atol=1e-9)
     assert grid(sde, 1).tolist() == [1.0, sde.t_min]
@@ -676,7 +681,7 @@ class Straight(VPSDE):
 
 
 def test_a_grid_says_at_which_of_its_ends_the_log_snr_is_infinite() -> None:
-    for grid in (times.log_snr, times.karras, times.arcsinh, lambda sde, n: recommended(sde, n)[1]):
+    for grid in (times.log_snr, times.karras, times.arcsinh, times.skewed, lambda sde, n: recommended(sde, n)[1]):
         with pytest.raises(ValueError, match=r"has no finite log SNR at t_min = 0; give it a t_min > 0"):
             grid(CHAINS[0].as_sde(), 10)
         with pytest.raises(
@@ -686,7 +691,7 @@ def test_a_grid_says_at_which_of_its_ends_the_log_snr_is_infinite() -> None:
     assert sample(Gaussian(Straight(), MEAN, COV), DDIM(), (2, 2), times.uniform(Straight(), 4)).shape == (2, 2)
 
 
-@pytest.mark.parametrize("grid", [times.uniform, times.quadratic, times.log_snr, times.karras, times.arcsinh])
+@pytest.mark.parametrize("grid", GRIDS)
 def test_a_grid_may_begin_below_one(grid: Callable) -> None:
     sde = VPSDE()
     t = grid(sde, 4, start=0.4)
