@@ -16,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from score_sde.config.kinds import kind_of
 from score_sde.data import Split
 from score_sde.data.codecs import codec_of
-from score_sde.tasks.step import Batches, ema_decay, ema_update, make_state, train_step, update
+from score_sde.tasks.averages import ema_decay, ema_update
+from score_sde.tasks.step import Batches, make_state, train_step, update
 
 from .peer import Peer, config_for, parameters
 from .timing import Clock, Table, Times, milliseconds, ratio

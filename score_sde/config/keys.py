@@ -121,6 +121,7 @@ BELOW_1 = Limit("at least 0 and below 1", lambda v: 0 <= v < 1)
 FRACTION = Limit("between 0 and 1", lambda v: 0 <= v <= 1)
 BITS = Limit("between 0 and 16", lambda v: 0 <= v <= 16)
 NONE_OR_2 = Limit("0 or at least 2", lambda v: v == 0 or v >= 2)
+WIDTH = Limit("between 0 and 0.288, the width of the mean over the whole run", lambda v: 0 <= v <= 0.288)
 WEIGHTS = ("ema", "raw")
 
 SECTIONS: dict[str, dict[str, Key]] = {
@@ -211,6 +212,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "seed": Key(0, "sample i depends on (seed, i) alone", AT_LEAST_0, INT64),
         "single_png": Key(False, "also a PNG of every sample"),
         "weights": Key("ema", "weights of the network: their moving average, or raw", WEIGHTS),
+        "ema": Key(0.0, "weights in every mode: the power average of this relative width, such as 0.05, about the last "
+            "5 % of a run that had model.ema_power=True; 0: as weights says", WIDTH),
         "labels": Key((), "classes of the samples, in turn, by number or name; -1: none. (): all classes, or none "
             "where images are restored", classes=True),
         "negative_label": Key(-1, "class that guidance leads away from, in place of no label; -1: none",
@@ -364,6 +367,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "patch_size": Key(2, "dit: pixels of a patch's side", AT_LEAST_1),
         "ema_rate": Key(0.9999, "decay of the moving average of the weights, per step", BELOW_1),
         "ema_halflife": Key(0, "its half-life in training examples instead; 0: use ema_rate", AT_LEAST_0, INT64),
+        "ema_power": Key(False, "also keep power averages of the relative widths 0.05 and 0.1, of which sampling.ema "
+            "makes those of any width afterwards (more kept checkpoints: nearer)"),
     },
     "optim": {
         "optimizer": Key("Adam", "optimizer of the weights", ("Adam", "AdamW")),

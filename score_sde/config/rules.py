@@ -292,6 +292,8 @@ def _sampler(config: ConfigDict) -> Rules:
     if s.grid == FITTED and (not METHODS[s.method].fitted or s.eta > 0):
         yield ("sampling.grid=fitted is for solvers without noise: set sampling.method to one of "
                f"{', '.join(name for name, method in METHODS.items() if method.fitted)}, and sampling.eta=0")
+    if s.ema > 0 and "raw" in (s.weights, config.eval.weights):
+        yield f"sampling.ema={s.ema:g} is an average: set sampling.weights=ema and eval.weights=ema, or sampling.ema=0"
     if s.method == "pc" and s.predictor == s.corrector == "none":
         yield "sampling.predictor and sampling.corrector are both none: set one of them"
     if s.method == "pc" and s.probability_flow and s.predictor == "ancestral_sampling":

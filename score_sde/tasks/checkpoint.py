@@ -1,9 +1,10 @@
 """Checkpoints: one safetensors file each, written atomically, read without executing anything.
 
-A file holds the parameters (`model/NAME`), their average (`ema/NAME`), the optimizer's moments (`optimizer/KEY/NAME`),
-and what a law of t has learned (`law/NAME`), as plain tensors; its header holds, as JSON, the step, the config and what
-the data were. So a file is enough: `load(path)` builds the model it describes. What is read is what was saved:
-`whole_files.py` detects any change by hashes, and types, shapes and names are compared with what the config asks for.
+A file holds the parameters (`model/NAME`), their average (`ema/NAME`), power averages if the run keeps them
+(`ema_WIDTH/NAME`), the optimizer's moments (`optimizer/KEY/NAME`), and what a law of t has learned (`law/NAME`), as
+plain tensors; its header holds, as JSON, the step, the config and what the data were. So a file is enough: `load(path)`
+builds the model it describes. What is read is what was saved: `whole_files.py` detects any change by hashes, and types,
+shapes and names are compared with what the config asks for.
 
 In a workdir, checkpoints are the files that training named by their step. Other files beside them, such as a copy
 `best.safetensors`, are read only by name, and never deleted.
@@ -16,7 +17,7 @@ import json
 import re
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -38,10 +39,14 @@ from ..machine.whole_files import is_finite, read_header, read_tensors, write_te
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
 from ..models.classifier import NoisyClassifier
+from .averages import WIDTHS, combination
 
 FORMAT = "score_sde 1"
 SUFFIX = ".safetensors"
 _NAMED = re.compile(r"\d{9,}" + re.escape(SUFFIX), re.ASCII)
+_NO_POWERS = ("{} has no power averages to make others of: set sampling.ema=0, or train with "
+              "--config.model.ema_power=true (from the first step on)")  # fmt: skip
+_MORE = ": to come nearer, keep more checkpoints (training.keep_every=1 and a smaller training.snapshot_freq)"
 _MOMENTS = ("exp_avg", "exp_avg_sq")  # of Adam and AdamW, beside their step
 
 _TRAINED_BY: dict[type, tuple[str, str, str]] = {  # its name, the objective that trains it, a config that does
@@ -159,6 +164,12 @@ class Trained:
         card = read_card(path)
         return cls(path, card, configs.from_text(card.config, str(path)))
 
+    @property
+    def step(self) -> int:
+        """The step of a checkpoint of ours."""
+        assert self.card is not None
+        return self.card.step
+
     @cached_property
     def sha256(self) -> str:
         """The file's hash, for the stamps of results."""
@@ -169,8 +180,11 @@ class Trained:
         """The description of its training data, if it has one."""
         return DataCard.from_json(self.card.data) if self.card is not None and self.card.data else None
 
-    def network(self, ema: bool = True, device: str | torch.device = "cpu") -> Trainable:
-        """The network of a checkpoint of ours, in eval mode. Raises ValueError for a broken file."""
+    def network(self, ema: bool | float = True, device: str | torch.device = "cpu") -> Trainable:
+        """The network of a checkpoint of ours, in eval mode, with the weights `ema` of `load`.
+
+        Raises ValueError for a broken file, and for a run without power averages.
+        """
         assert self.card is not None
         try:
             model = kind_of(self.config).build(self.config, self.card.shape)
@@ -183,18 +197,22 @@ class Trained:
         _compare(self.path, expected, stored)
         for name, value in expected.items():
             value.copy_(stored[name])
+        if not isinstance(ema, bool):
+            self._take_power_average(model, ema)
         return model.to(device).eval().requires_grad_(False)
 
-    def model(self, ema: bool = True, device: str | torch.device = "cpu", config: Any = None) -> ScoreModel:
+    def model(self, ema: bool | float = True, device: str | torch.device = "cpu", config: Any = None) -> ScoreModel:
         """The score model, in eval mode; `config` and errors as in `load`."""
         if self.card is None:
+            if not isinstance(ema, bool):
+                raise ValueError(_NO_POWERS.format(self.path))
             return load_score_sde_file(self.path, config, ema, device)
         model, kind = self.network(ema, device), kind_of(self.config)
         if not isinstance(model, ScoreModel):
             raise ValueError(f"{self.path} is {kind.name}: {kind.use}={self.path}")
         return model
 
-    def only(self, kind: type[M], ema: bool = True, device: str | torch.device = "cpu") -> M:
+    def only(self, kind: type[M], ema: bool | float = True, device: str | torch.device = "cpu") -> M:
         """The classifier or autoencoder that the file holds. Raises ValueError for a broken file, or one of others."""
         network = self.network(ema, device) if self.card is not None else None
         if not isinstance(network, kind):
@@ -203,12 +221,58 @@ class Trained:
             raise ValueError(f"{self.path} is no {name}: {remedy}")
         return network
 
+    def _take_power_average(self, network: nn.Module, width: float) -> None:
+        """Give the network the power average of a width at this step, mixed of those in the run's checkpoints."""
+        sources = self._sources()
+        mixture = combination([trained.step for trained in sources], width)
+        parameters = dict(network.named_parameters())
+        total = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+        for trained, factors in zip(sources, mixture.factors.tolist(), strict=True):
+            for kept, factor in zip(WIDTHS, factors, strict=True):
+                if factor != 0:
+                    _add(trained.path, _power_key(kept), factor, total, parameters)
+        for name, p in parameters.items():
+            p.detach().copy_(total[name])
+        log.info("power average of width %g: of %d checkpoints; its profile is off by %.2g %%%s", width, len(sources),
+                 100 * mixture.error, _MORE if mixture.error > 0.05 else "")
+
+    def _sources(self) -> list[Trained]:
+        """The run's earlier checkpoints with power averages that stand beside this one, in order, and this one.
+
+        Raises ValueError if this one has none.
+        """
+        if self.step == 0 or not self.config.model.ema_power:
+            raise ValueError(_NO_POWERS.format(self.path))
+        earlier = list[Trained]()
+        for path in _named(self.path.parent):
+            if not 0 < int(path.stem) < self.step:
+                continue
+            try:
+                other = Trained.open(path)
+            except (ValueError, FileNotFoundError) as error:
+                log.warning("left out of the power average: %s", error)
+                continue
+            if other.step == int(path.stem) and other.config.model.ema_power:
+                earlier.append(other)
+        return [*earlier, self]
+
+
+def chosen(config: Any, section: str) -> bool | float:
+    """The weights that a config asks for, by its keys sampling.ema and `section`.weights, as `load` takes them."""
+    return float(config.sampling.ema) or bool(config[section].weights == "ema")
+
+
+def weights_name(ema: bool | float) -> str:
+    """A word for weights as `load` takes them: "ema", "raw" or "ema0.05"."""
+    return ("ema" if ema else "raw") if isinstance(ema, bool) else f"ema{ema:g}"
+
 
 @dataclass
 class State:
-    """What training changes: the model, the average of its weights, the optimizer's moments, the step, and a law of t.
+    """What training changes: the model, averages of its weights, the optimizer's moments, the step, and a law of t.
 
-    `law` is None unless the config's time law learns; then it replaces `time_law(config)`.
+    `law` is None unless the config's time law learns; then it replaces `time_law(config)`. `powers` are the power
+    averages of each width, in the order of the model's parameters; {} unless the config asks for them.
     """
 
     model: Trainable
@@ -216,6 +280,7 @@ class State:
     optimizer: Optimizer
     step: int = 0
     law: SecondMoments | None = None
+    powers: dict[float, list[Tensor]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         # Listed once: a walk over the modules in every step would cost more than the fused update of a small network.
@@ -255,7 +320,10 @@ def restore(path: Path, state: State) -> Card:
     raised and nothing is changed.
     """
     card, saved = read_card(path), read_tensors(path)
-    expected = _of_modules(state)
+    expected = _values(state)
+    if state.powers and not any(name.startswith(_power_key(WIDTHS[0])) for name in saved):
+        raise ValueError(f"{path} has no power averages, which would count every step from the first: go on with "
+                         "model.ema_power=False, or begin a new run in another --workdir")
     trained = [(name, p) for name, p in state.model.named_parameters() if p.requires_grad]
     if any(name.startswith("optimizer/") for name in saved):
         expected |= {f"optimizer/{key}/{name}": p for name, p in trained for key in _MOMENTS}
@@ -270,7 +338,7 @@ def restore(path: Path, state: State) -> Card:
 
 def tensors_of(state: State) -> dict[str, Tensor]:
     """All tensors of a checkpoint, by name."""
-    tensors = _of_modules(state)
+    tensors = _values(state)
     for name, parameter in state.model.named_parameters():
         moments = state.optimizer.state.get(parameter, {})
         tensors |= {f"optimizer/{key}/{name}": value for key, value in moments.items()}
@@ -279,7 +347,7 @@ def tensors_of(state: State) -> dict[str, Tensor]:
 
 def put(saved: Mapping[str, Tensor], state: State) -> None:
     """Copy the tensors of `tensors_of` into a state; a moment has its parameter's memory layout."""
-    for name, value in _of_modules(state).items():
+    for name, value in _values(state).items():
         value.copy_(saved[name])
     optimizer = state.optimizer
     optimizer.state.clear()
@@ -291,9 +359,27 @@ def put(saved: Mapping[str, Tensor], state: State) -> None:
             optimizer.state[p] = {"step": saved[f"optimizer/step/{name}"].to(device, copy=True), **moments}
 
 
-def _of_modules(state: State) -> dict[str, Tensor]:
+def _values(state: State) -> dict[str, Tensor]:
+    """The tensors of a state without the optimizer's, by their names in a checkpoint."""
     modules = {"model": state.model, "ema": state.ema} | ({} if state.law is None else {"law": state.law})
-    return {f"{key}/{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
+    values = {f"{key}/{name}": value for key, module in modules.items() for name, value in module.state_dict().items()}
+    names = [name for name, _ in state.model.named_parameters()]
+    for width, averages in state.powers.items():
+        values |= {_power_key(width) + name: value for name, value in zip(names, averages, strict=True)}
+    return values
+
+
+def _power_key(width: float) -> str:
+    """What the names of a power average's tensors begin with."""
+    return f"ema_{width:g}/"
+
+
+def _add(path: Path, key: str, factor: float, total: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    """Add factor times the average whose tensors in a file begin with `key` to `total`, both by parameters' names."""
+    stored = read_tensors(path, key)
+    _compare(path, {key + name: p for name, p in parameters.items()}, stored)
+    for name, value in total.items():
+        value.add_(stored[key + name], alpha=factor)
 
 
 def _compare(path: Path, expected: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
@@ -314,7 +400,11 @@ def _is_count(value: object) -> bool:
 
 def checkpoints(workdir: Path) -> list[Path]:
     """The checkpoints of a workdir that training named, in order of the steps in their names."""
-    named = (p for p in (workdir / "checkpoints").glob(f"*{SUFFIX}") if _NAMED.fullmatch(p.name))
+    return _named(workdir / "checkpoints")
+
+
+def _named(folder: Path) -> list[Path]:
+    named = (p for p in folder.glob(f"*{SUFFIX}") if _NAMED.fullmatch(p.name))
     return sorted(named, key=lambda path: int(path.stem))
 
 
@@ -409,7 +499,7 @@ _warn_once = cache(log.warning)  # several steps of a command look for the same 
 
 
 def load(
-    path: str | Path, config: Any = None, ema: bool = True, map_location: str | torch.device = "cpu"
+    path: str | Path, config: Any = None, ema: bool | float = True, map_location: str | torch.device = "cpu"
 ) -> ScoreModel:
     """Load the model of a workdir, of a checkpoint of ours, or of one of score_sde_pytorch or diffusers, in eval mode.
 
@@ -417,18 +507,23 @@ def load(
         path: a workdir (its newest checkpoint), a `.safetensors` of ours, a `.pth` of score_sde_pytorch, or the folder
             of a pipeline of diffusers', see `diffusers.load_folder`.
         config: only for score_sde_pytorch, whose files carry none: a dict, a ConfigDict or the path of a JSON file.
-        ema: take the averaged weights (default) or the raw ones.
+        ema: take the averaged weights (default) or the raw ones; a number, such as 0.05, is the relative width of a
+            power average, which is made of those in this and earlier checkpoints of the run (see `tasks.averages`).
         map_location: device of the result.
 
     Raises FileNotFoundError if there is none, ValueError for a file that is broken, does not fit its config or holds a
     classifier or an autoencoder.
     """
     if diffusers.is_folder(path):
+        if not isinstance(ema, bool):
+            raise ValueError(_NO_POWERS.format(path))
         return diffusers.load_folder(path, map_location)
     return find(path).model(ema, map_location, config)
 
 
-def load_classifier(path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu") -> NoisyClassifier:
+def load_classifier(
+    path: str | Path, ema: bool | float = True, map_location: str | torch.device = "cpu"
+) -> NoisyClassifier:
     """The noisy classifier of a workdir or checkpoint, in eval mode, for ``classifier(model, it, label=y)``.
 
     Raises FileNotFoundError if there is none, ValueError for a file that is broken or holds something else.
@@ -437,7 +532,7 @@ def load_classifier(path: str | Path, ema: bool = True, map_location: str | torc
 
 
 def load_autoencoder(
-    path: str | Path, ema: bool = True, map_location: str | torch.device = "cpu"
+    path: str | Path, ema: bool | float = True, map_location: str | torch.device = "cpu"
 ) -> ConvolutionalAutoencoder:
     """Load the autoencoder of a workdir or checkpoint, in eval mode; errors as `load_classifier`."""
     return find(path).only(ConvolutionalAutoencoder, ema, map_location)

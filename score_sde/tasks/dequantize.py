@@ -26,7 +26,7 @@ from ..machine.progress import Progress
 from ..machine.whole_files import read_header, read_tensors, write_tensors
 from ..models.pixel_levels import bits
 from . import failures
-from .checkpoint import file_hash
+from .checkpoint import chosen, file_hash, weights_name
 from .job import Job
 from .stamps import stamped
 
@@ -103,7 +103,8 @@ def load_dequantiser(path: Path) -> tuple[VariationalDequantiser, dict[str, str]
 
 def dequantiser_path(job: Job) -> Path:
     """The file in which --mode dequantize keeps the flow that it fits to a checkpoint."""
-    return job.workdir / "dequantizers" / f"{job.trained.path.stem}-{job.config.eval.weights}.safetensors"
+    weights = weights_name(chosen(job.config, "eval"))
+    return job.workdir / "dequantizers" / f"{job.trained.path.stem}-{weights}.safetensors"
 
 
 def law_of(job: Job) -> tuple[Dequantiser | None, str, dict[str, Any]]:

@@ -31,7 +31,7 @@ from .options import scales_of
 from .origin import foreign_config
 
 # Keys of the section model that do not change its network or its noise, and those that are filled in from the data.
-_SILENT = ("dropout", "ema_rate", "ema_halflife", "text_encoder")
+_SILENT = ("dropout", "ema_rate", "ema_halflife", "ema_power", "text_encoder")
 _FILLED = ("name_sha256", "num_classes", "image_channels", "text_width", "pooled_width", "text_sha256")
 
 
@@ -193,11 +193,11 @@ def _model(
     trained: Trained, mode: str, config: ConfigDict, example: tuple[int, ...], processes: Processes
 ) -> ScoreModel:
     """The model to sample from or to evaluate, on this process' device."""
-    weights = (config.sampling if mode == "sample" else config.eval).weights
+    ema = checkpoint.chosen(config, "sampling" if mode == "sample" else "eval")
     check_codes(trained, config.data.autoencoder_sha256, config.data.autoencoder)
     shape = example if trained.card is None else trained.card.shape
     if shape != example:
         raise ValueError(f"{trained.path} was trained on examples of shape {shape}, but {config.data.dataset} has "
                          f"{example}")
-    log.info("checkpoint: %s (%s weights)", trained.path, weights)
-    return trained.model(weights == "ema", processes.device, foreign_config(config) if trained.card is None else None)
+    log.info("checkpoint: %s (%s weights)", trained.path, checkpoint.weights_name(ema))
+    return trained.model(ema, processes.device, foreign_config(config) if trained.card is None else None)

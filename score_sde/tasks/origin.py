@@ -34,6 +34,7 @@ _READ_OTHERWISE = (
 # Keys that may differ without a warning.
 _FREE = (
     *("num_classes", "class_conditional", "image_channels", "dropout", "ema_rate", "ema_halflife"),
+    "ema_power",
     *("text_encoder", "text_length"),
 )
 _AS_IT_WAS = "take the config that it was trained with (only the numbers of classes and of channels may differ)"

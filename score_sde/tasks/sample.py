@@ -23,6 +23,7 @@ from ..machine.log import log
 from ..models.base import ScoreModel
 from ..models.guidance import clip, threshold
 from ..samplers import Sampler, sample
+from . import checkpoint
 from .class_names import class_name
 from .conditions import Guides, Wanted, check_number, conditional, in_turn, load_guides, sampled_labels, trained_at
 from .inputs import own_examples, read_examples
@@ -201,7 +202,7 @@ def _stage_before(job: Job, small: tuple[int, ...]) -> Job:
     config.sampling.start = 1.0
     resolve_conditions(config, card.shape[0])
     log.info("the stage before: %s", path)
-    model = trained.model(config.sampling.weights == "ema", job.processes.device)
+    model = trained.model(checkpoint.chosen(config, "sampling"), job.processes.device)
     workdir = path.parent.parent if path.parent.name == "checkpoints" else path.parent
     codec = codec_of(job.codec.levels, config.data.centered)
     return Job(model, config, codec, trained, card.shape, workdir, job.processes)

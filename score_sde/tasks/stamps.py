@@ -28,7 +28,7 @@ from ..machine.version import __version__
 from ..models.base import Counted
 from ..ode.integrators import ADAPTIVE
 from . import results
-from .checkpoint import SUFFIX
+from .checkpoint import SUFFIX, chosen, weights_name
 from .job import Job
 from .results import Arrays
 
@@ -103,8 +103,11 @@ def stamped(job: Job, kind: str, facts: dict[str, Any], own: Sequence[str] = ())
     Its stamp has the checkpoint, the weights, the codec, these keys, versions, and `facts`.
     """
     config, path, keys = job.config, job.trained.path, (*_keys_of(kind, job.config), *own)
-    weights = (config.sampling if kind.startswith("sample") else config.eval).weights
-    made_from = {"checkpoint": path.name, "checkpoint_sha256": job.trained.sha256, "weights": weights}
+    ema = chosen(config, "sampling" if kind.startswith("sample") else "eval")
+    made_from: dict[str, Any] = {"checkpoint": path.name, "checkpoint_sha256": job.trained.sha256}
+    made_from["weights"] = weights_name(ema)
+    if not isinstance(ema, bool):  # they were made of several checkpoints
+        made_from["weights_sha256"] = digest(*job.model.parameters())
     made_from |= {"codec": _named(job.codec, config), **facts, "config": values(config, keys)}
     if path.suffix != SUFFIX:
         made_from["read_as"] = values(config, FOREIGN)

@@ -31,10 +31,9 @@ from ..machine.devices import sent
 from ..machine.parallel import ALONE, Processes
 from ..noise import StepStream, generator
 from ..sdes.linear import SDE, like
+from .averages import WIDTHS, ema_decay, ema_update, power_decay
 from .checkpoint import State
 from .conditions import Conditions, left_out, low_resolution, of_data
-
-RAMP = 0.1  # the half-life of the average is at most this share of the images seen, so that it forgets its start
 
 
 class Batch(NamedTuple):
@@ -77,7 +76,9 @@ def make_state(config: ConfigDict, shape: tuple[int, ...], device: torch.device)
     options = {"lr": o.lr, "betas": (o.beta1, o.beta2), "eps": o.eps, "weight_decay": o.weight_decay}
     fused = True if device.type in ("cpu", "cuda") else None
     optimizer = getattr(torch.optim, o.optimizer)(parameters, **options, fused=fused)  # Adam or AdamW
-    return State(model, ema, optimizer, law=learned_law(config))
+    widths = WIDTHS if config.model.ema_power else ()
+    powers = {width: [p.detach().clone() for p in model.parameters()] for width in widths}
+    return State(model, ema, optimizer, law=learned_law(config), powers=powers)
 
 
 def learning_rate(config: ConfigDict, step: int) -> float:
@@ -176,7 +177,7 @@ def seed_dropout(seed: int, step: int, processes: Processes) -> None:
 
 
 def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict) -> Record:
-    """One update of the parameters and their average by a batch; nothing is read back from the device."""
+    """One update of the parameters and their averages by a batch; nothing is read back from the device."""
     t, o, m = config.training, config.optim, config.model
     rate = learning_rate(config, state.step)
     for group in state.optimizer.param_groups:
@@ -197,25 +198,9 @@ def train_step(state: State, objective: nn.Module, b: Batch, config: ConfigDict)
     state.step += 1
     decay = ema_decay(state.step, rate=m.ema_rate, halflife=m.ema_halflife, batch_size=t.batch_size)
     ema_update(state.averages, state.values, decay)
+    for width, averages in state.powers.items():
+        ema_update(averages, state.values, power_decay(state.step, width))
     return record
-
-
-def ema_decay(step: int, *, rate: float, halflife: float = 0.0, batch_size: int = 1) -> float:
-    """Decay of the average at its update number `step` = 1, 2, ...
-
-    With `halflife` (in images) > 0 it is 0.5^(batch_size/h), h = min(halflife, RAMP · images seen), as in EDM
-    (Karras et al. 2022, appendix F.2), so that it means the same at any batch size. Otherwise it is score_sde's
-    min(rate, (1 + step)/(10 + step)).
-    """
-    if halflife > 0:
-        return 0.5 ** (batch_size / min(halflife, RAMP * step * batch_size))
-    return min(rate, (1 + step) / (10 + step))
-
-
-@torch.no_grad()
-def ema_update(averages: list[Tensor], values: list[Tensor], decay: float) -> None:
-    """averages += (1 - decay) (values - averages), for all tensors in one fused operation."""
-    torch._foreach_lerp_(averages, values, 1 - decay)
 
 
 def in_precision(config: ConfigDict, device: torch.device) -> torch.autocast:

@@ -82,8 +82,8 @@ SAMPLER = """training.continuous model.num_scales model.sigma_min sampling.metho
     sampling.rtol sampling.atol sampling.sde_rtol sampling.sde_atol sampling.start"""
 DRAWN = """sampling.seed sampling.noise_removal sampling.temperature sampling.clip_denoised sampling.threshold
     sampling.labels sampling.negative_label sampling.guidance sampling.guidance_low sampling.guidance_high
-    sampling.guidance_rescale model.class_conditional"""
-EVALUATED = "eval.weights eval.conditional data.centered model.class_conditional"
+    sampling.guidance_rescale sampling.ema model.class_conditional"""
+EVALUATED = "sampling.ema eval.weights eval.conditional data.centered model.class_conditional"
 OF_SPLIT = f"eval.num_images eval.split {EVALUATED}"
 FLOW = "eval.ode_method eval.rtol eval.atol eval.t_min"
 TRAINED = "eval.seed data.uniform_dequantization"
@@ -109,7 +109,7 @@ CHANGES = {
         inverse.particles""",
     "restore superresolve": "inverse.method inverse.noise inverse.variance inverse.factor",
     "restore deblur": "inverse.method inverse.noise inverse.variance inverse.blur",
-    "dequantize": """seed eval.t_min eval.weights data.centered dequantizer.n_iters dequantizer.batch_size
+    "dequantize": """seed eval.t_min eval.weights sampling.ema data.centered dequantizer.n_iters dequantizer.batch_size
         dequantizer.lr dequantizer.layers dequantizer.hidden""",
 }
 

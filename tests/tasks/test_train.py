@@ -22,15 +22,13 @@ from score_sde.foreign import score_sde_pytorch as interop
 from score_sde.losses.time_laws import SecondMoments
 from score_sde.machine.parallel import Processes
 from score_sde.sdes import like
+from score_sde.tasks.averages import RAMP, ema_decay, ema_update
 from score_sde.tasks.show import Metrics, by_noise_level, noise_bins, noise_floor
 from score_sde.tasks.step import (
-    RAMP,
     Batch,
     Batches,
     Record,
     State,
-    ema_decay,
-    ema_update,
     evaluate_loss,
     learning_rate,
     make_state,
