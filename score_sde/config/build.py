@@ -208,7 +208,8 @@ def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """DiT, the transformer of Peebles & Xie 2023."""
     m = config.model
     heads = m.hidden // m.head_channels if m.head_channels else m.num_heads
-    names = f"patch depth dropout centered checkpoint_activations out_channels {_CONDITIONS}"
+    names = f"patch depth dropout norm feed_forward positions qk_norm {_CONDITIONS}"
+    names += " centered checkpoint_activations out_channels"
     return DiT(shape[0], width=m.hidden, heads=heads, **_options(config, shape, names))
 
 

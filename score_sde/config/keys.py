@@ -19,6 +19,7 @@ from ..machine import own_code
 from ..models.reverse import Variance
 from ..models.traces import Law, Probe
 from ..networks.blocks import BlockKind
+from ..networks.dit import FeedForward, Norm, Positions
 from ..networks.layers import Activation
 from ..networks.pyramid import Combine
 from ..networks.unet import Progressive, ProgressiveInput
@@ -365,6 +366,10 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "hidden": Key(128, "mlp, dit: width", AT_LEAST_1),
         "depth": Key(3, "mlp: hidden layers; dit: blocks", AT_LEAST_1),
         "patch_size": Key(2, "dit: pixels of a patch's side", AT_LEAST_1),
+        "norm": Key("layer", "dit: normalisation of tokens, layer or rms", get_args(Norm)),
+        "feed_forward": Key("gelu", "dit: what follows attention, gelu or the gated swiglu", get_args(FeedForward)),
+        "positions": Key("absolute", "dit: where tokens are, absolute waves or rotary", get_args(Positions)),
+        "qk_norm": Key(False, "dit: normalise queries and keys of attention"),
         "ema_rate": Key(0.9999, "decay of the moving average of the weights, per step", BELOW_1),
         "ema_halflife": Key(0, "its half-life in training examples instead; 0: use ema_rate", AT_LEAST_0, INT64),
         "ema_power": Key(False, "also keep power averages of the relative widths 0.05 and 0.1, of which sampling.ema "

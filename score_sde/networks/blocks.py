@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .layers import ACTIVATIONS, Activation, Convolution, Dropout, conv, group_norm, linear, recomputed
+from .layers import ACTIVATIONS, Activation, Convolution, Dropout, conv, group_norm, linear, recomputed, rms_norm
 from .resample import Repeat, Taps
 
 BlockKind = Literal["ddpm", "biggan"]
@@ -232,18 +232,56 @@ class Text(NamedTuple):
     mask: Tensor
 
 
-def attend(qkv: Tensor, heads: int, project: nn.Linear | None = None, text: Text | None = None) -> Tensor:
+class HeadNorm(nn.Module):
+    """Queries and keys by their root mean square over a head's channels, times a learned factor for each channel.
+
+    The logits of attention cannot grow without bound (Henry et al. 2020, arXiv:2010.04245; Dehghani et al. 2023,
+    arXiv:2302.05442, section 2, there by layer normalisation).
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.query, self.key = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.ones(channels))
+
+    def queries(self, q: Tensor) -> Tensor:
+        """Of shape (..., C), as the keys."""
+        return rms_norm(q, q.shape[-1:]) * self.query
+
+    def keys(self, k: Tensor) -> Tensor:
+        return rms_norm(k, k.shape[-1:]) * self.key
+
+
+def attend(
+    qkv: Tensor, heads: int, project: nn.Linear | None = None, text: Text | None = None, norm: HeadNorm | None = None,
+    angles: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """softmax(q kᵀ / sqrt(C)) v with C channels per head; (B, N, 3 heads C) to (B, N, heads C).
 
-    `project`, to 2 heads C channels, makes more keys and values of the tokens of `text`.
+    `project`, to 2 heads C channels, makes more keys and values of the tokens of `text`. `norm` normalises queries and
+    keys; `angles` (N, C/2), see `turned`, rotate them. The keys of a text are not rotated: all lie at position 0.
     """
     q, k, v = qkv.unflatten(2, (3 * heads, -1)).transpose(1, 2).chunk(3, dim=1)
+    if norm is not None:
+        q, k = norm.queries(q), norm.keys(k)
+    if angles is not None:
+        q, k = turned(q, angles), turned(k, angles)
     allowed = None
     if project is not None and text is not None:
         keys, values = project(text.tokens).unflatten(2, (2 * heads, -1)).transpose(1, 2).chunk(2, dim=1)
+        keys = keys if norm is None else norm.keys(keys)
         k, v = torch.cat([k, keys], dim=2), torch.cat([v, values], dim=2)
         allowed = F.pad(text.mask, (q.shape[2], 0), value=True)[:, None, None]
     return F.scaled_dot_product_attention(q, k, v, allowed).transpose(1, 2).flatten(2)
+
+
+def turned(x: Tensor, angles: Tensor) -> Tensor:
+    """(..., N, C) with channels i and i + C/2 as a point of the plane, turned by angle (N, C/2): rotary positions.
+
+    The product of two that are turned depends on the difference of their angles (Su et al. 2021, arXiv:2104.09864).
+    """
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
 class Attention(nn.Module):

@@ -97,6 +97,16 @@ def layer_norm(x: Tensor, sizes: Sequence[int], eps: float = 1e-5) -> Tensor:
     return (x - x.mean(axes, keepdim=True)) * torch.rsqrt(x.var(axes, correction=0, keepdim=True) + eps)
 
 
+def rms_norm(x: Tensor, sizes: Sequence[int], eps: float = 1e-6) -> Tensor:
+    """x over its root mean square over its last axes, of these `sizes` (Zhang & Sennrich 2019, arXiv:1910.07467).
+
+    As in `layer_norm`, by plain operations where the caller asks for them.
+    """
+    if not plain():
+        return F.rms_norm(x, sizes, eps=eps)
+    return x * torch.rsqrt(x.square().mean(tuple(range(-len(sizes), 0)), keepdim=True) + eps)
+
+
 def recomputed(layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
     """Activation checkpointing: layer(*arguments), whose activations the backward pass computes again.
 

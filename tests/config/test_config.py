@@ -581,7 +581,7 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         progressive=output_skip progressive_input=input_skip progressive_combine=cat init_scale=0.4 hidden=5 depth=7
         learned_variance=1 fourier_features=3,4 scale_shift=1 num_heads=3
         class_conditional=1 num_classes=6 image_channels=3 text_width=7 pooled_width=8
-        head_channels=4 attend_each=1 patch_size=3"""
+        head_channels=4 attend_each=1 patch_size=3 norm=rms feed_forward=swiglu positions=rotary qk_norm=1"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
     overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
@@ -607,6 +607,7 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     build_network(load(VP, {**overrides, "model.name": "dit", "model.label": "time", "model.hidden": "24"}), (2, 4, 6))
     told = {key: both[key] for key in ("classes", "image_channels", "text_width", "pooled_width", "out_channels")}
     told |= {key: both[key] for key in ("dropout", "centered", "checkpoint_activations")}
+    told |= dict(norm="rms", feed_forward="swiglu", positions="rotary", qk_norm=True)
     assert made.pop() == ((2,), told | dict(patch=3, width=24, depth=7, heads=6))
 
     for name in ("ddpm", "ncsnpp", "adm"):

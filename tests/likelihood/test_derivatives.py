@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, partial
+from typing import Any
 
 import pytest
 import torch
@@ -68,15 +69,18 @@ from tests.oracles import name as name_of
 from tests.oracles import numbers
 
 IMAGES, VECTORS, CLASSES, T = (1, 2, 4), (5,), 3, 0.4
+MODERN: dict[str, Any] = {"norm": "rms", "feed_forward": "swiglu", "positions": "rotary", "qk_norm": True}
 EXTRA = {
     "ddpm": {"nf": 32, "ch_mult": (1, 2), "resblock_type": "ddpm"},
     "ncsnpp": {"fir": True, "progressive": "output_skip", "progressive_input": "residual"},
     "adm": {"scale_shift": True},
     "dit": {"hidden": 8, "depth": 1, "num_heads": 2},
+    "modern dit": {"name": "dit", "hidden": 8, "depth": 1, "num_heads": 2, **MODERN},
     "ncsn": {"ch_mult": (1, 1, 1), "num_scales": 10, "label": "index"},
     "ncsnv2": {"ch_mult": (1, 1, 1)},
     "mlp": {"hidden": 8, "depth": 2},
 }
+assert NETWORKS.keys() <= EXTRA.keys()
 
 
 def shape_of(name: str) -> tuple[int, ...]:
@@ -162,7 +166,7 @@ def cell(*values: object, slow: bool) -> ParameterSet:
 FEW = ("ncsnpp", "dit", "mlp")
 DIVERGENCES = [  # each guidance by the cheap networks, and the dearest derivatives by every network
     cell(name, guidance, slow=name not in ("dit", "mlp") and guidance != "dps")
-    for name, guidance in itertools.product(NETWORKS, GUIDANCE)
+    for name, guidance in itertools.product(EXTRA, GUIDANCE)
 ]
 
 
@@ -203,11 +207,12 @@ def slope_along(gradients: tuple[Tensor | None, ...], ways: list[Tensor]) -> flo
 
 
 TRAINED = [
-    *(cell(name, "plain", "kept", slow=name not in FEW) for name in NETWORKS),
+    *(cell(name, "plain", "kept", slow=name not in FEW) for name in EXTRA),
     *(cell("ncsnpp", guidance, "kept", slow=True) for guidance in list(GUIDANCE)[1:]),
     *(cell(name, guidance, "kept", slow=True) for name, guidance in (("ncsn", "dps"), ("dit", "moment_matching"))),
     *(cell(name, "plain", "recomputed", slow=True) for name in ("ncsnpp", "ncsn")),
     cell("dit", "dps", "recomputed", slow=False),
+    cell("modern dit", "dps", "kept", slow=False),
 ]
 
 
@@ -476,8 +481,9 @@ def test_looking_for_plain_operations_does_not_break_a_compiled_graph() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
-def test_a_transformer_s_compiled_graph_has_no_breaks(recompute: bool) -> None:
-    network = awake(DiT(1, width=8, depth=1, heads=2, checkpoint_activations=recompute))
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["published", "modern"])
+def test_a_transformer_s_compiled_graph_has_no_breaks(recompute: bool, options: dict[str, Any]) -> None:
+    network = awake(DiT(1, width=8, depth=1, heads=2, checkpoint_activations=recompute, **options))
     x, label = states("dit"), torch.tensor([0.3, 0.7], dtype=torch.float64)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, label), network(x, label), rtol=0, atol=1e-12)

@@ -14,9 +14,11 @@ from score_sde.networks import MLP, DiT, UNet
 from score_sde.networks.blocks import Attention, Style, Text
 from tests.oracles import STYLE, awake, numbers
 
+MODERN = {"norm": "rms", "feed_forward": "swiglu", "positions": "rotary", "qk_norm": True}
 NETWORKS = {
     "unet": lambda **options: UNet(2, width=8, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8, **options),
     "dit": lambda **options: DiT(2, width=16, depth=2, heads=2, **options),
+    "modern dit": lambda **options: DiT(2, width=16, depth=2, heads=2, **MODERN, **options),
 }
 BUILT = pytest.mark.parametrize("name", NETWORKS)
 TOLD: dict[str, dict[str, int]] = {

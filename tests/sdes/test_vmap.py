@@ -89,6 +89,8 @@ def test_networks_map_over_states_and_times() -> None:
     small = {"width": 8, "multipliers": (1, 1), "blocks": 1, "attention": (4,), "image_size": 8}
     networks = [UNet(1, **small), UNet(1, embedding="fourier", fir=(1, 3, 3, 1), **small), NCSNv2(1, width=4)]
     networks.append(DiT(1, patch=2, width=16, depth=1, heads=2))
+    modern = {"norm": "rms", "feed_forward": "swiglu", "positions": "rotary", "qk_norm": True}
+    networks.append(DiT(1, patch=2, width=16, depth=1, heads=2, **modern))
     for network in networks:
         check(Preconditioned(network, VPSDE()).double().eval(), numbers(4, 1, 8, 8))
     check(Preconditioned(MLP(3, width=8, depth=1), VPSDE()).double(), numbers(4, 3))
