@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .. import samplers
 from ..data.captions import encoder_hash, widths
+from ..losses import Uncertainty
 from ..machine import own_code
 from ..models import rules
 from ..models.autoencoder import ConvolutionalAutoencoder
@@ -309,7 +310,10 @@ def build_model(config: ConfigDict, shape: tuple[int, ...]) -> Preconditioned:
     m = config.model
     rule = partial(rules.predict_edm, sigma_data=m.sigma_data) if m.rule == "edm" else m.rule
     options = {"label": LABELS[m.label](m), "scale": _scale(m), "learned_variance": m.learned_variance}
-    return Preconditioned(build_network(config, shape), build_sde(config), rule=rule, **options)
+    model = Preconditioned(build_network(config, shape), build_sde(config), rule=rule, **options)
+    if config.training.uncertainty:  # it is trained, averaged and saved with the model, which does not use it
+        model.uncertainty = Uncertainty()
+    return model
 
 
 def _scale(m: ConfigDict) -> TimeMap:

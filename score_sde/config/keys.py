@@ -145,6 +145,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "projection": Key("rademacher", "distribution of these directions", get_args(Law)),
         "difference_step": Key(0.05, "finite_difference: step, in units of sigma(t)", ABOVE_0),
         "likelihood_weighting": Key(False, "weight the noise error by (g/sigma)² instead of 1"),
+        "min_snr": Key(0.0, "gamma, usually 5: weight the noise error by min(SNR, gamma)/SNR, SNR = (alpha/sigma)²; "
+            "0: not", AT_LEAST_0),
+        "uncertainty": Key(False, "divide each noise level's loss by a learned mean of it: all levels count alike"),
         "reduce_mean": Key(True, "a loss is a mean over dimensions; False: half the sum"),
         "time": Key("uniform", "law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), edm "
             "(EDM's log-normal sigma with EDM's weight), or for chains second_moment (of their losses; unbiased)",

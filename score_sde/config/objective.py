@@ -118,6 +118,8 @@ class Objective(nn.Module):
         self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
         if t.time == "edm":
             self.weight = partial(losses.edm, sigma_data=config.model.sigma_data)
+        if t.min_snr > 0:
+            self.weight = partial(losses.min_snr, gamma=t.min_snr)
         self.sum = not t.reduce_mean
         self.levels: Tensor | None = None
         if isinstance(codec, PixelCodec) and not config.data.uniform_dequantization:
@@ -132,6 +134,9 @@ class Objective(nn.Module):
         error = self.estimate(self.model.given(**condition) if condition else self.model, x0, t, z, v)
         scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
         loss = scale * like(self.weight(self.model.sde, t), error) * error
+        uncertainty = getattr(self.model, "uncertainty", None)
+        if uncertainty is not None:
+            loss = uncertainty.weighted(loss, self.model.sde, t)
         schedule = self.model.sde.module
         if isinstance(schedule, MonotoneSchedule):
             loss = loss + scale * (schedule.variance_loss(t, error) + self.ends(schedule, x0, z).to(error))

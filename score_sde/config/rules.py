@@ -192,6 +192,12 @@ def _times(config: ConfigDict) -> Rules:
         yield "training.time=importance draws t by the likelihood weight: set training.likelihood_weighting=True"
     if t.time == "log_snr" and t.likelihood_weighting:
         yield "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False"
+    if t.min_snr > 0 and (t.likelihood_weighting or t.time == "edm" or t.objective in (*DECODED, CLASSIFY, AUTOENCODE)):
+        yield (f"training.min_snr={t.min_snr:g} is a weight of the noise error, in place of others: set "
+               "training.likelihood_weighting=False, another training.time than edm and training.objective=denoising")
+    if t.uncertainty and (t.objective != "denoising" or t.sde == "learned"):
+        yield ("training.uncertainty is the logarithm of a squared error at fixed noise levels: set "
+               "training.objective=denoising, and training.sde to any but learned")
     if t.time == "edm" and (t.likelihood_weighting or m.rule != "edm"):
         yield ("training.time=edm has EDM's weight, of model.sigma_data: set training.likelihood_weighting=False and "
                "model.rule=edm")

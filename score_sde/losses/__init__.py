@@ -1,5 +1,8 @@
 """Losses of score models: denoising score matching, score matching without noise, and the laws of training's times."""
 
-from .denoising import denoising, edm, hybrid, likelihood, noise_error, simple, variational
+from .denoising import denoising, edm, hybrid, likelihood, min_snr, noise_error, simple, variational
+from .uncertainty import Uncertainty
 
-__all__ = ["denoising", "edm", "hybrid", "likelihood", "noise_error", "simple", "variational"]
+__all__ = [
+    "Uncertainty", "denoising", "edm", "hybrid", "likelihood", "min_snr", "noise_error", "simple", "variational",
+]  # fmt: skip

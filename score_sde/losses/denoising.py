@@ -85,6 +85,15 @@ def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     return 1 + (sde.sigma(t) / (sde.alpha(t) * sigma_data)) ** 2
 
 
+def min_snr(sde: SDE, t: Tensor, gamma: float = 5.0) -> Tensor:
+    """min(SNR, gamma)/SNR with SNR = alpha²/sigma²: minimal SNR weighting (Hang et al. 2023, arXiv:2303.09556).
+
+    Of the data's error it is min(SNR, gamma), and of v's min(SNR, gamma)/(SNR + 1) where alpha² + sigma² = 1 (their
+    eq. 12): levels of little noise, which the noise's error gives an infinite weight for the data, count alike.
+    """
+    return (gamma * (sde.sigma(t) / sde.alpha(t)) ** 2).clamp_max(1.0)
+
+
 def _error(estimate: Estimate, z: Tensor) -> Tensor:
     return (estimate.noise - z).square().flatten(1).mean(1)
 

@@ -98,7 +98,7 @@ def take_weights(config: ConfigDict, model: Trainable, shape: tuple[int, ...]) -
             value.copy_(weights[name])
     begun = [f"a new run, from the {'averaged' if t.origin_weights == 'ema' else 'raw'} weights of {path}"]
     if anew:
-        begun.append(f"made anew, as classes or channels are others than there: {', '.join(sorted(anew))}")
+        begun.append(f"made anew, as they are others there, or none: {', '.join(sorted(anew))}")
     if unused := {_layer(name) for name in weights.keys() - target.keys()}:
         begun.append(f"without its {', '.join(sorted(unused))}")
     return begun + notes
@@ -128,6 +128,7 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
                              f"{want}; take a checkpoint of the same, or begin anew")
     bridge = ConfigDict(config.to_dict())
     bridge.data.centered = theirs.data.centered
+    bridge.training.uncertainty = theirs.training.uncertainty
     for key in ("num_classes", "class_conditional"):
         bridge.model[key] = theirs.model[key]
     if config.model.super_resolution:
@@ -154,6 +155,7 @@ def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tu
     if kind_of(config) is not MODEL:
         raise ValueError(f"{path} holds a score model, and the config trains {kind_of(config).name}: begin anew")
     bridge = ConfigDict(config.to_dict())
+    bridge.training.uncertainty = False
     remedy = _AS_IT_WAS
     if path.is_dir():
         where = diffusers.network_folder(path)

@@ -256,7 +256,7 @@ def test_other_classes_make_their_layer_anew_and_no_other(
         if layers is None:
             assert "without its network.classes" in said and not anew and "network.classes.table" in given
         else:
-            assert f"made anew, as classes or channels are others than there: {', '.join(sorted(layers))}" in said
+            assert f"made anew, as they are others there, or none: {', '.join(sorted(layers))}" in said
             assert {key.rpartition(".")[0] for key in anew} == layers
         for key, value in found.items():
             if key.rpartition(".")[0] not in (layers or ()):

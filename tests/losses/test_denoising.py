@@ -13,7 +13,7 @@ from scipy.stats import kstest, truncnorm
 from torch import Tensor
 
 from score_sde import DDPM, EDMSDE, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
-from score_sde.losses import denoising, edm, likelihood, simple
+from score_sde.losses import denoising, edm, likelihood, min_snr, noise_error, simple
 from score_sde.losses.time_laws import (
     TimeLaw,
     discrete,
@@ -441,3 +441,35 @@ def test_a_network_trained_on_a_mixture_knows_its_score_at_every_noise_level() -
             exact = truth.score(x, t)
             error = (model.score(x, t) - exact).square().mean() / exact.square().mean()
         assert error < 0.05, f"sigma/alpha = {ratio}: {error:.3f}"
+
+
+@pytest.mark.parametrize("gamma", [0.1, 5.0, 1e9])
+@pytest.mark.parametrize("sde", SDES, ids=name)
+def test_minimal_snr_is_the_paper_s_weight_of_data_noise_and_v(sde: SDE, gamma: float) -> None:
+    source = torch.Generator().manual_seed(0)
+    x0, z = torch.randn(2, 50, 3, generator=source, dtype=torch.float64)
+    t = torch.linspace(0.02, 1, 50, dtype=torch.float64)
+    model = Gaussian(sde, torch.zeros(3).double(), torch.tensor(0.3).double())  # some model, of any errors
+    estimate = model(sde.perturb(x0, t, z), t)
+    alpha, sigma = sde.alpha(t)[:, None], sde.sigma(t)[:, None]
+    snr = (alpha / sigma).square()[:, 0]
+    weight, data_error = min_snr(sde, t, gamma), (estimate.data - x0).square().mean(1)
+    torch.testing.assert_close(weight * noise_error(model, x0, t, z), snr.clamp_max(gamma) * data_error)
+    if gamma > 1e8:
+        assert torch.equal(weight, simple(sde, t))
+    v_error = ((alpha * estimate.noise - sigma * estimate.data) - (alpha * z - sigma * x0)).square().mean(1)
+    norm = (alpha**2 + sigma**2)[:, 0]  # 1 in the paper
+    torch.testing.assert_close(weight * noise_error(model, x0, t, z), snr.clamp_max(gamma) / (snr + 1) * v_error / norm)
+
+
+def test_minimal_snr_is_finite_where_there_is_no_signal_or_no_noise() -> None:
+    class Ends(SDE):
+        def alpha(self, t: Tensor) -> Tensor:
+            return 1 - t
+
+        def sigma(self, t: Tensor) -> Tensor:
+            return t
+
+        f = g = alpha
+
+    assert min_snr(Ends(), torch.tensor([0.0, 0.5, 1.0])).tolist() == [0, 1, 1]
