@@ -1,16 +1,17 @@
 """Learned uncertainty: at its minimum each level's loss is divided by its mean."""
 
 import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from score_sde import SDE, VPSDE
+from score_sde import DDPM, SDE, VPSDE
 from score_sde.cli import run
 from score_sde.config.build import build_model
 from score_sde.config.objective import Objective
-from score_sde.losses import Uncertainty
+from score_sde.losses import Uncertainty, min_snr
 from score_sde.sdes.linear import EDMSDE
 from score_sde.tasks import checkpoint
 from score_sde.tasks.checkpoint import load
@@ -81,7 +82,27 @@ def test_it_depends_on_the_noise_level_alone_and_is_finite(sde: SDE) -> None:
     inside = (sde.log_snr(LEVELS) < -2 * torch.tensor(0.002).log()) & (sde.log_snr(LEVELS) > -10)
     assert bool(inside.sum() >= 3)
     torch.testing.assert_close(again[inside], u[inside], rtol=0, atol=1e-4)
-    assert bool(own(EDMSDE(sigma_min=1e-30), torch.zeros(1, dtype=torch.float64)).isfinite().all())
+    ends = own(DDPM.linear(10).as_sde(), torch.tensor([0.0, 1e-300], dtype=torch.float64))  # no noise: infinite SNR
+    assert bool(ends.isfinite().all()) and ends[0] == ends[1]
+
+
+def test_its_features_are_those_of_edm2() -> None:
+    own, sde = Uncertainty(), EDMSDE()
+    with torch.no_grad():
+        own.weight[3] = 1.0
+    c_noise = sde.sigma(LEVELS).log() / 4
+    wave = math.sqrt(2) * torch.cos(c_noise * own.frequencies[3] + own.phases[3])
+    torch.testing.assert_close(own(sde, LEVELS), wave.float(), rtol=0, atol=1e-5)
+    assert 0.8 < own.frequencies.std() / (2 * math.pi) < 1.2 and 2.5 < own.phases.mean() < 3.8
+
+
+def test_a_config_s_gamma_is_the_weight_s() -> None:
+    config = toy_config(training__min_snr=0.3)
+    model, source = build_model(config, (2,)), torch.Generator().manual_seed(0)
+    x0, z = torch.randn(2, 5, 2, generator=source)
+    loss, error = Objective(model, config)(x0, LEVELS, z, z[:, None][:, :0])
+    torch.testing.assert_close(loss, error * min_snr(model.sde, LEVELS, 0.3).float())
+    assert loss.lt(error).any()
 
 
 TOY = {"training__uncertainty": "true", "optim__warmup": 0, "optim__decay": 0, "training__time": "uniform"}
