@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from mpmath import cos, exp, mpf, pi, sqrt
+from mpmath import cos, exp, mpf, pi, sin, sqrt
 from torch import Tensor
 
 from score_sde import (
@@ -35,12 +35,14 @@ from score_sde import (
     FixedODE,
     Heun,
     Langevin,
+    LinearSDE,
     Multistep,
     PredictorCorrector,
     ReverseDiffusion,
     Sampler,
     ScoreModel,
     SubVPSDE,
+    TrigonometricSDE,
     UniPC,
 )
 from score_sde.models.closed_form import Mixture
@@ -72,8 +74,18 @@ PUBLISHED: dict[SDE, Curves] = {
     VESDE(): lambda t: (mpf(1), mpf(0.01) * (mpf(50) / mpf(0.01)) ** t),
     CosineSDE(): lambda t: (_cosine(t), sqrt(1 - _cosine(t) ** 2)),  # Nichol & Dhariwal 2021, eq. 17
     EDMSDE(): lambda t: (mpf(1), _edm(t)),  # Karras et al. 2022, eq. 5
+    LinearSDE(): lambda t: (1 - t, t),  # Liu et al. 2023
+    TrigonometricSDE(): lambda t: (cos(pi * t / 2), sin(pi * t / 2)),  # Albergo & Vanden-Eijnden 2023
 }
 SDES: list[SDE] = list(PUBLISHED)
+PURE: list[SDE] = [LinearSDE(), TrigonometricSDE()]  # whose state at t = 1 is pure noise, where f and g are infinite
+STEEP: list[SDE] = [CosineSDE(), *PURE]  # steps lose half of the signal and more, where ReverseDiffusion's flow is none
+
+
+def first_time(sde: SDE) -> float:
+    """1, or near it where f, g and what depends on log SNR are infinite at 1."""
+    return 0.999 if sde in PURE else 1.0
+
 
 CHAINS: list[DDPM | SMLD] = [
     DDPM.linear(1000),

@@ -51,7 +51,7 @@ class Evaluation(NamedTuple):
 
 
 class ProbabilityFlow(nn.Module):
-    """`SDE.velocity` with the model's score: the ODE with the marginals of the model's SDE (Song et al. 2021, eq. 13).
+    """`SDE.flow` with the model's estimates: the ODE with the marginals of the model's SDE (Song et al. 2021, eq. 13).
 
     Raises ValueError where x requires a gradient and the model has none in x.
     """
@@ -64,7 +64,7 @@ class ProbabilityFlow(nn.Module):
         e = self.model(x, t)
         if x.requires_grad and not e.noise.requires_grad:  # the velocity would have f's gradient alone
             raise ValueError(NO_JACOBIAN)
-        return self.model.sde.velocity(x, t, e.score.to(x.dtype))
+        return self.model.sde.flow(e.data.to(x.dtype), e.noise.to(x.dtype), t)
 
 
 class NetworkVelocity(nn.Module):

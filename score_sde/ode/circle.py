@@ -56,7 +56,8 @@ class Circle:
 
     def angles(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """a and pi/2 - a: the second by a formula of its own, as the difference has few digits where alpha is small."""
-        return WHOLE * torch.sigmoid(u) - SOFT, WHOLE * torch.sigmoid(-u) - SOFT
+        a, rest = (WHOLE * torch.sigmoid(v) - SOFT for v in (u, -u))
+        return a, rest.clamp_min(0)  # it is 0 where no data are left, and must not be -1e-18
 
     def time(self, u: Tensor) -> Tensor:
         """The time at which sigma/alpha = c tan(a)."""

@@ -141,10 +141,15 @@ class Path:
 def improved_euler(model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, dw: Tensor) -> tuple[Tensor, Tensor]:
     """(x', x'') at s < t from x at t and the Brownian increment dw, with one and two evaluations.
 
-    Their weak orders are 1 and 2, as the noise of these SDEs does not depend on x.
+    Their weak orders are 1 and 2, as the noise of these SDEs does not depend on x. From pure noise (alpha = 0) on,
+    where the rates are infinite, x_s is N(alpha_s data, sigma_s²); x'' takes the mean of the data there and at x'.
     """
     sde, h = model.sde, t - s
-    increment = lambda x, u: add_(like(-h, x) * sde.reverse_drift(x, u, model.score(x, u)), sde.g(u), dw)
-    first = increment(x, t)
-    euler = x + first
-    return euler, x + (first + increment(euler, s)) / 2
+    pure = like(sde.alpha(t), x) == 0
+    increment = lambda x, u, e: add_(like(-h, x) * sde.reverse_drift(x, u, e.score), sde.g(u), dw)
+    e, alpha = model(x, t), like(sde.alpha(s), x)
+    first = increment(x, t, e)
+    euler = torch.where(pure, alpha * e.data + like(sde.sigma(s) / h.sqrt(), x) * dw, x + first)
+    other = model(euler, s)
+    improved = x + (first + increment(euler, s, other)) / 2
+    return euler, torch.where(pure, euler + alpha / 2 * (other.data - e.data), improved)

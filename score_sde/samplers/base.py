@@ -186,9 +186,11 @@ class Watched(ScoreModel):
         e = self.model(x, t, **condition)
         bad = ~(e.data.isfinite() & e.noise.isfinite()).flatten(1).all(1)
         if bool(bad.any()):
+            pure = bool((self.sde.alpha(t) == 0).any())
+            remedy = "alpha = 0 there, and noise or score do not tell the data: use rule velocity, v, data or edm"
             raise FloatingPointError(
                 f"the model returned values that are not finite for {int(bad.sum())} of {len(x)} finite states at "
-                f"{at(t)}: check the model there"
+                f"{at(t)}: {remedy if pure else 'check the model there'}"
             )
         return e
 

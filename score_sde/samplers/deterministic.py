@@ -19,7 +19,8 @@ from .base import Planned, Sampler
 
 def velocity(model: ScoreModel, x: Tensor, t: Tensor) -> Tensor:
     """The probability flow's velocity at (x, t)."""
-    return model.sde.velocity(x, t, model.score(x, t))
+    e = model(x, t)
+    return model.sde.flow(e.data, e.noise, t)
 
 
 def check_noisy(model: ScoreModel, s: Tensor) -> None:
@@ -36,21 +37,25 @@ class Heun(Planned):
 
     The flow of y = x/alpha is dy/dr = noise. Karras et al. 2022, algorithm 1: DDIM's step, then the mean of the slopes
     at its two ends. It does not use the rates f and g, which jump at the steps of a chain. A last step to clean data is
-    DDIM's.
+    DDIM's. Where a step begins without data (alpha = 0) r is infinite, and the same is done in 1/r, in which the flow
+    of x/sigma is d(x/sigma)/d(1/r) = data.
     """
 
     def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        alpha_s, sigma_s = sde.alpha(s), sde.sigma(s)
-        return alpha_s, sigma_s, (sigma_s - alpha_s / sde.alpha(t) * sde.sigma(t)) / 2
+        alpha_t, alpha_s, sigma_s = sde.alpha(t), sde.alpha(s), sde.sigma(s)
+        half = torch.where(alpha_t > 0, (sigma_s - alpha_s / alpha_t * sde.sigma(t)) / 2, 0.0)
+        return alpha_s, sigma_s, half, torch.where(alpha_t > 0, 0.0, alpha_s / 2)
 
     def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
-        alpha_s, sigma_s, half = numbers
+        alpha_s, sigma_s, half, half_data = numbers
         e = model(x, t)
         y = add_(scaled(e.data, alpha_s), sigma_s, e.noise)
         if not (sigma_s.any() if isinstance(sigma_s, Tensor) else sigma_s):
             return y
         other = model(y, s)
-        return add_(add(y, half, other.noise), -half, e.noise)  # not in place: the model's gradient may need y
+        y = add_(add(y, half, other.noise), -half, e.noise)  # not in place: the model's gradient may need y
+        begins = half_data.any() if isinstance(half_data, Tensor) else half_data
+        return add_(add_(y, half_data, other.data), -half_data, e.data) if begins else y
 
 
 @dataclass(frozen=True)

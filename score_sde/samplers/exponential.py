@@ -16,6 +16,9 @@ data have variance v, D grows as exp(lambda) while v alpha² < sigma², and E de
 so the error of a polynomial of degree p - 1 is 2^(p-1) times as large for E; later it is the other way round. `TURN`
 is an estimate of where that happens. For the reverse SDE with eta times its noise,
 ``dx = [f x - (1 + eta²)/2 g² score] dt + eta g dw``, the same holds with exp((1 + eta²) lambda) for exp(lambda).
+
+Where a step begins without data (alpha = 0) lambda is -∞. There D is smooth in q = alpha/sigma, in which the first
+integral is ∫ D dq: this step's polynomial is one in q, from 0 on, and u = q/q_s (prediction "ratio").
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -40,6 +44,7 @@ from .times import arcsinh
 Array = NDArray[np.float64]
 
 Prediction = Literal["data", "noise"]  # what a step interpolates
+Kind = Literal["data", "noise", "ratio"]  # the same, and the step from pure noise, which interpolates data in q
 Rule = Literal["exact", "b1", "b2", "published"]
 Start = Literal["singlestep", "lower"]
 
@@ -53,6 +58,16 @@ class Point(NamedTuple):
     alpha: Array
     sigma: Array
     half_log_snr: Array
+
+    @property
+    def pure(self) -> bool:
+        """Whether the first time is pure noise (alpha = 0)."""
+        return bool(self.alpha.flat[0] == 0)
+
+    @property
+    def clean(self) -> bool:
+        """Whether the last time is clean data (sigma = 0)."""
+        return bool(self.sigma.flat[-1] == 0)
 
     def section(self, first: int, count: int) -> Point:
         """The curves at `count` of the times, from the one with index `first`."""
@@ -71,22 +86,24 @@ def point(sde: SDE, t: Tensor) -> Point:
         return Point(alpha, sigma, np.log(alpha / sigma))
 
 
-def moments(z: Any, n: int, predict: Prediction) -> list[Array]:
+def moments(z: Any, n: int, predict: Kind) -> list[Array]:
     """z ∫ w(u) u^k du over [0, 1], k = 0..n-1, with w = exp(-z (1 - u)) for data and exp(-z u) for noise.
 
     For noise it is z exp(-z) k! phi_{k+1}(z), and with the incomplete gamma function k! P(k + 1, z)/z^k, which keeps
-    its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k.
+    its digits as z -> 0 and is finite at z = ∞; for data expand u^k = (1 - (1 - u))^k. For "ratio" they are ∫ u^k du.
     """
     from scipy.special import gammainc  # slow to import
 
     z = np.asarray(z)
+    if predict == "ratio":
+        return [np.full_like(z, 1 / (k + 1)) for k in range(n)]
     falling = [math.factorial(k) * gammainc(k + 1, z) / (z**k if k else 1) for k in range(n)]
     if predict == "noise":
         return falling
     return [sum(((-1) ** j * math.comb(k, j) * falling[j] for j in range(1, k + 1)), falling[0]) for k in range(n)]
 
 
-def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tuple[Array, ...]:
+def weights(z: Any, nodes: Sequence[Any], predict: Kind, rule: Rule) -> tuple[Array, ...]:
     """Weights of the values at `nodes`, nodes[0] = 0, of the polynomial's z ∫ w(u) F(u) du (see `moments`).
 
     "exact" integrates the polynomial. The other rules replace the moment of u or u², as papers and their code do. "b1"
@@ -96,7 +113,7 @@ def weights(z: Any, nodes: Sequence[Any], predict: Prediction, rule: Rule) -> tu
     """
     z, places, n = np.asarray(z), [np.asarray(c) for c in nodes], len(nodes)
     m = moments(z, n, predict)
-    if n == 2 and rule != "exact":
+    if n == 2 and rule != "exact" and predict != "ratio":
         b1 = z if predict == "data" else z * np.exp(-z)
         m[1] = (b1 if rule == "b1" else m[0]) / 2
     if n == 3 and rule == "published":
@@ -120,7 +137,7 @@ def through(places: Sequence[Array], moments: Sequence[Array]) -> tuple[Array, .
 
 
 def coefficients(
-    t: Point, s: Point, places: Sequence[Any], predict: Prediction, rule: Rule = "exact", eta: float = 0.0
+    t: Point, s: Point, places: Sequence[Any], predict: Kind, rule: Rule = "exact", eta: float = 0.0
 ) -> tuple[Array, ...]:
     """The `Row` of the step from t to s, with the weights of F at t and at the `places` u; all of one shape.
 
@@ -150,8 +167,8 @@ def advance(x: Tensor, values: Sequence[Tensor], row: Row) -> Tensor:
     return y
 
 
-def predicted(e: Estimate, predict: Prediction) -> Tensor:
-    return e.data if predict == "data" else e.noise
+def predicted(e: Estimate, predict: Kind) -> Tensor:
+    return e.noise if predict == "noise" else e.data
 
 
 # Intermediate points in units of h. The last step interpolates the values at 0 and at the last of them: with that at
@@ -164,34 +181,38 @@ _STAGES: dict[int, tuple[float, ...]] = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}
 Stages = Sequence[tuple[Tensor | None, Row]]
 
 
-def stages(sde: SDE, start: Point, end: Point, order: int, predict: Prediction) -> Stages:
+def stages(sde: SDE, start: Point, end: Point, order: int, predict: Kind) -> Stages:
     """The stages of the steps from `start` to `end`, of order 1 where they end at clean data."""
     if (end.sigma == 0).any():
         order = 1
     inner: list[tuple[Tensor | None, Row]] = []
     places: list[float] = []
     for c in _STAGES[order]:
-        half_log_snr = start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)
+        if predict == "ratio":
+            half_log_snr = end.half_log_snr + math.log(c)
+        else:
+            half_log_snr = start.half_log_snr + c * (end.half_log_snr - start.half_log_snr)
         u = sde.time(torch.as_tensor(2 * half_log_snr))
         inner.append((u, coefficients(start, point(sde, u), [p / c for p in places], predict)))
         places = [c]
     return [*inner, (None, coefficients(start, end, places, predict, "b2" if order == 2 else "exact"))]
 
 
-def stages_of(sde: SDE, grid: Point, order: int, predict: Prediction) -> list[Stages]:
-    """The stages of every step of a grid, as numbers; the grid may end at clean data."""
+def stages_of(sde: SDE, grid: Point, order: int, predict: Kind) -> list[Stages]:
+    """The stages of every step of a grid, as numbers; the grid may begin with pure noise and end at clean data."""
 
     def numbers(first: int, count: int) -> list[Stages]:
-        steps = stages(sde, grid.section(first, count), grid.section(first + 1, count), order, predict)
+        kind = predictions(grid.section(first, 2), predict)[0]
+        steps = stages(sde, grid.section(first, count), grid.section(first + 1, count), order, kind)
         planned = [(count * [None] if u is None else u.unbind(), rows(columns)) for u, columns in steps]
         return [[(times[i], row[i]) for times, row in planned] for i in range(count)]
 
-    n, clean = len(grid.sigma) - 1, int(grid.sigma[-1] == 0)
-    steps = numbers(0, n - clean) if n > clean else []
-    return steps + numbers(n - 1, 1) if clean else steps
+    n = len(grid.sigma) - 1
+    cuts = sorted({0, *(1 for _ in range(grid.pure)), *(n - 1 for _ in range(grid.clean)), n})
+    return [step for first, end in pairwise(cuts) for step in numbers(first, end - first)]
 
 
-def climb(model: ScoreModel, x: Tensor, stages: Stages, predict: Prediction, first: Tensor) -> Tensor:
+def climb(model: ScoreModel, x: Tensor, stages: Stages, predict: Kind, first: Tensor) -> Tensor:
     """The state after the `stages`, each of which takes the first estimate and that of the stage before."""
     values, y = [first], x
     for u, row in stages:
@@ -206,19 +227,19 @@ def orders(grid: Point, order: int, short: int = SHORT) -> list[int]:
     The papers' code lowers it on grids of fewer than `short` = 15 steps. At sigma = 0 lambda is infinite, and the order
     is 1.
     """
-    n, clean = len(grid.sigma) - 1, grid.sigma[-1] == 0
-    return [1 if clean and i == n - 1 else min(order, i + 1, n - i if n < short else order) for i in range(n)]
+    n = len(grid.sigma) - 1
+    points = [max(i + 1 - grid.pure, 1) for i in range(n)]  # that a polynomial can take: none takes pure noise later
+    return [1 if grid.clean and i == n - 1 else min(order, points[i], n - i if n < short else order) for i in range(n)]
 
 
-def predictions(grid: Point, predict: Prediction | Literal["both"]) -> list[Prediction]:
-    """The estimate, "data" or "noise", that each step of a grid interpolates."""
-    if predict != "both":
-        return [predict] * (len(grid.sigma) - 1)
-    return ["data" if 2 * lam < TURN else "noise" for lam in grid.half_log_snr[:-1]]
+def predictions(grid: Point, predict: Kind | Literal["both"]) -> list[Kind]:
+    """What each step of a grid interpolates: "data" or "noise", and from pure noise on "ratio"."""
+    kinds = [predict if predict != "both" else "data" if 2 * lam < TURN else "noise" for lam in grid.half_log_snr[:-1]]
+    return ["ratio", *kinds[1:]] if grid.pure else kinds
 
 
 def plan(
-    grid: Point, orders: Sequence[int], predict: Sequence[Prediction], rule: Rule, eta: float = 0.0,
+    grid: Point, orders: Sequence[int], predict: Sequence[Kind], rule: Rule, eta: float = 0.0,
     corrector: bool = False,
 ) -> list[Row]:  # fmt: skip
     """The steps of a grid, as numbers: step i takes the values at the orders[i] points up to the grid's point i.
@@ -265,15 +286,19 @@ class DPMSolver(Sampler):
         _check(self.order, self.predict, allowed=("data", "noise"))
 
     def step(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, noise: Noise) -> Tensor:
-        planned = stages(model.sde, point(model.sde, t), point(model.sde, s), self.order, self.predict)
-        tensors = [(u, [torch.as_tensor(c) for c in row]) for u, row in planned]
-        return climb(model, x, tensors, self.predict, predicted(model(x, t), self.predict))
+        start, end = point(model.sde, t), point(model.sde, s)
+        if not (start.alpha == 0).all() == (start.alpha == 0).any():
+            raise ValueError(f"a step of {self} is from pure noise (alpha = 0) for all examples or none, got t = {t}")
+        kind: Kind = "ratio" if start.pure else self.predict
+        tensors = [(u, [torch.as_tensor(c) for c in row]) for u, row in stages(model.sde, start, end, self.order, kind)]
+        return climb(model, x, tensors, kind, predicted(model(x, t), kind))
 
     def walk(self, model: ScoreModel, x: Tensor, times: Tensor, noise: Noise) -> Iterator[Tensor]:
         """The same steps, with all their coefficients computed at once."""
-        planned = stages_of(model.sde, point(model.sde, times), self.order, self.predict)
-        for t, stages in zip(times[:-1], planned, strict=True):
-            x = climb(model, x, stages, self.predict, predicted(model(x, t), self.predict))
+        grid = point(model.sde, times)
+        planned = stages_of(model.sde, grid, self.order, self.predict)
+        for t, stages, kind in zip(times[:-1], planned, predictions(grid, self.predict), strict=True):
+            x = climb(model, x, stages, kind, predicted(model(x, t), kind))
             yield x
 
 

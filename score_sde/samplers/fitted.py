@@ -10,7 +10,7 @@ from ..noise import noise_source
 from ..sdes.linear import SDE
 from .base import Sampler, Watched
 from .exponential import Multistep
-from .times import arcsinh, karras, log_snr, quadratic, skewed, uniform
+from .times import arcsinh, horizon, karras, log_snr, quadratic, skewed, uniform
 
 _MOVES = (1 / 2, 1 / 4, 1 / 8)  # of the way to the next node, in log SNR
 
@@ -55,7 +55,8 @@ def fit_times(
         for i in range(1, n):
             for neighbour in (i - 1, i + 1):
                 trial = grid.clone()
-                trial[i] = sde.time(torch.lerp(sde.log_snr(grid[i]), sde.log_snr(grid[neighbour]), move))
+                towards = sde.log_snr(grid[neighbour]).clamp_min(horizon(n))  # the first may be pure noise
+                trial[i] = sde.time(torch.lerp(sde.log_snr(grid[i]), towards, move))
                 if (off := distance(trial)) < least:
                     least, grid = off, trial
     return grid

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -19,12 +20,27 @@ from .base import Planned, Sampler, Update, add_noise_
 
 @dataclass(frozen=True)
 class ReverseStep(Planned):
-    """x_s = keep x_t + slope noise + fresh z: as score = -noise/sigma, `slope` is the score's factor over -sigma."""
+    """x_s = keep x_t + slope noise + fresh z: as score = -noise/sigma, `slope` is the score's factor over -sigma.
+
+    Where x_t is pure noise (alpha = 0) the reverse SDE's rates are infinite, and the step from there is the exact
+    N(alpha_s data, sigma_s²).
+    """
+
+    @abstractmethod
+    def factors(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(keep, slope, fresh) of the steps from t to s."""
+
+    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        factors, some = self.factors(sde, t, s), sde.alpha(t) > 0
+        keep, slope, fresh = (torch.where(some, factor, 0.0) for factor in factors)
+        return keep, torch.where(some, 0.0, sde.alpha(s)), slope, torch.where(some, fresh, sde.sigma(s))
 
     def take(self, model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, numbers: Sequence[Any], noise: Noise) -> Tensor:
-        keep, slope, fresh = numbers
+        keep, weight, slope, fresh = numbers
         e = model(x, t)
-        return add_noise_(add_(scaled(x, keep), slope, e.noise), fresh, noise)
+        y = add_(scaled(x, keep), slope, e.noise)
+        begins = weight.any() if isinstance(weight, Tensor) else weight
+        return add_noise_(add_(y, weight, e.data) if begins else y, fresh, noise)
 
 
 @dataclass(frozen=True)
@@ -34,7 +50,7 @@ class EulerMaruyama(ReverseStep):
     x_s = x_t + (s - t) [f x - g² score] + g sqrt(t - s) z.
     """
 
-    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    def factors(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         h, f, g = t - s, sde.f(t), sde.g(t)
         return 1 - h * f, -h * g**2 / sde.sigma(t), g * h.sqrt()
 
@@ -55,7 +71,7 @@ class ReverseDiffusion(ReverseStep):
 
     flow: bool = False
 
-    def numbers(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+    def factors(self, sde: SDE, t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if self.flow:
             check_flow(sde, t.max().item())
         scale, std = sde.transition(s, t)

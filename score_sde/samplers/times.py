@@ -27,12 +27,12 @@ def quadratic(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
 
 def log_snr(sde: SDE, n: int, *, start: float = 1.0) -> Tensor:
     """Evenly spaced in log SNR (Lu et al. 2022, arXiv:2206.00927, section 3.3)."""
-    return _evenly(sde, n, start, lambda t: _log_snr(sde, t), sde.time)
+    return _evenly(sde, n, start, lambda t: _log_snr(sde, t, n), sde.time)
 
 
 def karras(sde: SDE, n: int, rho: float = 7.0, *, start: float = 1.0) -> Tensor:
     """Evenly spaced in (sigma/alpha)^(1/rho) (Karras et al. 2022, eq. 5)."""
-    root = lambda t: torch.exp(-_log_snr(sde, t) / (2 * rho))
+    root = lambda t: torch.exp(-_log_snr(sde, t, n) / (2 * rho))
     return _evenly(sde, n, start, root, lambda u: sde.time(-2 * rho * torch.log(u)))
 
 
@@ -42,7 +42,7 @@ def arcsinh(sde: SDE, n: int, scale: float = 2.0, *, start: float = 1.0) -> Tens
     It is for data of about unit size, whose structure appears around sigma = alpha. Grids fitted to models
     (`fit_times`) look like it; docs/performance.md measures what it gains.
     """
-    bent = lambda t: torch.asinh(_log_snr(sde, t) / (2 * scale))
+    bent = lambda t: torch.asinh(_log_snr(sde, t, n) / (2 * scale))
     return _evenly(sde, n, start, bent, lambda u: sde.time(2 * scale * torch.sinh(u)))
 
 
@@ -57,7 +57,7 @@ def skewed(sde: SDE, n: int, scale: float = 0.8, *, start: float = 1.0) -> Tenso
     width = lambda y: torch.where(y < 0, 1.25, 2.0)
 
     def bent(t: Tensor) -> Tensor:
-        y = _log_snr(sde, t) / 2 + middle
+        y = _log_snr(sde, t, n) / 2 + middle
         return width(y) * torch.asinh(y / width(y))
 
     return _evenly(sde, n, start, bent, lambda v: sde.time(2 * (width(v) * torch.sinh(v / width(v)) - middle)))
@@ -90,14 +90,19 @@ def _evenly(sde: SDE, n: int, start: float, curve: Map, inverse: Map) -> Tensor:
     return times
 
 
-def _log_snr(sde: SDE, ends: Tensor) -> Tensor:
-    """Log SNR at the ends. Raises ValueError where it is infinite."""
+def _log_snr(sde: SDE, ends: Tensor, n: int) -> Tensor:
+    """Log SNR at the ends of a grid. Raises ValueError where it is infinite at the last.
+
+    Where it is infinite at the first, as at t = 1 of `LinearSDE`, n steps are spaced as from log SNR -10 on, where VP
+    ends, and more than 20 from a lower `horizon`: what the first step then passes over falls with n³ (alpha² at its
+    end).
+    """
     values = sde.log_snr(ends)
     if not bool(torch.isfinite(values[1])):
         raise ValueError(f"{sde} has no finite log SNR at t_min = {sde.t_min:g}; give it a t_min > 0 with replace()")
-    if not bool(torch.isfinite(values[0])):
-        raise ValueError(
-            f"{sde} has no finite log SNR at t = {ends[0]:g}, where no signal is left; take times.uniform or "
-            "times.quadratic, or an SDE that keeps some signal"
-        )
-    return values
+    return values.clamp_min(horizon(n)) if values[0] == -math.inf else values
+
+
+def horizon(n: int) -> float:
+    """The log SNR from which a grid of n steps is spaced, where pure noise begins it."""
+    return -10 - 3 * math.log(max(n, 20) / 20)

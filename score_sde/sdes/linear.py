@@ -140,6 +140,19 @@ class SDE(Reversible, ABC):
     def g(self, t: Tensor) -> Tensor:
         """Diffusion coefficient, sqrt((sigma²)' - 2 f sigma²)."""
 
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha', sigma'), the rates of the curves; SDEs whose f or g is infinite at t = 1 override this."""
+        f, sigma = self.f(t), self.sigma(t)
+        return f * self.alpha(t), f * sigma + self.g(t) ** 2 / (2 * sigma)
+
+    def flow(self, data: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """Probability flow alpha' data + sigma' noise of the estimates at t: `velocity`, finite wherever its rates are.
+
+        It is also the velocity of flow matching, E[alpha' x_0 + sigma' z | x_t] (Lipman et al. 2023, arXiv:2210.02747).
+        """
+        alpha_rate, sigma_rate = self.rates(t)
+        return add_(like(alpha_rate, data) * data, sigma_rate, noise)
+
     @property
     def module(self) -> nn.Module | None:
         """The module with the parameters of the curves, for a learned SDE; else None."""
@@ -380,6 +393,62 @@ class CosineSDE(SDE):
     @property
     def prior_std(self) -> float:
         return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSDE(SDE):
+    """The straight path alpha = 1 - t, sigma = t of flow matching, also known as rectified flow and the linear path.
+
+    Each x_t = (1 - t) x_0 + t z moves at the velocity z - x_0, whose mean given x_t is the probability flow's (Liu et
+    al. 2023, arXiv:2209.03003; Lipman et al. 2023, arXiv:2210.02747, eq. 20-23 with sigma_min = 0 and time reversed).
+    At t = 1 no data are left: f, g and log SNR are infinite there, and the flow is finite.
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return 1 - t
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return t
+
+    def f(self, t: Tensor) -> Tensor:
+        return -1 / (1 - t)
+
+    def g(self, t: Tensor) -> Tensor:
+        return torch.sqrt(2 * t / (1 - t))
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -torch.ones_like(t), torch.ones_like(t)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return torch.sigmoid(-log_snr / 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrigonometricSDE(SDE):
+    """Variance preserving with alpha = cos(pi t/2) and sigma = sin(pi t/2), also known as GVP and TrigFlow.
+
+    Albergo & Vanden-Eijnden 2023 (arXiv:2209.15571); GVP of Ma et al. 2024 (SiT, arXiv:2401.08740); Lu & Song 2025
+    (sCM, arXiv:2410.11081), whose time is the angle pi t/2. Its flow is pi/2 times what rule "v" predicts. At t = 1 no
+    data are left: f, g and log SNR are infinite there, and the flow is finite.
+    """
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * (1 - t))  # 0 at t = 1, and with all digits near it
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return torch.sin(math.pi / 2 * t)
+
+    def f(self, t: Tensor) -> Tensor:
+        return -math.pi / 2 * self.sigma(t) / self.alpha(t)
+
+    def g(self, t: Tensor) -> Tensor:
+        return torch.sqrt(math.pi * self.sigma(t) / self.alpha(t))
+
+    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        return -math.pi / 2 * self.sigma(t), math.pi / 2 * self.alpha(t)
+
+    def time(self, log_snr: Tensor) -> Tensor:
+        return 2 / math.pi * torch.atan(torch.exp(-log_snr / 2))
 
 
 @dataclass(frozen=True, kw_only=True)

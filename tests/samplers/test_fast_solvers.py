@@ -73,7 +73,7 @@ from score_sde.samplers.exponential import (
     weights,
 )
 from score_sde.sdes import like
-from tests.oracles import EXPONENTIAL, FLOW_ORDERS, SDES, moments_after, name, numbers
+from tests.oracles import EXPONENTIAL, FLOW_ORDERS, SDES, first_time, moments_after, name, numbers
 
 # of NumPy's and of their own options
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:diffusers", "ignore::FutureWarning:diffusers")
@@ -296,7 +296,7 @@ def test_the_embedded_pair_keeps_its_tolerance_from_end_to_end(sde: SDE, kind: s
 @EVERY
 def test_first_order_is_ddim_and_with_noise_ancestral_sampling(sde: SDE) -> None:
     model, x = bent(sde), numbers(6, 3, 2, 2)
-    for pair in [(1.0, 0.97), (0.6, 0.5), (0.3, 0.02), (0.02, 0.01)]:
+    for pair in [(first_time(sde), 0.97), (0.6, 0.5), (0.3, 0.02), (0.02, 0.01)]:
         grid = torch.tensor(pair, dtype=torch.float64)
         ddim = last(DDIM().walk(model, x, grid, refuse))
         tolerance = 1e-12 * (1 + float((x / sde.alpha(grid[0])).abs().max()))
