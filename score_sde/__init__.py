@@ -33,6 +33,7 @@ from .models import closed_form
 from .models.base import Estimate, ScoreModel, from_score
 from .models.classifier import NoisyClassifier
 from .models.guidance import classifier, clip, guide, threshold
+from .models.rescaled import on
 from .models.rules import Preconditioned
 from .models.traces import projections
 from .moved import install
@@ -50,8 +51,8 @@ __all__ = [
     "denoising", "denoising_at", "dequantisation", "dps", "explicit", "finite_difference", "fisher_divergence",
     "fit_dequantiser", "from_score", "guide", "heat_map", "implicit", "inverse", "latent_bound", "load",
     "load_autoencoder", "load_classifier", "log_likelihood", "log_probability", "losses", "moment_matching", "observe",
-    "outliers", "pigdm", "projections", "score_flow", "score_matching", "sliced", "sliced_wasserstein", "threshold",
-    "time_laws", "twisted", "variational_bound",
+    "on", "outliers", "pigdm", "projections", "score_flow", "score_matching", "sliced", "sliced_wasserstein",
+    "threshold", "time_laws", "twisted", "variational_bound",
 ]  # fmt: skip
 __all__ += samplers.__all__
 __all__ += sdes.__all__
