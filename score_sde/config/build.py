@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from .. import samplers
-from ..data.augmentation import TOLD
 from ..data.captions import encoder_hash, widths
 from ..losses import Uncertainty
 from ..machine import own_code
@@ -29,11 +28,12 @@ from ..samplers import Sampler, fit_times, times
 from ..samplers.exponential import fast
 from ..sdes.chains import DDPM, SMLD
 from ..sdes.learned import LearnedVPSDE, MonotoneSchedule
-from ..sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, SubVPSDE
+from ..sdes.linear import EDMSDE, SDE, VESDE, VPSDE, CosineSDE, LinearSDE, SubVPSDE, TrigonometricSDE
 
 # What makes an SDE, called with the keys of the section model that have the names of its arguments.
 SDES: dict[str, Callable[..., SDE]] = {
     **{"vpsde": VPSDE, "subvpsde": SubVPSDE, "vesde": VESDE, "cosine": CosineSDE, "edm": EDMSDE},
+    **{"linear": LinearSDE, "trigonometric": TrigonometricSDE},
     "learned": lambda gamma_min, gamma_max, learn_ends, t_min: LearnedVPSDE(
         schedule=MonotoneSchedule(gamma_min, gamma_max, learn_ends=learn_ends), t_min=t_min
     ),
@@ -43,7 +43,7 @@ CHAINS: dict[str, Callable[[ConfigDict], DDPM | SMLD]] = {
     "vesde": lambda m: SMLD.from_sde(VESDE(sigma_min=m.sigma_min, sigma_max=m.sigma_max), m.num_scales),
     "cosine": lambda m: DDPM.cosine(m.num_scales),
 }
-RULES = (*rules.RULES, "mean")
+RULES = (*rules.RULES, *rules.TIMED_RULES)
 LABELS: dict[str, Callable[[ConfigDict], TimeMap]] = {
     "time": lambda m: rules.label_time,
     "sigma": lambda m: rules.label_sigma,
@@ -167,7 +167,6 @@ def _options(config: ConfigDict, shape: tuple[int, ...], names: str) -> dict[str
     every |= {"dimensions": len(shape) - 1, "image_size": max(shape[1:], default=0), "centered": config.data.centered}
     every |= {"embedding": EMBEDDINGS[m.embedding_type], "fir": m.fir_kernel if m.fir else None}
     every["checkpoint_activations"] = config.training.checkpoint_activations
-    every["movement"] = TOLD if config.training.geometric > 0 else 0
     every["out_channels"] = every["out_features"] = 2 * shape[0] if m.learned_variance else None
     return {name: every[name] for name in names.split()}
 
@@ -179,7 +178,7 @@ _STAGES = "width multipliers activation centered checkpoint_activations"
 _LEVELS = "width multipliers activation centered blocks attention image_size dropout resample_conv heads"
 _CONDITIONS = "classes image_channels text_width pooled_width"
 _OUTER = "checkpoint_activations dimensions scale_shift head_channels attend_each fourier_features out_channels"
-_UNET = f"{_LEVELS} {_CONDITIONS} {_OUTER} movement"
+_UNET = f"{_LEVELS} {_CONDITIONS} {_OUTER}"
 _SONG = "block fir skip_rescale"  # these and _PYRAMIDS are Song et al. 2021's
 _PYRAMIDS = "progressive progressive_input combine"
 
@@ -203,8 +202,6 @@ def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
 
 def _unet(config: ConfigDict, shape: tuple[int, ...], embedding: str, names: str = "", **fixed: Any) -> nn.Module:
     """The U-Net with these options more; it has the `embedding` of the label if it takes the label."""
-    if config.training.geometric > 0 and len(shape) != 3:
-        raise ValueError(f"training.geometric moves images, but the data have shape {tuple(shape)}: set it to 0")
     options = {**_options(config, shape, f"{_UNET} {names}"), **fixed}
     return UNet(shape[0], **options, embedding=embedding if config.model.conditional else None)
 

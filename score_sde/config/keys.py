@@ -137,9 +137,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "n_iters": Key(1_300_000, "training stops after this many steps", AT_LEAST_1, INT64),
         "batch_size": Key(128, "examples per step, in total over all processes and accumulated parts", AT_LEAST_1),
         "accumulate": Key(1, "parts in which a batch is computed, to save memory", AT_LEAST_1),
-        "objective": Key("denoising", "estimator of the score's error; for chains also hybrid or vlb, their bound; "
-            "cross_entropy trains a classifier of noisy examples instead, for sampling.classifier, and autoencoder an "
-            "autoencoder of images, for data.autoencoder", NAMES),
+        "objective": Key("denoising", "estimator of the score's error, or flow_matching, of the velocity's; for chains "
+            "also hybrid or vlb, their bound; cross_entropy trains a classifier of noisy examples instead, for "
+            "sampling.classifier, and autoencoder an autoencoder of images, for data.autoencoder", NAMES),
         "kl_weight": Key(1.0, "autoencoder: weight of the codes' KL from N(0, I); 1: the evidence bound", AT_LEAST_0),
         "projections": Key(1, "random directions per example, for the sliced objectives", AT_LEAST_1),
         "projection": Key("rademacher", "distribution of these directions", get_args(Law)),
@@ -150,12 +150,15 @@ SECTIONS: dict[str, dict[str, Key]] = {
         "uncertainty": Key(False, "divide each noise level's loss by a learned mean of it: all levels count alike"),
         "reduce_mean": Key(True, "a loss is a mean over dimensions; False: half the sum"),
         "time": Key("uniform", "law of t: uniform, log_snr (unweighted), importance (of the weight; unbiased), edm "
-            "(EDM's log-normal sigma with EDM's weight), or for chains second_moment (of their losses; unbiased)",
+            "(EDM's log-normal sigma with EDM's weight), log_normal (without that weight: logit-normal t on the linear "
+            "path), mode (heavy in the middle), or for chains second_moment (of their losses; unbiased)",
             (*TIME_LAWS, "second_moment")),
+        "time_mean": Key(-1.2, "edm, log_normal: mean of log(sigma/alpha) (P_mean)"),
+        "time_std": Key(1.2, "edm, log_normal: standard deviation of log(sigma/alpha) (P_std)", ABOVE_0),
+        "time_scale": Key(1.29, "mode: how heavy the middle is; 0 is uniform, below 0 the ends are heavier",
+            Limit("a number from -1 to 1.75", lambda v: -1 <= v <= 1.75)),
         "condition_dropout": Key(0.1, "fraction of examples trained on without their label or caption", FRACTION),
         "augmentation": Key(0.0, "super_resolution: noise the small image up to this time, at random", FRACTION),
-        "geometric": Key(0.0, "probability of each way to move training images (flip, size, turn, stretch, shift), of "
-            "which the network is told, so that samples show none; EDM has 0.12 on CIFAR-10", FRACTION),
         "low_discrepancy": Key(False, "spread the times of a batch evenly"),
         "soft_truncation": Key(0.0, "k: a batch's smallest time has density tau^-k; 0: always model.t_min", AT_LEAST_0),
         "precision": Key("float32", "bfloat16: the network runs in autocast", ("float32", "bfloat16")),

@@ -15,7 +15,7 @@ from .. import losses
 from ..data.codecs import Codec, PixelCodec, VectorCodec
 from ..likelihood.sde_bound import reconstruction
 from ..losses import score_matching, time_laws
-from ..losses.time_laws import TimeLaw
+from ..losses.time_laws import TimeLaw, Weight
 from ..metrics import psnr
 from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
@@ -73,6 +73,7 @@ class Estimator(NamedTuple):
     projected: bool = False  # it draws projections
     twice: bool = False  # its gradient is a second derivative of the network
     decoded: bool = False  # it is the bound of a chain, which depends on the reverse steps' variance too
+    weight: Weight | None = None  # by which it already multiplies the noise's error
 
 
 def _sliced(variance_reduced: bool) -> Estimator:
@@ -82,6 +83,9 @@ def _sliced(variance_reduced: bool) -> Estimator:
 
 OBJECTIVES = {
     "denoising": Estimator(lambda c, codec: lambda model, x0, t, z, v: losses.noise_error(model, x0, t, z)),
+    "flow_matching": Estimator(
+        lambda c, codec: lambda model, x0, t, z, v: losses.flow_matching(model, x0, t, z), weight=losses.velocity
+    ),
     "implicit": Estimator(lambda c, codec: _without_noise(_implicit, "gaussian"), twice=True),
     "sliced": _sliced(variance_reduced=False),
     "sliced_vr": _sliced(variance_reduced=True),
@@ -93,12 +97,15 @@ NAMES = (*OBJECTIVES, CLASSIFY, AUTOENCODE)
 PROJECTED = tuple(name for name, estimator in OBJECTIVES.items() if estimator.projected)
 TWICE = tuple(name for name, estimator in OBJECTIVES.items() if estimator.twice)
 DECODED = tuple(name for name, estimator in OBJECTIVES.items() if estimator.decoded)
+WEIGHTED = tuple(name for name, estimator in OBJECTIVES.items() if estimator.weight)
 PARTS = ("reconstruction_bits", "kl_bits", "psnr")  # what logs say of an autoencoder
 
 TIME_LAWS: dict[str, Callable[[ConfigDict], TimeLaw]] = {
     "uniform": lambda t: time_laws.uniform,
     "log_snr": lambda t: time_laws.log_snr,
-    "edm": lambda t: time_laws.log_normal,
+    "edm": lambda t: partial(time_laws.log_normal, mean=t.time_mean, std=t.time_std),
+    "log_normal": lambda t: partial(time_laws.log_normal, mean=t.time_mean, std=t.time_std),
+    "mode": lambda t: partial(time_laws.mode, scale=t.time_scale),
     "importance": lambda t: time_laws.importance(losses.likelihood if t.likelihood_weighting else losses.simple),
 }
 
@@ -114,8 +121,9 @@ class Objective(nn.Module):
         super().__init__()
         t = config.training
         self.model = model
-        self.estimate = OBJECTIVES[t.objective].make(config, codec or VectorCodec())
-        self.weight = losses.likelihood if t.likelihood_weighting else losses.simple
+        estimator = OBJECTIVES[t.objective]
+        self.estimate, self.weighted = estimator.make(config, codec or VectorCodec()), estimator.weight is not None
+        self.weight = estimator.weight or (losses.likelihood if t.likelihood_weighting else losses.simple)
         if t.time == "edm":
             self.weight = partial(losses.edm, sigma_data=config.model.sigma_data)
         if t.min_snr > 0:
@@ -131,9 +139,11 @@ class Objective(nn.Module):
     def forward(
         self, x0: Tensor, t: Tensor, z: Tensor, v: Tensor, condition: dict[str, Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        error = self.estimate(self.model.given(**condition) if condition else self.model, x0, t, z, v)
+        value = self.estimate(self.model.given(**condition) if condition else self.model, x0, t, z, v)
+        weight = like(self.weight(self.model.sde, t), value)
+        error, weighted = (value / weight, value) if self.weighted else (value, weight * value)
         scale = x0[0].numel() / 2 if self.sum else 1.0  # score_sde's "sum" is half the sum over dimensions
-        loss = scale * like(self.weight(self.model.sde, t), error) * error
+        loss = scale * weighted
         uncertainty = getattr(self.model, "uncertainty", None)
         if uncertainty is not None:
             loss = uncertainty.weighted(loss, self.model.sde, t)
@@ -205,5 +215,5 @@ def learned_law(config: ConfigDict) -> time_laws.SecondMoments | None:
 
 
 def importance_weighted(config: ConfigDict) -> bool:
-    """Whether the loss has the importance weights of times; "log_snr" and "edm" are objectives without them."""
+    """Whether the loss has the importance weights of times; other laws but "uniform" are objectives without them."""
     return bool(config.training.time in ("importance", "second_moment") or config.training.soft_truncation > 0)

@@ -18,7 +18,7 @@ from ..data.toys import TOYS
 from ..machine import own_code
 from ..samplers.stochastic import check_flow
 from .build import AUTOENCODE, CHAINS, CLASSIFY, FITTED, METHODS, build_sde
-from .objective import DECODED, TWICE
+from .objective import DECODED, TWICE, WEIGHTED
 
 Rules = Iterator[str]  # a sentence for each rule that the config breaks
 
@@ -153,11 +153,6 @@ def _images_and_texts(config: ConfigDict) -> Rules:
     if m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or s.base):
         yield ("training.augmentation, sampling.augmentation and sampling.base are for super-resolution models: set "
                "model.super_resolution")
-    told = m.name in ("ddpm", "ncsnpp", "adm") and m.conditional and t.objective not in (CLASSIFY, AUTOENCODE)
-    pixels = config.data.dataset not in TOYS and not config.data.autoencoder and m.super_resolution == 0
-    if t.geometric > 0 and not (told and pixels):
-        yield (f"training.geometric={t.geometric:g} moves pixels, and tells a U-Net how: set model.name to ddpm, "
-               "ncsnpp or adm and model.conditional=True, and leave data.autoencoder and model.super_resolution alone")
     if max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"):
         yield ("model.image_channels, model.text_width and model.pooled_width are for networks with such conditions: "
                f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}")
@@ -197,12 +192,16 @@ def _times(config: ConfigDict) -> Rules:
         yield "training.time=importance draws t by the likelihood weight: set training.likelihood_weighting=True"
     if t.time == "log_snr" and t.likelihood_weighting:
         yield "training.time=log_snr already weights by likelihood: set training.likelihood_weighting=False"
-    if t.min_snr > 0 and (t.likelihood_weighting or t.time == "edm" or t.objective in (*DECODED, CLASSIFY, AUTOENCODE)):
+    other = t.likelihood_weighting or t.time == "edm"
+    if t.min_snr > 0 and (other or t.objective in (*DECODED, *WEIGHTED, CLASSIFY, AUTOENCODE)):
         yield (f"training.min_snr={t.min_snr:g} is a weight of the noise error, in place of others: set "
                "training.likelihood_weighting=False, another training.time than edm and training.objective=denoising")
     if t.uncertainty and (t.objective != "denoising" or t.sde == "learned"):
         yield ("training.uncertainty is the logarithm of a squared error at fixed noise levels: set "
                "training.objective=denoising, and training.sde to any but learned")
+    if t.objective in WEIGHTED and (other or not t.continuous):
+        yield (f"training.objective={t.objective} has the velocity's weight: set training.likelihood_weighting=False, "
+               "training.continuous=True and another training.time than edm (log_normal draws the same times)")
     if t.time == "edm" and (t.likelihood_weighting or m.rule != "edm"):
         yield ("training.time=edm has EDM's weight, of model.sigma_data: set training.likelihood_weighting=False and "
                "model.rule=edm")
@@ -238,7 +237,11 @@ def _noise(config: ConfigDict) -> Rules:
                "more steps, for beta_max/num_scales must be below 1")
     if m.gamma_min >= m.gamma_max:
         yield f"model.gamma_min={m.gamma_min:g} must be below model.gamma_max={m.gamma_max:g}"
-    vanishing = t.sde in ("vpsde", "subvpsde", "cosine")
+    pure = ("linear", "trigonometric")
+    if t.sde in pure and (m.rule in ("noise", "residual", "score") or m.label in ("sigma", "log_sigma", "edm")):
+        yield (f"training.sde={t.sde} has no signal at t = 1, where model.rule={m.rule} or model.label={m.label} is "
+               "infinite: set model.rule=velocity, v, data or edm, and model.label=time")
+    vanishing = t.sde in ("vpsde", "subvpsde", "cosine", *pure)
     for name, t_min in (("model.t_min", m.t_min), ("sampling.t_min", s.t_min), ("eval.t_min", e.t_min)):
         if vanishing and not discrete and t_min == 0:
             yield f"{name} must be above 0 for training.sde={t.sde}: its score diverges at 0; 1e-5 is usual"

@@ -36,11 +36,18 @@ def denoising(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, weight: Weigh
 
 def noise_error(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, **condition: Any) -> Tensor:
     """`denoising` with weight 1: the mean over dimensions of (noise error)², (B,)."""
-    if t.shape != x0.shape[:1] or z.shape != x0.shape:
-        raise ValueError(
-            f"t must have shape ({x0.shape[0]},) and z {tuple(x0.shape)}, got {tuple(t.shape)} and {tuple(z.shape)}"
-        )
-    return _error(model(model.sde.perturb(x0, t, z), t, **condition), z)
+    return _error(_estimate(model, x0, t, z, **condition), z)
+
+
+def flow_matching(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, **condition: Any) -> Tensor:
+    """Conditional flow matching: mean over dimensions of (velocity error)² from alpha' x0 + sigma' z, (B,).
+
+    Lipman et al. 2023 (arXiv:2210.02747), eq. 9; on `LinearSDE` it is rectified flow's loss, of z - x0 (Liu et al.
+    2023, arXiv:2209.03003, eq. 1). It is `denoising` with the weight `velocity`, without the rounding of a small error
+    times a large weight where alpha is small. The arguments are those of `denoising`.
+    """
+    estimate = _estimate(model, x0, t, z, **condition)
+    return (model.sde.flow(estimate.data - x0, estimate.noise - z, t)).square().flatten(1).mean(1)
 
 
 def variational(
@@ -77,6 +84,15 @@ def likelihood(sde: SDE, t: Tensor) -> Tensor:
     return (sde.g(t) / sde.sigma(t)) ** 2
 
 
+def velocity(sde: SDE, t: Tensor) -> Tensor:
+    """(g²/(2 sigma))²: the weight of the noise's error that makes it the error of the flow's velocity.
+
+    The velocity alpha' data + sigma' noise changes with the noise by sigma' - alpha' sigma/alpha = g²/(2 sigma), as
+    data = (x - sigma noise)/alpha. On `LinearSDE` it is 1/(1 - t)².
+    """
+    return (sde.g(t) ** 2 / (2 * sde.sigma(t))) ** 2
+
+
 def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
     """1 + (sigma/alpha)²/sigma_data²: EDM's weight of the data's error, for the noise's; of rule "edm"'s F it is 1.
 
@@ -92,6 +108,15 @@ def min_snr(sde: SDE, t: Tensor, gamma: float = 5.0) -> Tensor:
     eq. 12): levels of little noise, which the noise's error gives an infinite weight for the data, count alike.
     """
     return (gamma * (sde.sigma(t) / sde.alpha(t)) ** 2).clamp_max(1.0)
+
+
+def _estimate(model: ScoreModel, x0: Tensor, t: Tensor, z: Tensor, **condition: Any) -> Estimate:
+    """The model's estimate at x_t."""
+    if t.shape != x0.shape[:1] or z.shape != x0.shape:
+        raise ValueError(
+            f"t must have shape ({x0.shape[0]},) and z {tuple(x0.shape)}, got {tuple(t.shape)} and {tuple(z.shape)}"
+        )
+    return model(model.sde.perturb(x0, t, z), t, **condition)
 
 
 def _error(estimate: Estimate, z: Tensor) -> Tensor:

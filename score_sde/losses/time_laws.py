@@ -25,6 +25,8 @@ class Times(NamedTuple):
     weight: Tensor
 
 
+_LEAST = -10.0  # the log SNR below which hardly any signal is left; VP's is -10.04 at t = 1
+
 TimeLaw = Callable[[SDE, Tensor], Times]  # maps uniform numbers u in [0, 1), (B,) float64, to times
 
 
@@ -48,15 +50,21 @@ def uniform(sde: SDE, u: Tensor) -> Times:
 
 
 def log_snr(sde: SDE, u: Tensor) -> Times:
-    """t with log SNR uniform between its values at t_min and 1.
+    """t with log SNR uniform between its values at t_min and 1, where it is at least -10 (the other end may be -∞).
 
+    Below -10, on an SDE whose state at t = 1 is pure noise, the density falls as exp(log SNR), as the loss does there.
     VP's noise loss with weight 1 at these times, without their weights, is likelihood weighting with importance
     sampling, as g² / sigma² = -(log SNR)'. The weights are those of uniform t: 1/((1 - t_min) density).
     """
     first, last = _log_snr_ends(sde)
-    t = sde.time(first + (last - first) * u).clamp(sde.t_min, 1.0)  # the inverse is exact to rounding only
+    pure = last == -math.inf
+    even = first - (_LEAST if pure else last)  # mass of the even part; that of the tail is 1
+    place = (even + pure) * u
+    tail = (place - even).clamp_min(0)
+    snr = torch.where(tail > 0, _LEAST + torch.log1p(-tail), first - place)
+    t = sde.time(snr).clamp(sde.t_min, 1.0)  # the inverse is exact to rounding only
     # -(log SNR)' = (g/sigma)² for every linear SDE: differentiate alpha²/sigma² with the moment equations.
-    density = (sde.g(t) / sde.sigma(t)) ** 2 / (first - last)
+    density = (1 - tail) / (even + pure) * (sde.g(t) / sde.sigma(t)) ** 2
     return Times(t, 1 / ((1 - sde.t_min) * density))
 
 
@@ -71,6 +79,32 @@ def log_normal(sde: SDE, u: Tensor, mean: float = -1.2, std: float = 1.2) -> Tim
     # d log(sigma/alpha)/dt = (g/sigma)²/2, as in log_snr
     density = torch.exp(-(place**2) / 2) / (math.sqrt(2 * math.pi) * std * within) * (sde.g(t) / sde.sigma(t)) ** 2 / 2
     return Times(t, 1 / ((1 - sde.t_min) * density))
+
+
+def mode(sde: SDE, u: Tensor, scale: float = 1.29) -> Times:
+    """t = 1 - v - scale (cos²(pi v/2) - 1 + v) for uniform v, within [t_min, 1] (Esser et al. 2024, section 3.1).
+
+    Scaling rectified flow (arXiv:2403.03206), "mode sampling with heavy tails": a scale above 0 draws more of the
+    middle times, below 0 more of both ends; 0 is uniform. It is from -1 to 2/(pi - 2) = 1.75, where the map is
+    monotone.
+    """
+    if not -1 <= scale <= 2 / (math.pi - 2):
+        raise ValueError(f"scale must lie between -1 and {2 / (math.pi - 2):.3f}, got {scale:g}")
+    first = _mode_place(sde.t_min, scale)
+    v = first * (1 - u)  # falls with u, as t falls with v
+    t = 1 - v - scale * (torch.cos(math.pi / 2 * v) ** 2 - 1 + v)
+    rate = 1 + scale * (1 - math.pi / 2 * torch.sin(math.pi * v))  # -dt/dv
+    return Times(t.clamp(sde.t_min, 1.0), first * rate / (1 - sde.t_min))
+
+
+def _mode_place(t: float, scale: float) -> float:
+    """The v of `mode` at t, by bisection."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        v = (low + high) / 2
+        later = 1 - v - scale * (math.cos(math.pi / 2 * v) ** 2 - 1 + v) > t
+        low, high = (v, high) if later else (low, v)
+    return (low + high) / 2
 
 
 def importance(weight: Weight) -> TimeLaw:
@@ -91,16 +125,15 @@ def importance(weight: Weight) -> TimeLaw:
 
 
 def _log_snr_ends(sde: SDE) -> tuple[float, float]:
-    """Log SNR at t_min and 1; at 1e-5 where it is infinite at t_min."""
+    """Log SNR at t_min and 1; at 1e-5 where it is infinite at t_min. At 1 it may be -∞."""
     start, usual, end = sde.log_snr(torch.tensor([sde.t_min, 1e-5, 1.0], dtype=torch.float64)).tolist()
     return start if math.isfinite(start) else usual, end
 
 
 @lru_cache(maxsize=8)
 def _table(weight: Weight, sde: SDE, cells: int = 4096) -> tuple[Tensor, Tensor]:
-    """Edges, evenly spaced in log SNR from t_min to 1, and the distribution function of the weight there."""
-    first, last = _log_snr_ends(sde)
-    edges = sde.time(torch.linspace(first, last, cells + 1, dtype=torch.float64))
+    """Edges from t_min to 1, spaced as `log_snr`, and the distribution function of the weight there."""
+    edges = log_snr(sde, torch.linspace(0, 1, cells + 1, dtype=torch.float64)).t
     edges[0], edges[-1] = sde.t_min, 1.0
     mass = weight(sde, (edges[1:] + edges[:-1]) / 2) * edges.diff()
     return edges, torch.cat([mass.new_zeros(1), (mass / mass.sum()).cumsum(0)])

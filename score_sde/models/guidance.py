@@ -88,7 +88,7 @@ def _apart(a: SDE, b: SDE) -> str:
         return f"{a} and {b}"
     t = torch.linspace(max(a.t_min, b.t_min, 1e-3), 1, 101, dtype=torch.float64)
     with torch.no_grad():
-        gap = (a.log_snr(t) - b.log_snr(t)).abs()
+        gap = (a.log_snr(t) - b.log_snr(t)).abs().nan_to_num(0)  # both may be -∞ at t = 1
     i = int(gap.argmax())
     return f"two of the kind {a}, whose log SNRs are up to {gap[i]:.3g} apart, at t = {t[i]:.2g}"
 

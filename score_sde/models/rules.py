@@ -57,7 +57,18 @@ def predict_edm(alpha: Tensor, sigma: Tensor, sigma_data: float = 0.5) -> tuple[
     return (alpha * sigma_data**2 / var, sigma * sigma_data / std), (sigma / var, -alpha * sigma_data / std)
 
 
-def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
+def predict_velocity(alpha: Tensor, sigma: Tensor, t: Tensor, sde: SDE) -> tuple[Row, Row]:
+    """F = alpha' data + sigma' noise, the probability flow's velocity: what flow matching trains.
+
+    On the straight path of `LinearSDE` it is noise - data (Liu et al. 2023, arXiv:2209.03003; Lipman et al. 2023,
+    arXiv:2210.02747), with time from data to noise as everywhere here: theirs runs the other way, with the other sign.
+    """
+    alpha_rate, sigma_rate = sde.rates(t)
+    norm = alpha * sigma_rate - alpha_rate * sigma  # alpha g²/(2 sigma), finite also where alpha is 0
+    return (sigma_rate / norm, -sigma / norm), (-alpha_rate / norm, alpha / norm)
+
+
+def predict_mean(alpha: Tensor, sigma: Tensor, t: Tensor, sde: SDE) -> tuple[Row, Row]:
     """F = mean of x_{i-1} | x_i, x_0, the first parametrisation of Ho et al. 2020 (eq. 7-8), for a chain's SDE.
 
     Raises ValueError for the SDE of no chain: it has no previous step.
@@ -65,7 +76,6 @@ def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
     steps = sde.steps
     if steps is None:
         raise ValueError(f'rule "mean" needs the SDE of a chain (DDPM(...).as_sde()), got {sde}; use rule="data"')
-    t = sde.time(2 * torch.log(alpha / sigma))
     s = ((t * steps).round() - 1).clamp_min(0) / steps
     scale, std = sde.transition(s, t)
     keep, fresh = scale * (sde.sigma(s) / sigma) ** 2, sde.alpha(s) * (std / sigma) ** 2
@@ -73,10 +83,13 @@ def predict_mean(alpha: Tensor, sigma: Tensor, sde: SDE) -> tuple[Row, Row]:
     return (skip, out), ((1 - alpha * skip) / sigma, -alpha * out / sigma)
 
 
-RuleName = Literal["noise", "residual", "v", "data", "mean", "score", "edm"]
+RuleName = Literal["noise", "residual", "v", "data", "mean", "score", "edm", "velocity"]
 RULES: dict[str, Rule] = {
     "noise": predict_noise, "residual": predict_residual, "v": predict_v, "data": predict_data, "score": predict_score,
     "edm": predict_edm,
+}  # fmt: skip
+TIMED_RULES: dict[str, Callable[..., tuple[Row, Row]]] = {  # of (alpha, sigma, t, sde)
+    "mean": predict_mean, "velocity": predict_velocity,
 }  # fmt: skip
 
 
@@ -133,8 +146,9 @@ class Preconditioned(ScoreModel):
     Args:
         network: module ``F(x, label, **condition)`` with an output of x's shape and a label of shape (B,), both
             positional. With `learned_variance` the output has twice x's channels.
-        rule: what F means: "noise", "residual", "v", "data", "mean", "score", "edm", or a function (alpha, sigma) ->
-            2×2 matrix.
+        rule: what F means: "noise", "residual", "v", "data", "mean", "score", "edm", "velocity", or a function (alpha,
+            sigma) -> 2×2 matrix. "noise", "residual", "score" do not give the data where alpha = 0, as at t = 1 of
+            `LinearSDE`.
         label: (alpha, sigma, t) -> (B,), the network's time label; the default is 999 t.
         scale: (alpha, sigma, t) -> (B,), a factor of the network's input; the default is 1.
         learned_variance: the second half w of the output's channels is the estimate's `fraction`, (w + 1)/2, which
@@ -148,16 +162,18 @@ class Preconditioned(ScoreModel):
         scale: TimeMap = unscaled, learned_variance: bool = False,
     ) -> None:  # fmt: skip
         super().__init__(sde)
-        named: dict[str, Rule] = {**RULES, "mean": partial(predict_mean, sde=sde)}
-        if isinstance(rule, str) and rule not in named:
-            raise ValueError(f"unknown rule {rule!r}; use one of {', '.join(named)} or a function (alpha, sigma)")
+        if isinstance(rule, str) and rule not in (names := (*RULES, *TIMED_RULES)):
+            raise ValueError(f"unknown rule {rule!r}; use one of {', '.join(names)} or a function (alpha, sigma)")
         self.network, self.label, self.scale = network, label, scale
-        self.rule = named[rule] if isinstance(rule, str) else rule
+        self.timed = isinstance(rule, str) and rule in TIMED_RULES
+        self.rule: Callable[..., tuple[Row, Row]] = rule  # type: ignore[assignment]
+        if isinstance(rule, str):
+            self.rule = partial(TIMED_RULES[rule], sde=sde) if self.timed else RULES[rule]
         self.learned_variance = learned_variance
 
     def forward(self, x: Tensor, t: Tensor, **condition: Any) -> Estimate:
         alpha, sigma = self.sde.alpha(t), self.sde.sigma(t)
-        (skip, out), (lift, gain) = self.rule(alpha, sigma)
+        (skip, out), (lift, gain) = self.rule(alpha, sigma, *((t,) if self.timed else ()))
         from_x, std = like(skip, x), like(sigma, x)
         y = self.network(*network_input(self, x, t, alpha, sigma), **condition)
         channels = (1 + self.learned_variance) * x.shape[1]

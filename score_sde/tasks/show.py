@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -161,12 +162,14 @@ def warn(config: ConfigDict, data: Data, codec: Codec) -> None:
 
 
 def noise_bins(sde: SDE, count: int = 5) -> tuple[Tensor, list[str]]:
-    """Edges in log SNR, even from t_min (1e-5 at least) to 1, and the range of sigma/alpha of each bin as its name."""
-    ends = sde.log_snr(torch.tensor([max(sde.t_min, 1e-5), 1.0], dtype=torch.float64))
-    if not bool(torch.isfinite(ends).all()):  # pragma: no cover
-        raise ValueError(f"{sde} has no finite log SNR between {sde.t_min} and 1")
-    edges = torch.linspace(ends[0].item(), ends[1].item(), count + 1, dtype=torch.float64)
+    """Edges in log SNR, even from t_min (1e-5 at least) to 1, and the range of sigma/alpha of each bin as its name.
+
+    Where the state at t = 1 is pure noise, the bins are even down to -10, and the last has all that is below.
+    """
+    first, last = sde.log_snr(torch.tensor([max(sde.t_min, 1e-5), 1.0], dtype=torch.float64)).tolist()
+    edges = torch.linspace(first, -10.0 if last == -math.inf else last, count + 1, dtype=torch.float64)
     levels = torch.exp(-edges / 2).tolist()
+    levels[-1] = math.exp(-last / 2) if last > -math.inf else math.inf
     return edges, [f"sigma {a:.2g} to {b:.2g}" for a, b in pairwise(levels)]
 
 

@@ -113,8 +113,6 @@ SAID = [
         {"model.ema_rate": 0.9999, "training.batch_size": 256, "optim.lr": 1e-4},
     ),
     ("edm_vp_cifar", "Heun's method in 17 steps", {"sampling.method": "heun", "sampling.steps": 17}),
-    ("edm_vp_cifar", "their augmentation", {"training.geometric": 0.12, "data.random_flip": False}),
-    ("edm_adm_imagenet64", "unaugmented", {"training.geometric": 0.0, "data.random_flip": False}),
     ("edm_adm_imagenet64", "churn, 255 steps", {"sampling.method": "edm", "sampling.steps": 255}),
     ("edm_adm_imagenet64", "in batches of 4096", {"training.batch_size": 4096, "training.n_iters": 610_352}),
     ("iddpm_cifar", "a chain of 4000 steps", {"model.num_scales": 4000, "training.n_iters": 500_000}),
@@ -369,9 +367,6 @@ CONTRADICTIONS = [
         "to ddpm, ncsnpp, adm or dit, not ncsnv2",
     ),
     ("training.time=edm", "set training.likelihood_weighting=False and model.rule=edm"),
-    ("training.geometric=0.1 model.name=dit", "tells a U-Net how: set model.name to ddpm, ncsnpp or adm"),
-    ("training.geometric=0.1 model.super_resolution=2", "leave data.autoencoder and model.super_resolution alone"),
-    ("training.geometric=0.1 model.conditional=0", "model.conditional=True"),
     ("training.min_snr=5 training.likelihood_weighting=1", "training.min_snr=5 is a weight of the noise error"),
     ("training.min_snr=5 training.time=edm model.rule=edm", "another training.time than edm"),
     ("training.uncertainty=1 training.objective=sliced", "a squared error at fixed noise levels"),
@@ -592,12 +587,11 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         head_channels=4 attend_each=1 patch_size=3 norm=rms feed_forward=swiglu positions=rotary qk_norm=1"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
-    overrides |= {"training.continuous": "0", "training.objective": "hybrid", "training.geometric": "0.1"}
+    overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
     both |= dict(dimensions=2, scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
     both |= dict(image_channels=3, text_width=7, pooled_width=8, head_channels=4, attend_each=True)
-    both |= dict(movement=9)
 
     build_network(load(VP, overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)
@@ -613,7 +607,6 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     fixed = dict(embedding="transformer", skip_rescale=False, project=False, norm_eps=1e-5, init_scale=0.4)
     assert made.pop() == ((2,), both | fixed)
 
-    overrides["training.geometric"] = "0"
     build_network(load(VP, {**overrides, "model.name": "dit", "model.label": "time", "model.hidden": "24"}), (2, 4, 6))
     told = {key: both[key] for key in ("classes", "image_channels", "text_width", "pooled_width", "out_channels")}
     told |= {key: both[key] for key in ("dropout", "centered", "checkpoint_activations")}

@@ -166,7 +166,6 @@ def train(points: Path, *settings: str) -> int:
     [
         ("optim.lr=3e38", "optim.lr=3e+38, which usually is between 1e-08 and 0.1"),
         ("optim.weight_decay=1e30 optim.optimizer=AdamW", "optim.weight_decay=1e+30"),
-        ("model.beta_max=1e8", "model.beta_max=1e+08, which usually is between 0.1 and 200"),
         ("training.sde=vesde model.rule=score model.sigma_max=3e38", "model.sigma_max=3e+38"),
         (
             "training.sde=learned training.likelihood_weighting=1 training.time=uniform model.gamma_max=1e30",

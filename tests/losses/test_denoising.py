@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 from scipy.integrate import quad
+from scipy.optimize import brentq
 from scipy.stats import kstest, truncnorm
 from torch import Tensor
 
-from score_sde import DDPM, EDMSDE, SDE, SMLD, VPSDE, Preconditioned, ScoreModel, from_score
-from score_sde.losses import denoising, edm, likelihood, min_snr, noise_error, simple
+from score_sde import DDPM, EDMSDE, SDE, SMLD, VPSDE, LinearSDE, Preconditioned, ScoreModel, from_score
+from score_sde.losses import denoising, edm, flow_matching, likelihood, min_snr, noise_error, simple, velocity
 from score_sde.losses.time_laws import (
     TimeLaw,
     discrete,
@@ -21,6 +22,7 @@ from score_sde.losses.time_laws import (
     log_normal,
     log_snr,
     low_discrepancy,
+    mode,
     soft_truncation,
     truncation,
     uniform,
@@ -30,7 +32,7 @@ from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.models.rules import RuleName, label_log_sigma, predict_edm, unit_variance
 from score_sde.networks import MLP
 from score_sde.sdes import like
-from tests.oracles import SDES, name
+from tests.oracles import PURE, SDES, first_time, name, numbers
 
 EVERY = pytest.mark.parametrize("sde", [*SDES, DDPM.linear(100).as_sde(), SMLD([0.1, 1.0, 5.0]).as_sde()], ids=name)
 WEIGHTS = pytest.mark.parametrize("weight", [simple, likelihood])
@@ -56,7 +58,7 @@ def expected_loss(model: ScoreModel, t: float, weight: Callable = simple) -> flo
 @EVERY
 def test_the_exact_model_costs_the_irreducible_loss(sde: SDE, weight: Callable) -> None:
     eigenvalues = torch.linalg.eigvalsh(COV)
-    for t in (0.02, 0.2, 0.5, 1.0):
+    for t in (0.02, 0.2, 0.5, first_time(sde)):
         time = torch.tensor(t, dtype=torch.float64)
         a2s2, v = sde.alpha(time) ** 2 * eigenvalues, sde.sigma(time) ** 2
         floor = weight(sde, time) * (a2s2 / (a2s2 + v)).mean()
@@ -73,7 +75,7 @@ def test_every_perturbation_of_the_exact_model_costs_more(sde: SDE) -> None:
         "turned": lambda s, x: s + 0.01 * s.flip(1),
         "sheared": lambda s, x: s + 0.01 * x.flip(1),
     }
-    for t in (0.02, 0.2, 0.5, 1.0):
+    for t in (0.02, 0.2, 0.5, first_time(sde)):
         time = torch.tensor(t, dtype=torch.float64)
         x0, z, w = nodes()
         x = sde.perturb(x0, time, z)
@@ -171,6 +173,63 @@ def test_every_parametrisation_is_led_to_the_same_optimum(rule: RuleName) -> Non
         torch.testing.assert_close(found.data, wanted.data, rtol=0, atol=1e-4)
 
 
+# --- flow matching
+
+
+@EVERY
+def test_flow_matching_is_denoising_with_the_velocity_s_weight(sde: SDE) -> None:
+    """And the error of the velocity itself, alpha' data + sigma' noise with the curves' rates by autodiff."""
+    t = torch.tensor([0.021, 0.1, 0.33, 0.5, 0.8, 0.97], dtype=torch.float64)  # no step of a chain
+    x0, z, output = (numbers(6, 3, 2, 2, seed=seed) for seed in range(3))
+    model = Preconditioned(Given(output), sde, "v")
+    found = flow_matching(model, x0, t, z)
+    torch.testing.assert_close(found, denoising(model, x0, t, z, velocity), rtol=1e-9, atol=0)
+    alpha_rate, sigma_rate = torch.func.jvp(lambda u: (sde.alpha(u), sde.sigma(u)), (t,), (torch.ones_like(t),))[1]
+    e = model(sde.perturb(x0, t, z), t)
+    error = like(alpha_rate, x0) * (e.data - x0) + like(sigma_rate, x0) * (e.noise - z)
+    torch.testing.assert_close(found, error.square().mean((1, 2, 3)), rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize("sde", PURE, ids=name)
+def test_flow_matching_is_the_network_s_own_error_up_to_pure_noise_in_float32(sde: SDE) -> None:
+    """On the straight path mean (F - (noise - data))²; on the trigonometric one (pi/2)² times v's error."""
+    t = torch.tensor([0.001, 0.5, 1 - 1e-7, 1.0], dtype=torch.float64)
+    x0, z, output = (numbers(4, 8, seed=seed).float() for seed in range(3))
+    alpha_rate, sigma_rate = (like(rate, x0) for rate in sde.rates(t))
+    wanted = (output - (alpha_rate * x0 + sigma_rate * z)).square().mean(1)
+    found = flow_matching(Preconditioned(Given(output), sde, "velocity"), x0, t, z)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    if isinstance(sde, LinearSDE):
+        torch.testing.assert_close(found, (output - (z - x0)).square().mean(1), rtol=1e-5, atol=0)
+
+
+def test_log_normal_noise_on_the_straight_path_is_logit_normal_time() -> None:
+    """Esser et al. 2024, eq. 19: logit(t) is normal."""
+    law = partial(log_normal, mean=0.4, std=0.9)
+    t = law(LinearSDE(t_min=1e-9), uniform_numbers(20_000, torch.Generator().manual_seed(0))).t
+    assert kstest(torch.logit(t).numpy(), "norm", (0.4, 0.9)).pvalue > 1e-3
+
+
+def test_mode_s_times_stay_a_map_of_increasing_numbers() -> None:
+    for scale in (-1.0, 0.0, 1.29, 1.75):
+        t = mode(LinearSDE(t_min=0.0), torch.linspace(0, 1, 1001, dtype=torch.float64), scale).t
+        assert bool((t.diff() >= 0).all()) and t[0] < 1e-15 and t[-1] == 1, scale
+    for scale in (-1.01, 1.76):
+        with pytest.raises(ValueError, match=r"scale must lie between -1 and 1.752, got"):
+            mode(LinearSDE(), torch.rand(3), scale)
+
+
+class Given(torch.nn.Module):
+    """A network with a given output."""
+
+    def __init__(self, output: Tensor) -> None:
+        super().__init__()
+        self.output = output
+
+    def forward(self, x: Tensor, label: Tensor) -> Tensor:
+        return self.output
+
+
 class WithoutLabel(torch.nn.Module):
     def __init__(self, network: torch.nn.Module) -> None:
         super().__init__()
@@ -193,6 +252,8 @@ LAWS: dict[str, TimeLaw] = {
     "importance(likelihood)": importance(likelihood),
     "importance(rising)": importance(rising),
     "log_normal": partial(log_normal, mean=-0.5, std=4.0),
+    "mode": mode,
+    "mode(-0.8)": partial(mode, scale=-0.8),
 }
 EVERY_LAW = pytest.mark.parametrize("law", LAWS.values(), ids=LAWS.keys())
 
@@ -224,6 +285,13 @@ def test_times_have_the_density_they_claim() -> None:
             -sde.log_snr(torch.from_numpy(t)).numpy() / 2, *((-e / 2 + 0.5) / 4 for e in (first, last)), -0.5, 4
         ),
     }
+
+    def unmapped(t: float, scale: float) -> float:
+        """The v of t = 1 - v - scale (cos²(pi v/2) - 1 + v)."""
+        return float(brentq(lambda v: 1 - v - scale * (math.cos(math.pi * v / 2) ** 2 - 1 + v) - t, 0, 1))
+
+    for law, scale in {"mode": 1.29, "mode(-0.8)": -0.8}.items():
+        cdfs[law] = lambda t, s=scale: np.array([1 - unmapped(x, s) / unmapped(sde.t_min, s) for x in t])
     for law in LAWS:
         t = LAWS[law](sde, uniform_numbers(20_000, g)).t.numpy()
         assert kstest(t, cdfs[law]).pvalue > 1e-3, law

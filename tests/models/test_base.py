@@ -8,7 +8,21 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from score_sde import DDPM, SDE, SMLD, VPSDE, Estimate, Preconditioned, ScoreModel, from_score, guide
+from score_sde import (
+    DDIM,
+    DDPM,
+    SDE,
+    SMLD,
+    VPSDE,
+    Estimate,
+    LinearSDE,
+    Preconditioned,
+    ScoreModel,
+    from_score,
+    guide,
+    sample,
+    times,
+)
 from score_sde.models.closed_form import Gaussian
 from score_sde.models.rules import (
     RULES,
@@ -20,7 +34,7 @@ from score_sde.models.rules import (
     unit_variance,
 )
 from score_sde.sdes import WrongShape, like
-from tests.oracles import CHAINS, SDES, name
+from tests.oracles import CHAINS, PURE, SDES, first_time, name, numbers
 
 # Everything here is float64 and a handful of operations long: 1e-10 leaves room for sigma or alpha of 1e-3.
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
@@ -44,11 +58,13 @@ def case(sde: SDE, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(x0, z, t, x_t) for six times from early to late."""
     g = torch.Generator().manual_seed(seed)
     x0, z = torch.randn(2, 6, 3, 2, 2, generator=g, dtype=torch.float64)
-    t = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.8, 1.0], dtype=torch.float64)
+    t = torch.tensor([0.02, 0.1, 0.3, 0.5, 0.8, first_time(sde)], dtype=torch.float64)
     return x0, z, t, sde.perturb(x0, t, z)
 
 
-@pytest.mark.parametrize("rule", [*RULES, partial(predict_edm, sigma_data=0.8)], ids=[*RULES, "edm 0.8"])
+@pytest.mark.parametrize(
+    "rule", [*RULES, "velocity", partial(predict_edm, sigma_data=0.8)], ids=[*RULES, "velocity", "edm 0.8"]
+)
 @pytest.mark.parametrize("sde", [*SDES, *(c.as_sde() for c in CHAINS)], ids=name)
 def test_every_rule_splits_x_into_data_and_noise(sde: SDE, rule: Any) -> None:
     output, _, t, x = case(sde)
@@ -73,11 +89,32 @@ def test_the_right_output_of_each_rule_gives_the_data_and_the_noise(sde: SDE) ->
     x0, z, t, x = case(sde)
     alpha, sigma = like(sde.alpha(t), x), like(sde.sigma(t), x)
     outputs = {"noise": z, "data": x0, "score": -z / sigma, "v": alpha * z - sigma * x0}
+    moments = torch.func.jvp(lambda u: (sde.alpha(u), sde.sigma(u)), (t,), (torch.ones_like(t),))[1]  # their rates
+    outputs["velocity"] = like(moments[0], x) * x0 + like(moments[1], x) * z
     for rule, output in outputs.items():
         e = Preconditioned(Fixed(output), sde, rule)(x, t)  # type: ignore[arg-type]
         torch.testing.assert_close(e.data, x0, rtol=1e-8, atol=1e-8, msg=rule)  # x / alpha(1): alpha is 6.6e-3 for VP
         torch.testing.assert_close(e.noise, z, rtol=1e-8, atol=1e-8, msg=rule)
         close(e.score, -e.noise / sigma)
+
+
+@pytest.mark.parametrize("rule", ["velocity", "v", "data", partial(predict_edm, sigma_data=0.8)], ids=str)
+@pytest.mark.parametrize("sde", PURE, ids=name)
+def test_a_network_estimates_the_data_from_pure_noise(sde: SDE, rule: Any) -> None:
+    """At t = 1 noise is x, and the data are what the network makes of it."""
+    x, output, one = numbers(6, 3), numbers(6, 3, seed=1), torch.ones((), dtype=torch.float64)
+    e = Preconditioned(Fixed(output), sde, rule)(x, one)
+    rate = {"LinearSDE": 1.0, "TrigonometricSDE": math.pi / 2}[type(sde).__name__]
+    data = {"velocity": x * (rate == 1) - output, "v": -output, "data": output}
+    expected = data[rule] / (rate if rule == "velocity" else 1) if isinstance(rule, str) else 0.8 * output
+    torch.testing.assert_close(e.data, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(e.noise, x, rtol=1e-12, atol=1e-15)
+
+
+def test_a_rule_of_the_noise_alone_says_that_it_knows_no_data_in_pure_noise() -> None:
+    model = Preconditioned(Fixed(numbers(2, 3)), LinearSDE(), "noise")
+    with pytest.raises(FloatingPointError, match=r"alpha = 0 there.* use rule velocity, v, data or edm"):
+        sample(model, DDIM(), (2, 3), times.uniform(LinearSDE(), 4))
 
 
 @pytest.mark.parametrize("chain", [DDPM.linear(20, 0.01, 0.4), SMLD([0.1, 0.5, 0.6, 2.0, 7.0])], ids=repr)
@@ -105,7 +142,7 @@ def test_edm_rule_starts_at_the_optimum_of_gaussian_data_with_a_target_of_unit_v
     close((0.8 * of_x0) ** 2 + of_z**2, torch.ones_like(t))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, "velocity"])
 def test_a_scalar_time_is_the_time_of_every_example(rule: Any) -> None:
     output, _, _, x = case(VPSDE())
     network = Fixed(output)
@@ -145,11 +182,11 @@ def test_a_network_in_half_precision_answers_in_the_states_precision() -> None:
 def test_a_lifted_score_is_the_score_and_splits_x(sde: SDE) -> None:
     _, _, t, x = case(sde)
     model = from_score(sde, lambda x, t, shift=0.0: torch.tanh(x) + shift)
-    for times in (t, t[2]):
-        e = model(x, times)
+    for u in (t, t[2]):
+        e = model(x, u)
         close(e.score, torch.tanh(x))
-        close(model.score(x, times), torch.tanh(x))
-        close(like(sde.alpha(times), x) * e.data + like(sde.sigma(times), x) * e.noise, x)
+        close(model.score(x, u), torch.tanh(x))
+        close(like(sde.alpha(u), x) * e.data + like(sde.sigma(u), x) * e.noise, x)
     close(model.given(shift=1.0).score(x, t), torch.tanh(x) + 1)
 
 

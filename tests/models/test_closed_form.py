@@ -188,7 +188,7 @@ def test_flow_of_a_gaussian_solves_the_probability_flow_ode(sde: SDE, kind: str)
     x = model.sde.prior_std * numbers(3, *SHAPE, seed=6)
 
     def velocity(t: Tensor, y: Tensor) -> Tensor:
-        return sde.velocity(y, t, model.score(y, t))
+        return sde.flow(*model(y, t)[:2], t)  # finite at t = 1 too
 
     end, _ = integrate(velocity, x, 1.0, 0.05, sde=sde, solver=Solver("dopri8", rtol=1e-9, atol=1e-10))
     one, late = torch.tensor(1.0, dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
