@@ -20,6 +20,7 @@ def get_config() -> ConfigDict:
     training = config.training
     training.n_iters = 610_352
     training.batch_size = 4096
+    training.geometric = 0.0
     training.precision = "bfloat16"
     training.channels_last = True
 

@@ -50,6 +50,7 @@ class StepStream(IntEnum):
     AUGMENTATION = 8  # how much noise a smaller image gets
     AUGMENTATION_NOISE = 9
     CODES = 13  # draws of an autoencoder's posterior
+    MOVEMENT = 14  # how training images are moved
 
 
 class DataStream(IntEnum):

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from torch import Tensor, nn
 
 from .. import samplers
+from ..data.augmentation import TOLD
 from ..data.captions import encoder_hash, widths
 from ..losses import Uncertainty
 from ..machine import own_code
@@ -167,6 +168,7 @@ def _options(config: ConfigDict, shape: tuple[int, ...], names: str) -> dict[str
     every |= {"dimensions": len(shape) - 1, "image_size": max(shape[1:], default=0), "centered": config.data.centered}
     every |= {"embedding": EMBEDDINGS[m.embedding_type], "fir": m.fir_kernel if m.fir else None}
     every["checkpoint_activations"] = config.training.checkpoint_activations
+    every["movement"] = TOLD if config.training.geometric > 0 else 0
     every["out_channels"] = every["out_features"] = 2 * shape[0] if m.learned_variance else None
     return {name: every[name] for name in names.split()}
 
@@ -178,7 +180,7 @@ _STAGES = "width multipliers activation centered checkpoint_activations"
 _LEVELS = "width multipliers activation centered blocks attention image_size dropout resample_conv heads"
 _CONDITIONS = "classes image_channels text_width pooled_width"
 _OUTER = "checkpoint_activations dimensions scale_shift head_channels attend_each fourier_features out_channels"
-_UNET = f"{_LEVELS} {_CONDITIONS} {_OUTER}"
+_UNET = f"{_LEVELS} {_CONDITIONS} {_OUTER} movement"
 _SONG = "block fir skip_rescale"  # these and _PYRAMIDS are Song et al. 2021's
 _PYRAMIDS = "progressive progressive_input combine"
 
@@ -202,6 +204,8 @@ def _adm(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
 
 def _unet(config: ConfigDict, shape: tuple[int, ...], embedding: str, names: str = "", **fixed: Any) -> nn.Module:
     """The U-Net with these options more; it has the `embedding` of the label if it takes the label."""
+    if config.training.geometric > 0 and len(shape) != 3:
+        raise ValueError(f"training.geometric moves images, but the data have shape {tuple(shape)}: set it to 0")
     options = {**_options(config, shape, f"{_UNET} {names}"), **fixed}
     return UNet(shape[0], **options, embedding=embedding if config.model.conditional else None)
 

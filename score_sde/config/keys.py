@@ -159,6 +159,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
             Limit("a number from -1 to 1.75", lambda v: -1 <= v <= 1.75)),
         "condition_dropout": Key(0.1, "fraction of examples trained on without their label or caption", FRACTION),
         "augmentation": Key(0.0, "super_resolution: noise the small image up to this time, at random", FRACTION),
+        "geometric": Key(0.0, "probability of each way to move training images (flip, size, turn, stretch, shift), of "
+            "which the network is told, so that samples show none; EDM has 0.12 on CIFAR-10", FRACTION),
         "low_discrepancy": Key(False, "spread the times of a batch evenly"),
         "soft_truncation": Key(0.0, "k: a batch's smallest time has density tau^-k; 0: always model.t_min", AT_LEAST_0),
         "precision": Key("float32", "bfloat16: the network runs in autocast", ("float32", "bfloat16")),

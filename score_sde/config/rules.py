@@ -153,6 +153,11 @@ def _images_and_texts(config: ConfigDict) -> Rules:
     if m.super_resolution == 0 and (t.augmentation > 0 or s.augmentation > 0 or s.base):
         yield ("training.augmentation, sampling.augmentation and sampling.base are for super-resolution models: set "
                "model.super_resolution")
+    told = m.name in ("ddpm", "ncsnpp", "adm") and m.conditional and t.objective not in (CLASSIFY, AUTOENCODE)
+    pixels = config.data.dataset not in TOYS and not config.data.autoencoder and m.super_resolution == 0
+    if t.geometric > 0 and not (told and pixels):
+        yield (f"training.geometric={t.geometric:g} moves pixels, and tells a U-Net how: set model.name to ddpm, "
+               "ncsnpp or adm and model.conditional=True, and leave data.autoencoder and model.super_resolution alone")
     if max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"):
         yield ("model.image_channels, model.text_width and model.pooled_width are for networks with such conditions: "
                f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}")

@@ -149,25 +149,33 @@ class Waves(nn.Module):
 class LabelEmbedding(nn.Module):
     """(B,) labels to (B, outputs): features, then two layers.
 
-    The activation at the end, which DDPM computes at the beginning of every block, is computed here once for all.
+    The activation at the end, which DDPM computes at the beginning of every block, is computed here once for all. A
+    linear map of `beside`, so many further numbers (B, beside), is added to the features.
     """
 
-    def __init__(self, features: Sinusoidal | Fourier, outputs: int, activation: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, features: Sinusoidal | Fourier, outputs: int, activation: Callable[[Tensor], Tensor], beside: int = 0
+    ) -> None:
         super().__init__()
         self.features = features
+        self.beside = linear(beside, features.outputs) if beside else None
+        if self.beside is not None:
+            self.beside.register_parameter("bias", None)  # zeros add nothing
         self.hidden = linear(features.outputs, outputs)
         self.out = linear(outputs, outputs)
         self.activation = activation
 
-    def forward(self, label: Tensor, more: Tensor | None = None) -> Tensor:
-        h = self.before(label)
+    def forward(self, label: Tensor, more: Tensor | None = None, beside: Tensor | None = None) -> Tensor:
+        h = self.before(label, beside)
         return self.activation(h if more is None else h + more)
 
-    def before(self, label: Tensor) -> Tensor:
+    def before(self, label: Tensor, beside: Tensor | None = None) -> Tensor:
         """The embedding before its last activation."""
         kind = self.hidden.weight.dtype
         # float32 for networks in half precision, which would round 999 t to whole numbers or worse
         features = self.features(label.to(torch.promote_types(kind, torch.float32))).to(kind)
+        if self.beside is not None and beside is not None:
+            features = features + self.beside(beside.to(kind))
         return self.out(self.activation(self.hidden(features)))
 
 

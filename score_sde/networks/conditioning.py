@@ -92,7 +92,7 @@ class Conditional(nn.Module):
         """The conditions of a batch x as this network uses them."""
         embeddings = []
         if self.classes is None:
-            _refuse(label, "label", "model.class_conditional=True")
+            refuse(label, "label", "model.class_conditional=True")
         else:
             embeddings.append(self.classes(label, len(x)))
         low = self._image(x, image, augmentation)
@@ -104,17 +104,17 @@ class Conditional(nn.Module):
             level = sent(level, x.device, torch.promote_types(x.dtype, torch.float32)).expand(len(x))
             embeddings.append(self.augmentation.before(999 * level))
         if self.pooled is None:
-            _refuse(pooled, "pooled", "model.pooled_width")
+            refuse(pooled, "pooled", "model.pooled_width")
         elif pooled is not None:
-            _check(pooled, "pooled", (len(x), self.pooled.in_features))
+            check(pooled, "pooled", (len(x), self.pooled.in_features))
             embeddings.append(self.pooled(sent(pooled, x.device, self.pooled.weight.dtype)))
         total = sum(embeddings[1:], embeddings[0]) if embeddings else None
         return Conditions(total, low, self._text(x, text, mask))
 
     def _image(self, x: Tensor, image: Tensor | None, augmentation: Tensor | None) -> Tensor | None:
         if not self.image_channels:
-            _refuse(image, "image", "model.image_channels")
-            _refuse(augmentation, "augmentation", "model.image_channels")
+            refuse(image, "image", "model.image_channels")
+            refuse(augmentation, "augmentation", "model.image_channels")
             return None
         if image is None:
             return x.new_zeros(len(x), self.image_channels, *x.shape[2:])
@@ -127,16 +127,16 @@ class Conditional(nn.Module):
 
     def _text(self, x: Tensor, text: Tensor | None, mask: Tensor | None) -> Text | None:
         if self.tokens is None:
-            _refuse(text, "text", "model.text_width")
+            refuse(text, "text", "model.text_width")
             return None
         if text is None:
             if mask is not None and bool(mask.any()):
                 raise ValueError("mask says where text has tokens, but text is missing: give both, or neither")
             return None
-        _check(text, "text", (len(x), text.shape[1] if text.ndim > 1 else 0, *self.tokens.normalized_shape))
+        check(text, "text", (len(x), text.shape[1] if text.ndim > 1 else 0, *self.tokens.normalized_shape))
         if mask is None:
             mask = (text != 0).any(2)
-        _check(mask, "mask", tuple(text.shape[:2]))
+        check(mask, "mask", tuple(text.shape[:2]))
         if mask.dtype != torch.bool:
             raise ValueError(f"mask must be True where there is a token and False elsewhere, got {mask.dtype}")
         return Text(self.tokens(sent(text, x.device, self.tokens.weight.dtype)), sent(mask, x.device))
@@ -150,11 +150,11 @@ def resize(image: Tensor, size: torch.Size) -> Tensor:
     return F.interpolate(image, size=tuple(size), mode=mode, align_corners=False)
 
 
-def _refuse(value: Any, name: str, key: str) -> None:
+def refuse(value: Any, name: str, key: str) -> None:
     if value is not None:
         raise ValueError(f"the network takes no condition {name}: leave it out, or train a network with {key}")
 
 
-def _check(value: Tensor, name: str, shape: tuple[int, ...]) -> None:
+def check(value: Tensor, name: str, shape: tuple[int, ...]) -> None:
     if tuple(value.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")

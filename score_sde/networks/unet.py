@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..machine.devices import sent
 from .blocks import Fourier, Head, LabelEmbedding, Sinusoidal, Waves
-from .conditioning import Conditional
+from .conditioning import Conditional, check, refuse
 from .layers import cropped, padded
 from .levels import DownLevel, LevelOptions, Middle, UpLevel, step_down, step_up
 from .pyramid import Combine, InputResidual, InputSkip, NoPyramid, OutputResidual, OutputSeed, OutputSkip
@@ -41,6 +42,7 @@ class UNetOptions(LevelOptions):
         classes: number of classes of the condition `label`; 0: none.
         image_channels: of the condition `image`; 0: none.
         pooled_width: of the condition `pooled`; 0: none. (`text_width` is that of a token of `text`.)
+        movement: numbers of the condition `movement`; 0: none.
     """
 
     embedding: Embedding = "sinusoidal"
@@ -55,6 +57,7 @@ class UNetOptions(LevelOptions):
     classes: int = 0
     image_channels: int = 0
     pooled_width: int = 0
+    movement: int = 0
 
 
 class UNet(Conditional):
@@ -62,8 +65,9 @@ class UNet(Conditional):
 
     With `dimensions` 1 it takes signals, (B, channels, L), and with 3 volumes, (B, channels, D, H, W).
 
-    `time` is a label of the time, (B,); the conditions are those of `Conditional`. The options are `UNetOptions`,
-    `LevelOptions` and `Style`.
+    `time` is a label of the time, (B,); the conditions are those of `Conditional`, and `movement`, (B, movement), how
+    augmentation has moved the images: None is zeros, not at all (Karras et al. 2022, appendix F.2). The options are
+    `UNetOptions`, `LevelOptions` and `Style`.
 
     Lengths may be anything: they are padded inside to multiples of 2^(levels - 1), by repeating the border, and the
     output is cropped. Raises ValueError for an unknown name or an impossible size.
@@ -75,8 +79,10 @@ class UNet(Conditional):
         time_width = o.time_width or o.width
         if o.embedding is not None:
             o = replace(o, label_width=4 * time_width)
-        elif o.classes or o.image_channels or o.pooled_width:
-            raise ValueError("classes, image_channels and pooled_width need a time embedding to add to: set embedding")
+        elif o.classes or o.image_channels or o.pooled_width or o.movement:
+            raise ValueError(
+                "classes, image_channels, pooled_width and movement need a time embedding to add to: set embedding"
+            )
         self.centered, self.multiple = o.centered, o.multiple
 
         # Layers are made in the order in which they run, which is also the order of score_sde_pytorch's parameters.
@@ -85,7 +91,9 @@ class UNet(Conditional):
             waves: Sinusoidal | Fourier = Sinusoidal(time_width, ends=o.embedding == "sinusoidal")
             if o.embedding == "fourier":
                 waves = Fourier(time_width, o.fourier_scale)
-            self.embed = LabelEmbedding(waves, 4 * time_width, o.act)
+            self.embed = LabelEmbedding(waves, 4 * time_width, o.act, o.movement)
+            if self.embed.beside is not None and o.embedding == "transformer":
+                nn.init.zeros_(self.embed.beside.weight)  # as in EDM's ADM
         self.learn_conditions(4 * time_width, o.act, o.classes, o.image_channels, o.text_width, o.pooled_width)
         self.waves = Waves(o.fourier_features) if len(o.fourier_features) else None
         self.first = o.conv(channels * (1 + 2 * len(o.fourier_features)) + o.image_channels, o.width, 3)
@@ -96,13 +104,14 @@ class UNet(Conditional):
         finest = o.levels[0][0]
         self.head = None if o.progressive == "output_skip" else Head(finest, out_channels, o, o.init_scale)
 
-    def forward(self, x: Tensor, time: Tensor, /, **condition: Any) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, /, movement: Tensor | None = None, **condition: Any) -> Tensor:
         conditions, size = self.conditions(x, **condition), x.shape[2:]
+        told = self._told(movement, len(x))
         x = self._prepared(x)
         inputs = x if self.waves is None else self.waves(x)
         if conditions.image is not None:
             inputs = torch.cat([inputs, self._prepared(conditions.image)], dim=1)
-        embedded = None if self.embed is None else self.embed(time, conditions.embedding)
+        embedded = None if self.embed is None else self.embed(time, conditions.embedding, told)
 
         h, shrunk = self.first(inputs), x
         skips = [h]
@@ -114,6 +123,16 @@ class UNet(Conditional):
             h, gathered = level(h, embedded, conditions.text, gathered, skips)
         out: Tensor = gathered if self.head is None else self.head(h)
         return cropped(out, size)
+
+    def _told(self, movement: Tensor | None, batch: int) -> Tensor | None:
+        """The condition `movement`, checked."""
+        layer = None if self.embed is None else self.embed.beside
+        if movement is not None and layer is None:
+            refuse(movement, "movement", "training.geometric")
+        if movement is not None and layer is not None:
+            check(movement, "movement", (batch, layer.in_features))
+            movement = sent(movement, layer.weight.device)
+        return movement
 
     def _prepared(self, x: Tensor) -> Tensor:
         """x, padded and centred."""

@@ -128,7 +128,8 @@ def _ours(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tuple
                              f"{want}; take a checkpoint of the same, or begin anew")
     bridge = ConfigDict(config.to_dict())
     bridge.data.centered = theirs.data.centered
-    bridge.training.uncertainty = theirs.training.uncertainty
+    for key in ("uncertainty", "geometric"):  # of layers that a run may begin with, or leave
+        bridge.training[key] = theirs.training[key]
     for key in ("num_classes", "class_conditional"):
         bridge.model[key] = theirs.model[key]
     if config.model.super_resolution:
@@ -155,7 +156,7 @@ def _foreign(trained: Trained, config: ConfigDict, shape: tuple[int, ...]) -> tu
     if kind_of(config) is not MODEL:
         raise ValueError(f"{path} holds a score model, and the config trains {kind_of(config).name}: begin anew")
     bridge = ConfigDict(config.to_dict())
-    bridge.training.uncertainty = False
+    bridge.training.uncertainty, bridge.training.geometric = False, 0.0
     remedy = _AS_IT_WAS
     if path.is_dir():
         where = diffusers.network_folder(path)

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..config.kinds import kind_of
 from ..config.objective import PROJECTED, importance_weighted, learned_law, time_law
+from ..data.augmentation import movements
 from ..data.captions import Text
 from ..data.codecs import Codec
 from ..data.sets import Split, batch_indices, mirrored
@@ -128,9 +129,13 @@ class Batches:
         if split.std is not None:  # examples are means of codes, and each step draws codes around them
             own = self._normal(x0.shape[1:], generator(seed, step, StepStream.CODES + apart, k.device))
             x0 = x0 + split.std[sent(index, k.device)] * own
+        condition = self._left_out(of_data(config, split, index, self.text), step, held_out)
+        if config.training.geometric > 0 and not held_out:
+            source = generator(seed, step, StepStream.MOVEMENT)
+            movement = movements(n, config.training.geometric, source).part(part, x0.device)
+            x0, condition = movement.of(x0), {**condition, "movement": movement.told}
         if config.training.channels_last and x0.ndim == 4:
             x0, z = (each.contiguous(memory_format=torch.channels_last) for each in (x0, z))
-        condition = self._left_out(of_data(config, split, index, self.text), step, held_out)
         if config.model.super_resolution:
             condition |= self._smaller(k, step, apart)
         return Batch(x0, times.t[part], times.weight[part], z, v, condition)
