@@ -592,11 +592,12 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         head_channels=4 attend_each=1 patch_size=3 norm=rms feed_forward=swiglu positions=rotary qk_norm=1"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
-    overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
+    overrides |= {"training.continuous": "0", "training.objective": "hybrid", "training.geometric": "0.1"}
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
     both |= dict(dimensions=2, scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
     both |= dict(image_channels=3, text_width=7, pooled_width=8, head_channels=4, attend_each=True)
+    both |= dict(movement=9)
 
     build_network(load(VP, overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)
@@ -612,6 +613,7 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     fixed = dict(embedding="transformer", skip_rescale=False, project=False, norm_eps=1e-5, init_scale=0.4)
     assert made.pop() == ((2,), both | fixed)
 
+    overrides["training.geometric"] = "0"
     build_network(load(VP, {**overrides, "model.name": "dit", "model.label": "time", "model.hidden": "24"}), (2, 4, 6))
     told = {key: both[key] for key in ("classes", "image_channels", "text_width", "pooled_width", "out_channels")}
     told |= {key: both[key] for key in ("dropout", "centered", "checkpoint_activations")}
