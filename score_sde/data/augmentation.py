@@ -62,7 +62,12 @@ class Movement(NamedTuple):
         return Movement(*(sent(value[rows], device) for value in self))
 
     def of(self, x: Tensor) -> Tensor:
-        """The images x (B, C, H, W) moved; those that only flips change keep their values bit for bit."""
+        """The images x (B, C, H, W) moved; those that only flips change keep their values bit for bit.
+
+        Raises ValueError for examples that are not images.
+        """
+        if x.ndim != 4:
+            raise ValueError(f"examples of shape {tuple(x.shape[1:])} cannot be moved: set training.geometric=0")
         for flipped, axis in ((self.flip_x, -1), (self.flip_y, -2)):
             x = torch.where(_spread(flipped == 1), x.flip(axis), x)
         still = torch.stack([self.size, self.turn, self.stretch, self.shift_x, self.shift_y]).eq(0).all(0)
@@ -78,16 +83,16 @@ class Movement(NamedTuple):
 
 
 def movements(count: int, probability: float, generator: torch.Generator) -> Movement:
-    """Random movements of `count` images, float64 on the CPU: those of the first images do not depend on the count.
+    """Random movements of `count` images, float32 on the CPU: those of the first images do not depend on the count.
 
     Images are mirrored left to right half of the time. Each of the other changes (flip top to bottom, size, turn,
     stretch, shift) is drawn with this probability, 0.12 in EDM's training on CIFAR-10.
     """
     u = torch.rand(count, _DRAWN, generator=generator, dtype=torch.float64).unbind(1)
     flip_y, size, turn, stretch, shift = (each < probability for each in u[8:13])
-    return Movement(
-        flip_x=(u[0] < 0.5).double(),
-        flip_y=flip_y * (u[1] < 0.5).double(),
+    drawn = Movement(
+        flip_x=u[0] < 0.5,
+        flip_y=flip_y & (u[1] < 0.5),
         size=size * _normal(u[2]),
         turn=turn * _angle(u[3]),
         stretch=stretch * _normal(u[4]),
@@ -95,6 +100,7 @@ def movements(count: int, probability: float, generator: torch.Generator) -> Mov
         shift_x=shift * _normal(u[6]),
         shift_y=shift * _normal(u[7]),
     )
+    return Movement(*(value.float() for value in drawn))
 
 
 def moved(x: Tensor, back: Tensor, shift: Tensor) -> Tensor:
@@ -104,21 +110,28 @@ def moved(x: Tensor, back: Tensor, shift: Tensor) -> Tensor:
     are linear at twice the resolution. Without a movement x comes back to rounding: the filter's shifts by whole pixels
     are orthonormal. What lies farther beyond a border than the image's size is 0.
     """
-    height, width = x.shape[2:]
-    taps = torch.tensor(_SYM6, dtype=x.dtype, device=x.device)
-    across, down = (taps.reshape(1, 1, *shape).repeat(x.shape[1], 1, 1, 1) for shape in ((1, -1), (-1, 1)))
-    groups = x.shape[1]
+    height, width, groups = *x.shape[2:], x.shape[1]
+    taps = sent(torch.tensor(_SYM6), x.device, x.dtype)
+    across, down = (taps.reshape(1, 1, *shape).repeat(groups, 1, 1, 1) for shape in ((1, -1), (-1, 1)))
     padded = F.pad(x, (width - 1, width - 1, height - 1, height - 1), mode="reflect")
     fine = F.conv_transpose2d(padded, across, stride=(1, 2), groups=groups).narrow(3, _CENTRE, 2 * padded.shape[3])
     fine = F.conv_transpose2d(fine, down, stride=(2, 1), groups=groups).narrow(2, _CENTRE, 2 * padded.shape[2])
-    half = torch.tensor([width - 1, height - 1], dtype=torch.float64, device=x.device) / 2
-    rows, columns = (torch.arange(-_CENTRE, 2 * n + len(_SYM6) - 2 - _CENTRE, device=x.device) / 2 for n in x.shape[2:])
-    places = torch.stack(torch.meshgrid(columns, rows, indexing="xy"), -1) - half
-    places = (places - shift[:, None, None]) @ back.transpose(1, 2)[:, None]
-    index = 2 * (places + half + 2 * half)  # from the padded image's corner
-    lengths = torch.tensor([fine.shape[3], fine.shape[2]], device=x.device)
-    fine = F.grid_sample(fine, ((2 * index + 1) / lengths - 1).to(x), align_corners=False)
+    fine = F.grid_sample(fine, _sources(x, back, shift), align_corners=False)
     return F.conv2d(F.conv2d(fine, across, stride=(1, 2), groups=groups), down, stride=(2, 1), groups=groups)
+
+
+def _sources(x: Tensor, back: Tensor, shift: Tensor) -> Tensor:
+    """Where each place of the result, at twice the resolution, lies in the padded image, as `grid_sample` counts.
+
+    (B, 2H + 10, 2W + 10, 2): the filter's reach beyond the image included, with edges at -1 and 1.
+    """
+    height, width = x.shape[2:]
+    half = sent(torch.tensor([width - 1, height - 1]) / 2, x.device, x.dtype)
+    axes = (torch.arange(2 * n + len(_SYM6) - 2, device=x.device, dtype=x.dtype) for n in (width, height))
+    places = (torch.stack(torch.meshgrid(*axes, indexing="xy"), -1) - _CENTRE) / 2 - half
+    places = (places - shift.to(x)[:, None, None]) @ back.to(x).transpose(1, 2)[:, None]
+    index = 2 * (places + 3 * half)  # from the padded image's corner
+    return (2 * index + 1) / (12 * half + 2) - 1
 
 
 def _rotation(angle: Tensor) -> Tensor:

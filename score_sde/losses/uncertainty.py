@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ..machine.devices import sent
 from ..sdes.linear import SDE
 
 WAVES, FAR = 128, 40.0  # features of the level; the log SNR beyond which all levels count as one
@@ -35,8 +36,8 @@ class Uncertainty(nn.Module):
 
     def forward(self, sde: SDE, t: Tensor) -> Tensor:
         """u at times t (B,), of shape (B,), on the device of the parameters."""
-        level = -sde.log_snr(t).clamp(-FAR, FAR)[:, None] / 8
-        waves = torch.cos(level.to(self.weight) * self.frequencies + self.phases)
+        level = sent(-sde.log_snr(t).clamp(-FAR, FAR)[:, None] / 8, self.weight.device, self.weight.dtype)
+        waves = torch.cos(level * self.frequencies + self.phases)
         return math.sqrt(2) * (waves * self.weight).sum(1)  # no matrix product, which autocast would round
 
     def weighted(self, loss: Tensor, sde: SDE, t: Tensor) -> Tensor:

@@ -243,5 +243,7 @@ def test_what_does_not_fit_is_refused() -> None:
         output(unet(movement=0), torch.zeros(2, TOLD))
     with pytest.raises(ValueError, match="need a time embedding"):
         UNet(1, movement=TOLD, embedding=None)
+    with pytest.raises(ValueError, match=r"examples of shape \(3,\) cannot be moved"):
+        movement(2).of(torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"moves images, but the data have shape \(1, 16\)"):
         build_network(image_config(training__geometric=0.1), (1, 16))

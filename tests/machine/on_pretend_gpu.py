@@ -193,6 +193,10 @@ TRAININGS: dict[str, dict[str, object]] = {
     "second moments": {**IDDPM, **LEVELLED, "training__objective": "vlb", "training__time": "second_moment"},
     "vdm": {**VDM, **LEVELLED, "model__fourier_features": ()},
     "edm": {**EDM, **POINTS},
+    "moved images": dict(training__geometric=0.5, data__random_flip=False),
+    "weights and power averages": dict(
+        POINTS, training__min_snr=5.0, training__uncertainty=True, model__ema_power=True
+    ),
     "sliced": dict(POINTS, training__objective="sliced_vr"),
     "implicit": dict(POINTS, training__objective="implicit"),
     "finite differences": dict(POINTS, training__objective="finite_difference"),
