@@ -23,7 +23,7 @@ from ..models.autoencoder import ConvolutionalAutoencoder
 from ..models.base import ScoreModel
 from ..models.classifier import NoisyClassifier
 from ..models.rules import Preconditioned, TimeMap
-from ..networks import MLP, NCSN, CodeDecoder, CodeEncoder, DiT, Encoder, NCSNv2, UNet
+from ..networks import EDM2, MLP, NCSN, CodeDecoder, CodeEncoder, DiT, Encoder, NCSNv2, UNet
 from ..ode.integrators import ADAPTIVE, FIXED
 from ..samplers import Sampler, fit_times, times
 from ..samplers.exponential import fast
@@ -210,6 +210,12 @@ def _unet(config: ConfigDict, shape: tuple[int, ...], embedding: str, names: str
     return UNet(shape[0], **options, embedding=embedding if config.model.conditional else None)
 
 
+def _edm2(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
+    """EDM2's U-Net of Karras et al. 2024, configuration G, whose layers preserve magnitudes."""
+    names = "width multipliers blocks attention image_size head_channels heads dropout centered"
+    return EDM2(shape[0], **_options(config, shape, f"{names} checkpoint_activations dimensions out_channels classes"))
+
+
 def _dit(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
     """DiT, the transformer of Peebles & Xie 2023."""
     m = config.model
@@ -236,9 +242,10 @@ def _mlp(config: ConfigDict, shape: tuple[int, ...]) -> nn.Module:
 
 
 NETWORKS: dict[str, Callable[[ConfigDict, tuple[int, ...]], nn.Module]] = {
-    each.__name__[1:]: each for each in (_ddpm, _ncsnpp, _adm, _dit, _ncsn, _ncsnv2, _mlp)
+    each.__name__[1:]: each for each in (_ddpm, _ncsnpp, _adm, _edm2, _dit, _ncsn, _ncsnv2, _mlp)
 }
-_UNETS, _ANY = ("ddpm", "ncsnpp", "adm"), ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4))
+_UNETS = ("ddpm", "ncsnpp", "adm", "edm2")
+_ANY = ("images, (C, H, W), signals, (C, L), and volumes, (C, D, H, W)", (2, 3, 4))
 # What a network takes, in words, and the ranks of these shapes; the others take images.
 _RANKS: dict[str, tuple[str, tuple[int, ...]]] = {"mlp": ("vectors, (D,)", (1,)), **dict.fromkeys(_UNETS, _ANY)}
 

@@ -115,8 +115,8 @@ def _classes(config: ConfigDict) -> Rules:
         yield ("training.objective=cross_entropy learns no noise schedule: set training.sde to that of the model that "
                "the classifier will guide")
     if m.class_conditional and (m.name in ("ncsn", "ncsnv2") or not m.conditional):
-        yield ("model.class_conditional is for networks that take the time: set model.name to ddpm, ncsnpp, adm, dit "
-               "or mlp, and model.conditional=True")
+        yield ("model.class_conditional is for networks that take the time: set model.name to ddpm, ncsnpp, adm, "
+               "edm2, dit or mlp, and model.conditional=True")
     if not (m.class_conditional or classifies) and m.num_classes > 0:
         yield "model.num_classes is for class-conditional models and classifiers: set model.class_conditional=True"
     if not m.class_conditional and not s.classifier and len(s.labels) > 0:
@@ -158,7 +158,7 @@ def _images_and_texts(config: ConfigDict) -> Rules:
     if t.geometric > 0 and not (told and pixels):
         yield (f"training.geometric={t.geometric:g} moves pixels, and tells a U-Net how: set model.name to ddpm, "
                "ncsnpp or adm and model.conditional=True, and leave data.autoencoder and model.super_resolution alone")
-    if max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("mlp", "ncsn", "ncsnv2"):
+    if max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("edm2", "mlp", "ncsn", "ncsnv2"):
         yield ("model.image_channels, model.text_width and model.pooled_width are for networks with such conditions: "
                f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}")
 
@@ -259,6 +259,8 @@ def _network(config: ConfigDict) -> Rules:
         yield "model.label=index and model.rule=mean need the steps of a chain: set training.continuous=False"
     if m.name == "ncsn" and m.label != "index":
         yield f"model.name=ncsn has parameters for each noise level of a chain: set model.label=index, not {m.label!r}"
+    if m.name == "edm2" and m.label != "edm":
+        yield f"model.name=edm2 has waves for labels of order 1: set model.label=edm, not {m.label!r}"
     refinenet = m.name in ("ncsn", "ncsnv2")
     if refinenet and m.dropout > 0:
         yield f"model.name={m.name} has no dropout: set model.dropout=0, not {m.dropout:g}"
@@ -267,7 +269,7 @@ def _network(config: ConfigDict) -> Rules:
                f"more, not {m.ch_mult}")
     if refinenet and m.nf < 2:
         yield f"model.name={m.name} normalises over channels: model.nf must be at least 2, got {m.nf}"
-    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "dit", "ncsn", "ncsnv2")
+    fourier = m.embedding_type == "fourier" and m.name not in ("ddpm", "adm", "edm2", "dit", "ncsn", "ncsnv2")
     if fourier and not own and m.label != "sigma":
         yield f"model.embedding_type=fourier takes the logarithm of the label: set model.label=sigma, not {m.label!r}"
     if not fourier and not own and m.label == "sigma" and m.name != "ncsnv2":

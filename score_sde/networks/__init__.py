@@ -2,9 +2,10 @@
 
 from .autoencoder import CodeDecoder, CodeEncoder
 from .dit import DiT
+from .edm2 import EDM2
 from .encoder import Encoder
 from .mlp import MLP
 from .refinenet import NCSN, NCSNv2
 from .unet import UNet
 
-__all__ = ["MLP", "NCSN", "CodeDecoder", "CodeEncoder", "DiT", "Encoder", "NCSNv2", "UNet"]
+__all__ = ["EDM2", "MLP", "NCSN", "CodeDecoder", "CodeEncoder", "DiT", "Encoder", "NCSNv2", "UNet"]

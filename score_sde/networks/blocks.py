@@ -109,7 +109,21 @@ class Sinusoidal(nn.Module):
         return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, self.width % 2))
 
 
-class Fourier(nn.Module):
+class RandomWaves(nn.Module):
+    """Waves whose frequencies and phases, buffers of this module, were drawn once."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> RandomWaves:
+        """Keep the buffers out of half precision, where angles would be off by a radian."""
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, value in self._buffers.items():
+            old = before[name]
+            if old is not None and value is not None and value.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = old.to(value.device)
+        return self
+
+
+class Fourier(RandomWaves):
     """(B,) positive labels to (B, 2 width): sines and cosines of 2π w log(label), w ~ N(0, scale²) drawn once.
 
     Random Fourier features (Tancik et al. 2020, arXiv:2006.10739); the label of a VE network is sigma.
@@ -121,14 +135,6 @@ class Fourier(nn.Module):
         super().__init__()
         self.register_buffer("frequencies", scale * torch.randn(width))
         self.outputs = 2 * width
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fourier:
-        """Keep the frequencies out of half precision, where 2π w log(label) would be off by a radian."""
-        before = self.frequencies
-        super()._apply(fn, recurse)
-        if self.frequencies.dtype in (torch.float16, torch.bfloat16):
-            self.frequencies = before.to(self.frequencies.device)
-        return self
 
     def forward(self, label: Tensor) -> Tensor:
         angles = label.log()[:, None] * self.frequencies * (2 * math.pi)

@@ -37,7 +37,11 @@ class ClassEmbedding(nn.Module):
                 f"label must lie in 0..{len(self.table) - 1}, or be -1 for none, got {label.min()} to {label.max()}"
             )
         label = sent(label, self.table.device).expand(batch)
-        return self.table[label.clamp_min(0)] * (label >= 0)[:, None]
+        return self.rows()[label.clamp_min(0)] * (label >= 0)[:, None]
+
+    def rows(self) -> Tensor:
+        """The embedding of each class, (classes, outputs)."""
+        return self.table
 
 
 class Conditions(NamedTuple):

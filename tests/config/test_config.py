@@ -581,7 +581,7 @@ def test_weights_depend_on_the_seed_alone() -> None:
 
 def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[tuple[object, ...], dict[str, object]]] = []
-    for name in ("UNet", "MLP", "DiT"):
+    for name in ("UNet", "MLP", "DiT", "EDM2"):
         monkeypatch.setattr(build, name, lambda *sizes, **options: made.append((sizes, options)))
     # No value is a default's.
     keys = """nf=24 ch_mult=1,3 num_res_blocks=5 attn_resolutions=2 dropout=0.3 nonlinearity=elu resamp_with_conv=0
@@ -593,6 +593,8 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
     overrides |= {"training.continuous": "0", "training.objective": "hybrid", "training.geometric": "0.1"}
+    bare = {f"model.{key}": "0" for key in ("image_channels", "text_width", "pooled_width")}
+    bare["training.geometric"] = "0"
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
     both |= dict(dimensions=2, scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
@@ -620,14 +622,18 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
     told |= dict(norm="rms", feed_forward="swiglu", positions="rotary", qk_norm=True)
     assert made.pop() == ((2,), told | dict(patch=3, width=24, depth=7, heads=6))
 
+    levels = ("width", "multipliers", "blocks", "attention", "image_size", "dropout", "centered")
+    build_network(load(VP, {**overrides, "model.name": "edm2", "model.label": "edm", **bare}), (2, 4, 6))
+    outer = ("heads", "head_channels", "checkpoint_activations", "dimensions", "out_channels", "classes")
+    assert made.pop() == ((2,), {key: both[key] for key in (*levels, *outer)})
+
     for name in ("ddpm", "ncsnpp", "adm"):
         build_network(load(VP, {"model.name": name, "model.conditional": "0"}), (2, 4, 6))
         options = made.pop()[1]
         assert options["embedding"] is None and options["out_channels"] is None
 
     vectors = {"model.name": "mlp", "data.dataset": "ring", "data.random_flip": "0"}
-    vectors |= {f"model.{key}": "0" for key in ("image_channels", "text_width", "pooled_width")}
-    build_network(load(VP, {**overrides, **vectors}), (9,))
+    build_network(load(VP, {**overrides, **vectors, **bare}), (9,))
     mlp = dict(width=5, depth=7, embedding="fourier", fourier_scale=3.0, dropout=0.3, out_features=18, classes=6)
     assert made.pop() == ((9,), mlp)
 

@@ -4,6 +4,7 @@ Divergences of every network with every guidance and probe, training by likeliho
 steps of a backward pass that several products may take together.
 """
 
+import copy
 import itertools
 import math
 import re
@@ -44,7 +45,7 @@ from score_sde.likelihood.flows import ProbabilityFlow
 from score_sde.models import traces
 from score_sde.models.base import of_examples
 from score_sde.models.rules import label_edm
-from score_sde.networks import DiT
+from score_sde.networks import EDM2, DiT
 from score_sde.networks.layers import layer_norm, recomputed
 from score_sde.samplers import (
     DDIM,
@@ -74,6 +75,7 @@ EXTRA = {
     "ddpm": {"nf": 32, "ch_mult": (1, 2), "resblock_type": "ddpm"},
     "ncsnpp": {"fir": True, "progressive": "output_skip", "progressive_input": "residual"},
     "adm": {"scale_shift": True},
+    "edm2": {},
     "dit": {"hidden": 8, "depth": 1, "num_heads": 2},
     "modern dit": {"name": "dit", "hidden": 8, "depth": 1, "num_heads": 2, **MODERN},
     "ncsn": {"ch_mult": (1, 1, 1), "num_scales": 10, "label": "index"},
@@ -163,7 +165,7 @@ def cell(*values: object, slow: bool) -> ParameterSet:
     return pytest.param(*values, id="-".join(map(str, values)), marks=[pytest.mark.slow] if slow else [])
 
 
-FEW = ("ncsnpp", "dit", "mlp")
+FEW = ("ncsnpp", "edm2", "dit", "mlp")
 DIVERGENCES = [  # each guidance by the cheap networks, and the dearest derivatives by every network
     cell(name, guidance, slow=name not in ("dit", "mlp") and guidance != "dps")
     for name, guidance in itertools.product(EXTRA, GUIDANCE)
@@ -487,3 +489,17 @@ def test_a_transformer_s_compiled_graph_has_no_breaks(recompute: bool, options: 
     x, label = states("dit"), torch.tensor([0.3, 0.7], dtype=torch.float64)
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, label), network(x, label), rtol=0, atol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("training", [False, True], ids=["evaluated", "trained"])
+def test_edm2_s_compiled_graph_has_no_breaks(training: bool) -> None:
+    """In training it sets its own weights."""
+    network = awake(EDM2(1, width=8, multipliers=(1, 2), blocks=1, attention=(2,), head_channels=8)).train(training)
+    other, x, label = copy.deepcopy(network), states("edm2"), torch.tensor([0.3, 0.7], dtype=torch.float64)
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    for found, expected in ((compiled(x, label), other(x, label)), (compiled(x, label), other(x, label))):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+        found.square().sum().backward(), expected.square().sum().backward()
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close((p, p.grad), (q, q.grad), rtol=1e-10, atol=1e-12)

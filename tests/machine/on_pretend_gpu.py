@@ -205,6 +205,7 @@ TRAININGS: dict[str, dict[str, object]] = {
     "labels and text": {**LABELLED, **CAPTIONED},
     "smaller images": dict(model__super_resolution=2, model__image_channels=CHANNELS, training__augmentation=0.5),
     "dit": {**LABELLED, "model__name": "dit", "model__patch_size": 2},
+    "edm2": {**LABELLED, "model__name": "edm2", "model__label": "edm"},
     "bfloat16, in parts": dict(
         model__name="adm",
         model__nf=32,

@@ -25,7 +25,7 @@ from score_sde.likelihood.sde_bound import variational_bound
 from score_sde.machine.parallel import Processes
 from score_sde.models.base import Estimate, ScoreModel
 from score_sde.models.rules import Preconditioned, label_log_sigma, predict_edm, unit_variance
-from score_sde.networks import MLP, NCSN, UNet
+from score_sde.networks import EDM2, MLP, NCSN, UNet
 from score_sde.noise import noise_source
 from score_sde.ode import GaveUp
 from score_sde.ode import integrators as ode
@@ -163,6 +163,7 @@ NETWORKS = {
     "unet, sinusoidal": (lambda: UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(4,), image_size=8), 100.0),
     "unet, fourier": (lambda: UNet(1, width=16, multipliers=(1, 2), blocks=1, attention=(), embedding="fourier"), 0.1),
     "ncsn": (lambda: NCSN(1, levels=999, width=8, multipliers=(1, 1, 1)), 700.6),
+    "edm2": (lambda: EDM2(1, width=16, multipliers=(1, 2), blocks=1, attention=(4,), head_channels=8), 1.0),
     "mlp": (lambda: MLP(4, width=32), 1.0),
 }
 

@@ -12,7 +12,7 @@ from score_sde import DDPM, SDE, SMLD, VESDE, VPSDE, Preconditioned, ScoreModel,
 from score_sde.models.closed_form import Boxes, Empirical, Gaussian, Mixture
 from score_sde.models.guidance import clip, threshold
 from score_sde.models.rules import RULES
-from score_sde.networks import MLP, DiT, NCSNv2, UNet
+from score_sde.networks import EDM2, MLP, DiT, NCSNv2, UNet
 from score_sde.sdes import like
 from score_sde.sdes.learned import LearnedVPSDE, MonotoneSchedule
 from tests.oracles import SDES, numbers
@@ -91,6 +91,7 @@ def test_networks_map_over_states_and_times() -> None:
     networks.append(DiT(1, patch=2, width=16, depth=1, heads=2))
     modern = {"norm": "rms", "feed_forward": "swiglu", "positions": "rotary", "qk_norm": True}
     networks.append(DiT(1, patch=2, width=16, depth=1, heads=2, **modern))
+    networks.append(EDM2(1, head_channels=8, **small))
     for network in networks:
         check(Preconditioned(network, VPSDE()).double().eval(), numbers(4, 1, 8, 8))
     check(Preconditioned(MLP(3, width=8, depth=1), VPSDE()).double(), numbers(4, 3))

@@ -20,7 +20,7 @@ from score_sde.models.base import absent, of_examples
 from score_sde.models.closed_form import Mixture
 from score_sde.models.guidance import Guided, both
 from score_sde.models.rules import Preconditioned
-from score_sde.networks import MLP, Encoder, UNet
+from score_sde.networks import EDM2, MLP, Encoder, UNet
 from score_sde.samplers import EmbeddedODE, Heun
 from score_sde.tasks.conditions import Guides, conditional, left_out
 from score_sde.tasks.latents import as_in_training
@@ -34,6 +34,10 @@ SDE = MIXTURE.sde
 
 NETWORKS = {
     "unet": (lambda: UNet(2, width=8, multipliers=(1, 2), blocks=1, attention=(), image_size=8, classes=3), (2, 8, 8)),
+    "edm2": (
+        lambda: EDM2(2, width=8, multipliers=(1, 2), blocks=1, attention=(), image_size=8, head_channels=8, classes=3),
+        (2, 8, 8),
+    ),
     "mlp": (lambda: MLP(4, width=16, depth=2, classes=3), (4,)),
 }
 

@@ -56,6 +56,9 @@ OF_IMAGES = {
         "model__name": "ncsnv2", "model__ch_mult": (1, 1, 1), "training__sde": "vesde", "data__random_flip": True,
     },
     "dit": {"model__name": "dit", "model__hidden": 16, "model__depth": 1, "model__num_heads": 2},
+    "edm2, accumulate": {
+        "model__name": "edm2", "model__label": "edm", "model__class_conditional": True, "training__accumulate": 2,
+    },
     "classifier": {"training__objective": "cross_entropy"},
     "autoencoder": {"training__objective": "autoencoder"},
     "classes, super-resolution": {
