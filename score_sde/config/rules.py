@@ -201,7 +201,7 @@ def _times(config: ConfigDict) -> Rules:
     if t.min_snr > 0 and (other or t.objective in (*DECODED, *WEIGHTED, CLASSIFY, AUTOENCODE)):
         yield (f"training.min_snr={t.min_snr:g} is a weight of the noise error, in place of others: set "
                "training.likelihood_weighting=False, another training.time than edm and training.objective=denoising")
-    if t.uncertainty and (t.objective != "denoising" or t.sde == "learned"):
+    if t.uncertainty and (t.objective not in ("denoising", *WEIGHTED) or t.sde == "learned"):
         yield ("training.uncertainty is the logarithm of a squared error at fixed noise levels: set "
                "training.objective=denoising, and training.sde to any but learned")
     if t.objective in WEIGHTED and (other or not t.continuous):
