@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from score_sde import DDPM, SDE, VPSDE
+from score_sde import DDPM, SDE, VPSDE, LinearSDE
 from score_sde.cli import run
 from score_sde.config.build import build_model
 from score_sde.config.objective import Objective
@@ -84,6 +84,7 @@ def test_it_depends_on_the_noise_level_alone_and_is_finite(sde: SDE) -> None:
     torch.testing.assert_close(again[inside], u[inside], rtol=0, atol=1e-4)
     ends = own(DDPM.linear(10).as_sde(), torch.tensor([0.0, 1e-300], dtype=torch.float64))  # no noise: infinite SNR
     assert bool(ends.isfinite().all()) and ends[0] == ends[1]
+    assert bool(own(LinearSDE(), torch.ones(1, dtype=torch.float64)).isfinite().all())  # no signal
 
 
 def test_its_features_are_those_of_edm2() -> None:
