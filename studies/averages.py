@@ -139,9 +139,9 @@ def run(runs: Path, count: int, seeds: int, images: Path) -> dict[str, str]:
         blocks.append(tabled(steps, judged(True), judged(False), by_run[name]))
     _, real, _ = confidence(data, np.zeros((1, 8, 8, 1)))
     blocks.append(
-        f"One training run each. Shares and distances are of {count} samples for each of {seeds} seeds, mean ± "
+        f"One training run each. Shares and distances: {count} samples for each of {seeds} seeds, mean ± "
         f"standard deviation over them; held-out digits have {100 * real:.1f} % and {who.distance(who.test):.3f}. "
-        "Bits/dim are of the 300 held-out digits; the errors of differences are over them.\n\n"
+        "Bits/dim: the 300 held-out digits; the errors of differences are over them.\n\n"
         f"{machine(torch.device('cpu'))}.\n"
     )
     shown = picture(curves(by_run), images / "averages.png", "bits/dim and Fréchet distance against the width")
