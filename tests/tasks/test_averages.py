@@ -213,6 +213,9 @@ def test_where_no_power_averages_are_one_sentence_says_so(tmp_path: Path, capsys
         assert "000000002.safetensors has no power averages" in said and "--config.model.ema_power=true" in said
     said = refused(capsys, line("vp_toy", "train", plain, **TOY, training__n_iters=4))
     assert "would count every step from the first: go on with model.ema_power=False" in said
+    for mode in ("train", "demo"):  # before it has run for long
+        said = refused(capsys, [*line("vp_digits", mode, tmp_path / "new"), *width])
+        assert "sampling.ema=0.05 would be made of power averages" in said and not (tmp_path / "new").exists()
     said = refused(capsys, [*line("vp_toy", "sample", plain), *width, *overrides(sampling__weights="raw")])
     assert "sampling.ema=0.05 is an average: set sampling.weights=ema" in said
     assert "between 0 and 0.288" in refused(capsys, [*line("vp_toy", "sample", plain), *overrides(sampling__ema=0.3)])
