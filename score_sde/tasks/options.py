@@ -53,8 +53,8 @@ def check(options: argparse.Namespace, config: ConfigDict) -> None:
         _number(options, config)
     m, width = config.model, config.sampling.ema
     if options.mode in ("train", "demo") and width > 0 and not m.ema_power:
-        raise ValueError(f"sampling.ema={width:g} would be made of power averages, which --mode {options.mode} keeps only "
-                         "with model.ema_power=True: set it, or sampling.ema=0")
+        raise ValueError(f"sampling.ema={width:g} would be made of power averages, which --mode {options.mode} keeps "
+                         "only with model.ema_power=True: set it, or sampling.ema=0")
     if options.mode == "demo" and (config.data.dataset not in JUDGED or m.super_resolution or m.text_encoder):
         raise ValueError(f"--mode demo judges digits that a model draws from nothing, and {options.config} is of "
                          "something else: take --config vp_digits, or the modes train, sample and likelihood one by "
