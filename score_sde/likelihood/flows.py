@@ -19,14 +19,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from ..machine.devices import widest
 from ..models.base import ScoreModel, default_state, in_precision_of
-from ..models.traces import Probe, differentiable, draw_probes, of_rows, products
+from ..models.traces import Law, Probe, differentiable, draw_probes, of_rows, products, projections
 from ..noise import Noise, noise_source
 from ..ode.circle import NO_JACOBIAN, Circle, Slopes, carry
 from ..ode.integrators import EACH, Solver, integrate
@@ -154,10 +155,7 @@ class Flow(nn.Module):
         if self.solver.method == EACH and (kinetic or jacobian):
             raise ValueError(f'kinetic and jacobian are integrals over t: use dopri5 for them, not "{EACH}"')
 
-        def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-            own = e if len(rows) == batch else of_rows(e, rows, exact)
-            return _slope_and_rates(velocity, y, own, exact, kinetic, jacobian)
-
+        slopes = partial(_slopes_and_rates, probes=e, exact=exact, kinetic=kinetic, jacobian=jacobian)
         latent, integrals, nfe = self.solve(x, slopes, k + kinetic + jacobian, d)
         integrals, costs = integrals[:, :k], integrals[:, k:]
         base = self.base(latent)
@@ -171,11 +169,17 @@ class Flow(nn.Module):
             costs[:, -1] if jacobian else None,
         )  # fmt: skip
 
-    def solve(self, x: Tensor, slopes: Slopes, columns: int, dimensions: int = 1) -> tuple[Tensor, Tensor, float]:
-        """(state at t1, integrals (B, columns) of the rates, evaluations per example), from x at t0; see `carry`."""
+    def solve(
+        self, x: Tensor, slopes: Slopes, columns: int, dimensions: int = 1, *, back: bool = False
+    ) -> tuple[Tensor, Tensor, float]:
+        """(state at t1, integrals (B, columns) of the rates, evaluations per example), from x at t0; see `carry`.
+
+        `back` goes from x at t1 to t0; the integrals then are from t1 to t0 too.
+        """
         batch, d, wide = len(x), math.prod(x.shape[1:]), widest(x)
+        t0, t1 = (self.t1, self.t0) if back else (self.t0, self.t1)
         if self.solver.method == EACH:
-            latent, integrals, costs = self._carry(x, self.t0, self.t1, slopes, columns, dimensions)
+            latent, integrals, costs = self._carry(x, t0, t1, slopes, columns, dimensions)
             return latent, integrals, costs.double().mean().item() if batch else 0
         rows = torch.arange(batch)
 
@@ -184,7 +188,7 @@ class Flow(nn.Module):
             return torch.cat([slope.flatten(1).to(wide), rates.to(wide)], dim=1)
 
         start = torch.cat([x.flatten(1).to(wide), x.new_zeros(batch, columns, dtype=wide)], dim=1)
-        end, nfe = self._integrate(field, start, self.t0, self.t1)
+        end, nfe = self._integrate(field, start, t0, t1)
         return end[:, :d].reshape(x.shape), end[:, d:], nfe
 
     def path(self, x: Tensor, times: Sequence[float] | Tensor) -> Tensor:
@@ -217,10 +221,14 @@ class Flow(nn.Module):
 
     @torch.no_grad()
     def sample(
-        self, shape: tuple[int, ...], *, seed: int | torch.Generator = 0, first: int = 0,
-        dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-    ) -> Tensor:  # fmt: skip
+        self, shape: tuple[int, ...], *, log_prob: bool = False, probe: Probe | Tensor = "exact",
+        seed: int | torch.Generator = 0, first: int = 0, dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> Any:  # fmt: skip
         """Decode a draw (B, *shape) of the base; seed, first, dtype and device as for `samplers.sample`.
+
+        With `log_prob` returns (x, log density in nats (B,)), both from one solution of the ODE: with the exact trace,
+        or an unbiased estimate by `probe`, one random vector for each example, as for `evaluate`.
 
         Raises ValueError for a flow with a custom base and no `draw`.
         """
@@ -228,7 +236,17 @@ class Flow(nn.Module):
             raise ValueError("this flow's base is a log density alone: give Flow a draw(shape, noise) of it too")
         dtype, device = default_state(self, dtype, device)
         noise = noise_source(tuple(shape), seed, first, dtype, device)
-        return self.decode(self.draw(shape, noise) if self.draw else noise(torch.empty(tuple(shape))))
+        z = self.draw(shape, noise) if self.draw else noise(torch.empty(tuple(shape)))
+        if not log_prob:
+            return self.decode(z)
+        exact = isinstance(probe, str) and probe == "exact"
+        if isinstance(probe, str) and probe in get_args(Law):  # from the examples' own streams, where z has ended
+            probe = projections(noise(z)[None], cast(Law, probe))
+        slopes = partial(
+            _slopes_and_rates, probes=draw_probes(probe, 1, z, seed, first), exact=exact, kinetic=False, jacobian=False
+        )
+        x, divergence, _ = self.solve(z, slopes, 1, math.prod(z.shape[1:]), back=True)
+        return x.to(z.dtype), self.base(z) - divergence[:, 0]
 
     def _carry(
         self, x: Tensor, t: float, s: float, slopes: Slopes | None = None, columns: int = 0, dimensions: int = 1
@@ -267,6 +285,22 @@ def score_flow(
     return Flow(ProbabilityFlow(model), base or sde.prior_log_prob, sde.prior, t0=t_min, t1=1.0, solver=solver, sde=sde)
 
 
+def straightness(flow: Flow, x: Tensor) -> Tensor:
+    """How far the flow's paths from x (B, *shape) at t0 are from straight lines at constant speed, (B,); 0 if they are.
+
+    The integral of |v - (x_1 - x_0)/(t1 - t0)|² over t (Liu et al. 2023, arXiv:2209.03003, section 2.2), which is that
+    of |v|², the kinetic energy, less |x_1 - x_0|²/(t1 - t0). A straight path is solved in one step of Euler's method.
+    """
+
+    def slopes(velocity: Callable[[Tensor], Tensor], y: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            v = velocity(y)
+        return v, v.square().flatten(1).sum(1, keepdim=True)
+
+    end, energy, _ = flow.solve(x, slopes, 1, math.prod(x.shape[1:]))
+    return energy[:, 0] - (end - x).square().flatten(1).sum(1) / (flow.t1 - flow.t0)
+
+
 def as_state(x: Tensor) -> Tensor:
     """x in float32 or float64: rounding in half precision is far above tolerances. Raises ValueError unless a batch."""
     if not isinstance(x, Tensor):
@@ -282,13 +316,16 @@ def refuse_gradient(x: Tensor, name: str, instead: str) -> None:
         raise ValueError(f"{name} has no gradient, and x asks for one: take score_flow(model).{instead}, or x.detach()")
 
 
-def _slope_and_rates(
-    velocity: Callable[[Tensor], Tensor], x: Tensor, e: Tensor, exact: bool, kinetic: bool, jacobian: bool
-) -> tuple[Tensor, Tensor]:
+def _slopes_and_rates(
+    velocity: Callable[[Tensor], Tensor], x: Tensor, rows: Tensor, *, probes: Tensor, exact: bool, kinetic: bool,
+    jacobian: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The velocity v at x, and e^T J e (B, K) for the probes e (K, *x.shape), then if wanted |v|² and mean |e^T J|².
 
-    If `exact` the probes are the unit vectors, and both are sums over them, (B, 1).
+    `rows` are the examples of x, of those that have probes. If `exact` the probes are the unit vectors, and both are
+    sums over them, (B, 1).
     """
+    e = probes if len(rows) == probes.shape[1] else of_rows(probes, rows, exact)
     value, y, graph = differentiable(velocity, x, "the velocity has no gradient in x, and a density needs its Jacobian")
     traces, norms = [], []
     for block, product in products(value, y, e, graph):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,8 +10,21 @@ from torch import Tensor, nn
 
 from benchmarks.flows import peak_saved_bytes
 from examples import flows as example
-from score_sde import DDPM, SDE, VESDE, VPSDE, Flow, NetworkVelocity, Preconditioned, Solver, log_likelihood, score_flow
-from score_sde.likelihood.flows import Evaluation
+from score_sde import (
+    DDPM,
+    SDE,
+    VESDE,
+    VPSDE,
+    Flow,
+    LinearSDE,
+    NetworkVelocity,
+    Preconditioned,
+    Solver,
+    TrigonometricSDE,
+    log_likelihood,
+    score_flow,
+)
+from score_sde.likelihood.flows import Evaluation, ProbabilityFlow, straightness
 from score_sde.models.closed_form import Gaussian
 from score_sde.networks import MLP, UNet
 from score_sde.ode import integrate
@@ -99,6 +113,54 @@ def test_samples_are_decoded_draws_of_the_base_and_belong_to_their_seed() -> Non
     torch.testing.assert_close(flow.sample((2, 3), seed=5, first=2), whole[2:], rtol=1e-7, atol=1e-7)
     single = Flow(lambda t, x: -x, solver=TIGHT).sample((4, 3), seed=5)
     assert single.dtype == torch.float32
+
+
+@pytest.mark.parametrize("probe", ["exact", "rademacher", "gaussian"])
+@pytest.mark.parametrize("method", ["dopri5", "embedded"])
+@pytest.mark.parametrize("sde", [VPSDE(), LinearSDE(), VESDE()], ids=name)
+def test_samples_come_with_the_log_density_that_they_have(sde: SDE, method: str, probe: Any) -> None:
+    """A Gaussian's, whose divergence is the same everywhere: with probes right on average, over all signs of one."""
+    model = Gaussian(
+        sde, torch.tensor([0.3, -0.2], dtype=torch.float64), torch.tensor([[0.5, 0.3], [0.3, 1.2]]).double()
+    )
+    one, late = torch.ones((), dtype=torch.float64), torch.tensor(0.05, dtype=torch.float64)
+    flow = score_flow(model, t_min=0.05, solver=Solver(method, 1e-7, 1e-7))
+    n = 4 if probe == "exact" else 600
+    x, log_prob = flow.sample((n, 2), seed=3, log_prob=True, probe=probe)
+    torch.testing.assert_close(x, flow.sample((n, 2), seed=3), rtol=0, atol=1e-5)
+    z = model.flow(x, late, one)
+    truth = model.log_prob(x, late) - model.log_prob(z, one) + sde.prior_log_prob(z)  # the start is the prior's
+    error = log_prob - truth
+    if probe == "exact":
+        assert error.abs().max() < 1e-5
+    else:
+        assert error.std() > 0.05 and abs(error.mean()) < 4 * error.std() / math.sqrt(n)
+
+
+def test_samples_log_density_is_their_own_whatever_the_batch() -> None:
+    flow = score_flow(Gaussian(VPSDE(), torch.zeros(2).double(), 0.5), t_min=0.05, solver=Solver("embedded"))
+    whole, part = (flow.sample((n, 2), seed=3, first=f, log_prob=True, probe="gaussian") for n, f in ((6, 0), (2, 4)))
+    for a, b in zip(whole, part, strict=True):
+        torch.testing.assert_close(a[4:], b, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="unknown probe 'sine'"):
+        flow.sample((2, 2), log_prob=True, probe="sine")
+
+
+def test_straightness_is_nought_on_straight_paths_and_the_energy_s_excess_on_others() -> None:
+    """x_t = x_0 + t v is straight; x' = x bends by integral |x|² - |x_1 - x_0|²/T, known in closed form."""
+    x = numbers(4, 3)
+    still = Flow(lambda t, y: torch.ones_like(y) * 0.7, t0=0.0, t1=2.0, solver=TIGHT)
+    assert straightness(still, x).abs().max() < 1e-9
+    bent = straightness(Flow(lambda t, y: y, t0=0.5, t1=2.0, solver=TIGHT), x)
+    t, square = 1.5, x.square().sum(1)
+    torch.testing.assert_close(
+        bent, square * ((math.exp(2 * t) - 1) / 2 - (math.exp(t) - 1) ** 2 / t), rtol=1e-7, atol=0
+    )
+    # data in one point are reached on straight lines along the straight path, and on no other
+    for sde, straight in ((LinearSDE(), True), (TrigonometricSDE(), False)):
+        point = Gaussian(sde, torch.tensor([0.3, -0.2], dtype=torch.float64), 1e-12)
+        flow = Flow(ProbabilityFlow(point), t0=0.05, t1=1.0, solver=TIGHT, sde=sde)
+        assert (straightness(flow, flow.decode(numbers(4, 2))).max() < 1e-6) == straight
 
 
 def test_a_base_of_its_own_is_used() -> None:
