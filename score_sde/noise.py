@@ -37,7 +37,8 @@ class ExampleStream(IntEnum):
 class StepStream(IntEnum):
     """What the numbers of one batch are for: the last part of the key (seed, step, stream).
 
-    A batch of held-out data adds HELD_OUT to its streams, which are TIMES, NOISE, both of AUGMENTATION and CODES.
+    A batch of held-out data adds HELD_OUT to its streams, which are TIMES, NOISE, both of AUGMENTATION, CODES and
+    COUPLING.
     """
 
     TIMES = 0
@@ -51,6 +52,7 @@ class StepStream(IntEnum):
     AUGMENTATION_NOISE = 9
     CODES = 13  # draws of an autoencoder's posterior
     MOVEMENT = 14  # how training images are moved
+    COUPLING = 18  # draws of an entropic plan between data and noise
 
 
 class DataStream(IntEnum):

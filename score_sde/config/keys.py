@@ -25,7 +25,7 @@ from ..networks.pyramid import Combine
 from ..networks.unet import Progressive, ProgressiveInput
 from ..ode.integrators import ADAPTIVE, EACH, FIXED
 from .build import CORRECTORS, EMBEDDINGS, FITTED, GRIDS, LABELS, METHODS, NETWORKS, PREDICTORS, RULES, SDES
-from .objective import NAMES, TIME_LAWS
+from .objective import COUPLINGS, NAMES, TIME_LAWS
 
 # The largest numbers: that of float32, for integers one above any size, and for some keys that of int64.
 LARGEST: dict[type, float] = {float: 3e38, int: 2**31 - 1}
@@ -153,6 +153,9 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "(EDM's log-normal sigma with EDM's weight), log_normal (without that weight: logit-normal t on the linear "
             "path), mode (heavy in the middle), or for chains second_moment (of their losses; unbiased)",
             (*TIME_LAWS, "second_moment")),
+        "coupling": Key("independent", "flow_matching: which noise goes with which example of a batch: with "
+            "optimal_transport (exact) or sinkhorn paths are straighter, and sampling must draw no noise",
+            tuple(COUPLINGS)),
         "time_mean": Key(-1.2, "edm, log_normal: mean of log(sigma/alpha) (P_mean)"),
         "time_std": Key(1.2, "edm, log_normal: standard deviation of log(sigma/alpha) (P_std)", ABOVE_0),
         "time_scale": Key(1.29, "mode: how heavy the middle is; 0 is uniform, below 0 the ends are heavier",

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .. import losses
 from ..data.codecs import Codec, PixelCodec, VectorCodec
 from ..likelihood.sde_bound import reconstruction
-from ..losses import score_matching, time_laws
+from ..losses import couplings, score_matching, time_laws
+from ..losses.couplings import Coupling
 from ..losses.time_laws import TimeLaw, Weight
 from ..metrics import psnr
 from ..models.autoencoder import ConvolutionalAutoencoder
@@ -201,6 +202,11 @@ class EvidenceBound(nn.Module):
         near = psnr((x0 - low) / width, (bound.decoded - low) / width).to(x0)
         parts = torch.stack([reconstruction, divergence, near], 1)
         return reconstruction + self.weight * divergence, parts.detach()
+
+
+COUPLINGS: dict[str, Coupling] = {
+    each.__name__: each for each in (couplings.independent, couplings.optimal_transport, couplings.sinkhorn)
+}
 
 
 def time_law(config: ConfigDict) -> TimeLaw:

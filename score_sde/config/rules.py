@@ -207,6 +207,8 @@ def _times(config: ConfigDict) -> Rules:
     if t.objective in WEIGHTED and (other or not t.continuous):
         yield (f"training.objective={t.objective} has the velocity's weight: set training.likelihood_weighting=False, "
                "training.continuous=True and another training.time than edm (log_normal draws the same times)")
+    if t.coupling != "independent":
+        yield from _coupled(config)
     if t.time == "edm" and (t.likelihood_weighting or m.rule != "edm"):
         yield ("training.time=edm has EDM's weight, of model.sigma_data: set training.likelihood_weighting=False and "
                "model.rule=edm")
@@ -227,6 +229,20 @@ def _times(config: ConfigDict) -> Rules:
     if t.objective == "finite_difference" and m.dropout > 0:
         yield ("training.objective=finite_difference would compare two dropout masks: set model.dropout=0, or "
                "training.objective=sliced_vr")
+
+
+def _coupled(config: ConfigDict) -> Rules:
+    """What holds where noise and data are coupled: the flow, but no score."""
+    t, s, m, e = config.training, config.sampling, config.model, config.eval
+    if t.objective not in WEIGHTED or m.class_conditional or m.text_encoder or m.super_resolution:
+        yield (f"training.coupling={t.coupling} is for flow matching without conditions, which it would mix: set "
+               "training.objective=flow_matching and no condition, or training.coupling=independent")
+    if s.method in ("pc", "ald", "edm", "adaptive_sde") or (s.method in ("ddim", "dpm_solver++") and s.eta > 0):
+        yield (f"training.coupling={t.coupling} trains a flow that is not that of a score, which sampling with noise "
+               "needs: set sampling.method=fast, heun, ode or another without noise, and sampling.eta=0")
+    if e.estimate in ("sde_bound", "bound"):
+        yield (f"training.coupling={t.coupling} trains a flow that is not that of a score, which eval.estimate="
+               f"{e.estimate} needs: set eval.estimate=ode")
 
 
 def _noise(config: ConfigDict) -> Rules:

@@ -11,7 +11,7 @@ import copy
 import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..config.kinds import kind_of
-from ..config.objective import PROJECTED, importance_weighted, learned_law, time_law
+from ..config.objective import COUPLINGS, PROJECTED, importance_weighted, learned_law, time_law
 from ..data.augmentation import movements
 from ..data.captions import Text
 from ..data.codecs import Codec
 from ..data.sets import Split, batch_indices, mirrored
 from ..losses import time_laws
+from ..losses.couplings import independent
 from ..losses.time_laws import TimeLaw
 from ..machine.devices import sent
 from ..machine.parallel import ALONE, Processes
@@ -46,6 +47,11 @@ class Batch(NamedTuple):
     z: Tensor
     v: Tensor  # (B, M, *shape), M = 0 where the objective takes none
     condition: dict[str, Tensor]  # (B, ...) each: the model's conditions
+
+    def examples(self, rows: slice) -> Batch:
+        """Those of some rows."""
+        x0, t, importance, z, v = (value[rows] for value in self[:5])
+        return Batch(x0, t, importance, z, v, {name: value[rows] for name, value in self.condition.items()})
 
     def parts(self, count: int) -> list[Batch]:
         """The batch in `count` parts."""
@@ -110,7 +116,14 @@ class Batches:
     def draw(
         self, split: Split, step: int, *, flip: bool = False, held_out: bool = False, law: TimeLaw | None = None
     ) -> Batch:
-        """This process's part of batch `step`: data, times and noise, all from (seed, step), and from `law`."""
+        """This process's part of batch `step`: data, times and noise, all from (seed, step), and from `law`.
+
+        A coupling of data and noise is one of the whole batch, which each process then reads.
+        """
+        couple = COUPLINGS[self.config.training.coupling]
+        if couple is not independent and self.part != slice(None):
+            whole = replace(self, part=slice(None))
+            return whole.draw(split, step, flip=flip, held_out=held_out, law=law).examples(self.part)
         config, part, n, seed = self.config, self.part, self.config.training.batch_size, self.config.seed
         index = batch_indices(len(split), n, step, seed)[part]
         k, _ = split[index]
@@ -134,6 +147,7 @@ class Batches:
             source = generator(seed, step, StepStream.MOVEMENT)
             movement = movements(n, config.training.geometric, source).part(part, x0.device)
             x0, condition = movement.of(x0), {**condition, "movement": movement.told}
+        z = couple(x0, z, generator(seed, step, StepStream.COUPLING + apart))
         if config.training.channels_last and x0.ndim == 4:
             x0, z = (each.contiguous(memory_format=torch.channels_last) for each in (x0, z))
         if config.model.super_resolution:

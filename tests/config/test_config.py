@@ -372,6 +372,25 @@ CONTRADICTIONS = [
     ("training.geometric=0.1 model.name=dit", "tells a U-Net how: set model.name to ddpm, ncsnpp or adm"),
     ("training.geometric=0.1 model.super_resolution=2", "leave data.autoencoder and model.super_resolution alone"),
     ("training.geometric=0.1 model.conditional=0", "model.conditional=True"),
+    ("training.objective=flow_matching training.likelihood_weighting=1", "has the velocity's weight"),
+    ("training.objective=flow_matching training.min_snr=5", "training.objective=denoising"),
+    ("training.coupling=sinkhorn", "is for flow matching without conditions, which it would mix"),
+    (
+        "training.coupling=optimal_transport training.objective=flow_matching model.class_conditional=1",
+        "is for flow matching without conditions",
+    ),
+    (
+        "training.coupling=optimal_transport training.objective=flow_matching sampling.method=ddim sampling.eta=1",
+        "which sampling with noise needs: set sampling.method=fast, heun, ode",
+    ),
+    (
+        "training.coupling=optimal_transport training.objective=flow_matching sampling.method=heun "
+        "eval.estimate=sde_bound",
+        "which eval.estimate=sde_bound needs: set eval.estimate=ode",
+    ),
+    ("training.sde=linear model.rule=noise", "training.sde=linear has no signal at t = 1, where model.rule=noise"),
+    ("training.sde=trigonometric model.rule=v model.label=log_sigma", "or model.label=log_sigma is infinite: set"),
+    ("training.time=mode training.time_scale=2", "training.time_scale must be a number from -1 to 1.75"),
     ("training.min_snr=5 training.likelihood_weighting=1", "training.min_snr=5 is a weight of the noise error"),
     ("training.min_snr=5 training.time=edm model.rule=edm", "another training.time than edm"),
     ("training.uncertainty=1 training.objective=sliced", "a squared error at fixed noise levels"),

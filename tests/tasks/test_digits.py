@@ -25,6 +25,7 @@ class Reached:
 
 REACHED = {
     "vp_digits": Reached("probability-flow ODE", 1.793, 76),
+    "flow_digits": Reached("probability-flow ODE", 1.889, 83),
     "vdm_digits": Reached("variational bound of 1000 steps", 1.846, 75),
     "scoreflow_digits": Reached("probability-flow ODE", 1.791, 70),
     "iddpm_digits": Reached("variational bound of 50 steps", 1.847, 80),

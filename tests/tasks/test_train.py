@@ -14,7 +14,7 @@ from scipy.stats import kstest
 from score_sde import VPSDE, closed_form, losses
 from score_sde.config import default_config
 from score_sde.config.build import build_model
-from score_sde.config.objective import Objective
+from score_sde.config.objective import COUPLINGS, Objective
 from score_sde.data import Data, Split, load_data
 from score_sde.data.codecs import VectorCodec, codec_of
 from score_sde.data.toys import ring, ring_mixture
@@ -204,13 +204,18 @@ def test_edm_s_objective_is_its_weighted_error_of_the_data() -> None:
         torch.testing.assert_close(Objective(model, config)(x0, t, z, z[:, None][:, :0])[0], wanted, rtol=1e-4, atol=0)
 
 
-def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices() -> None:
-    config, data = toy_config(), load_data("ring")
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_a_batch_is_drawn_from_seed_and_step_and_split_by_slices(coupling: str) -> None:
+    config, data = toy_config(training__coupling=coupling, training__objective="flow_matching"), load_data("ring")
     sde, codec = VPSDE(), VectorCodec()
     whole = Batches(config, codec, sde).draw(data.train, 7)
     parts = [Batches(config, codec, sde, slice(a, a + 8)).draw(data.train, 7) for a in (0, 8)]
     for one, halves in zip(whole[:5], zip(*(p[:5] for p in parts), strict=True), strict=True):
         assert torch.equal(one, torch.cat(halves))
+    plain = Batches(toy_config(), codec, sde).draw(data.train, 7)
+    assert torch.equal(plain.x0, whole.x0) and torch.equal(plain.z, whole.z) == (coupling == "independent")
+    distance = [float((b.x0 - b.z).square().sum()) for b in (whole, plain)]
+    assert coupling == "independent" or distance[0] < 0.7 * distance[1]
     other = Batches(config, codec, sde).draw(data.train, 8)
     assert not torch.equal(whole.z, other.z) and not torch.equal(whole.t, other.t)
     assert abs(np.corrcoef(whole.z.flatten(), other.z.flatten())[0, 1]) < 0.6
