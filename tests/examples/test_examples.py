@@ -31,12 +31,13 @@ def test_help_answers_before_any_work(
     assert stopped.value.code == 0 and "usage: " in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("script", ["ddpm_is_vp.py", "flow_matching.py"])
 def test_a_script_of_docs_answers_help_before_any_work_too(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["ddpm_is_vp.py", "--help"])
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit):
-        runpy.run_path(str(pages.DOCS / "ddpm_is_vp.py"), run_name="__main__")
+        runpy.run_path(str(pages.DOCS / script), run_name="__main__")
     assert "--out" in capsys.readouterr().out
 
 
