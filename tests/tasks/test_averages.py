@@ -15,6 +15,7 @@ from score_sde import load
 from score_sde.cli import run
 from score_sde.data import load_data
 from score_sde.data.codecs import VectorCodec
+from score_sde.data.sets import digest
 from score_sde.tasks import checkpoint
 from score_sde.tasks.averages import WIDEST, WIDTHS, combination, ema_update, exponent, power_decay
 from score_sde.tasks.checkpoint import Trained
@@ -176,16 +177,20 @@ def test_a_resumed_run_has_the_same_power_averages_bit_for_bit(tmp_path: Path) -
 
 def node(rank: int, folder: Path) -> list[int]:
     settings = {**TOY, "training__snapshot_freq": 1}
-    return [run(line("vp_toy", "train", folder / "two", **settings, training__n_iters=length)) for length in (3, 6)]
+    codes = [run(line("vp_toy", "train", folder / "two", **settings, training__n_iters=length)) for length in (3, 6)]
+    return [*codes, run(line("vp_toy", "sample", folder / "two", sampling__ema=0.2))]
 
 
 def test_several_processes_keep_the_averages_of_their_weights(tmp_path: Path) -> None:
-    assert two_nodes(tmp_path, node) == [[0, 0], [0, 0]]
+    assert two_nodes(tmp_path, node) == [[0, 0, 0], [0, 0, 0]]
     history = history_of(tmp_path / "two")
     assert len(history) == 6 and float((history[-1] - history[0]).abs().max()) > 1e-3
     for width in WIDTHS:
         found = of_layer(tmp_path / "two", width).double()
         torch.testing.assert_close(found, directly(history, width), rtol=0, atol=2e-7)
+    (path,) = (tmp_path / "two" / "samples").glob("*-ema0.2-*/stamp.json")
+    model: Any = load(tmp_path / "two", ema=0.2)
+    assert json.loads(path.read_text())["weights_sha256"] == digest(*model.parameters())
 
 
 def test_every_mode_takes_a_width_and_says_how_it_was_made(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
