@@ -104,7 +104,7 @@ def edm(sde: SDE, t: Tensor, sigma_data: float = 0.5) -> Tensor:
 def min_snr(sde: SDE, t: Tensor, gamma: float = 5.0) -> Tensor:
     """min(SNR, gamma)/SNR with SNR = alpha²/sigma²: minimal SNR weighting (Hang et al. 2023, arXiv:2303.09556).
 
-    As a weight of the data's error it is min(SNR, gamma), and of v's min(SNR, gamma)/(SNR + 1) where alpha² + sigma² = 1
+    As a weight of the data's error it is min(SNR, gamma), of v's min(SNR, gamma)/(SNR + 1) where alpha² + sigma² = 1
     (their sections 3.4 and 4.2). So levels of little noise, where weight 1 of the noise's error is SNR of the data's,
     do not outweigh the others.
     """
