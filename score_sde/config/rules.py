@@ -158,6 +158,9 @@ def _images_and_texts(config: ConfigDict) -> Rules:
     if t.geometric > 0 and not (told and pixels):
         yield (f"training.geometric={t.geometric:g} moves pixels, and tells a U-Net how: set model.name to ddpm, "
                "ncsnpp or adm and model.conditional=True, and leave data.autoencoder and model.super_resolution alone")
+    if t.geometric > 0 and (t.objective in DECODED or m.learn_ends):
+        yield (f"training.geometric={t.geometric:g} leaves no pixel at a level to decode: set it to 0, or "
+               "training.objective=denoising and model.learn_ends=False")
     if max(m.image_channels, m.text_width, m.pooled_width) > 0 and m.name in ("edm2", "mlp", "ncsn", "ncsnv2"):
         yield ("model.image_channels, model.text_width and model.pooled_width are for networks with such conditions: "
                f"set model.name to ddpm, ncsnpp, adm or dit, not {m.name}")

@@ -372,6 +372,7 @@ CONTRADICTIONS = [
     ("training.geometric=0.1 model.name=dit", "tells a U-Net how: set model.name to ddpm, ncsnpp or adm"),
     ("training.geometric=0.1 model.super_resolution=2", "leave data.autoencoder and model.super_resolution alone"),
     ("training.geometric=0.1 model.conditional=0", "model.conditional=True"),
+    ("training.geometric=0.1 training.continuous=0 training.objective=vlb model.learned_variance=1", "level to decode"),
     ("training.objective=flow_matching training.likelihood_weighting=1", "has the velocity's weight"),
     ("training.objective=flow_matching training.min_snr=5", "training.objective=denoising"),
     ("training.coupling=sinkhorn", "is for flow matching without conditions, which it would mix"),
@@ -611,30 +612,33 @@ def test_every_key_of_a_network_reaches_it(monkeypatch: pytest.MonkeyPatch) -> N
         head_channels=4 attend_each=1 patch_size=3 norm=rms feed_forward=swiglu positions=rotary qk_norm=1"""
     overrides = {f"model.{key}": value for key, value in (setting.split("=") for setting in keys.split())}
     overrides |= {"data.centered": "0", "training.checkpoint_activations": "1"}
-    overrides |= {"training.continuous": "0", "training.objective": "hybrid", "training.geometric": "0.1"}
+    overrides |= {"training.continuous": "0", "training.objective": "hybrid"}
     bare = {f"model.{key}": "0" for key in ("image_channels", "text_width", "pooled_width")}
-    bare["training.geometric"] = "0"
     both: dict[str, object] = dict(width=24, multipliers=(1, 3), blocks=5, attention=(2,), image_size=6, dropout=0.3)
     both |= dict(activation="elu", resample_conv=False, centered=False, checkpoint_activations=True, out_channels=4)
     both |= dict(dimensions=2, scale_shift=True, heads=3, fourier_features=(3, 4), classes=6)
     both |= dict(image_channels=3, text_width=7, pooled_width=8, head_channels=4, attend_each=True)
     both |= dict(movement=9)
 
-    build_network(load(VP, overrides), (2, 4, 6))
+    def moving(changes: dict[str, str]) -> ConfigDict:
+        config = load(VP, changes)
+        config.training.geometric = 0.1  # which excludes the objective that learns variances
+        return config
+
+    build_network(moving(overrides), (2, 4, 6))
     ncsnpp = dict(block="ddpm", embedding="fourier", fourier_scale=3.0, fir=(1, 2, 1), skip_rescale=False)
     ncsnpp |= dict(progressive="output_skip", progressive_input="input_skip", combine="cat", init_scale=0.4)
     assert made.pop() == ((2,), both | ncsnpp)
 
-    build_network(load(VP, {**overrides, "model.name": "ddpm", "model.label": "time"}), (2, 4, 6))
+    build_network(moving({**overrides, "model.name": "ddpm", "model.label": "time"}), (2, 4, 6))
     assert made.pop() == ((2,), both | dict(block="ddpm", embedding="sinusoidal", skip_rescale=False, groups=32))
 
     build_network(
-        load(VP, {**overrides, "model.name": "adm", "model.label": "time", "model.scale_shift": "0"}), (2, 4, 6)
+        moving({**overrides, "model.name": "adm", "model.label": "time", "model.scale_shift": "0"}), (2, 4, 6)
     )
     fixed = dict(embedding="transformer", skip_rescale=False, project=False, norm_eps=1e-5, init_scale=0.4)
     assert made.pop() == ((2,), both | fixed)
 
-    overrides["training.geometric"] = "0"
     build_network(load(VP, {**overrides, "model.name": "dit", "model.label": "time", "model.hidden": "24"}), (2, 4, 6))
     told = {key: both[key] for key in ("classes", "image_channels", "text_width", "pooled_width", "out_channels")}
     told |= {key: both[key] for key in ("dropout", "centered", "checkpoint_activations")}
