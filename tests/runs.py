@@ -80,7 +80,7 @@ SHRUNK = {
 
 def words(name: str, mode: str, workdir: Path, images: Path, **changes: object) -> list[str]:
     settings = {**SHRUNK, **{key.replace("__", "."): value for key, value in changes.items()}}
-    if "ddpm_cifar" in name:
+    if name.endswith(("ddpm_cifar", "flow_cifar")):
         settings["model.nf"] = 32  # 32 groups of channels
     if name.startswith("ncsn"):
         settings["model.ch_mult"] = "1,1,1"
