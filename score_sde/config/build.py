@@ -371,7 +371,10 @@ def build_times(config: ConfigDict, sde: SDE, model: ScoreModel | None = None, s
         n = config.model.num_scales
         return times.spaced(n, 2 if grid == "ends" else min(s.steps, round(s.start * n)), start=s.start)
     until = replace(sde, t_min=s.t_min)
-    return times.uniform(until, 1, start=s.start) if grid == "ends" else GRIDS[grid](until, s.steps, start=s.start)
+    if grid == "ends":
+        return times.uniform(until, 1, start=s.start)
+    even = GRIDS[grid](until, s.steps, start=s.start)
+    return even if s.shift == 1 else times.shifted(until, even, s.shift)
 
 
 def build_bound_times(config: ConfigDict, sde: SDE) -> Tensor:

@@ -214,6 +214,8 @@ SECTIONS: dict[str, dict[str, Key]] = {
             "(SDEdit): the smaller it is, the more of their coarse features the samples keep", UP_TO_1),
         "grid": Key("uniform", "where the steps lie: evenly in t, sqrt(t), log-SNR, (sigma/alpha)^(1/7), "
             "arcsinh(log-SNR/4) or a skewed arcsinh; or fitted to the model", (*GRIDS, FITTED)),
+        "shift": Key(1.0, "factor of sigma/alpha at the grid's inner times; for images of m times as many pixels the "
+            "square root of m", ABOVE_0),
         "t_min": Key(1e-3, "time at which sampling stops (a discrete model stops at its first step)", BELOW_1),
         "ode_method": Key("RK45", "ode: an adaptive or a fixed-step solver", ADAPTIVE + FIXED),
         "rtol": Key(1e-5, "relative tolerance of adaptive solvers", UP_TO_1),

@@ -391,6 +391,8 @@ CONTRADICTIONS = [
     ),
     ("training.sde=linear model.rule=noise", "training.sde=linear has no signal at t = 1, where model.rule=noise"),
     ("training.sde=trigonometric model.rule=v model.label=log_sigma", "or model.label=log_sigma is infinite: set"),
+    ("sampling.shift=2 sampling.method=embedded", "sampling.shift=2 moves the times of an even grid: set it to 1"),
+    ("sampling.shift=2 training.continuous=0", "set it to 1 for chains"),
     ("training.time=mode training.time_scale=2", "training.time_scale must be a number from -1 to 1.75"),
     ("training.min_snr=5 training.likelihood_weighting=1", "training.min_snr=5 is a weight of the noise error"),
     ("training.min_snr=5 training.time=edm model.rule=edm", "another training.time than edm"),

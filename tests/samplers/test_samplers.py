@@ -680,6 +680,23 @@ def test_a_grid_says_that_the_log_snr_is_infinite_at_t_min() -> None:
             grid(CHAINS[0].as_sde(), 10)
 
 
+def test_a_shifted_grid_is_the_published_one_on_the_straight_path_and_has_its_levels_on_others() -> None:
+    t = times.uniform(LinearSDE(t_min=1e-12), 20)
+    published = 3 * t / (1 + 2 * t)  # Esser et al. 2024, eq. 23, with sqrt(m/n) = 3
+    torch.testing.assert_close(times.shifted(LinearSDE(t_min=1e-12), t, 3.0), published, rtol=1e-9, atol=1e-11)
+    for sde in SDES:
+        even = times.uniform(sde, 20)
+        torch.testing.assert_close(times.shifted(sde, even, 1.0), even, rtol=1e-7, atol=1e-9)
+        for shift in (0.3, 3.0):
+            moved = times.shifted(sde, even, shift)
+            assert moved[0] == 1 and moved[-1] == sde.t_min and bool((moved.diff() < 0).all())
+            assert bool(((moved > even) == (shift > 1))[1:-1].all())
+            back = times.shifted(sde, moved, 1 / shift)
+            torch.testing.assert_close(back, even, rtol=1e-6, atol=1e-8)
+    with pytest.raises(ValueError, match="shift must be above 0 and finite, got 0"):
+        times.shifted(VPSDE(), times.uniform(VPSDE(), 3), 0)
+
+
 @pytest.mark.parametrize("grid", GRIDS)
 def test_a_grid_may_begin_below_one(grid: Callable) -> None:
     sde = VPSDE()
