@@ -368,8 +368,8 @@ def _steps(config: ConfigDict) -> Rules:
         yield (f"sampling.step_lr={s.step_lr:g} must be below 2 model.sigma_min²={2 * m.sigma_min**2:g}: Langevin "
                "dynamics would diverge")
     if s.shift != 1 and (discrete or s.grid == FITTED or METHODS[s.method].grid == "ends"):
-        yield (f"sampling.shift={s.shift:g} moves the times of an even grid: set it to 1 for chains, for fitted grids and "
-               "for methods that choose their own steps")
+        yield (f"sampling.shift={s.shift:g} moves the times of an even grid: set it to 1 for chains, for fitted grids "
+               "and for methods that choose their own steps")
     if discrete and s.grid != "uniform":
         yield f"training.continuous=False samples on the chain's steps: sampling.grid must be uniform, got {s.grid!r}"
     if discrete and not 2 <= s.steps <= m.num_scales:
