@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..models.base import Estimate, ScoreModel, with_graph
+from ..models.guidance import with_score
 from ..sdes.linear import SDE, like
 from .operators import Observation, Operator, Spectral, spectral
 
@@ -54,12 +55,11 @@ class Conditional(ScoreModel):
         e, z, graph = with_graph(lambda z: self.model(z, t, **condition), x)
         with torch.enable_grad():
             score = self.pull(e, z, t, y.to(x) - self.operator.apply(e.data), graph)
-            alpha, sigma = like(self.sde.alpha(t), x), like(self.sde.sigma(t), x)
-            data, noise = e.data + sigma**2 / alpha * score, e.noise - sigma * score
-        fraction = e.fraction
-        if not graph:
-            data, noise, fraction = data.detach(), noise.detach(), None if fraction is None else fraction.detach()
-        return Estimate(data, noise, e.sigma, fraction)
+            e = with_score(self.sde, e, score, t)
+        if graph:
+            return e
+        fraction = None if e.fraction is None else e.fraction.detach()
+        return Estimate(e.data.detach(), e.noise.detach(), e.sigma, fraction)
 
 
 def _gradient(

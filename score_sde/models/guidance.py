@@ -110,10 +110,7 @@ class Classified(ScoreModel):
         scale = within(self.sde, t, self.low, self.high, own.pop("scale"), 0.0)
         if scale is None:
             return e
-        score = like(scale, x) * gradient(self.log_prob, x, t, **own)
-        sigma = self.sde.sigma(t)
-        noise = e.noise - like(sigma, x) * score
-        return e._replace(data=e.data + like(sigma**2 / self.sde.alpha(t), x) * score, noise=noise)
+        return with_score(self.sde, e, like(scale, x) * gradient(self.log_prob, x, t, **own), t)
 
 
 def classifier(
@@ -194,6 +191,17 @@ def joined(first: Any, second: Any, batch: int) -> Tensor:
     present = next(v for v in values if v is not None)
     whole = [absent(present) if v is None else v for v in values]
     return torch.cat([v if v.ndim and len(v) == batch else v.expand(batch, *v.shape) for v in whole])
+
+
+def with_score(sde: SDE, e: Estimate, score: Tensor, t: Tensor) -> Estimate:
+    """The estimate whose score is larger by `score`, the gradient of log p(y | x_t) of some property y.
+
+    In pure noise (alpha = 0) it stays: there x_t tells nothing of y, and a gradient in it is rounding alone.
+    """
+    alpha, sigma = sde.alpha(t), sde.sigma(t)
+    weight = torch.where(alpha > 0, sigma**2 / alpha, 0.0)
+    noise = e.noise - like(torch.where(alpha > 0, sigma, 0.0), score) * score
+    return e._replace(data=e.data + like(weight, score) * score, noise=noise)
 
 
 def with_data(sde: SDE, e: Estimate, data: Tensor, t: Tensor) -> Estimate:

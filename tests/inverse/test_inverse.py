@@ -25,6 +25,7 @@ from score_sde import (
     ReverseDiffusion,
     Sampler,
     ScoreModel,
+    classifier,
     log_likelihood,
     sample,
     times,
@@ -53,7 +54,7 @@ from score_sde.models.closed_form import Gaussian, Mixture
 from score_sde.models.rules import Preconditioned
 from score_sde.networks import UNet
 from score_sde.samplers import EmbeddedODE
-from tests.oracles import SDES, awake, name, numbers
+from tests.oracles import PURE, SDES, awake, name, numbers
 
 close = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-9)
 
@@ -235,6 +236,24 @@ def test_moment_matching_is_exact_for_every_gaussian(sde: SDE, noise: float) -> 
         close(found.data, truth.data, rtol=1e-6, atol=1e-6)
         if isinstance(operator, Spectral):
             assert (pigdm(model, many, float(COV.diagonal().mean()))(x, t).data - truth.data).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("sde", PURE, ids=name)
+def test_guidance_begins_in_pure_noise_where_the_state_tells_nothing(sde: SDE) -> None:
+    """All gradients are left out there, by observations and by classifiers; later walks are those of the posterior."""
+    model, x, one = Gaussian(sde, MEAN, COV), numbers(4, 3, seed=1), time(1.0)
+    observation = observe(ROWS, numbers(1, 3, seed=2), 0.3, torch.Generator().manual_seed(0))
+    many = replace(observation, y=observation.y.expand(4, -1))
+    guided = [guide(model, many) for name, guide in KINDS.items() if name != "ddnm"]
+    for each in [*guided, classifier(model, lambda y, t: -y.square().sum(1))]:
+        for t in (one, one.expand(4)):
+            e, own = each(x, t), model(x, t)
+            close(e.data, own.data)
+            close(e.noise, own.noise)
+    exact, grid = posterior(model, observation), times.log_snr(sde, 200)
+    found = sample(moment_matching(model, many, iterations=2), Multistep(3), (4, 3), grid, start=x)
+    wanted = sample(exact, Multistep(3), (4, 3), grid, start=x)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("sde", [VPSDE(), VESDE()], ids=name)
