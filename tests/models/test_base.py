@@ -98,7 +98,9 @@ def test_the_right_output_of_each_rule_gives_the_data_and_the_noise(sde: SDE) ->
         close(e.score, -e.noise / sigma)
 
 
-@pytest.mark.parametrize("rule", ["velocity", "v", "data", partial(predict_edm, sigma_data=0.8)], ids=str)
+@pytest.mark.parametrize(
+    "rule", ["velocity", "v", "data", partial(predict_edm, sigma_data=0.8)], ids=["velocity", "v", "data", "edm 0.8"]
+)
 @pytest.mark.parametrize("sde", PURE, ids=name)
 def test_a_network_estimates_the_data_from_pure_noise(sde: SDE, rule: Any) -> None:
     """At t = 1 noise is x, and the data are what the network makes of it."""
