@@ -4,6 +4,8 @@ The network is configuration G of Karras et al. 2024 (arXiv:2312.02696), small: 
 learned uncertainty weights the noise levels, Adam has decays of 0.9 and 0.99 and a large learning rate, and nothing
 else holds weights or gradients back. What is different: the SDE, t uniform in log SNR and dequantised pixels are those
 of `vp_digits`, and the learning rate falls to 0 over the last part of the run, where theirs falls with the square root.
+It reaches 1.826 bits/dim (ODE, dequantised pixels) given each digit's class, and 95 % of samples that look like digits
+by a classifier that is more than 90 % sure.
 """
 
 from pathlib import Path

@@ -30,6 +30,7 @@ REACHED = {
     "scoreflow_digits": Reached("probability-flow ODE", 1.791, 70),
     "iddpm_digits": Reached("variational bound of 50 steps", 1.847, 80),
     "cond_digits": Reached("probability-flow ODE", 1.712, 97),
+    "edm2_digits": Reached("probability-flow ODE", 1.826, 95),
     "ncsn_digits": Reached("probability-flow ODE", 2.174, 49),
     "ncsnv2_digits": Reached("probability-flow ODE", 2.259, 31),
 }
