@@ -145,10 +145,10 @@ def improved_euler(model: ScoreModel, x: Tensor, t: Tensor, s: Tensor, dw: Tenso
     where the rates are infinite, x_s is N(alpha_s data, sigma_s²); x'' takes the mean of the data there and at x'.
     """
     sde, h = model.sde, t - s
-    pure = like(sde.alpha(t), x) == 0
+    pure, finite = like(sde.alpha(t), x) == 0, torch.where(sde.alpha(t) == 0, s, t)  # a time with rates
     increment = lambda x, u, e: add_(like(-h, x) * sde.reverse_drift(x, u, e.score), sde.g(u), dw)
     e, alpha = model(x, t), like(sde.alpha(s), x)
-    first = increment(x, t, e)
+    first = increment(x, finite, e)
     euler = torch.where(pure, alpha * e.data + like(sde.sigma(s) / h.sqrt(), x) * dw, x + first)
     other = model(euler, s)
     improved = x + (first + increment(euler, s, other)) / 2

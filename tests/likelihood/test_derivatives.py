@@ -25,6 +25,7 @@ from score_sde import (
     VPSDE,
     Energy,
     LearnedVPSDE,
+    LinearSDE,
     MonotoneSchedule,
     Preconditioned,
     ScoreModel,
@@ -57,6 +58,7 @@ from score_sde.samplers import (
     Churn,
     DPMSolver,
     EmbeddedODE,
+    Heun,
     Langevin,
     Multistep,
     PredictorCorrector,
@@ -299,6 +301,16 @@ def test_walks_have_the_gradient_of_finite_differences(sampler: Sampler) -> None
     ways, truth = along(trained, lambda: end_of(sampler, model, x))
     found = torch.autograd.grad(end_of(sampler, model, x), trained)
     assert slope_along(found, ways) == pytest.approx(truth, rel=1e-4)  # of adaptive ones to their tolerance
+
+
+@pytest.mark.parametrize("sampler", map(smooth, [DDIM(), Heun(), Multistep(3), AdaptiveSDE()]), ids=written)
+def test_walks_from_pure_noise_have_a_gradient_too(sampler: Sampler) -> None:
+    model = Preconditioned(awake(Bare()), LinearSDE(), "velocity", label=lambda alpha, sigma, t: t)
+    x, grid = numbers(2, 3).requires_grad_(), torch.tensor([1.0, 0.8, 0.4, 0.1], dtype=torch.float64)
+    trained = [x, *model.parameters()]
+    ways, truth = along(trained, lambda: end_of(sampler, model, x, grid))
+    found = torch.autograd.grad(end_of(sampler, model, x, grid), trained)
+    assert slope_along(found, ways) == pytest.approx(truth, rel=1e-6)
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=written)
