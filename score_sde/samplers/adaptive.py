@@ -13,7 +13,7 @@ from torch import Tensor
 from ..models.base import ScoreModel, of_examples
 from ..noise import Noise
 from ..ode.integrators import LEAST_STEP, GaveUp, check_tolerances, which_of
-from ..sdes.linear import add_, like
+from ..sdes.linear import SDE, add_, like
 from .base import Sampler
 from .deterministic import check_noisy
 
@@ -66,7 +66,7 @@ class AdaptiveSDE(Sampler):
             if len(left) == 0:
                 return
             own, end = left.to(x.device), times[goal[left]]  # `own` on the state's device
-            step = torch.minimum(h[left], t[left] - end)
+            step = torch.minimum(torch.minimum(h[left], farthest(model.sde, t[left])), t[left] - end)
             arrived = step == t[left] - end
             s = torch.where(arrived, end, t[left] - step)
             dw = path.increments(left, step, noise(x)[own])  # drawn for all, for the same reason
@@ -98,6 +98,18 @@ class AdaptiveSDE(Sampler):
             f"after {nfe} evaluations; check the model there, or raise rtol and atol (now {self.rtol:g} and "
             f"{self.atol:g})"
         )
+
+
+@torch.no_grad()
+def farthest(sde: SDE, t: Tensor) -> Tensor:
+    """The longest step that is tried at t, (B,): after pure noise one that doubles alpha/sigma, elsewhere any.
+
+    Near pure noise |f| has no bound. A step much longer than 1/|f| is so wrong that its two estimates may agree by
+    accident, in few dimensions often.
+    """
+    log_snr, end = sde.log_snr(t), sde.log_snr(torch.ones_like(t))
+    limited = (end == -math.inf) & (log_snr > end)
+    return torch.where(limited, t - sde.time(log_snr + 2 * math.log(2)), math.inf)
 
 
 class Path:
